@@ -1,0 +1,74 @@
+"""
+Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
+
+    async with qmpmerge.live("/run/vm1.sock") as host:
+        outcome = await qmpmerge.commit(host, "vda")
+
+Names are imported when they are first used: the command line starts faster for it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qmpmerge import errors
+    from qmpmerge.blockgraph import Disk
+    from qmpmerge.chain import Chain, Image
+    from qmpmerge.errors import Error
+    from qmpmerge.hosts import ChainView, Host, live
+    from qmpmerge.jobs import Job, Progress
+    from qmpmerge.merge import Outcome, commit, follow
+    from qmpmerge.plan import CommitPlan
+    from qmpmerge.processes import Vm, vms
+    from qmpmerge.snapshots import Overlay, snapshot
+
+_HOME = {
+    "Chain": "chain",
+    "ChainView": "hosts",
+    "CommitPlan": "plan",
+    "Disk": "blockgraph",
+    "Error": "errors",
+    "Host": "hosts",
+    "Image": "chain",
+    "Job": "jobs",
+    "Outcome": "merge",
+    "Overlay": "snapshots",
+    "Progress": "jobs",
+    "Vm": "processes",
+    "commit": "merge",
+    "follow": "merge",
+    "live": "hosts",
+    "snapshot": "snapshots",
+    "vms": "processes",
+}
+
+__all__ = [
+    "Chain",
+    "ChainView",
+    "CommitPlan",
+    "Disk",
+    "Error",
+    "Host",
+    "Image",
+    "Job",
+    "Outcome",
+    "Overlay",
+    "Progress",
+    "Vm",
+    "commit",
+    "errors",
+    "follow",
+    "live",
+    "snapshot",
+    "vms",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return importlib.import_module("qmpmerge.errors")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"qmpmerge.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

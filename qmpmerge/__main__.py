@@ -1,0 +1,5 @@
+"""``python -m qmpmerge``."""
+
+from qmpmerge.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""
+Images and chains: plain values, base first.
+
+A chain is written as users draw it, ``base.raw <-- a.qcow2 <-- b.qcow2``. Index 1 is the base and the active image has
+the highest index, so ``vda[1]`` is the base whatever is stacked on it.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from qmpmerge.errors import NoSuchLayer
+
+Inode = tuple[int, int]
+"""(st_dev, st_ino): which file it is, whatever it is called."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """
+    One image of a chain.
+
+    `file` is an absolute path as QEMU opened it, or a URI where there is no path; sizes are bytes. `backing` and
+    `backing_format` are the strings written in the image's own header. `allocated` is what the image takes on its
+    storage, metadata included (`actual-size` in QEMU's words). What is not known is None.
+    """
+
+    file: str
+    format: str
+    virtual_size: int
+    node: str | None = None
+    backing: str | None = None
+    backing_format: str | None = None
+    allocated: int | None = None
+    inode: Inode | None = None
+    read_only: bool = False
+
+    @property
+    def name(self) -> str:
+        """The last part of the path; the whole URI where there is no path."""
+        return os.path.basename(self.file) if self.has_path else self.file
+
+    @property
+    def has_path(self) -> bool:
+        """Whether `file` is a path on this host."""
+        return self.file.startswith("/")
+
+    def is_file(self, path: str) -> bool:
+        """Whether `path` leads to this image; symlinks are followed on both sides."""
+        if not self.has_path:
+            return path == self.file
+        if self.inode is not None:
+            try:
+                status = os.stat(path)
+            except OSError:
+                return False
+            return (status.st_dev, status.st_ino) == self.inode
+        return os.path.realpath(path) == os.path.realpath(self.file)
+
+    def same_as(self, other: "Image") -> bool:
+        """Whether both are one file: by inode where both know theirs, else by name."""
+        if self.inode is not None and other.inode is not None:
+            return self.inode == other.inode
+        return self.file == other.file
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The images of one disk, base first. Not empty, no image twice."""
+
+    images: tuple[Image, ...]
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("a chain has at least one image")
+        identities = [image.inode or image.file for image in self.images]
+        if len(set(identities)) != len(identities):
+            raise ValueError(f"an image stands twice in the chain {self}")
+
+    @property
+    def base(self) -> Image:
+        """The lowest image."""
+        return self.images[0]
+
+    @property
+    def active(self) -> Image:
+        """The image the guest writes to."""
+        return self.images[-1]
+
+    @property
+    def files(self) -> list[str]:
+        """The files, base first."""
+        return [image.file for image in self.images]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Image]:
+        return iter(self.images)
+
+    def __getitem__(self, index: int) -> Image:
+        """The image of this index, from 1 (the base) up."""
+        if not 1 <= index <= len(self.images):
+            raise IndexError(index)
+        return self.images[index - 1]
+
+    def index(self, image: Image) -> int:
+        """The index of an image of this chain, from 1."""
+        return self.images.index(image) + 1
+
+    def find(self, layer: str, disk: str = "") -> Image:
+        """
+        The image that a user means by `layer`: ``[2]``, ``vda[2]``, a node name, a path or a URI.
+
+        Raises NoSuchLayer, with the whole chain as its fact.
+        """
+        finders = (self._by_node, self._by_file, self._by_header)
+        found = [self._by_index(layer, disk), *(find(layer) for find in finders)]
+        for image in found:
+            if image is not None:
+                return image
+        known = [f"[{number}] {image.file}" for number, image in enumerate(self.images, 1)]
+        raise NoSuchLayer(layer=layer, disk=disk or self.active.file, known=known)
+
+    def _by_index(self, layer: str, disk: str) -> Image | None:
+        match = re.fullmatch(r"(?P<disk>.*)\[(?P<index>\d+)\]", layer, re.DOTALL)
+        if match is None or match["disk"] not in ("", disk):
+            return None
+        index = int(match["index"])
+        return self[index] if 1 <= index <= len(self) else None
+
+    def _by_node(self, layer: str) -> Image | None:
+        return next((image for image in self.images if image.node == layer), None)
+
+    def _by_file(self, layer: str) -> Image | None:
+        return next((image for image in self.images if image.is_file(layer)), None)
+
+    def _by_header(self, layer: str) -> Image | None:
+        """By the very string with which the image above names it: QEMU spells URIs in a way of its own."""
+        pairs = zip(self.images, self.images[1:], strict=False)
+        return next((below for below, image in pairs if image.backing == layer and not below.has_path), None)
+
+    def same_files(self, other: "Chain") -> bool:
+        """Whether both chains are made of the same files in the same order."""
+        return len(self) == len(other) and all(map(Image.same_as, self.images, other.images))
+
+    def __str__(self) -> str:
+        return draw(self.images)
+
+
+def draw(images: Sequence[Image]) -> str:
+    """``base.raw <-- a.qcow2``; whole paths where a last part alone would stand twice."""
+    names = [image.name for image in images]
+    unique = len(set(names)) == len(names)
+    return " <-- ".join(names if unique else [image.file for image in images])

@@ -1,0 +1,349 @@
+"""
+The commands: each declares itself, gathers its options into one value, and runs.
+
+Whatever a user can do here, `import qmpmerge` can do, with the same values and the same errors. Imports that only one
+command needs are made where it runs: start-up time is a feature.
+"""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpmerge import __version__
+from qmpmerge.cli import completing
+from qmpmerge.cli.options import Assignment, Options, Size, shared
+from qmpmerge.cli.running import on_host, run
+
+if TYPE_CHECKING:
+    from qmpmerge.cli.output import Output
+    from qmpmerge.hosts import Host
+    from qmpmerge.merge import Ending
+
+ENDINGS: dict[str, str] = {
+    "--pivot": "Active merge: move the guest onto the base (default).",
+    "--keep-overlay": "Active merge: let the guest keep the overlay.",
+    "--wait-ready": "Active merge: stop at ready, mirroring every write.",
+}
+
+
+def target(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare TARGET."""
+    return click.argument("target", shell_complete=completing.targets)(function)
+
+
+def endings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare how an active merge may end."""
+    values = {"--pivot": "pivot", "--keep-overlay": "keep", "--wait-ready": "ready"}
+    for flag in reversed(ENDINGS):
+        function = click.option(flag, "ending", flag_value=values[flag], default="pivot", help=ENDINGS[flag])(function)
+    return function
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, or pid:N.",
+)
+@click.version_option(__version__, prog_name="qmpmerge", message="%(prog)s %(version)s")
+def cli() -> None:
+    """
+    Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
+
+    \b
+    qmpmerge vms                                  which VMs run here
+    qmpmerge disks vm1                            their disks
+    qmpmerge snapshot vm1 vda=/vm/c.qcow2         put an overlay on top
+    qmpmerge chain vm1 vda                        base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2
+    qmpmerge commit vm1 vda --top [3]             base.raw <-- c.qcow2
+    qmpmerge commit vm1 vda                       base.raw, the guest moved onto it
+    """
+
+
+@cli.command()
+@shared
+def vms(options: Options) -> int:
+    """
+    List the running QEMUs of this host and their monitors.
+
+    A VM without a QMP monitor is listed as such. VMs of libvirt are marked, and left alone by the other commands.
+
+    \b
+    Exit codes: 0.
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge import processes
+
+        output.vms(processes.vms())
+        return "done"
+
+    return run(options, work)
+
+
+@cli.command()
+@target
+@shared
+def disks(target: str, options: Options) -> int:
+    """
+    List the disks of TARGET and the image each one uses now.
+
+    \b
+    Examples:
+      qmpmerge disks vm1
+      qmpmerge disks /run/vm1.sock --json
+
+    \b
+    Exit codes: 0, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(host: "Host", output: "Output") -> str:
+        output.disks(await host.disks())
+        return "done"
+
+    return run(options, on_host(target, options, work))
+
+
+@cli.command()
+@target
+@click.argument("disk", required=False, shell_complete=completing.disks)
+@shared
+def chain(target: str, disk: str | None, options: Options) -> int:
+    """
+    Show the chain of a disk, base first: what QEMU uses, and what the images' headers say.
+
+    DISK is a drive id, a qdev id, a node name or the active image's path; it may be left out where only one disk has a
+    backing chain. The active image is marked with a star.
+
+    \b
+    Examples:
+      qmpmerge chain vm1
+      qmpmerge chain /run/vm1.sock vda --json
+
+    \b
+    Exit codes: 0, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(host: "Host", output: "Output") -> str:
+        output.chain(await host.chain(disk))
+        return "done"
+
+    return run(options, on_host(target, options, work))
+
+
+@cli.command()
+@target
+@click.argument(
+    "overlays",
+    metavar="DISK=FILE...",
+    nargs=-1,
+    required=True,
+    type=Assignment(),
+    shell_complete=completing.assignments,
+)
+@click.option("--relative", is_flag=True, help="Write a relative backing name even into another folder.")
+@click.option("--quiesce", is_flag=True, help="Freeze the guest's filesystems for the moment; needs --agent.")
+@click.option("--agent", metavar="SOCKET", help="The socket of the guest agent.")
+@shared
+def snapshot(
+    target: str,
+    overlays: tuple[tuple[str, str], ...],
+    relative: bool,
+    quiesce: bool,
+    agent: str | None,
+    options: Options,
+) -> int:
+    """
+    Put a new overlay (external snapshot) on one or more disks, on all of them or on none.
+
+    FILE must not exist; it is made with the size of the disk. The image used so far becomes its backing file and is not
+    written any more. The backing name is relative where both lie in one folder.
+
+    \b
+    Examples:
+      qmpmerge snapshot vm1 vda=/vm/snap1.qcow2
+      qmpmerge snapshot vm1 vda=/vm/a1.qcow2 vdb=/vm/b1.qcow2
+      qmpmerge snapshot vm1 vda=/vm/snap1.qcow2 --quiesce --agent /run/vm1-agent.sock
+
+    \b
+    Exit codes: 0 created, 3 refused and nothing changed, 4 no session with TARGET, 6 unknown.
+    """
+    if quiesce != (agent is not None):
+        raise click.UsageError("--quiesce and --agent SOCKET go together")
+    doubled = [disk for disk, _ in overlays if [name for name, _ in overlays].count(disk) > 1]
+    if doubled:
+        raise click.UsageError(f"{doubled[0]} is named twice: a disk gets one overlay at a time")
+
+    async def work(host: "Host", output: "Output") -> str:
+        from qmpmerge import snapshots
+
+        output.snapshot(await snapshots.snapshot(host, dict(overlays), relative=relative, agent=agent))
+        return "created"
+
+    return run(options, on_host(target, options, work))
+
+
+@cli.command()
+@target
+@click.argument("disk", required=False, shell_complete=completing.disks)
+@click.option(
+    "--base", metavar="LAYER", help="Merge into this image (default: the lowest).", shell_complete=completing.layers
+)
+@click.option(
+    "--top",
+    metavar="LAYER",
+    help="Merge from this image down (default: the active one).",
+    shell_complete=completing.layers,
+)
+@click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
+@endings
+@click.option("--speed", type=Size(), default=0, metavar="SIZE", help="Limit in bytes a second, as in 100M.")
+@click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
+@shared
+def commit(
+    target: str,
+    disk: str | None,
+    base: str | None,
+    top: str | None,
+    shallow: bool,
+    ending: "Ending",
+    speed: int,
+    dry_run: bool,
+    options: Options,
+) -> int:
+    """
+    Merge images of a disk's chain down into one of them, while the guest keeps writing.
+
+    The images above --base up to and including --top go into --base. By default that is the whole chain, and the guest
+    moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
+    to the base.
+
+    LAYER is a path, an index as `qmpmerge chain` shows it (`vda[2]` or `[2]`, 1 is the base), or a node name.
+
+    \b
+    Examples:
+      qmpmerge commit vm1 vda --top '[3]'                      base <-- a <-- b <-- c  gives  base <-- c
+      qmpmerge commit vm1 vda                                  everything into the base
+      qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run     look first
+      qmpmerge commit vm1 vda --shallow --speed 100M           the top layer only, gently
+
+    \b
+    Exit codes:
+      0    merged, pivoted, kept, ready, planned, unchanged
+      3    refused: the disks are untouched, the hint says what to do instead
+      4    no session with TARGET: the disks are untouched
+      5    the job failed: the old chain is in use and right
+      6    unknown: the outcome is not proven
+      7    the job goes on in QEMU: --timeout passed
+      130  cancelled by Ctrl-C: the old chain is in use
+    """
+
+    async def work(host: "Host", output: "Output") -> str:
+        from qmpmerge import merge
+
+        outcome = await merge.commit(
+            host,
+            disk,
+            base=base,
+            top=top,
+            shallow=shallow,
+            ending=ending,
+            speed=speed,
+            dry_run=dry_run,
+            report=output.progress,
+            timeout=options.timeout,
+        )
+        output.commit(outcome)
+        return outcome.verdict
+
+    return run(options, on_host(target, options, work))
+
+
+@cli.command()
+@target
+@shared
+def jobs(target: str, options: Options) -> int:
+    """
+    List the block jobs of TARGET, whoever started them, and what can be done with each.
+
+    \b
+    Exit codes: 0, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(host: "Host", output: "Output") -> str:
+        output.jobs(await host.jobs())
+        return "done"
+
+    return run(options, on_host(target, options, work))
+
+
+VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismiss")
+
+
+@cli.command()
+@target
+@click.argument("job_id", metavar="ID", shell_complete=completing.jobs)
+@click.argument("verb", type=click.Choice(VERBS), metavar="VERB")
+@click.argument("speed", type=Size(), required=False, metavar="[SIZE]")
+@endings
+@shared
+def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending", options: Options) -> int:
+    """
+    Steer a block job: follow, pivot, keep, cancel, pause, resume, speed, dismiss.
+
+    \b
+    follow   go on with a commit job as if `commit` had started it, to its proved end
+    pivot    move the guest onto the base, from a job that is ready
+    keep     let the guest keep its overlay, from a job that is ready
+    cancel   end the job; the old chain stays in use
+    speed    limit it to SIZE bytes a second, 0 for no limit
+    dismiss  take an ended job out of QEMU's list
+
+    \b
+    Examples:
+      qmpmerge job vm1 qmpmerge-commit-vda follow
+      qmpmerge job vm1 qmpmerge-commit-vda speed 50M
+
+    \b
+    Exit codes: as of `commit`.
+    """
+    if (verb == "speed") != (speed is not None):
+        raise click.UsageError("`speed` takes a SIZE, as in `speed 50M`; the other verbs take none")
+
+    async def work(host: "Host", output: "Output") -> str:
+        from qmpmerge import jobs, merge
+
+        if verb not in ("follow", "pivot", "keep"):
+            output.steered(job_id, await jobs.steer(host.monitor, job_id, verb, speed or 0))
+            return "done"
+        outcome = await merge.follow(
+            host,
+            job_id,
+            ending=ending if verb == "follow" else "pivot" if verb == "pivot" else "keep",
+            needs_ready=verb != "follow",
+            report=output.progress,
+            timeout=options.timeout,
+        )
+        output.commit(outcome)
+        return outcome.verdict
+
+    return run(options, on_host(target, options, work))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """
+    Print the completion script of a shell; VMs, disks, layers and jobs are completed live.
+
+    \b
+    bash   qmpmerge completion bash > ~/.local/share/bash-completion/completions/qmpmerge
+    zsh    qmpmerge completion zsh > a file _qmpmerge in a folder of $fpath
+    fish   qmpmerge completion fish > ~/.config/fish/completions/qmpmerge.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    maker = get_completion_class(shell)
+    assert maker is not None, "the shells are click's own"
+    click.echo(re.sub(r"\n+\Z", "", maker(cli, {}, "qmpmerge", "_QMPMERGE_COMPLETE").source()))
+    return 0

@@ -1,0 +1,86 @@
+"""What the shell offers at TAB: running VMs, their disks, their layers, their jobs. Quick, and silent when it cannot."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from qmpmerge.errors import CommandError, Error
+
+if TYPE_CHECKING:
+    from qmpmerge.hosts import Host
+
+T = TypeVar("T")
+
+SECONDS = 1.0
+
+
+def _ask(ctx: click.Context, question: "Callable[[Host], Awaitable[list[T]]]") -> list[T]:
+    target = ctx.params.get("target")
+    if not target:
+        return []
+
+    async def asking() -> list[T]:
+        from qmpmerge.hosts import live
+
+        async with asyncio.timeout(2 * SECONDS), live(target, timeout=SECONDS) as host:
+            return await question(host)
+
+    try:
+        return asyncio.run(asking())
+    except (Error, CommandError, TimeoutError):
+        return []
+
+
+def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of VMs; with a slash in it the shell completes files."""
+    if "/" in incomplete or incomplete.startswith("."):
+        return [CompletionItem(incomplete, type="file")]
+    from qmpmerge.processes import vms
+
+    found = [vm.name or f"pid:{vm.pid}" for vm in vms() if vm.monitors and not vm.libvirt]
+    names = [CompletionItem(name) for name in dict.fromkeys(found) if name.startswith(incomplete)]
+    return [*names, *([CompletionItem(incomplete, type="file")] if not names else [])]
+
+
+def disks(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The target's disks."""
+
+    async def names(host: "Host") -> list[tuple[str, str]]:
+        return [(disk.name, str(disk.chain)) for disk in await host.disks() if disk.chain is not None]
+
+    return [CompletionItem(name, help=chain) for name, chain in _ask(ctx, names) if name.startswith(incomplete)]
+
+
+def assignments(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """DISK= for each disk."""
+    if "=" in incomplete:
+        return []
+    return [CompletionItem(f"{item.value}=", help=item.help) for item in disks(ctx, param, incomplete)]
+
+
+def layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The images of the disk's chain: by index where nothing is typed yet, by path after a slash."""
+
+    async def images(host: "Host") -> list[tuple[str, str]]:
+        disk = await host.disk(ctx.params.get("disk"))
+        numbered = list(enumerate(disk.chain or (), 1))
+        return [(f"[{index}]", image.file) for index, image in numbered] + [(image.file, "") for _, image in numbered]
+
+    by_path = incomplete.startswith("/")
+    return [
+        CompletionItem(name, help=note)
+        for name, note in _ask(ctx, images)
+        if name.startswith(incomplete) and name.startswith("/") == by_path
+    ]
+
+
+def jobs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The target's jobs."""
+
+    async def ids(host: "Host") -> list[tuple[str, str]]:
+        return [(job.id, job.status) for job in await host.jobs()]
+
+    return [CompletionItem(name, help=status) for name, status in _ask(ctx, ids) if name.startswith(incomplete)]

@@ -1,0 +1,98 @@
+"""Options that every command shares, and the types of the others."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from qmpmerge.cli.output import Output
+
+UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the shared options say. `timeout` is in seconds, None for no limit of the user's."""
+
+    json: bool
+    verbose: bool
+    quiet: bool
+    timeout: float | None
+    force: frozenset[str]
+
+    def output(self) -> "Output":
+        """The renderer they ask for, on this process's streams."""
+        if self.json:
+            from qmpmerge.cli.json_output import JsonOutput
+
+            return JsonOutput(sys.stdout, sys.stderr, quiet=self.quiet)
+        from qmpmerge.cli.text_output import TextOutput
+
+        return TextOutput(sys.stdout, sys.stderr, quiet=self.quiet)
+
+
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare the shared options; the command gets them as one value, ``options``."""
+    declared = (
+        click.option("--json", is_flag=True, help="One JSON object on stdout, progress as JSON lines on stderr."),
+        click.option("-v", "--verbose", is_flag=True, help="Show the QMP conversation on stderr."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no hints."),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="SECONDS",
+            help="Stop waiting after this time. A job that runs then goes on (exit code 7).",
+        ),
+        click.option(
+            "--force",
+            multiple=True,
+            type=click.Choice(["libvirt"]),
+            help="Go on although qmpmerge refuses for this reason.",
+        ),
+    )
+
+    def gather(
+        *, json: bool, verbose: bool, quiet: bool, timeout: float | None, force: tuple[str, ...], **rest: object
+    ) -> Any:
+        return function(options=Options(json, verbose, quiet, timeout, frozenset(force)), **rest)
+
+    gather.__name__ = function.__name__
+    gather.__doc__ = function.__doc__
+    gather.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in reversed(declared):
+        gather = option(gather)
+    return gather
+
+
+class Size(click.ParamType[int]):
+    """Bytes, with an optional K, M, G or T (powers of 1024)."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """``64M`` is 67108864."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is no size: write bytes, or a number with K, M, G or T, as in 64M", param, ctx)
+        return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+class Assignment(click.ParamType[tuple[str, str]]):
+    """``DISK=FILE``."""
+
+    name = "disk=file"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Split at the first ``=``."""
+        if isinstance(value, tuple):
+            return value
+        disk, equals, file = str(value).partition("=")
+        if not (disk and equals and file):
+            self.fail(f"{value!r} is not of the form DISK=FILE, as in vda=/vm/snap1.qcow2", param, ctx)
+        return disk, file

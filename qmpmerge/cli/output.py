@@ -1,0 +1,58 @@
+"""
+What a command says: results to stdout, everything else to stderr.
+
+Work code reports values, someone else draws. `Output` is what the commands call; `TextOutput` and `JsonOutput` are the two
+renderers. Nothing outside these modules prints.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from qmpmerge.blockgraph import Disk
+    from qmpmerge.errors import Error
+    from qmpmerge.hosts import ChainView
+    from qmpmerge.jobs import Job, Progress
+    from qmpmerge.merge import Outcome
+    from qmpmerge.processes import Vm
+    from qmpmerge.snapshots import Overlay
+
+
+class Output(Protocol):
+    """One method for each thing that a command can have to say."""
+
+    def vms(self, found: "Sequence[Vm]") -> None:
+        """The running QEMUs of this host."""
+
+    def disks(self, found: "Sequence[Disk]") -> None:
+        """The disks of a target."""
+
+    def chain(self, view: "ChainView") -> None:
+        """The chain of a disk and what is odd about it."""
+
+    def snapshot(self, overlays: "Sequence[Overlay]") -> None:
+        """The overlays that were made."""
+
+    def commit(self, outcome: "Outcome") -> None:
+        """What a merge came to."""
+
+    def jobs(self, found: "Sequence[Job]") -> None:
+        """The block jobs of a target."""
+
+    def steered(self, job_id: str, job: "Job | None") -> None:
+        """A job after a verb was sent to it; None when it is gone."""
+
+    def failure(self, error: "Error") -> None:
+        """Why a command did not do what was asked."""
+
+    def progress(self, told: "Progress") -> None:
+        """How far a merge is."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know meanwhile."""
+
+    def trace(self, direction: str, text: str) -> None:
+        """A line of the QMP conversation."""
+
+    def close(self) -> None:
+        """End what is being redrawn."""

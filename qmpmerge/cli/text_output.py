@@ -1,0 +1,219 @@
+"""Text for people."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qmpmerge.chain import draw
+from qmpmerge.cli import words
+from qmpmerge.cli.words import visible
+
+if TYPE_CHECKING:
+    from qmpmerge.blockgraph import Disk
+    from qmpmerge.errors import Error
+    from qmpmerge.hosts import ChainView
+    from qmpmerge.jobs import Job, Progress
+    from qmpmerge.merge import Outcome
+    from qmpmerge.processes import Vm
+    from qmpmerge.snapshots import Overlay
+
+DRAW_AFTER_SECONDS = 0.5
+
+
+class TextOutput:
+    """Renders to two streams; `quiet` leaves out progress and notes."""
+
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._out = out
+        self._err = err
+        self._quiet = quiet
+        self._clock = clock
+        self._begun: float | None = None
+        self._tenth = 0
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def vms(self, found: "Sequence[Vm]") -> None:
+        """A table; monitors that can be used as TARGET come last."""
+        rows = [
+            (
+                vm.name or "-",
+                str(vm.pid),
+                vm.user,
+                "libvirt" if vm.libvirt else "",
+                ", ".join(vm.monitors) or "no monitor",
+            )
+            for vm in found
+        ]
+        self._table(("NAME", "PID", "USER", "", "MONITOR"), rows, "no running QEMU found")
+
+    def disks(self, found: "Sequence[Disk]") -> None:
+        """A table, one disk a line."""
+        self._table(
+            ("DISK", "FORMAT", "DEPTH", "SIZE", "ALLOCATED", "JOB", "ACTIVE IMAGE"),
+            [_disk_row(disk) for disk in found],
+            "no disks",
+        )
+
+    def chain(self, view: "ChainView") -> None:
+        """The drawing, the table base first, the oddities."""
+        self._say(f"{visible(view.disk.name)}: {visible(view.chain)}")
+        rows = [
+            (
+                f"[{index}]",
+                image.format,
+                words.size(image.virtual_size),
+                words.size(image.allocated),
+                image.node or "-",
+                image.file + (" *" if image is view.chain.active else ""),
+                image.backing or "",
+            )
+            for index, image in enumerate(view.chain, 1)
+        ]
+        columns = ("INDEX", "FORMAT", "SIZE", "ALLOCATED", "NODE", "FILE (* active)", "BACKING AS WRITTEN")
+        self._table(columns, rows, "")
+        for odd in view.oddities:
+            self._say(f"odd: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
+
+    def snapshot(self, overlays: "Sequence[Overlay]") -> None:
+        """A line for each overlay."""
+        for overlay in overlays:
+            self._say(f"{visible(overlay.disk)}: the guest now writes to {visible(overlay.file)}")
+
+    def commit(self, outcome: "Outcome") -> None:
+        """The verdict, the chain before and after, what is left to do."""
+        disk = visible(outcome.disk)
+        if outcome.verdict == "unchanged":
+            self._say(f"{disk}: unchanged, {visible(outcome.before)} has no backing file, so there is nothing to merge")
+            return
+        self._say(f"{disk}: {outcome.verdict}{_cost(outcome)}")
+        self._say(f"  before  {visible(draw(outcome.before.images))}")
+        self._say(f"  {'after ' if outcome.verdict != 'planned' else 'result'}  {visible(draw(outcome.after.images))}")
+        for merged in outcome.merged:
+            word = "would no longer be part of it" if outcome.verdict == "planned" else "no longer part of it"
+            self._say(f"  {word}: {visible(merged.file)}")
+        for hint in outcome.hints:
+            self._hint(hint)
+
+    def jobs(self, found: "Sequence[Job]") -> None:
+        """A table, with what can be done with each job."""
+        rows = [
+            (
+                job.id,
+                job.type,
+                job.disk or "-",
+                job.status if job.io_status == "ok" else f"{job.status} ({job.io_status})",
+                f"{words.size(job.done)} of {words.size(job.total)}",
+                f"{words.size(job.speed)}/s" if job.speed else "unlimited",
+                ", ".join(job.verbs),
+                job.error or "",
+            )
+            for job in found
+        ]
+        columns = ("JOB", "TYPE", "DISK", "STATUS", "DONE", "SPEED", "POSSIBLE NOW", "")
+        self._table(columns, rows, "no block jobs")
+
+    def steered(self, job_id: str, job: "Job | None") -> None:
+        """One line."""
+        self._say(f"{visible(job_id)}: {'gone' if job is None else job.status}")
+
+    def failure(self, error: "Error") -> None:
+        """The sentence, and the hint on a line of its own, both on stderr."""
+        self.close()
+        self._err.write(f"{error.verdict}: {visible(error)}\n")
+        if error.hint:
+            self._hint(error.hint)
+
+    def progress(self, told: "Progress") -> None:
+        """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
+        now = self._clock()
+        if self._begun is None:
+            self._begun = now
+        if self._quiet or now - self._begun < DRAW_AFTER_SECONDS:
+            return
+        if self._err.isatty():
+            self._redraw(told)
+            return
+        tenth = int((told.percent or 0) // 10)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            self._err.write(words.progress(told) + "\n")
+
+    def note(self, text: str) -> None:
+        """A line on stderr."""
+        if not self._quiet:
+            self.close()
+            self._err.write(f"{visible(text)}\n")
+
+    def trace(self, direction: str, text: str) -> None:
+        """A line on stderr."""
+        self._err.write(f"{direction} {visible(text)}\n")
+
+    def close(self) -> None:
+        """End the redrawn line."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _redraw(self, told: "Progress") -> None:
+        if self._bar is None:
+            # rich takes 80 ms to import: only where a bar is drawn
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = (BarColumn(bar_width=24), TextColumn("{task.fields[line]}", markup=False))
+            self._bar = Bar(*columns, console=Console(file=self._err), transient=True)
+            self._bar.start()
+        if told.disk not in self._tasks:
+            self._tasks[told.disk] = self._bar.add_task("", total=None, line="")
+        self._bar.update(
+            self._tasks[told.disk], total=told.total or None, completed=told.done, line=words.progress(told)
+        )
+
+    def _say(self, line: str) -> None:
+        self.close()
+        self._out.write(line + "\n")
+
+    def _hint(self, text: str) -> None:
+        if not self._quiet:
+            self._err.write(f"hint: {visible(text)}\n")
+
+    def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
+        if not rows:
+            self._err.write(f"{empty}\n") if empty and not self._quiet else None
+            return
+        cells = [columns, *([visible(cell) for cell in row] for row in rows)]
+        used = [index for index in range(len(columns)) if any(row[index] for row in cells[1:])]
+        widths = {index: max(len(row[index]) for row in cells) for index in used}
+        for row in cells:
+            self._say("  ".join(row[index].ljust(widths[index]) for index in used).rstrip())
+
+
+def _disk_row(disk: "Disk") -> tuple[str, ...]:
+    if disk.chain is None:
+        return (disk.name, "", "", "", "", "", "(empty)")
+    active = disk.chain.active
+    return (
+        disk.name,
+        active.format,
+        str(len(disk.chain)),
+        words.size(active.virtual_size),
+        words.size(active.allocated),
+        disk.job.id if disk.job else "",
+        active.file + (" (read-only)" if active.read_only else ""),
+    )
+
+
+def _cost(outcome: "Outcome") -> str:
+    if outcome.verdict == "planned":
+        return ", nothing was changed"
+    copied = f", {words.size(outcome.copied)} copied" if outcome.copied is not None else ""
+    return f" in {outcome.seconds:.2f} s{copied}" if outcome.seconds else ""

@@ -1,0 +1,52 @@
+"""Numbers and names in words, as people read them on a terminal."""
+
+from qmpmerge.jobs import Progress
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def size(count: float | None) -> str:
+    """``1.5 GiB``; a dash for what is not known."""
+    if count is None:
+        return "-"
+    power = 0
+    while count >= 1024 ** (power + 1) and power < len(_UNITS) - 1:
+        power += 1
+    value = count / 1024**power
+    digits = 0 if value >= 100 or value == int(value) else 1
+    return f"{value:.{digits}f} {_UNITS[power]}"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def visible(text: object) -> str:
+    """The text with control characters, broken bytes and direction marks spelled out: file names may hold anything."""
+    return "".join(c if c.isprintable() else _spelled(c) for c in str(text))
+
+
+def _spelled(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as the filesystem interface hands it over
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def progress(told: Progress) -> str:
+    """``vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, 28 s left``; what was scanned is not called copied."""
+    percent = "" if told.percent is None else f"{told.percent:.0f} %, "
+    parts = [f"{percent}{told.counts} {size(told.done)} of {size(told.total)}"]
+    if told.rate is not None:
+        parts.append(f"{size(told.rate)}/s")
+    if told.eta is not None and told.done < told.total:
+        parts.append(f"{duration(told.eta)} left")
+    if told.status not in ("running", "created"):
+        parts.append(told.status)
+    return f"{visible(told.disk)}: {', '.join(parts)}"

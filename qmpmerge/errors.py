@@ -1,0 +1,614 @@
+"""
+What can go wrong, sorted by what the caller does next.
+
+    Error
+     +-- Untouched                      nothing was changed
+     |    +-- Refused            3      a check said no; the hint says what to do instead
+     |    +-- Unreachable        4      no session with QEMU could be made
+     +-- Failed                  5      the job ran and failed: the old chain is in use and right
+     +-- Unknown                 6      the outcome is not proven: ask QEMU again
+     +-- StillRunning            7      we stopped waiting, the job goes on
+     +-- Cancelled             130      the job was cancelled: the old chain is in use
+
+An error is a sentence plus its facts: the class holds the sentence and the hint, the constructor keeps the facts as
+fields. People read ``str(error)`` and ``error.hint``, tests and JSON read ``error.name`` and ``error.facts``.
+
+Every verdict and its exit code stand in `EXIT_CODES`, here and nowhere else.
+"""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+EXIT_CODES = {
+    "merged": 0,
+    "pivoted": 0,
+    "kept": 0,
+    "ready": 0,
+    "planned": 0,
+    "unchanged": 0,
+    "created": 0,
+    "done": 0,
+    "refused": 3,
+    "unreachable": 4,
+    "failed": 5,
+    "unknown": 6,
+    "running": 7,
+    "cancelled": 130,
+}
+"""Verdict to exit code. 1 is a bug of ours (a traceback), 2 is a usage error (click's)."""
+
+
+class Error(Exception):
+    """Base of all our errors. Subclasses are dataclasses: their fields are the facts."""
+
+    verdict: ClassVar[str] = "unknown"
+    sentence: ClassVar[str] = ""
+    advice: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """The class name as users write it: ``ShorterLayer`` is ``shorter-layer``."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower()
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the verdict, from `EXIT_CODES`."""
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """The fields, for JSON and for tests."""
+        if not dataclasses.is_dataclass(self):
+            return {}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def hint(self) -> str:
+        """What to do next, one sentence; empty where there is nothing to say."""
+        return self.advice.format_map(self._words())
+
+    def __str__(self) -> str:
+        return self.sentence.format_map(self._words())
+
+    def _words(self) -> dict[str, object]:
+        return {name: _in_words(value) for name, value in self.facts.items()}
+
+
+def _in_words(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value) or "none"
+    return value
+
+
+class Untouched(Error):
+    """Nothing was changed: all of this is found out before anything is sent."""
+
+
+class Refused(Untouched):
+    """A check said no."""
+
+    verdict = "refused"
+
+
+class Unreachable(Untouched):
+    """No session with a QEMU could be made, so nothing was sent."""
+
+    verdict = "unreachable"
+
+
+class Unknown(Error):
+    """
+    The outcome is not proven.
+
+    After a lost connection or a missing reply nobody can say whether a command took effect: it may even run later.
+    The only cure is to ask QEMU again, and never to send the command again blindly.
+    """
+
+    verdict = "unknown"
+    advice = "run `qmpmerge jobs {target}` and `qmpmerge chain {target}`: QEMU knows what happened"
+
+
+class Failed(Error):
+    """The job ran and failed. The old chain is in use and right; running the command again is safe."""
+
+    verdict = "failed"
+
+
+# --- refused: what the user asked for is not there, or makes no sense -------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class NoSuchDisk(Refused):
+    """DISK names nothing that the target has."""
+
+    disk: str
+    target: str
+    known: list[str]
+    sentence = "no disk {disk} on {target}"
+    advice = "disks there: {known}"
+
+
+@dataclasses.dataclass(eq=False)
+class DiskNeeded(Refused):
+    """DISK was left out and several disks have a backing chain, or none has."""
+
+    target: str
+    known: list[str]
+    sentence = "{target} has more than one disk that this could mean: {known}"
+    advice = "name the disk, as in `... {target} DISK`"
+
+
+@dataclasses.dataclass(eq=False)
+class NoDisk(Refused):
+    """The target has no disk at all."""
+
+    target: str
+    sentence = "{target} has no disk with an image"
+    advice = "see `qmpmerge disks {target}`"
+
+
+@dataclasses.dataclass(eq=False)
+class NoSuchLayer(Refused):
+    """--base or --top names no image of the chain."""
+
+    layer: str
+    disk: str
+    known: list[str]
+    sentence = "no image {layer} in the chain of {disk}"
+    advice = "the chain, base first: {known}"
+
+
+@dataclasses.dataclass(eq=False)
+class BaseAboveTop(Refused):
+    """The base lies above the top."""
+
+    base: str
+    top: str
+    sentence = "the base {base} lies above the top {top}"
+    advice = "a merge goes down: swap --base and --top"
+
+
+@dataclasses.dataclass(eq=False)
+class BaseIsTop(Refused):
+    """Base and top are one image: nothing lies between them."""
+
+    base: str
+    sentence = "base and top are both {base}, so there is nothing to merge"
+    advice = "name a base further down, or leave --base out to merge into the lowest image"
+
+
+@dataclasses.dataclass(eq=False)
+class OptionsConflict(Refused):
+    """Two options of which only one can be meant."""
+
+    options: list[str]
+    sentence = "{options} cannot be used together"
+    advice = "leave one of them out"
+
+
+# --- refused: it would harm ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class ShorterLayer(Refused):
+    """
+    An image above the base is smaller than the base.
+
+    Above the end of a short layer the guest reads zeros; after the merge it would read what the base holds there.
+    QEMU does this without a word (facts/qemu-block-jobs.md A3).
+    """
+
+    image: str
+    size: int
+    base: str
+    base_size: int
+    sentence = (
+        "{image} is shorter than {base} ({size} < {base_size} bytes): the merge would uncover the base's stale data"
+    )
+    advice = "merge into an image above the short one, or grow it first with `block_resize` or `qemu-img resize`"
+
+
+@dataclasses.dataclass(eq=False)
+class Busy(Refused):
+    """A block job is on the disk already; QEMU takes one commit job a disk."""
+
+    disk: str
+    job: str
+    target: str
+    sentence = "{disk} is busy: job {job} is working on it"
+    advice = "see `qmpmerge jobs {target}`; `qmpmerge job {target} {job} follow` goes on with it, `cancel` ends it"
+
+
+@dataclasses.dataclass(eq=False)
+class Locked(Refused):
+    """Another qmpmerge works on the same base."""
+
+    base: str
+    lock: str
+    sentence = "another qmpmerge is merging into {base}"
+    advice = "wait for it; its lock is {lock}"
+
+
+@dataclasses.dataclass(eq=False)
+class Temporary(Refused):
+    """A ``snapshot=on`` drive: the merge would write into the image that the user meant to protect."""
+
+    disk: str
+    file: str
+    sentence = "{disk} is a snapshot=on drive, its active image {file} is a temporary file"
+    advice = "nothing to merge: what the guest wrote there is meant to be thrown away"
+
+
+@dataclasses.dataclass(eq=False)
+class Replaced(Refused):
+    """The file at a path is not the inode that QEMU has open; QEMU would reopen the path and write into that file."""
+
+    file: str
+    pid: int
+    sentence = "{file} was replaced: QEMU (pid {pid}) has another file open under this name"
+    advice = "put the file that QEMU has open back under its name, then try again"
+
+
+@dataclasses.dataclass(eq=False)
+class Disagrees(Refused):
+    """The header on disk tells another chain than QEMU does."""
+
+    image: str
+    header: str
+    graph: str
+    sentence = "the header of {image} names {header} as its backing file, QEMU uses {graph}"
+    advice = "mend the header first (`qemu-img rebase -u`, with the VM off), or merge a range that leaves {image} out"
+
+
+@dataclasses.dataclass(eq=False)
+class BackingString(Refused):
+    """The name that the overlay's header would get does not fit there, or would not lead to the base."""
+
+    overlay: str
+    backing: str
+    reason: str
+    sentence = "the header of {overlay} cannot name {backing} as its backing file: {reason}"
+    advice = "keep the chain in one folder with relative backing names, or give absolute ones (`qemu-img rebase -u`)"
+
+
+@dataclasses.dataclass(eq=False)
+class NotWritable(Refused):
+    """
+    QEMU could not rewrite the overlay's header with the very string it has.
+
+    The same failure at the end of the merge would crash QEMU (facts/qemu-block-jobs.md A1), so it is tried first.
+    """
+
+    overlay: str
+    reason: str
+    sentence = "QEMU cannot rewrite the header of {overlay}: {reason}"
+    advice = "make {overlay} writable for QEMU (permissions, `chattr -i`, free space), then try again"
+
+
+@dataclasses.dataclass(eq=False)
+class FlushUnavailable(Refused):
+    """
+    No flush whose error we would see can be asked for.
+
+    Without one a failing disk would be reported as a merge that went well (facts/faults.md, finding 5).
+    """
+
+    reason: str
+    sentence = "QEMU cannot be asked to make the base durable: {reason}"
+    advice = "if QEMU's NBD server is in use, stop it for the merge (`nbd-server-stop`), then try again"
+
+
+@dataclasses.dataclass(eq=False)
+class StreamConcluded(Refused):
+    """QEMU 7.2 to 10.0 crash when asked for their nodes while a stream job is concluded (faults.md, finding 8)."""
+
+    job: str
+    target: str
+    sentence = "stream job {job} has ended but was not dismissed; QEMU may crash if asked about its disks now"
+    advice = "run `qmpmerge job {target} {job} dismiss` first"
+
+
+@dataclasses.dataclass(eq=False)
+class LibvirtManaged(Refused):
+    """The QEMU belongs to libvirt, which keeps its own idea of the chain."""
+
+    vm: str
+    sentence = "{vm} is managed by libvirt, which must know of every change to its disks"
+    advice = "use `virsh blockcommit`; `--force libvirt` goes on if you know better"
+
+
+@dataclasses.dataclass(eq=False)
+class QemuRefused(Refused):
+    """QEMU said no to a command that starts something; the block graph is unchanged."""
+
+    command: str
+    reason: str
+    sentence = "QEMU refused {command}: {reason}"
+    advice = "nothing was changed; `-v` shows the conversation"
+
+
+@dataclasses.dataclass(eq=False)
+class FileExists(Refused):
+    """An overlay's file exists already; QEMU itself would overwrite it."""
+
+    file: str
+    sentence = "{file} exists already"
+    advice = "choose another name, or move the file away"
+
+
+@dataclasses.dataclass(eq=False)
+class CannotCreate(Refused):
+    """An overlay's file cannot be created."""
+
+    file: str
+    reason: str
+    sentence = "cannot create {file}: {reason}"
+    advice = "the folder must exist and be writable by you and by QEMU"
+
+
+@dataclasses.dataclass(eq=False)
+class AgentFailed(Refused):
+    """The guest agent did not freeze the filesystems; no snapshot was taken."""
+
+    agent: str
+    reason: str
+    sentence = "the guest agent at {agent} did not freeze the guest: {reason}"
+    advice = "is qemu-guest-agent running in the guest? Without --quiesce the snapshot is crash-consistent"
+
+
+@dataclasses.dataclass(eq=False)
+class JobVerb(Refused):
+    """The verb is not legal in the job's state."""
+
+    job: str
+    verb: str
+    status: str
+    verbs: list[str]
+    sentence = "job {job} is {status} and cannot {verb} now"
+    advice = "possible now: {verbs}"
+
+
+@dataclasses.dataclass(eq=False)
+class NoSuchJob(Refused):
+    """No job of this name."""
+
+    job: str
+    target: str
+    known: list[str]
+    sentence = "no job {job} on {target}"
+    advice = "jobs there: {known}"
+
+
+@dataclasses.dataclass(eq=False)
+class ToolMissing(Refused):
+    """A program of QEMU's that we need is not installed."""
+
+    program: str
+    package: str
+    sentence = "{program} is not installed"
+    advice = "install it, on Debian and Ubuntu with `apt-get install {package}`"
+
+
+@dataclasses.dataclass(eq=False)
+class ImageUnreadable(Refused):
+    """qemu-img could not read or make an image."""
+
+    file: str
+    reason: str
+    sentence = "qemu-img cannot use {file}: {reason}"
+    advice = "does the file exist, and may you read it?"
+
+
+# --- unreachable --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class NoSuchTarget(Unreachable):
+    """TARGET is neither a path that exists nor a running QEMU."""
+
+    target: str
+    sentence = "no socket and no running QEMU called {target}"
+    advice = "`qmpmerge vms` lists the running QEMUs and their monitors"
+
+
+@dataclasses.dataclass(eq=False)
+class AmbiguousName(Unreachable):
+    """Two running QEMUs have the name."""
+
+    target: str
+    pids: list[int]
+    sentence = "{target} is the name of more than one running QEMU, pids {pids}"
+    advice = "name one by its pid, as in `pid:{first}`"
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "first": self.pids[0]}
+
+
+@dataclasses.dataclass(eq=False)
+class NoMonitor(Unreachable):
+    """A running QEMU without a QMP monitor socket."""
+
+    target: str
+    pid: int
+    sentence = "no QMP monitor socket of {target} (pid {pid}) can be found"
+    advice = "start it with `-qmp unix:/run/vm.sock,server=on,wait=off`, or name its socket if you know it"
+
+
+@dataclasses.dataclass(eq=False)
+class MonitorTaken(Unreachable):
+    """Another QEMU answers on the monitor of the one that was named: it was started later with the same path."""
+
+    target: str
+    pid: int
+    other: int | None
+    sentence = "the monitor of {target} (pid {pid}) now belongs to another QEMU (pid {other})"
+    advice = "name that one, as in `pid:{other}`, or give each VM a monitor path of its own"
+
+
+@dataclasses.dataclass(eq=False)
+class NotASocket(Unreachable):
+    """TARGET exists but is no socket."""
+
+    path: str
+    kind: str
+    sentence = "{path} is a {kind}, not a monitor socket"
+    advice = "name the QMP monitor of a running QEMU; `qmpmerge vms` lists them"
+
+
+@dataclasses.dataclass(eq=False)
+class Offline(Unreachable):
+    """TARGET is an image: merging what no QEMU holds is another door than this release has."""
+
+    path: str
+    sentence = "{path} is an image file; this release works on the disks of a running QEMU only"
+    advice = "name the monitor or the VM that uses it (`qmpmerge vms`); `qemu-img commit` works on images nobody holds"
+
+
+@dataclasses.dataclass(eq=False)
+class NobodyListens(Unreachable):
+    """The socket is there, nobody listens on it."""
+
+    address: str
+    sentence = "nobody listens on {address}: its QEMU is gone"
+    advice = "start the VM again, or see `qmpmerge vms`"
+
+
+@dataclasses.dataclass(eq=False)
+class NoPermission(Unreachable):
+    """We may not connect."""
+
+    address: str
+    owner: str
+    sentence = "no permission to connect to {address}, which belongs to {owner}"
+    advice = "run qmpmerge as {owner}"
+
+
+@dataclasses.dataclass(eq=False)
+class CannotConnect(Unreachable):
+    """Any other failure of connect(2)."""
+
+    address: str
+    reason: str
+    sentence = "cannot connect to {address}: {reason}"
+    advice = "is the address right? `qmpmerge vms` lists the monitors of this host"
+
+
+@dataclasses.dataclass(eq=False)
+class MonitorSilent(Unreachable):
+    """
+    Connected, but no greeting came.
+
+    A QEMU monitor serves one client at a time: a second one connects and waits, possibly for ever. A stopped QEMU
+    and a socket that speaks another protocol (a guest agent, say) look just the same.
+    """
+
+    address: str
+    seconds: float
+    holder: str
+    stopped: bool = False
+    sentence = "the monitor {address} did not greet us within {seconds:g} s: {holder}"
+    advice = "end that session, or give QEMU a second monitor (`-qmp unix:PATH,server=on,wait=off`)"
+
+
+@dataclasses.dataclass(eq=False)
+class NotQmp(Unreachable):
+    """Something else than QMP answers on the socket."""
+
+    address: str
+    got: str
+    sentence = "{address} does not speak QMP: {got}"
+    advice = "a human monitor (-monitor) will not do: QEMU needs `-qmp unix:PATH,server=on,wait=off`"
+
+
+# --- after the start ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class JobFailed(Failed):
+    """QEMU ended the job with an error."""
+
+    job: str
+    reason: str
+    sentence = "job {job} failed: {reason}; the old chain is in use and nothing is lost"
+    advice = "mend the cause, then run the same command again"
+
+
+@dataclasses.dataclass(eq=False)
+class NotDurable(Failed):
+    """A flush failed, so nothing was switched: the job was cancelled and the old chain is in use."""
+
+    node: str
+    reason: str
+    sentence = "the storage did not make {node} durable: {reason}; nothing was switched, the old chain is in use"
+    advice = "look at the storage's logs; once it is well, run the same command again"
+
+
+@dataclasses.dataclass(eq=False)
+class NotProven(Unknown):
+    """What a fresh look shows is not what the plan says."""
+
+    target: str
+    expected: str
+    found: str
+    sentence = "the outcome is not proven: expected {expected}, found {found}"
+
+
+@dataclasses.dataclass(eq=False)
+class HeaderNotDurable(Unknown):
+    """The merge is done, but the storage did not confirm the overlay's new header: after a power cut it may be old."""
+
+    target: str
+    overlay: str
+    reason: str
+    sentence = "merged, but the storage did not make the new header of {overlay} durable: {reason}"
+    advice = "keep the merged files until the storage is well: after a power cut the header may name them again"
+
+
+@dataclasses.dataclass(eq=False)
+class SessionLost(Unknown):
+    """The monitor session ended while a command was under way."""
+
+    target: str
+    command: str
+    reason: str
+    sentence = "the session with {target} was lost during {command}: {reason}"
+
+
+@dataclasses.dataclass(eq=False)
+class NoReply(Unknown):
+    """No reply in time. The command may still run."""
+
+    target: str
+    command: str
+    seconds: float
+    sentence = "{target} did not answer {command} within {seconds:g} s"
+
+
+@dataclasses.dataclass(eq=False)
+class StillRunning(Error):
+    """We stopped waiting; the job belongs to QEMU and goes on."""
+
+    target: str
+    job: str
+    verdict = "running"
+    sentence = "job {job} goes on in QEMU"
+    advice = "`qmpmerge job {target} {job} follow` waits for it and finishes the merge, `cancel` ends it"
+
+
+@dataclasses.dataclass(eq=False)
+class Cancelled(Error):
+    """The user cancelled; where a job ran its end was seen: the old chain is in use."""
+
+    verdict = "cancelled"
+    sentence = "cancelled: the disks are as they were"
+    advice = "run the same command again when you like"
+
+
+class CommandError(Exception):
+    """QEMU answered a command with an error. Never shown as it is: whoever sent the command knows what it means."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(f"{command}: {description}")
+        self.command = command
+        self.description = description

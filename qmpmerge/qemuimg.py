@@ -1,0 +1,114 @@
+"""
+qemu-img: the only module that runs it.
+
+Always by absolute path and argv, never through a shell, with JSON read back: a name may hold spaces, colons, newlines or
+a leading dash (facts/faults.md 2.8). `info` opens a single image and nothing below it.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+from qmpmerge.errors import ImageUnreadable, ToolMissing
+
+SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image's own header says. `backing` is the string as written; sizes in bytes."""
+
+    file: str
+    format: str
+    virtual_size: int
+    backing: str | None
+    backing_format: str | None
+
+
+async def info(path: str, format: str | None = None) -> Header:
+    """
+    The header of one image, shared with whoever holds it; nothing below it is opened.
+
+    Pass the format where it is known: a raw image must never be probed, its first bytes belong to the guest.
+    Raises ImageUnreadable, ToolMissing.
+    """
+    arguments = ["info", "--force-share", "--output=json"]
+    if format is not None:
+        arguments += ["-f", format]
+    return _header(json.loads(await _run(path, *arguments, os.path.abspath(path))))
+
+
+async def chain_info(path: str, format: str | None = None) -> list[Header]:
+    """
+    The headers of a whole chain, base first, as `qemu-img info --backing-chain` tells them.
+
+    Only for chains whose every backing name is known to be harmless: qemu-img opens whatever the headers name.
+    Raises ImageUnreadable, ToolMissing.
+    """
+    arguments = ["info", "--force-share", "--backing-chain", "--output=json"]
+    if format is not None:
+        arguments += ["-f", format]
+    entries = json.loads(await _run(path, *arguments, os.path.abspath(path)))
+    return [_header(entry) for entry in reversed(entries)]
+
+
+async def create_overlay(path: str, *, size: int, backing: str, backing_format: str, format: str = "qcow2") -> None:
+    """
+    Make an overlay of `size` bytes whose header names `backing`, without opening the backing image (`-u`).
+
+    qemu-img overwrites whatever is at `path`: the caller has made sure that this is its own, empty file.
+    Raises ImageUnreadable, ToolMissing.
+    """
+    await _run(
+        path,
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        format,
+        "-b",
+        backing,
+        "-F",
+        backing_format,
+        os.path.abspath(path),
+        str(size),
+    )
+
+
+def _header(entry: Any) -> Header:
+    return Header(
+        file=entry["filename"],
+        format=entry["format"],
+        virtual_size=entry["virtual-size"],
+        backing=entry.get("backing-filename"),
+        backing_format=entry.get("backing-filename-format"),
+    )
+
+
+async def _run(path: str, *arguments: str) -> bytes:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            "qemu-img", *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    except FileNotFoundError:
+        raise ToolMissing(program="qemu-img", package="qemu-utils") from None
+    try:
+        async with asyncio.timeout(SECONDS):
+            output, complaints = await process.communicate()
+    except TimeoutError:
+        raise ImageUnreadable(file=path, reason=f"no answer within {SECONDS:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        raise ImageUnreadable(file=path, reason=_first_line(complaints))
+    return output
+
+
+def _first_line(complaints: bytes) -> str:
+    text = complaints.decode(errors="backslashreplace").strip()
+    return (text.splitlines() or ["no reason given"])[0].removeprefix("qemu-img: ")

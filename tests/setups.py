@@ -1,0 +1,133 @@
+"""The ways in which people give QEMU a disk: every story is told on each of them."""
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rig import Content, Machine, machine, run
+
+DEVICE = ["-device", "virtio-blk-pci,drive={},id=disk0"]
+
+
+@dataclass
+class Setup:
+    """A machine with one disk. `disk` is what users call it; `write` and `check` do what the guest would do."""
+
+    machine: Machine
+    disk: str
+    content: Content
+    guest: Callable[[str], None]
+
+    def write(self, pattern: int, offset: int, length: int) -> None:
+        """Write as the guest does, and note it."""
+        self.guest(self.content.put(pattern, offset, length))
+
+    def check(self) -> None:
+        """The guest sees every byte that it should."""
+        for pattern, offset, length in runs(bytes(self.content.data)):
+            self.guest(f"read -P {pattern} {offset} {length}")
+
+
+def runs(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The runs of one byte value: value, offset, length. 4 KiB at a time is fine enough here."""
+    step, start = 4096, 0
+    for offset in range(step, len(data) + step, step):
+        if offset >= len(data) or data[offset] != data[start]:
+            assert data[start:offset] == bytes([data[start]]) * (offset - start), "writes are multiples of 4 KiB"
+            yield data[start], start, offset - start
+            start = offset
+
+
+@contextlib.contextmanager
+def drive(folder: Path, images: Sequence[Path], content: Content) -> Iterator[Setup]:
+    """``-drive file=...``: automatic #block names."""
+    arguments = ["-drive", f"file={images[-1]},format={form(images[-1])},if=none,id=vda"]
+    with machine(folder, *arguments, *device("vda")) as vm:
+        yield Setup(vm, "vda", content, lambda command: vm.io("vda", command))
+
+
+@contextlib.contextmanager
+def blockdev(folder: Path, images: Sequence[Path], content: Content) -> Iterator[Setup]:
+    """``-blockdev`` with names of our own for every node."""
+    with machine(folder, *nodes(images), *device(images[-1].stem)) as vm:
+        yield Setup(vm, "disk0", content, lambda command: vm.io(BACKEND, command))
+
+
+@contextlib.contextmanager
+def filters(folder: Path, images: Sequence[Path], content: Content) -> Iterator[Setup]:
+    """A throttle and a copy-on-read filter between device and image."""
+    above = [
+        "-object",
+        "throttle-group,id=limits,x-iops-total=100000",
+        "-blockdev",
+        f"throttle,node-name=throttled,throttle-group=limits,file={images[-1].stem}",
+        "-blockdev",
+        "copy-on-read,node-name=cor,file=throttled",
+    ]
+    with machine(folder, *nodes(images), *above, *device("cor")) as vm:
+        yield Setup(vm, "disk0", content, lambda command: vm.io(BACKEND, command))
+
+
+@contextlib.contextmanager
+def storage_daemon(folder: Path, images: Sequence[Path], content: Content) -> Iterator[Setup]:
+    """A qemu-storage-daemon that exports the disk over NBD."""
+    socket, active = folder / "export", images[-1].stem
+    exports = [
+        "--nbd-server",
+        f"addr.type=unix,addr.path={socket}",
+        "--export",
+        f"nbd,id=export0,node-name={active},name=disk,writable=on",
+    ]
+    arguments = [part.replace("-blockdev", "--blockdev") for part in nodes(images)]
+    with machine(folder, *arguments, *exports, program="qemu-storage-daemon") as daemon:
+        url = f"nbd+unix:///disk?socket={socket}"
+        yield Setup(daemon, active, content, lambda command: _io(url, command))
+
+
+def _io(url: str, command: str) -> None:
+    answer = run("qemu-io", "-f", "raw", "-c", command, url)
+    assert "failed" not in answer, answer
+
+
+BACKEND = "/machine/peripheral/disk0/virtio-backend"
+KINDS = {"drive": drive, "blockdev": blockdev, "filters": filters, "storage-daemon": storage_daemon}
+
+
+def device(name: str) -> list[str]:
+    """A virtio disk called disk0."""
+    return [part.format(name) for part in DEVICE]
+
+
+def nodes(images: Sequence[Path]) -> list[str]:
+    """Explicit nodes for a whole chain, named by the images' stems: ``a`` and ``a-file``."""
+    arguments: list[str] = []
+    below = ""
+    for image in images:
+        arguments += ["-blockdev", f"file,node-name={image.stem}-file,filename={image},auto-read-only=on"]
+        backing = f",backing={below}" if below else ""
+        read_only = "" if image == images[-1] else ",read-only=on"
+        arguments += [
+            "-blockdev",
+            f"{form(image)},node-name={image.stem},file={image.stem}-file{backing}{read_only}",
+        ]
+        below = image.stem
+    return arguments
+
+
+def form(image: Path) -> str:
+    """The format, which our file names end with."""
+    return image.suffix.removeprefix(".")
+
+
+@contextlib.contextmanager
+def nbd_server(folder: Path, image: Path) -> Iterator[str]:
+    """Serve an image over NBD, as another host would; yields its URI."""
+    socket = folder / "nbd"
+    command = ["qemu-nbd", "--persistent", "--shared=10", "--fork", f"--pid-file={folder}/nbd.pid"]
+    run(*command, f"--format={form(image)}", f"--socket={socket}", image)
+    try:
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        subprocess.run(["kill", (folder / "nbd.pid").read_text().strip()], check=False)
