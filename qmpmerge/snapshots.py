@@ -113,7 +113,7 @@ async def _carry_out(host: Host, layout: Layout, orders: list[_Order], agent: st
             await undo.enter_async_context(_node(host, layout, order))
         async with _quiet(agent):
             await _transaction(host, orders)
-        undo.pop_all()
+            undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
     return await _prove(host, orders)
 
 

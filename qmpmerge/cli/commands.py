@@ -166,7 +166,8 @@ def snapshot(
       qmpmerge snapshot vm1 vda=/vm/snap1.qcow2 --quiesce --agent /run/vm1-agent.sock
 
     \b
-    Exit codes: 0 created, 3 refused and nothing changed, 4 no session with TARGET, 6 unknown.
+    Exit codes: 0 created, 3 refused and nothing changed, 4 no session with TARGET, 6 unknown: the overlay may be in
+    use, or the guest agent did not confirm that the guest is thawed.
     """
     if quiesce != (agent is not None):
         raise click.UsageError("--quiesce and --agent SOCKET go together")
@@ -222,10 +223,10 @@ def commit(
 
     \b
     Examples:
-      qmpmerge commit vm1 vda --top '[3]'                      base <-- a <-- b <-- c  gives  base <-- c
-      qmpmerge commit vm1 vda                                  everything into the base
-      qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run     look first
-      qmpmerge commit vm1 vda --shallow --speed 100M           the top layer only, gently
+      qmpmerge commit vm1 vda --top '[3]'                     of four images, 1 and 4 are left
+      qmpmerge commit vm1 vda                                 everything into the base
+      qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run    look first
+      qmpmerge commit vm1 vda --shallow --speed 100M          the top layer only, gently
 
     \b
     Exit codes:

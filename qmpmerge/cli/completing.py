@@ -1,6 +1,5 @@
 """What the shell offers at TAB: running VMs, their disks, their layers, their jobs. Quick, and silent when it cannot."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,9 +17,11 @@ SECONDS = 1.0
 
 
 def _ask(ctx: click.Context, question: "Callable[[Host], Awaitable[list[T]]]") -> list[T]:
-    target = ctx.params.get("target")
-    if not target:
+    target = _given(ctx, "target", 0)
+    if target is None:
         return []
+
+    import asyncio  # the shell's TAB waits for this module, most words of a line do not need a session
 
     async def asking() -> list[T]:
         from qmpmerge.hosts import live
@@ -32,6 +33,12 @@ def _ask(ctx: click.Context, question: "Callable[[Host], Awaitable[list[T]]]") -
         return asyncio.run(asking())
     except (Error, CommandError, TimeoutError):
         return []
+
+
+def _given(ctx: click.Context, name: str, place: int) -> str | None:
+    """An argument of the line so far. Where an option waits for its value, click has left the words where they stood."""
+    value: str | None = ctx.params.get(name)
+    return value if value is not None else next(iter(ctx.args[place : place + 1]), None)
 
 
 def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -65,7 +72,7 @@ def layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
     """The images of the disk's chain: by index where nothing is typed yet, by path after a slash."""
 
     async def images(host: "Host") -> list[tuple[str, str]]:
-        disk = await host.disk(ctx.params.get("disk"))
+        disk = await host.disk(_given(ctx, "disk", 1))
         numbered = list(enumerate(disk.chain or (), 1))
         return [(f"[{index}]", image.file) for index, image in numbered] + [(image.file, "") for _, image in numbered]
 

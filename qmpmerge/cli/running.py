@@ -5,7 +5,6 @@ The first Ctrl-C (or SIGTERM) cancels and waits until the old chain is back; a s
 QEMU's, goes on.
 """
 
-import asyncio
 import os
 import signal
 import sys
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     """Run `work`, which returns its verdict, and return the exit code; every Error is rendered."""
+    import asyncio  # 60 ms that `--version` and `--help` need not wait for
+
     output = options.output()
     try:
         try:
@@ -40,6 +41,8 @@ def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
 
 
 async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Output") -> str:
+    import asyncio
+
     task = asyncio.ensure_future(work(output))
     asked = 0
 
