@@ -1,7 +1,7 @@
 """
 Which node is which image: QEMU's block graph, decoded into disks and chains.
 
-Three questions are asked, cheapest first (facts/qemu-block-jobs.md 1): `x-debug-query-block-graph` for the edges,
+Three questions are asked, cheapest first: `x-debug-query-block-graph` for the edges,
 `query-block` for the devices, and `query-named-block-nodes` with ``flat`` for the details; without ``flat`` the last one
 takes QEMU 14 s at 300 layers, with the guest standing still. Where policy forbids the first, the nesting of
 `query-blockstats` gives the same edges.
@@ -139,7 +139,7 @@ async def discover(monitor: Monitor, locate: Locate) -> Layout:
     """
     Ask QEMU for everything and decode it.
 
-    Raises StreamConcluded where the question itself could crash QEMU (facts/faults.md, finding 8), and what
+    Raises StreamConcluded where the question itself could crash QEMU, and what
     `Monitor.execute` raises.
     """
     running = await jobs.query(monitor)

@@ -102,7 +102,7 @@ async def _rewrite_header(host: Host, disk: Disk, plan: CommitPlan) -> None:
     Have QEMU rewrite the overlay's header with the string it has already.
 
     At the end of an intermediate commit QEMU takes the same path, and a failure there crashes it with the guest; here
-    the failure is a clean error (facts/qemu-block-jobs.md A1). The command records the overlay's own format as the
+    the failure is a clean error. The command records the overlay's own format as the
     backing format, so it is sent only where overlay and top have one format.
     """
     overlay = plan.overlay

@@ -2,7 +2,7 @@
 A flush whose error we see.
 
 QEMU hides flush errors from everybody who asks through the human monitor, and a block-commit succeeds over a base whose
-flush failed (facts/faults.md, findings 5 and 6). A flush through a read-only NBD export of the node carries the errno.
+flush failed (7.2 to 11.1). A flush through a read-only NBD export of the node carries the errno.
 The server is QEMU's own, on a socket in a private folder, for the few milliseconds that it takes.
 """
 

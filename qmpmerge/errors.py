@@ -196,7 +196,7 @@ class ShorterLayer(Refused):
     An image above the base is smaller than the base.
 
     Above the end of a short layer the guest reads zeros; after the merge it would read what the base holds there.
-    QEMU does this without a word (facts/qemu-block-jobs.md A3).
+    QEMU does this without a word, from 5.2 to 11.1: test_merge pins it.
     """
 
     image: str
@@ -277,7 +277,7 @@ class NotWritable(Refused):
     """
     QEMU could not rewrite the overlay's header with the very string it has.
 
-    The same failure at the end of the merge would crash QEMU (facts/qemu-block-jobs.md A1), so it is tried first.
+    The same failure at the end of the merge would crash QEMU (5.2 to 11.1: test_merge pins it), so it is tried first.
     """
 
     overlay: str
@@ -291,7 +291,7 @@ class FlushUnavailable(Refused):
     """
     No flush whose error we would see can be asked for.
 
-    Without one a failing disk would be reported as a merge that went well (facts/faults.md, finding 5).
+    Without one a failing disk would be reported as a merge that went well (test_merge pins it).
     """
 
     reason: str
@@ -301,7 +301,7 @@ class FlushUnavailable(Refused):
 
 @dataclasses.dataclass(eq=False)
 class StreamConcluded(Refused):
-    """QEMU 7.2 to 10.0 crash when asked for their nodes while a stream job is concluded (faults.md, finding 8)."""
+    """QEMU 7.2 to 10.0 crash when asked for their nodes while a stream job is concluded."""
 
     job: str
     target: str
@@ -601,7 +601,7 @@ class Cancelled(Error):
     """The user cancelled; where a job ran its end was seen: the old chain is in use."""
 
     verdict = "cancelled"
-    sentence = "cancelled: the disks are as they were"
+    sentence = "the disks are as they were"
     advice = "run the same command again when you like"
 
 

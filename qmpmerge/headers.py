@@ -32,7 +32,7 @@ async def read(chain: Chain) -> tuple[Header | None, ...]:
     The header of every image of the chain, base first; None for an image without a path, or one we cannot read.
 
     One qemu-img reads them all where QEMU's own idea of the backing names shows that they lead nowhere else; else each
-    image is read alone, since qemu-img opens whatever a header names (facts/faults.md 2.8). Raises ToolMissing.
+    image is read alone, since qemu-img opens whatever a header names. Raises ToolMissing.
     """
     if all(image.has_path for image in chain) and _names_are_harmless(chain):
         try:

@@ -4,9 +4,9 @@ Merging: what to send, in which order.
     intermediate    plan -> checks -> block-commit -> PENDING -> flush base -> job-finalize -> flush overlay -> proof
     active          plan -> checks -> block-commit -> READY -> job-complete -> proof
 
-A plain `block-commit` is not safe; each step here avoids a measured harm (facts/). An intermediate merge waits at PENDING
-until base is durable, since QEMU rewrites the overlay's header first and flushes afterwards. An active merge is never held
-there: it would freeze the guest.
+A plain `block-commit` is not safe; each step here avoids a harm that tests/test_merge.py pins. An intermediate merge
+waits at PENDING until base is durable, since QEMU rewrites the overlay's header first and flushes afterwards. An active
+merge is never held there: it would freeze the guest.
 
 Success is read back: a fresh discovery of the graph and the header on disk must equal `plan.result`, or the outcome is
 *unknown*.

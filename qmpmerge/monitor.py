@@ -1,7 +1,7 @@
 """
 The QMP session: the only module that imports qemu.qmp.
 
-Every wait has a limit, and every way in which a session can fail has a name (facts/faults.md 2.4): qemu.qmp itself waits
+Every wait has a limit, and every way in which a session can fail has a name: qemu.qmp itself waits
 for ever for a greeting that does not come and for a reply that is missing. Events only wake us: what they say is asked
 for again, so a lost event costs half a second and nothing else.
 """

@@ -105,7 +105,7 @@ def backing_name(overlay: Image, base: Image, child: Image) -> str:
 
     Relative stays relative and absolute stays absolute; where base has no path, the string that its present child
     carries is used again. Never left to QEMU, which would write an absolute path or even a json: name over a relative
-    one (facts/qemu-block-jobs.md A2). Raises BackingString where qcow2 has no room for it.
+    one. Raises BackingString where qcow2 has no room for it.
     """
     if not base.has_path:
         name = child.backing or base.file

@@ -2,7 +2,7 @@
 qemu-img: the only module that runs it.
 
 Always by absolute path and argv, never through a shell, with JSON read back: a name may hold spaces, colons, newlines or
-a leading dash (facts/faults.md 2.8). `info` opens a single image and nothing below it.
+a leading dash. `info` opens a single image and nothing below it.
 """
 
 import asyncio

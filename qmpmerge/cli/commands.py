@@ -41,7 +41,16 @@ def endings(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+class StoryOrder(click.Group):
+    """Lists the commands in the order in which one needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The order in which they are declared."""
+        return list(self.commands)
+
+
 @click.group(
+    cls=StoryOrder,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, or pid:N.",
 )
@@ -86,7 +95,7 @@ def vms(options: Options) -> int:
 @shared
 def disks(target: str, options: Options) -> int:
     """
-    List the disks of TARGET and the image each one uses now.
+    List disks and the image each one uses now.
 
     \b
     Examples:
@@ -110,7 +119,9 @@ def disks(target: str, options: Options) -> int:
 @shared
 def chain(target: str, disk: str | None, options: Options) -> int:
     """
-    Show the chain of a disk, base first: what QEMU uses, and what the images' headers say.
+    Show the chain of a disk, base first.
+
+    What QEMU uses is shown, next to what the images' headers say.
 
     DISK is a drive id, a qdev id, a node name or the active image's path; it may be left out where only one disk has a
     backing chain. The active image is marked with a star.
@@ -154,7 +165,7 @@ def snapshot(
     options: Options,
 ) -> int:
     """
-    Put a new overlay (external snapshot) on one or more disks, on all of them or on none.
+    Put overlays (external snapshots) on disks, all or none.
 
     FILE must not exist; it is made with the size of the disk. The image used so far becomes its backing file and is not
     written any more. The backing name is relative where both lie in one folder.
@@ -213,7 +224,7 @@ def commit(
     options: Options,
 ) -> int:
     """
-    Merge images of a disk's chain down into one of them, while the guest keeps writing.
+    Merge images of a chain while the guest keeps writing.
 
     The images above --base up to and including --top go into --base. By default that is the whole chain, and the guest
     moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
@@ -265,7 +276,9 @@ def commit(
 @shared
 def jobs(target: str, options: Options) -> int:
     """
-    List the block jobs of TARGET, whoever started them, and what can be done with each.
+    List block jobs and what can be done with each.
+
+    All jobs of TARGET are shown, whoever started them.
 
     \b
     Exit codes: 0, 4 no session with TARGET, 6 it stopped answering.
@@ -290,7 +303,7 @@ VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismi
 @shared
 def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending", options: Options) -> int:
     """
-    Steer a block job: follow, pivot, keep, cancel, pause, resume, speed, dismiss.
+    Steer a block job, or go on with a merge that was left.
 
     \b
     follow   go on with a commit job as if `commit` had started it, to its proved end
@@ -335,7 +348,9 @@ def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending"
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> int:
     """
-    Print the completion script of a shell; VMs, disks, layers and jobs are completed live.
+    Print the completion script of a shell.
+
+    VMs, disks, layers and jobs are completed live.
 
     \b
     bash   qmpmerge completion bash > ~/.local/share/bash-completion/completions/qmpmerge
