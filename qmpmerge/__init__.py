@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from qmpmerge import errors
     from qmpmerge.blockgraph import Disk
     from qmpmerge.chain import Chain, Image
+    from qmpmerge.doors import opened
+    from qmpmerge.doors.live import live
+    from qmpmerge.doors.offline import offline
     from qmpmerge.errors import Error
-    from qmpmerge.hosts import ChainView, Host, live
+    from qmpmerge.hosts import ChainView, Host
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.merge import Outcome, commit, follow
     from qmpmerge.plan import CommitPlan
@@ -39,7 +42,9 @@ _HOME = {
     "Vm": "processes",
     "commit": "merge",
     "follow": "merge",
-    "live": "hosts",
+    "live": "doors.live",
+    "offline": "doors.offline",
+    "opened": "doors",
     "snapshot": "snapshots",
     "vms": "processes",
 }
@@ -61,6 +66,8 @@ __all__ = [
     "errors",
     "follow",
     "live",
+    "offline",
+    "opened",
     "snapshot",
     "vms",
 ]

@@ -12,7 +12,7 @@ takes QEMU 14 s at 300 layers, with the guest standing still. Where policy forbi
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from qmpmerge import jobs
 from qmpmerge.chain import Chain, Image, Inode
@@ -81,14 +81,23 @@ class Disk:
         """Whether there is a backing image at all."""
         return self.chain is not None and len(self.chain) > 1
 
+    @property
+    def top_nodes(self) -> tuple[str, ...]:
+        """The nodes from the root down to the active image."""
+        active = self.chain.active.node if self.chain is not None else None
+        return self.nodes[: self.nodes.index(active) + 1] if active in self.nodes else self.nodes
+
+    ROLES: ClassVar = (
+        lambda disk, name: bool(name) and name in (disk.name, disk.drive),
+        lambda disk, name: bool(name) and name == disk.qdev,
+        lambda disk, name: name in disk.top_nodes,
+        lambda disk, name: disk.chain is not None and disk.chain.active.is_file(name),
+    )
+    """What a user can mean by a disk's name, in the order of who wins: name, qdev id, node, the active image's path."""
+
     def is_called(self, name: str) -> bool:
-        """Whether a user means this disk by `name`: drive id, qdev id, a node down to the active one, its path."""
-        if self.chain is None:
-            return False
-        active = self.nodes.index(self.chain.active.node or self.root)
-        if name in (self.name, self.drive, self.qdev, *self.nodes[: active + 1]):
-            return bool(name)
-        return self.chain.active.is_file(name)
+        """Whether a user can mean this disk by `name`; an empty drive has no name that a merge could take."""
+        return self.chain is not None and any(role(self, name) for role in Disk.ROLES)
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,10 @@ class Layout:
         """
         filled = [disk for disk in self.disks if disk.chain is not None]
         if name is not None:
-            for disk in filled:
-                if disk.is_called(name):
-                    return disk
+            for role in Disk.ROLES:
+                for disk in filled:
+                    if role(disk, name):
+                        return disk
             raise NoSuchDisk(disk=name, target=target, known=[disk.name for disk in filled])
         choices = [disk for disk in filled if disk.is_chain] or filled
         if not choices:
@@ -179,9 +189,11 @@ def graph_of_stats(stats: Any) -> Any:
         while entry is not None:
             node = add("block-driver", entry["node-name"])
             edges.append({"parent": parent, "child": node, "name": edge})
-            storage = entry.get("parent")
-            if storage is not None and "backing" not in storage:
-                edges.append({"parent": node, "child": add("block-driver", storage["node-name"]), "name": "file"})
+            above, storage = node, entry.get("parent")
+            while storage is not None:
+                below = add("block-driver", storage["node-name"])
+                edges.append({"parent": above, "child": below, "name": "file"})
+                above, storage = below, storage.get("parent")
             parent, edge, entry = node, "backing", entry.get("backing")
     return {"nodes": nodes, "edges": edges}
 
@@ -194,7 +206,8 @@ class _Decoder:
     def __init__(self, graph: Any, devices: Any, details: Any, running: list[Job], locate: Locate) -> None:
         self._jobs = running
         self._locate = locate
-        self._qdevs = {entry["device"]: entry.get("qdev", "") for entry in devices if entry["device"]}
+        self._drives = {entry["device"]: entry.get("qdev", "") for entry in devices if entry["device"]}
+        self._devices_known = bool(devices)
         self._empty = [entry for entry in devices if "inserted" not in entry]
         self._kinds = {node["id"]: node["type"] for node in graph["nodes"]}
         self._names = {node["id"]: node["name"] for node in graph["nodes"]}
@@ -221,7 +234,8 @@ class _Decoder:
 
     def layout(self) -> Layout:
         disks = [*self._attached(), *self._empty_drives(), *self._unattached()]
-        placed = {disk.job.id: disk.job for disk in disks if disk.job is not None}
+        # A concluded job still holds nodes that it merged away: the disk of a device comes first.
+        placed = {disk.job.id: disk.job for disk in reversed(disks) if disk.job is not None}
         running = tuple(placed.get(job.id, job) for job in self._jobs)
         return Layout(disks=tuple(disks), jobs=running, nodes=self._nodes, job_edges=self._job_edges)
 
@@ -236,8 +250,9 @@ class _Decoder:
             name = self._names[backend]
             if not name:
                 continue  # an export's or a job's backend, not a device's
-            drive = "" if name.startswith("/") else name
-            yield self._disk(root, drive=drive, qdev=_qdev_id(self._qdevs.get(drive, "") if drive else name))
+            # Where the devices were not asked for, only a QOM path is surely no drive id.
+            drive = name if name in self._drives or not (self._devices_known or name.startswith("/")) else ""
+            yield self._disk(root, drive=drive, qdev=_qdev_id(self._drives.get(drive, name)))
 
     def _empty_drives(self) -> Iterator[Disk]:
         for entry in self._empty:
@@ -246,13 +261,11 @@ class _Decoder:
 
     def _unattached(self) -> Iterator[Disk]:
         """Roots that no device uses: what a qemu-storage-daemon exports, or what was hot-added and not yet used."""
-        attached = {
-            self._names[edge["child"]]
-            for edge in self._edges
-            if self._kinds[edge["parent"]] == "block-backend" and self._names[edge["parent"]]
-        }
+        roots = [edge for edge in self._edges if self._kinds[edge["parent"]] == "block-backend"]
+        attached = {self._names[edge["child"]] for edge in roots if self._names[edge["parent"]]}
+        exported = {self._names[edge["child"]] for edge in roots} - attached
         for name, node in self._nodes.items():
-            if name not in self._parents and name not in attached and node.children:
+            if name not in self._parents and name not in attached and (node.children or name in exported):
                 yield self._disk(name, drive="", qdev="")
 
     def _disk(self, root: str, *, drive: str, qdev: str) -> Disk:
@@ -272,14 +285,17 @@ class _Decoder:
             drive=drive,
             qdev=qdev,
             root=root,
-            chain=Chain(tuple(reversed(images))),
+            chain=Chain(tuple(reversed(_told_apart(images)))),
             nodes=tuple(nodes),
         )
         return replace(disk, job=self._job_on(disk))
 
     def _image(self, node: Node) -> Image:
         leaf = self._leaf(node)
-        file, inode = self._locate(str(leaf.info.get("file", leaf.key)))
+        own = str(node.info.get("file", ""))
+        # A plain name of the image's own is its file's; else its storage knows.
+        name = own if own and ":" not in own.split("/", 1)[0] else str(leaf.info.get("file", leaf.key))
+        file, inode = self._locate(name)
         told = node.info.get("image", {})
         return Image(
             file=file,
@@ -305,6 +321,17 @@ class _Decoder:
             if held & set(disk.nodes):
                 return replace(job, disk=disk.name)
         return None
+
+
+def _told_apart(images: list[Image]) -> list[Image]:
+    """Slices of one file (a container such as an OVA) are known by their nodes: their file names them no more."""
+    files = [image.inode or image.file for image in images]
+    return [
+        replace(image, file=f"{image.file}#{image.node}", inode=None)
+        if files.count(image.inode or image.file) > 1
+        else image
+        for image in images
+    ]
 
 
 def _qdev_id(path: str) -> str:

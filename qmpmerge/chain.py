@@ -124,7 +124,7 @@ class Chain:
         raise NoSuchLayer(layer=layer, disk=disk or self.active.file, known=known)
 
     def _by_index(self, layer: str, disk: str) -> Image | None:
-        match = re.fullmatch(r"(?P<disk>.*)\[(?P<index>\d+)\]", layer, re.DOTALL)
+        match = re.fullmatch(r"(?P<disk>.*)\[(?P<index>\d{1,9})\]", layer, re.DOTALL)
         if match is None or match["disk"] not in ("", disk):
             return None
         index = int(match["index"])

@@ -6,21 +6,25 @@ Pure checks of sizes and names are made where the plan is made (`plan`); here ar
 
 import os
 import stat
+from collections.abc import Collection
 
-from qmpmerge import durable, headers
+from qmpmerge import dependents, durable, headers
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Image
-from qmpmerge.errors import BackingString, Busy, CommandError, Disagrees, NotWritable, Replaced, Temporary
+from qmpmerge.errors import BackingString, Busy, CommandError, Dependents, Disagrees, NotWritable, Replaced, Temporary
 from qmpmerge.headers import leads_from
 from qmpmerge.hosts import ChainView, Host
 from qmpmerge.plan import CommitPlan
 
 
-async def check(host: Host, view: ChainView, plan: CommitPlan) -> None:
+async def check(
+    host: Host, view: ChainView, plan: CommitPlan, *, force: Collection[str] = (), search: Collection[str] = ()
+) -> None:
     """
-    Refuse what would do harm. Changes nothing that anyone could see.
+    Refuse what would do harm, but for what `force` names. Changes nothing that anyone could see.
 
-    Raises Busy, Temporary, Replaced, Disagrees, BackingString, NotWritable, FlushUnavailable.
+    `search` are more folders in which images may be built on those that go. Raises Busy, Temporary, Replaced, Disagrees,
+    Dependents, BackingString, NotWritable, FlushUnavailable.
     """
     disk = view.disk
     if disk.job is not None:
@@ -28,6 +32,8 @@ async def check(host: Host, view: ChainView, plan: CommitPlan) -> None:
     _refuse_temporary(disk, plan)
     _refuse_replaced(host.pid, plan)
     _refuse_disagreeing(view, plan)
+    if "dependents" not in force:
+        _refuse_dependents(plan, search)
     if plan.overlay is not None:
         _refuse_lost_name(plan.overlay, plan)
         await durable.check(host.monitor)
@@ -85,6 +91,14 @@ def _refuse_disagreeing(view: ChainView, plan: CommitPlan) -> None:
     for odd in view.oddities:
         if odd.name == "disagrees" and odd.file in touched:
             raise Disagrees(image=odd.file, header=names[odd.file] or "none", graph=below[odd.file])
+
+
+def _refuse_dependents(plan: CommitPlan, search: Collection[str]) -> None:
+    """The merged images leave the chain, and base, which what is built on them would still look through to, changes."""
+    found = dependents.find(plan.merged, plan.chain, search)
+    if found:
+        images = list(dict.fromkeys(dependent.image for dependent in found))
+        raise Dependents(images=images, dependents=[dependent.file for dependent in found])
 
 
 def _refuse_lost_name(overlay: Image, plan: CommitPlan) -> None:

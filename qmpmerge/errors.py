@@ -310,6 +310,104 @@ class StreamConcluded(Refused):
 
 
 @dataclasses.dataclass(eq=False)
+class InUse(Refused):
+    """Another process holds an image of the chain: merging it from here would pull it from under that process's feet."""
+
+    file: str
+    holders: list[str]
+    command: str
+    sentence = "{file} is in use by {holders}"
+    advice = "{command}"
+
+
+@dataclasses.dataclass(eq=False)
+class Dependents(Refused):
+    """Another image is built on the base or on a merged image: the merge would change what it shows, or break it."""
+
+    images: list[str]
+    dependents: list[str]
+    sentence = "other images are built on what the merge takes away ({images}): {dependents}"
+    advice = (
+        "delete those that an earlier merge left over; the others would be ruined: merge them first, or give them a copy "
+        "of it. `--force dependents` merges all the same"
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class ForeignName(Refused):
+    """
+    A header names something that the user has not named: a device, a URL, a file elsewhere.
+
+    Following it could connect to strangers or hang, and a merge could overwrite any file that we may write.
+    """
+
+    image: str
+    backing: str
+    reason: str
+    sentence = "{image} names {backing}, which is not followed: {reason}"
+    advice = "if you know the image, allow it with `--allow FOLDER` or `--allow FILE`"
+
+
+@dataclasses.dataclass(eq=False)
+class NoFormat(Refused):
+    """A backing file without a recorded format; a raw image must not be probed, its first bytes are the guest's."""
+
+    image: str
+    backing: str
+    sentence = "{image} does not record the format of its backing file {backing}"
+    advice = "record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2)"
+
+
+@dataclasses.dataclass(eq=False)
+class BackingLoop(Refused):
+    """The chain comes back to an image that it has passed."""
+
+    image: str
+    backing: str
+    sentence = "the chain is a loop: {image} names {backing}, which stands above it"
+    advice = "one of the headers is wrong; `qemu-img info` shows each, `qemu-img rebase -u` mends one"
+
+
+@dataclasses.dataclass(eq=False)
+class TooDeep(Refused):
+    """More images than QEMU can read through."""
+
+    image: str
+    limit: int
+    sentence = "the chain below {image} has more than {limit} images, QEMU may crash reading through it"
+    advice = "merge parts of it first, naming an image further down"
+
+
+@dataclasses.dataclass(eq=False)
+class UnsupportedFormat(Refused):
+    """A chain on disk with an image of a format that we do not open offline."""
+
+    image: str
+    format: str
+    sentence = "{image} is {format}, merging offline is for qcow2, raw and luks images"
+    advice = "convert it with `qemu-img convert`, or merge while a VM has it open"
+
+
+@dataclasses.dataclass(eq=False)
+class NeedsSecret(Refused):
+    """An encrypted image without its passphrase."""
+
+    image: str
+    sentence = "{image} is encrypted"
+    advice = "give its passphrase with `--secret FILE`"
+
+
+@dataclasses.dataclass(eq=False)
+class SecretUnreadable(Refused):
+    """The file with the passphrase cannot be read."""
+
+    file: str
+    reason: str
+    sentence = "cannot read the passphrase from {file}: {reason}"
+    advice = "the file holds the passphrase as text; a line end at its end does not count"
+
+
+@dataclasses.dataclass(eq=False)
 class LibvirtManaged(Refused):
     """The QEMU belongs to libvirt, which keeps its own idea of the chain."""
 
@@ -458,11 +556,11 @@ class NotASocket(Unreachable):
 
 @dataclasses.dataclass(eq=False)
 class Offline(Unreachable):
-    """TARGET is an image: merging what no QEMU holds is another door than this release has."""
+    """TARGET is an image, and the command is about a running QEMU."""
 
     path: str
-    sentence = "{path} is an image file; this release works on the disks of a running QEMU only"
-    advice = "name the monitor or the VM that uses it (`qmpmerge vms`); `qemu-img commit` works on images nobody holds"
+    sentence = "{path} is an image file, and jobs are those of a running QEMU"
+    advice = "name the monitor or the VM that uses it (`qmpmerge vms`)"
 
 
 @dataclasses.dataclass(eq=False)
@@ -542,6 +640,17 @@ class NotDurable(Failed):
     reason: str
     sentence = "the storage did not make {node} durable: {reason}; nothing was switched, the old chain is in use"
     advice = "look at the storage's logs; once it is well, run the same command again"
+
+
+@dataclasses.dataclass(eq=False)
+class NotVerified(Failed):
+    """What the base shows after the copy is not what the top shows; the job was cancelled, nothing was switched."""
+
+    base: str
+    top: str
+    reason: str
+    sentence = "{base} was compared with {top} before the switch: {reason}; nothing was switched"
+    advice = "the old chain is in use and right; look at the storage of {base} before you try again"
 
 
 @dataclasses.dataclass(eq=False)

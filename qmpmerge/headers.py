@@ -5,17 +5,14 @@ The running QEMU keeps its chain in memory; the next start reads the headers. Wh
 another disk.
 """
 
-import asyncio
 import os
 import stat
 from dataclasses import dataclass, replace
 
-from qmpmerge import qemuimg
+from qmpmerge import qcow2, qemuimg
 from qmpmerge.chain import Chain, Image
 from qmpmerge.errors import ImageUnreadable
 from qmpmerge.qemuimg import Header
-
-AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -31,34 +28,53 @@ async def read(chain: Chain) -> tuple[Header | None, ...]:
     """
     The header of every image of the chain, base first; None for an image without a path, or one we cannot read.
 
-    One qemu-img reads them all where QEMU's own idea of the backing names shows that they lead nowhere else; else each
-    image is read alone, since qemu-img opens whatever a header names. Raises ToolMissing.
+    One `qemu-img info --backing-chain` reads them all, but only where our own look at the headers has shown that it will
+    open nothing else and guess no format: it opens whatever they name. Else each image is read alone. Raises ToolMissing.
     """
-    if all(image.has_path for image in chain) and _names_are_harmless(chain):
+    if _names_are_harmless(chain):
         try:
             found = await qemuimg.chain_info(chain.active.file, chain.active.format)
         except ImageUnreadable:
             found = []
         if len(found) == len(chain):
             return tuple(found)
-    at_once = asyncio.Semaphore(AT_ONCE)
+    return tuple([await _read_alone(image) for image in chain])
 
-    async def one(image: Image) -> Header | None:
-        async with at_once:
-            try:
-                return await qemuimg.info(image.file, image.format) if image.has_path else None
-            except ImageUnreadable:
-                return None
 
-    return tuple(await asyncio.gather(*map(one, chain)))
+async def _read_alone(image: Image) -> Header | None:
+    """The header of one image, without opening the data file or anything else that it may name."""
+    if not image.has_path:
+        return None
+    try:
+        if image.format != "qcow2":
+            return await qemuimg.info(image.file, image.format) if _is_regular(image.file) else None
+        own = qcow2.read(image.file)
+    except (ImageUnreadable, OSError):
+        return None
+    return Header(image.file, "qcow2", own.virtual_size, own.backing, own.backing_format) if own else None
 
 
 def _names_are_harmless(chain: Chain) -> bool:
-    """Whether every backing name, as QEMU read it, leads to the regular file below."""
-    for below, image in zip(chain.images, chain.images[1:], strict=False):
-        if image.backing is None or leads_to(image, image.backing, below) is not True:
+    """Whether the headers on disk name exactly the regular files of this chain, each with its format."""
+    below: Image | None = None
+    for image in chain:
+        if not (image.has_path and _is_regular(image.file) and _leads_on(image, below)):
             return False
-    return all(_is_regular(image.file) for image in chain)
+        below = image
+    return True
+
+
+def _leads_on(image: Image, below: Image | None) -> bool:
+    try:
+        own = qcow2.read(image.file) if image.format == "qcow2" else None
+    except OSError:
+        return False
+    if below is None:
+        return image.format == "raw" or (own is not None and own.backing is None and own.data_file is None)
+    if own is None or own.backing is None or own.data_file is not None:
+        return False
+    # qemu-img starts from the name that we give it, so a relative name must lead there from that name's folder.
+    return own.backing_format == below.format and leads_from(os.path.dirname(image.file), own.backing, below)
 
 
 def _is_regular(path: str) -> bool:
@@ -76,8 +92,10 @@ def leads_to(image: Image, backing: str, target: Image) -> bool | None:
     """
     if not target.has_path:
         return True if backing == target.file else None
-    if backing.startswith("json:") or "://" in backing:
+    if backing.startswith("json:"):
         return None
+    if "://" in backing:
+        return False
     return any(leads_from(folder, backing, target) for folder in folders(image))
 
 

@@ -15,21 +15,24 @@ Success is read back: a fresh discovery of the graph and the header on disk must
 import asyncio
 import contextlib
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qmpmerge import checks, durable, jobs, locks, plan, shield
+from qmpmerge import checks, durable, jobs, locks, plan, qemuimg, shield
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain
 from qmpmerge.errors import (
     CommandError,
     FlushUnavailable,
     HeaderNotDurable,
+    ImageUnreadable,
     JobFailed,
     JobVerb,
     NoSuchJob,
     NotDurable,
     NotProven,
+    NotVerified,
     QemuRefused,
     StillRunning,
 )
@@ -39,6 +42,8 @@ from qmpmerge.monitor import Doorbell
 from qmpmerge.plan import CommitPlan
 
 CANCEL_SECONDS = 60.0
+CHEAP_BYTES = 256 * 1024 * 1024
+"""Up to this much allocated data in the whole chain, base and top are compared unless the user says no."""
 
 Ending = Literal["pivot", "keep", "ready"]
 """
@@ -62,7 +67,8 @@ class Outcome:
     What a merge came to; only proved outcomes are made into one.
 
     `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
-    merge counts what it walked). `hints` are sentences for the user.
+    merge counts what it walked). `verified` says that base and top were compared before the switch. `hints` are sentences
+    for the user.
     """
 
     verdict: str
@@ -74,6 +80,7 @@ class Outcome:
     copied: int | None = None
     seconds: float = 0.0
     hints: tuple[str, ...] = ()
+    verified: bool = False
 
 
 @dataclass
@@ -89,6 +96,8 @@ class _Merge:
     old_nodes: list[str]
     base_driver: str
     job: str
+    verify: bool | None
+    verified: bool = False
     copied: int | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -102,6 +111,9 @@ async def commit(
     shallow: bool = False,
     ending: Ending = "pivot",
     speed: int = 0,
+    verify: bool | None = None,
+    force: Collection[str] = (),
+    search: Collection[str] = (),
     dry_run: bool = False,
     report: Report = lambda progress: None,
     timeout: float | None = None,
@@ -109,7 +121,11 @@ async def commit(
     """
     Merge the images above `base` up to `top` into `base`; by default the whole chain, the guest moving onto its base.
 
-    `speed` is bytes a second, 0 for unlimited; `timeout` seconds, after which StillRunning is raised and the job goes on.
+    `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
+    where it is cheap. An active merge is not compared while a guest can write. `force` and `search` are those of
+    `checks.check`. `speed` is bytes a second, 0 for unlimited; `timeout` seconds, after which StillRunning is raised and
+    the job goes on.
+
     Cancelling the task cancels the job and waits until the old chain is back; from the switch to the proof it waits.
 
     Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome
@@ -121,10 +137,10 @@ async def commit(
     if planned.is_empty:
         return Outcome("unchanged", view.disk.name, view.chain, view.chain)
     with locks.held(planned.base):
-        await checks.check(host, view, planned)
+        await checks.check(host, view, planned, force=force, search=search)
         if dry_run:
             return Outcome("planned", view.disk.name, planned.chain, planned.result, merged=_merged_files(planned))
-        merge = _begin(host, view, planned, ending, report, deadline)
+        merge = _begin(host, view, planned, ending, report, deadline, verify)
         async with host.monitor.listening() as doorbell:
             await _start(merge, speed)
             return await _finish(merge, doorbell)
@@ -189,7 +205,13 @@ async def _read_concluded(host: Host, job: Job) -> Outcome:
 
 
 def _begin(
-    host: Host, view: ChainView, planned: CommitPlan, ending: Ending, report: Report, deadline: float | None
+    host: Host,
+    view: ChainView,
+    planned: CommitPlan,
+    ending: Ending,
+    report: Report,
+    deadline: float | None,
+    verify: bool | None = None,
 ) -> _Merge:
     below = set(view.layout.subtree(planned.base.node or ""))
     return _Merge(
@@ -201,6 +223,7 @@ def _begin(
         deadline=deadline,
         old_nodes=[node for node in view.layout.subtree(planned.top.node or "") if node not in below],
         base_driver=view.layout.nodes[planned.base.node or ""].driver,
+        verify=verify,
         job=view.disk.job.id if view.disk.job else jobs.job_id(view.disk.name),
     )
 
@@ -233,8 +256,9 @@ async def _finish(merge: _Merge, doorbell: Doorbell) -> Outcome:
         job = await _copy(merge, doorbell)
         if job is not None and job.status == "ready" and merge.ending == "ready":
             return _ready(merge)
-        if job is not None and job.status == "pending":
+        if job is not None and (job.status == "pending" or _is_at_rest(merge, job)):
             await _make_base_durable(merge, doorbell)
+            await _verify(merge, doorbell)
     except asyncio.CancelledError:
         await shield.finished(_take_back(merge, doorbell))
         raise
@@ -273,6 +297,37 @@ async def _make_base_durable(merge: _Merge, doorbell: Doorbell) -> None:
         await shield.finished(_take_back(merge, doorbell))
         reason = error.reason
         raise NotDurable(node=merge.plan.base.file, reason=reason) from None
+
+
+def _is_at_rest(merge: _Merge, job: Job) -> bool:
+    """Whether nobody can write to the disk of a job that is ready: only then base and top can be compared."""
+    return job.status == "ready" and not merge.host.is_live
+
+
+async def _verify(merge: _Merge, doorbell: Doorbell) -> None:
+    """Compare what top shows with what base shows, while both still exist; a difference takes the job back."""
+    if merge.verify is False or (merge.verify is None and not _is_cheap(merge.plan)):
+        return
+    upto = merge.plan.chain.images[: merge.plan.chain.index(merge.plan.top)]
+    below = merge.plan.chain.images[: merge.plan.chain.index(merge.plan.base)]
+    try:
+        same = await qemuimg.same(upto, below)
+    except ImageUnreadable as error:
+        if merge.verify is None:
+            return
+        same, reason = False, error.reason
+    else:
+        reason = "they show different data"
+    if not same:
+        await shield.finished(_take_back(merge, doorbell))
+        raise NotVerified(base=merge.plan.base.file, top=merge.plan.top.file, reason=reason)
+    merge.verified = True
+
+
+def _is_cheap(planned: CommitPlan) -> bool:
+    """Whether all that the comparison can have to read is little."""
+    sizes = [image.allocated for image in planned.chain]
+    return None not in sizes and sum(size or 0 for size in sizes) <= CHEAP_BYTES
 
 
 async def _take_back(merge: _Merge, doorbell: Doorbell) -> None:
@@ -408,4 +463,5 @@ def _outcome(merge: _Merge, verdict: str, after: Chain, hints: tuple[str, ...]) 
         copied=merge.copied if merge.plan.pivots else None,
         seconds=time.monotonic() - merge.started,
         hints=hints,
+        verified=merge.verified,
     )

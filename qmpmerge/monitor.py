@@ -16,7 +16,7 @@ import pwd
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
@@ -84,6 +84,7 @@ class Monitor:
         """
         sent = {key.replace("_", "-"): value for key, value in arguments.items()}
         self._trace("->", json.dumps({"execute": command, "arguments": sent} if sent else {"execute": command}))
+        _refuse_broken_text(command, sent)
         try:
             async with asyncio.timeout(timeout):
                 value = await self._client.execute(command, sent or None)
@@ -112,6 +113,14 @@ class Monitor:
         """
         with self._client.listener(names=WAKING_EVENTS) as listener:
             yield Doorbell(listener, self._trace)
+
+
+def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
+    """JSON carries text, a file name may be any bytes: QEMU ends the session over a name that is no UTF-8."""
+    try:
+        json.dumps(sent, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CommandError(command, "a name is no UTF-8, which QMP cannot carry") from None
 
 
 class Doorbell:
@@ -148,7 +157,21 @@ async def connected(
     client = QMPClient(readbuflen=_LARGEST_REPLY)
     await _greet(client, connection, name, pid, timeout)
     try:
-        yield Monitor(client, name, pid, trace)
+        yield _negotiated(client, name, pid, trace)
+    finally:
+        await _disconnect(client)
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    connection: socket.socket, *, name: str, pid: int, trace: Trace | None = None
+) -> AsyncIterator[Monitor]:
+    """The same on a connection that is there already, to the process `pid` that we started ourselves."""
+    connection.setblocking(False)
+    client = QMPClient(readbuflen=_LARGEST_REPLY)
+    await _greet(client, connection, name, pid, COMMAND_SECONDS)
+    try:
+        yield _negotiated(client, name, pid, trace)
     finally:
         await _disconnect(client)
 
@@ -162,9 +185,13 @@ async def _connect(address: Address, name: str, timeout: float) -> socket.socket
     connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     connection.setblocking(False)
     try:
-        async with asyncio.timeout(timeout):
+        if isinstance(address, str):
+            # At once or not at all: asyncio would take a full backlog (EAGAIN) for a connection under way.
             with _short(address) as short:
-                await asyncio.get_running_loop().sock_connect(connection, short)
+                connection.connect(short)
+        else:
+            async with asyncio.timeout(timeout):
+                await asyncio.get_running_loop().sock_connect(connection, address)
     except TimeoutError:
         connection.close()
         raise CannotConnect(address=name, reason=f"no answer within {timeout:g} s") from None
@@ -189,20 +216,16 @@ def _refuse_other_files(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _short(address: Address) -> Any:
-    """
-    The address as connect(2) takes it.
-
-    A socket path may have 107 bytes. A longer one is reached through its folder's descriptor, which has a short name.
-    """
-    if not isinstance(address, str) or len(os.fsencode(address)) <= 107:
-        yield address
+def _short(path: str) -> Iterator[str]:
+    """The path as connect(2) takes it: one of more than 107 bytes goes by a descriptor of the socket's file."""
+    if len(os.fsencode(path)) <= 107:
+        yield path
         return
-    folder = os.open(os.path.dirname(address), os.O_PATH | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_PATH)
     try:
-        yield f"/proc/self/fd/{folder}/{os.path.basename(address)}"
+        yield f"/proc/self/fd/{descriptor}"
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def _connect_error(error: OSError, address: Address, name: str, timeout: float) -> Exception:
@@ -210,8 +233,8 @@ def _connect_error(error: OSError, address: Address, name: str, timeout: float) 
         return NobodyListens(address=name)
     if error.errno in (errno.EACCES, errno.EPERM) and isinstance(address, str):
         return NoPermission(address=name, owner=_owner(address))
-    if error.errno in (errno.EAGAIN, errno.EINVAL) and isinstance(address, str):
-        # The backlog is full of clients that wait for the one that is served; asyncio turns EAGAIN into EINVAL.
+    if error.errno == errno.EAGAIN:
+        # The backlog is full of clients that wait for the one that is served.
         return MonitorSilent(address=name, seconds=0, holder="other clients are waiting already")
     return CannotConnect(address=name, reason=error.strerror or str(error))
 
@@ -287,9 +310,16 @@ def _reason(error: BaseException) -> str:
 
 async def _disconnect(client: QMPClient) -> None:
     # disconnect() raises whatever ended the session; who needed to know was told by execute() already.
-    with contextlib.suppress(QMPError, OSError, EOFError, ValueError, TimeoutError):
+    with contextlib.suppress(QMPError, OSError, EOFError, ValueError, RecursionError):
         async with asyncio.timeout(GREETING_SECONDS):
             await client.disconnect()
+
+
+def _negotiated(client: QMPClient, name: str, pid: int | None, trace: Trace | None) -> Monitor:
+    try:
+        return Monitor(client, name, pid, trace)
+    except (KeyError, TypeError, ValueError):
+        raise NotQmp(address=name, got="it greets, but not as a QEMU does") from None
 
 
 def _version_of(client: QMPClient) -> tuple[int, int, int]:

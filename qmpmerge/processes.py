@@ -6,8 +6,10 @@ Everything here is a look at processes that may end meanwhile: one that vanishes
 or may not be looked at is left out, and nothing raises for it.
 """
 
+import fcntl
 import os
 import re
+import struct
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -345,3 +347,63 @@ def _link(path: str) -> str:
         return os.readlink(path)
     except OSError:
         return ""
+
+
+# --- who uses an image --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class User:
+    """A process that has an image open: `vm` is what it is where it is a QEMU."""
+
+    file: str
+    pid: int
+    name: str
+    vm: Vm | None
+
+    def __str__(self) -> str:
+        if self.vm is None or not self.vm.name:
+            return f"{self.name} (pid {self.pid})"
+        return f"VM {self.vm.name} ({self.name}, pid {self.pid})"
+
+
+def users(files: Sequence[str]) -> tuple[User, ...]:
+    """
+    All processes but ours that have one of the files open, as far as we may see; a VM with ``locking=off`` too.
+
+    Looked at are the descriptors of all processes, so hard links and other names do not hide anybody.
+    """
+    wanted = {inode: file for file in files if (inode := _inode(file)) is not None}
+    found: dict[tuple[int, str], User] = {}
+    for pid in psutil.pids():
+        if pid == os.getpid():
+            continue
+        for inode in (open_files(pid) or set()) & set(wanted):
+            found[pid, wanted[inode]] = User(wanted[inode], pid, _comm(pid), vm_of(pid))
+    return tuple(found.values())
+
+
+# struct flock for F_OFD_GETLK on 64-bit Linux: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+_F_OFD_GETLK = 36
+# block/file-posix.c: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE, a byte for each permission.
+_PERMISSION_BYTES = ((100, 8), (200, 8))
+
+
+def is_locked(file: str) -> bool:
+    """Whether some QEMU program has locked the image, even one that we may not see; False where it cannot be told."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        for start, length in _PERMISSION_BYTES:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+            kind = _FLOCK.unpack(fcntl.fcntl(descriptor, _F_OFD_GETLK, asked))[0]
+            if kind != fcntl.F_UNLCK:
+                return True
+        return False
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)

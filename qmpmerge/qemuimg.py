@@ -8,10 +8,13 @@ a leading dash. `info` opens a single image and nothing below it.
 import asyncio
 import json
 import os
+import stat
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qmpmerge.chain import Image
 from qmpmerge.errors import ImageUnreadable, ToolMissing
 
 SECONDS = 60.0
@@ -78,6 +81,37 @@ async def create_overlay(path: str, *, size: int, backing: str, backing_format: 
     )
 
 
+async def same(chain: Sequence[Image], other: Sequence[Image]) -> bool:
+    """
+    Whether two chains (base first) show the same data, as read by another process without locks.
+
+    Holes cost nothing, all else is read. Nobody may write meanwhile, and what was written must be flushed. Raises
+    ImageUnreadable when either cannot be opened like that (encrypted, a data file, on the network), ToolMissing.
+    """
+    try:
+        sources = [f"json:{json.dumps(_opened(images))}" for images in (chain, other)]
+    except OSError as error:
+        raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
+    code, _output, complaints = await _finished("compare", "-q", *sources, seconds=None)
+    if code not in (0, 1):  # 1: they differ; more: it could not be told
+        raise ImageUnreadable(file=chain[-1].file, reason=_first_line(complaints))
+    return code == 0
+
+
+def _opened(images: Sequence[Image]) -> dict[str, object] | None:
+    """A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed."""
+    if not images:
+        return None
+    *below, image = images
+    node: dict[str, object] = {"driver": image.format, "file": _file(image)}
+    return {**node, "backing": _opened(below)} if image.format == "qcow2" else node
+
+
+def _file(image: Image) -> dict[str, object]:
+    is_device = image.has_path and stat.S_ISBLK(os.stat(image.file).st_mode)
+    return {"driver": "host_device" if is_device else "file", "filename": image.file, "locking": "off"}
+
+
 def _header(entry: Any) -> Header:
     return Header(
         file=entry["filename"],
@@ -89,6 +123,18 @@ def _header(entry: Any) -> Header:
 
 
 async def _run(path: str, *arguments: str) -> bytes:
+    """Run on the image at `path` and return what it said."""
+    try:
+        code, output, complaints = await _finished(*arguments, seconds=SECONDS)
+    except TimeoutError:
+        raise ImageUnreadable(file=path, reason=f"no answer within {SECONDS:g} s") from None
+    if code != 0:
+        raise ImageUnreadable(file=path, reason=_first_line(complaints))
+    return output
+
+
+async def _finished(*arguments: str, seconds: float | None) -> tuple[int, bytes, bytes]:
+    """Exit code, stdout and stderr; the program does not outlive a cancellation. Raises TimeoutError, ToolMissing."""
     try:
         process = await asyncio.create_subprocess_exec(
             "qemu-img", *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -96,17 +142,14 @@ async def _run(path: str, *arguments: str) -> bytes:
     except FileNotFoundError:
         raise ToolMissing(program="qemu-img", package="qemu-utils") from None
     try:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(seconds):
             output, complaints = await process.communicate()
-    except TimeoutError:
-        raise ImageUnreadable(file=path, reason=f"no answer within {SECONDS:g} s") from None
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    if process.returncode != 0:
-        raise ImageUnreadable(file=path, reason=_first_line(complaints))
-    return output
+    assert process.returncode is not None
+    return process.returncode, output, complaints
 
 
 def _first_line(complaints: bytes) -> str:

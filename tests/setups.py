@@ -1,7 +1,9 @@
 """The ways in which people give QEMU a disk: every story is told on each of them."""
 
 import contextlib
-import subprocess
+import os
+import select
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,4 +132,14 @@ def nbd_server(folder: Path, image: Path) -> Iterator[str]:
     try:
         yield f"nbd+unix:///?socket={socket}"
     finally:
-        subprocess.run(["kill", (folder / "nbd.pid").read_text().strip()], check=False)
+        end((folder / "nbd.pid").read_text())
+
+
+def end(pid: str) -> None:
+    """End a daemon and wait until it is gone, with its locks."""
+    descriptor = os.pidfd_open(int(pid))
+    try:
+        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        assert select.select([descriptor], [], [], 20)[0], "qemu-nbd does not end"
+    finally:
+        os.close(descriptor)

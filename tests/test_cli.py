@@ -165,8 +165,8 @@ def test_the_table_is_complete() -> None:
 
 def test_a_bug_is_a_traceback_and_exit_1() -> None:
     program = """
-import qmpmerge.hosts, sys
-qmpmerge.hosts.find = lambda target: 1 / 0
+import qmpmerge.doors.live, sys
+qmpmerge.doors.live.find = lambda target: 1 / 0
 sys.argv = ["qmpmerge", "disks", "x"]
 from qmpmerge.cli import main
 main()
@@ -307,7 +307,7 @@ def test_base_above_top_and_other_mistakes(vm: str, images: list[Path]) -> None:
     assert qmpmerge("snapshot", vm, "vda").code == 2
     assert qmpmerge("snapshot", vm, "vda=x.qcow2", "--quiesce").code == 2
     assert qmpmerge("job", vm, "x", "speed").code == 2
-    assert qmpmerge("disks", str(images[0])).code == 4
+    assert qmpmerge("jobs", str(images[0])).code == 4
     chain = qmpmerge("chain", vm, "--json").document
     assert len(chain["images"]) == 4
 

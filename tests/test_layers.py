@@ -7,11 +7,13 @@ import qmpmerge
 
 ROWS = (
     {"errors", "shield"},
-    {"chain", "commandline"},
-    {"plan", "qemuimg", "monitor", "processes"},
-    {"jobs", "headers", "durable", "locks", "agent"},
+    {"chain", "commandline", "qcow2"},
+    {"plan", "qemuimg", "monitor", "processes", "diskwalk"},
+    {"jobs", "headers", "durable", "locks", "agent", "dependents", "storagedaemon"},
     {"blockgraph"},
     {"hosts"},
+    {"doors.live", "doors.offline"},
+    {"doors"},
     {"checks", "merge", "snapshots"},
     {"cli.words"},
     {"cli.output", "cli.text_output", "cli.json_output"},

@@ -13,7 +13,7 @@ import click
 
 from qmpmerge import __version__
 from qmpmerge.cli import completing
-from qmpmerge.cli.options import Assignment, Options, Size, shared
+from qmpmerge.cli.options import Assignment, Options, Size, for_images, shared
 from qmpmerge.cli.running import on_host, run
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def vms(options: Options) -> int:
 
 @cli.command()
 @target
+@for_images
 @shared
 def disks(target: str, options: Options) -> int:
     """
@@ -116,6 +117,7 @@ def disks(target: str, options: Options) -> int:
 @cli.command()
 @target
 @click.argument("disk", required=False, shell_complete=completing.disks)
+@for_images
 @shared
 def chain(target: str, disk: str | None, options: Options) -> int:
     """
@@ -155,6 +157,7 @@ def chain(target: str, disk: str | None, options: Options) -> int:
 @click.option("--relative", is_flag=True, help="Write a relative backing name even into another folder.")
 @click.option("--quiesce", is_flag=True, help="Freeze the guest's filesystems for the moment; needs --agent.")
 @click.option("--agent", metavar="SOCKET", help="The socket of the guest agent.")
+@for_images
 @shared
 def snapshot(
     target: str,
@@ -177,8 +180,11 @@ def snapshot(
       qmpmerge snapshot vm1 vda=/vm/snap1.qcow2 --quiesce --agent /run/vm1-agent.sock
 
     \b
-    Exit codes: 0 created, 3 refused and nothing changed, 4 no session with TARGET, 6 unknown: the overlay may be in
-    use, or the guest agent did not confirm that the guest is thawed.
+    Exit codes:
+      0    created
+      3    refused: nothing was changed
+      4    no session with TARGET
+      6    unknown: the overlay may be in use, or the guest may still be frozen
     """
     if quiesce != (agent is not None):
         raise click.UsageError("--quiesce and --agent SOCKET go together")
@@ -192,7 +198,7 @@ def snapshot(
         output.snapshot(await snapshots.snapshot(host, dict(overlays), relative=relative, agent=agent))
         return "created"
 
-    return run(options, on_host(target, options, work))
+    return run(options, on_host(target, options, work, write=True))
 
 
 @cli.command()
@@ -210,7 +216,16 @@ def snapshot(
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
 @endings
 @click.option("--speed", type=Size(), default=0, metavar="SIZE", help="Limit in bytes a second, as in 100M.")
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Compare base and top before the switch (default: where it is cheap).",
+)
+@click.option(
+    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the merged ones."
+)
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
+@for_images
 @shared
 def commit(
     target: str,
@@ -220,6 +235,8 @@ def commit(
     shallow: bool,
     ending: "Ending",
     speed: int,
+    verify: bool | None,
+    search: tuple[str, ...],
     dry_run: bool,
     options: Options,
 ) -> int:
@@ -261,6 +278,9 @@ def commit(
             shallow=shallow,
             ending=ending,
             speed=speed,
+            verify=verify,
+            force=options.force,
+            search=search,
             dry_run=dry_run,
             report=output.progress,
             timeout=options.timeout,
@@ -268,7 +288,7 @@ def commit(
         output.commit(outcome)
         return outcome.verdict
 
-    return run(options, on_host(target, options, work))
+    return run(options, on_host(target, options, work, write=True))
 
 
 @cli.command()
@@ -288,7 +308,7 @@ def jobs(target: str, options: Options) -> int:
         output.jobs(await host.jobs())
         return "done"
 
-    return run(options, on_host(target, options, work))
+    return run(options, on_host(target, options, work, live=True))
 
 
 VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismiss")
@@ -341,7 +361,7 @@ def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending"
         output.commit(outcome)
         return outcome.verdict
 
-    return run(options, on_host(target, options, work))
+    return run(options, on_host(target, options, work, live=True))
 
 
 @cli.command()

@@ -24,9 +24,9 @@ def _ask(ctx: click.Context, question: "Callable[[Host], Awaitable[list[T]]]") -
     import asyncio  # the shell's TAB waits for this module, most words of a line do not need a session
 
     async def asking() -> list[T]:
-        from qmpmerge.hosts import live
+        from qmpmerge.doors import opened
 
-        async with asyncio.timeout(2 * SECONDS), live(target, timeout=SECONDS) as host:
+        async with asyncio.timeout(2 * SECONDS), opened(target, write=False, timeout=SECONDS) as host:
             return await question(host)
 
     try:

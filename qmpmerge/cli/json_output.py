@@ -71,6 +71,7 @@ class JsonOutput:
                 ],
                 "copied": outcome.copied,
                 "seconds": round(outcome.seconds, 3),
+                "verified": outcome.verified,
                 "hints": list(outcome.hints),
             }
         )

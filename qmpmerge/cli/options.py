@@ -23,6 +23,8 @@ class Options:
     quiet: bool
     timeout: float | None
     force: frozenset[str]
+    allow: tuple[str, ...] = ()
+    secret: str | None = None
 
     def output(self) -> "Output":
         """The renderer they ask for, on this process's streams."""
@@ -50,15 +52,24 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--force",
             multiple=True,
-            type=click.Choice(["libvirt"]),
+            type=click.Choice(["libvirt", "dependents"]),
             help="Go on although qmpmerge refuses for this reason.",
         ),
     )
 
     def gather(
-        *, json: bool, verbose: bool, quiet: bool, timeout: float | None, force: tuple[str, ...], **rest: object
+        *,
+        json: bool,
+        verbose: bool,
+        quiet: bool,
+        timeout: float | None,
+        force: tuple[str, ...],
+        allow: tuple[str, ...] = (),
+        secret: str | None = None,
+        **rest: object,
     ) -> Any:
-        return function(options=Options(json, verbose, quiet, timeout, frozenset(force)), **rest)
+        options = Options(json, verbose, quiet, timeout, frozenset(force), allow, secret)
+        return function(options=options, **rest)
 
     gather.__name__ = function.__name__
     gather.__doc__ = function.__doc__
@@ -66,6 +77,18 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(declared):
         gather = option(gather)
     return gather
+
+
+def for_images(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare the options of the offline door; they come in ``options`` too."""
+    allow = click.option(
+        "--allow",
+        multiple=True,
+        metavar="PATH",
+        help="Image as TARGET: a folder or file that headers may name, besides the image's folder.",
+    )
+    secret = click.option("--secret", metavar="FILE", help="Image as TARGET: the passphrase of encrypted images.")
+    return allow(secret(function))
 
 
 class Size(click.ParamType[int]):

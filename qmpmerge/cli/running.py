@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from qmpmerge.cli.options import Options
-from qmpmerge.errors import EXIT_CODES, Cancelled, Error
+from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, Offline, SecretUnreadable
 
 if TYPE_CHECKING:
     from qmpmerge.cli.output import Output
@@ -66,17 +68,52 @@ async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Ou
 
 
 def on_host(
-    target: str, options: Options, work: "Callable[[Host, Output], Awaitable[str]]"
+    target: str,
+    options: Options,
+    work: "Callable[[Host, Output], Awaitable[str]]",
+    *,
+    write: bool = False,
+    live: bool = False,
 ) -> "Callable[[Output], Awaitable[str]]":
-    """The same work with a session to `target` around it."""
+    """
+    The same work with `target` open around it; `write` asks for images to be locked, `live` refuses them.
 
-    async def with_session(output: "Output") -> str:
-        from qmpmerge.hosts import live
+    The passphrase of encrypted images is asked for on the terminal where the user did not give it.
+    """
+
+    async def with_host(output: "Output") -> str:
+        from qmpmerge.doors import is_image, opened
         from qmpmerge.monitor import GREETING_SECONDS
+
+        if live and is_image(target):
+            raise Offline(path=target)
 
         patience = GREETING_SECONDS if options.timeout is None else min(GREETING_SECONDS, options.timeout)
         trace = output.trace if options.verbose else None
-        async with live(target, timeout=patience, force=options.force, trace=trace) as host:
+        secret = None if options.secret is None else _read_secret(options.secret)
+        given: dict[str, Any] = {
+            "write": write,
+            "timeout": patience,
+            "force": options.force,
+            "allow": options.allow,
+            "trace": trace,
+        }
+        try:
+            async with opened(target, secret=secret, **given) as host:
+                return await work(host, output)
+        except NeedsSecret as error:
+            if secret is not None or not sys.stdin.isatty():
+                raise
+            secret = click.prompt(f"passphrase of {error.image}", hide_input=True, err=True)
+        async with opened(target, secret=secret, **given) as host:
             return await work(host, output)
 
-    return with_session
+    return with_host
+
+
+def _read_secret(file: str) -> str:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return stream.read().rstrip("\n")
+    except (OSError, ValueError) as error:
+        raise SecretUnreadable(file=file, reason=getattr(error, "strerror", None) or str(error)) from None

@@ -85,7 +85,7 @@ class TextOutput:
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """A line for each overlay."""
         for overlay in overlays:
-            self._say(f"{visible(overlay.disk)}: the guest now writes to {visible(overlay.file)}")
+            self._say(f"{visible(overlay.disk)}: {visible(overlay.file)} is the active image now")
 
     def commit(self, outcome: "Outcome") -> None:
         """The verdict, the chain before and after, what is left to do."""
@@ -161,6 +161,7 @@ class TextOutput:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            self._tasks.clear()
 
     def _redraw(self, told: "Progress") -> None:
         if self._bar is None:

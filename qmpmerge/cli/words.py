@@ -10,7 +10,7 @@ def size(count: float | None) -> str:
     if count is None:
         return "-"
     power = 0
-    while count >= 1024 ** (power + 1) and power < len(_UNITS) - 1:
+    while round(count / 1024**power, 1) >= 1024 and power < len(_UNITS) - 1:
         power += 1
     value = count / 1024**power
     digits = 0 if value >= 100 or value == int(value) else 1

@@ -1,0 +1,76 @@
+"""
+Who else is built on an image: the headers of all images in some folders, read once.
+
+QEMU knows nothing about it: an overlay that nobody has open at the moment is ruined without a word when an image below
+it is merged away or written to.
+"""
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from qmpmerge import qcow2
+from qmpmerge.chain import Chain, Image
+
+
+@dataclass(frozen=True)
+class Dependent:
+    """`file` is an image outside the chain whose header names `image` as its backing file."""
+
+    file: str
+    image: str
+
+
+def find(images: Sequence[Image], chain: Chain, search: Collection[str] = ()) -> tuple[Dependent, ...]:
+    """
+    The images outside `chain` that are built directly on one of `images`.
+
+    Looked through are the folders of the chain's files, under their names and their real ones, and `search`; not what is
+    below them. Folders and files that cannot be read are passed over: nobody can promise more than what was seen.
+    """
+    wanted = {image.inode: image.file for image in images if image.inode is not None}
+    members = {image.inode for image in chain}
+    found: dict[str, Dependent] = {}
+    for folder in _folders(chain, search):
+        for entry in _files(folder):
+            status = _status(entry.path)
+            if status is None or (status.st_dev, status.st_ino) in members:
+                continue
+            image = wanted.get(_backing(entry.path) or (0, 0))
+            if image is not None:
+                found.setdefault(os.path.realpath(entry.path), Dependent(entry.path, image))
+    return tuple(sorted(found.values(), key=lambda dependent: dependent.file))
+
+
+def _folders(chain: Chain, search: Collection[str]) -> list[str]:
+    files = [image.file for image in chain if image.has_path]
+    folders = [*map(os.path.dirname, files), *(os.path.dirname(os.path.realpath(file)) for file in files), *search]
+    return list(dict.fromkeys(map(os.path.realpath, folders)))
+
+
+def _files(folder: str) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if entry.is_file()]
+    except OSError:
+        return []
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def _backing(path: str) -> tuple[int, int] | None:
+    """The inode that the backing name in a file's header leads to."""
+    try:
+        header = qcow2.read(path)
+    except OSError:
+        return None
+    if header is None or header.backing is None:
+        return None
+    name = header.backing.removeprefix("file:")
+    status = _status(os.path.join(os.path.dirname(os.path.realpath(path)), name))
+    return (status.st_dev, status.st_ino) if status is not None else None

@@ -1,0 +1,48 @@
+"""
+The two doors to disks: `live` to a running QEMU, `offline` to images that nobody holds. Behind both stands a `Host`.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import AsyncIterator, Collection
+
+from qmpmerge.hosts import Host
+from qmpmerge.monitor import GREETING_SECONDS, Trace
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    target: str,
+    *,
+    write: bool = True,
+    timeout: float = GREETING_SECONDS,
+    force: Collection[str] = (),
+    allow: Collection[str] = (),
+    secret: str | None = None,
+    trace: Trace | None = None,
+) -> AsyncIterator[Host]:
+    """
+    The door that `target` calls for: an image file or a block device is opened offline, all else is live.
+
+    `write`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors raise.
+    """
+    if is_image(target):
+        from qmpmerge.doors.offline import offline
+
+        async with offline(target, write=write, allow=allow, secret=secret, trace=trace) as host:
+            yield host
+    else:
+        from qmpmerge.doors.live import live
+
+        async with live(target, timeout=timeout, force=frozenset(force), trace=trace) as host:
+            yield host
+
+
+def is_image(target: str) -> bool:
+    """Whether TARGET is the path of an image: a regular file or a block device."""
+    try:
+        mode = os.stat(target).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)

@@ -1,0 +1,142 @@
+"""
+The door to images that nobody holds: a private storage daemon opens the chain, and the same engine works on it.
+
+The chain is walked first without opening what has not passed the rule for names (`diskwalk`), then opened node by node
+under QEMU's own locks. What is planned and proved is read again after that: from then on nothing can change it.
+"""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Collection
+from dataclasses import replace
+from typing import Any
+
+from qmpmerge import blockgraph, diskwalk, processes, storagedaemon
+from qmpmerge.blockgraph import Disk, Layout
+from qmpmerge.chain import Chain
+from qmpmerge.diskwalk import Layer
+from qmpmerge.errors import CommandError, ImageUnreadable, InUse, NeedsSecret
+from qmpmerge.headers import Oddity
+from qmpmerge.hosts import ChainView, Host
+from qmpmerge.monitor import Monitor, Trace
+from qmpmerge.processes import User
+
+SECRET = "qmpmerge-secret"  # noqa: S105 - the id of the object, not the passphrase
+
+
+class OfflineHost(Host):
+    """One disk: the chain whose active image the user named. `users` are the processes that hold an image of it."""
+
+    is_live = False
+
+    def __init__(self, session: Monitor, target: str, users: tuple[User, ...]) -> None:
+        super().__init__(session, target)
+        self._name = os.path.basename(target)
+        self._users = users
+
+    async def layout(self) -> Layout:
+        """The disk is called like its active image's file; that we have opened it read-only is not the disk's doing."""
+        layout = await blockgraph.discover(self.monitor, self._locate)
+        return replace(layout, disks=tuple(map(self._named, layout.disks)))
+
+    def _named(self, disk: Disk) -> Disk:
+        assert disk.chain is not None, "there are no empty drives here"
+        active = replace(disk.chain.active, read_only=not os.access(disk.chain.active.file, os.W_OK))
+        return replace(disk, name=self._name, chain=Chain((*disk.chain.images[:-1], active)))
+
+    async def chain(self, disk: str | None = None) -> ChainView:
+        """As of any host, and who has it in use."""
+        view = await super().chain(disk)
+        odd = [
+            Oddity("in-use", user.file, f"in use by {user}: what is shown may be out of date") for user in self._users
+        ]
+        return replace(view, oddities=(*view.oddities, *odd))
+
+
+@contextlib.asynccontextmanager
+async def offline(
+    image: str,
+    *,
+    write: bool = True,
+    allow: Collection[str] = (),
+    secret: str | None = None,
+    trace: Trace | None = None,
+) -> AsyncIterator[OfflineHost]:
+    """
+    Open the chain whose active image is `image`.
+
+    With `write` all images are locked, and it is refused when anybody holds one; without, they are read shared with
+    whoever writes them. `allow` are files and folders that headers may name besides the image's folder. `secret` is the
+    passphrase of encrypted images.
+
+    Raises InUse, NeedsSecret, what `diskwalk.walk` raises, ToolMissing.
+    """
+    layers = diskwalk.walk(image, allow=allow)
+    users = processes.users([layer.file for layer in layers])
+    if write:
+        _refuse_used(layers, users)
+    async with storagedaemon.running(trace=trace) as session:
+        await _open(session, layers, write=write, secret=secret)
+        yield OfflineHost(session, image, users)
+
+
+def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
+    if users:
+        file = users[-1].file
+        holders = [str(user) for user in users if user.file == file]
+        raise InUse(file=file, holders=holders, command=_instead(users[-1]))
+    for layer in layers:
+        if processes.is_locked(layer.file):
+            command = "it may be in another container or of another user: look there, or as root"
+            raise InUse(file=layer.file, holders=["a process that we may not see"], command=command)
+
+
+def _instead(user: User) -> str:
+    """What to do about an image in use, the command of the live door where there is one."""
+    if user.vm is None:
+        return "end it, or wait until it has let go"
+    if user.vm.monitors and not user.vm.libvirt:
+        return f"merge it live: `qmpmerge commit {user.vm.name or f'pid:{user.vm.pid}'}`"
+    return "shut that VM down first, or start it with a QMP monitor and merge live"
+
+
+async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, secret: str | None) -> None:
+    """Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing."""
+    encrypted = next((layer for layer in layers if layer.encrypted), None)
+    if encrypted is not None:
+        if secret is None:
+            raise NeedsSecret(image=encrypted.file)
+        await session.execute("object-add", qom_type="secret", id=SECRET, data=secret)
+    backing: str | None = None
+    for number, layer in enumerate(layers, 1):
+        node = f"layer{number}"
+        common: dict[str, Any] = {"discard": "unmap"} if write else {"discard": "unmap", "force-share": True}
+        file: dict[str, Any] = {
+            "driver": "host_device" if layer.is_device else "file",
+            "filename": layer.file,
+            "auto-read-only": True,
+        }
+        links: dict[str, Any] = {"file": f"{node}-file", **({"backing": backing} if layer.format == "qcow2" else {})}
+        read_only = not (write and layer is layers[-1])
+        try:
+            await session.execute("blockdev-add", **common, **file, node_name=f"{node}-file", read_only=not write)
+            await session.execute(
+                "blockdev-add",
+                **common,
+                **links,
+                **_key(layer),
+                driver=layer.format,
+                node_name=node,
+                read_only=read_only,
+            )
+        except CommandError as error:
+            if "lock" in error.description:
+                raise InUse(file=layer.file, holders=["another process"], command="end it, or wait") from None
+            raise ImageUnreadable(file=layer.file, reason=error.description) from None
+        backing = node
+
+
+def _key(layer: Layer) -> dict[str, Any]:
+    if not layer.encrypted:
+        return {}
+    return {"key_secret": SECRET} if layer.format == "luks" else {"encrypt": {"format": "luks", "key-secret": SECRET}}

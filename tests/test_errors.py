@@ -1,0 +1,203 @@
+"""The error tree: every error that a user can meet says what happened, what state the disks are in and what to do next."""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import qmpmerge
+from qmpmerge.errors import (
+    EXIT_CODES,
+    BaseIsTop,
+    Cancelled,
+    Error,
+    Failed,
+    NoSuchLayer,
+    Refused,
+    ShorterLayer,
+    StillRunning,
+    Unknown,
+    Unreachable,
+    Untouched,
+)
+
+PLACEHOLDER = re.compile(r"\{\w*(:\w*)?\}")
+BRANCHES = (Untouched, Refused, Unreachable, Failed, Unknown)
+
+
+def below(kind: type[Error]) -> Iterator[type[Error]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from below(child)
+
+
+def concrete() -> list[type[Error]]:
+    """The errors of the product that are raised: those at the end of a branch, wherever they are defined."""
+    for module in pkgutil.walk_packages(qmpmerge.__path__, "qmpmerge."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found = dict.fromkeys(kind for kind in below(Error) if kind.__module__.startswith("qmpmerge."))
+    return [kind for kind in found if kind not in BRANCHES]
+
+
+CONCRETE = concrete()
+every_error = pytest.mark.parametrize("kind", CONCRETE, ids=lambda kind: kind.__name__)
+
+EXAMPLES: dict[object, Any] = {
+    str: "words",
+    int: 7,
+    float: 0.5,
+    bool: True,
+    list[str]: ["one", "two"],
+    list[int]: [7, 8],
+}
+
+
+def example(kind: type[Error]) -> Any:
+    """An error of this kind with a fact of the right type in every field."""
+    hints = typing.get_type_hints(kind)
+    facts = {field.name: _value(field.name, hints[field.name]) for field in dataclasses.fields(typing.cast(Any, kind))}
+    return kind(**facts)
+
+
+def _value(name: str, declared: object) -> object:
+    options = [option for option in typing.get_args(declared) if option is not types.NoneType]
+    if isinstance(declared, types.UnionType):
+        declared = options[0]
+    value = EXAMPLES[declared]
+    return f"the-{name}" if declared is str else value
+
+
+def test_the_tree_was_found() -> None:
+    assert {ShorterLayer, StillRunning, Cancelled} < set(CONCRETE)
+    assert len(CONCRETE) >= 40
+
+
+# --- each of them -------------------------------------------------------------------------------------------------
+
+
+@every_error
+def test_an_error_is_a_dataclass_of_its_own(kind: type[Error]) -> None:
+    assert "__dataclass_fields__" in vars(kind)
+    assert kind.__doc__ and not kind.__doc__.startswith(kind.__name__ + "("), "a docstring of its own"
+
+
+@every_error
+def test_an_error_is_told_apart_by_identity_and_can_be_a_key(kind: type[Error]) -> None:
+    one, two = example(kind), example(kind)
+    assert one != two and len({one, two}) == 2
+
+
+@every_error
+def test_an_error_is_a_sentence_with_its_facts_in_it(kind: type[Error]) -> None:
+    said = str(example(kind))
+    assert said and not PLACEHOLDER.search(said)
+    assert not said.endswith((".", "!", " ")) and "\n" not in said and "  " not in said
+
+
+@every_error
+def test_an_error_says_what_to_do_next(kind: type[Error]) -> None:
+    hint = example(kind).hint
+    assert hint and not PLACEHOLDER.search(hint)
+    assert not hint.endswith((".", "!", " ")) and "\n" not in hint and "  " not in hint
+    assert hint.count("`") % 2 == 0, "commands stand in backticks"
+
+
+@every_error
+def test_an_error_mentions_every_fact_that_is_text(kind: type[Error]) -> None:
+    error = example(kind)
+    unsaid = [
+        fact
+        for name, fact in error.facts.items()
+        if isinstance(fact, str) and fact not in f"{error} {error.hint}" and name not in ALLOWED_SILENT
+    ]
+    assert not unsaid
+
+
+ALLOWED_SILENT = {"target"}
+"""The user has just typed it."""
+
+
+@every_error
+def test_an_error_has_a_verdict_with_an_exit_code(kind: type[Error]) -> None:
+    assert kind.verdict in EXIT_CODES
+    assert example(kind).exit_code == EXIT_CODES[kind.verdict] != 0
+
+
+@every_error
+def test_the_facts_survive_json(kind: type[Error]) -> None:
+    facts = example(kind).facts
+    assert json.loads(json.dumps(facts)) == facts
+    assert set(facts) == {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
+
+
+@every_error
+def test_braces_in_a_fact_are_left_alone(kind: type[Error]) -> None:
+    error = example(kind)
+    for name, fact in error.facts.items():
+        if isinstance(fact, str):
+            setattr(error, name, "{target} {0} {")
+    assert str(error) and error.hint  # a name with braces is no format string
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+
+def test_names_are_kebab_case_and_no_two_errors_share_one() -> None:
+    names = [example(kind).name for kind in CONCRETE]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) for name in names)
+    assert example(ShorterLayer).name == "shorter-layer"
+
+
+@pytest.mark.parametrize(
+    ("branch", "codes"),
+    [(Refused, {3}), (Unreachable, {4}), (Untouched, {3, 4}), (Failed, {5}), (Unknown, {6})],
+)
+def test_a_branch_says_in_which_state_the_disks_are(branch: type[Error], codes: set[int]) -> None:
+    found = {example(kind).exit_code for kind in CONCRETE if issubclass(kind, branch)}
+    assert found == codes
+
+
+def test_every_error_is_on_exactly_one_branch() -> None:
+    alone = {
+        kind for kind in CONCRETE if sum(issubclass(kind, b) for b in (Refused, Unreachable, Failed, Unknown)) != 1
+    }
+    assert alone == {StillRunning, Cancelled}
+    assert (example(StillRunning).exit_code, example(Cancelled).exit_code) == (7, 130)
+
+
+def test_the_exit_codes_are_those_of_the_design() -> None:
+    assert {verdict for verdict, code in EXIT_CODES.items() if code == 0} >= {
+        "merged",
+        "pivoted",
+        "kept",
+        "ready",
+        "planned",
+        "unchanged",
+    }
+    assert {verdict: code for verdict, code in EXIT_CODES.items() if code != 0} == {
+        "refused": 3,
+        "unreachable": 4,
+        "failed": 5,
+        "unknown": 6,
+        "running": 7,
+        "cancelled": 130,
+    }
+
+
+def test_a_list_of_facts_is_read_as_words() -> None:
+    assert NoSuchLayer(layer="x", disk="vda", known=["[1] /a", "[2] /b"]).hint.endswith("[1] /a, [2] /b")
+    assert NoSuchLayer(layer="x", disk="vda", known=[]).hint.endswith("none")
+
+
+def test_an_error_can_be_raised_again_with_other_facts() -> None:
+    error = dataclasses.replace(BaseIsTop(base="/a"), base="/b")
+    assert error.facts == {"base": "/b"} and "/b" in str(error)
