@@ -36,7 +36,7 @@ async def check(
         _refuse_dependents(plan, search)
     if plan.overlay is not None:
         _refuse_lost_name(plan.overlay, plan)
-        await durable.check(host.monitor)
+        await durable.check(host.monitor, plan.base)
         await _rewrite_header(host, disk, plan)
 
 

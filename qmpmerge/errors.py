@@ -695,6 +695,42 @@ class NoReply(Unknown):
 
 
 @dataclasses.dataclass(eq=False)
+class ThawUnproven(Unknown):
+    """
+    The guest may be frozen still: the agent confirmed no thaw, neither to us nor to the guardian.
+
+    Every try wrote the command to the channel, so an agent that was only slow still thaws the guest when it gets there.
+    """
+
+    agent: str
+    reason: str
+    sentence = "THE GUEST MAY STILL BE FROZEN: its agent at {agent} did not confirm the thaw: {reason}"
+    advice = (
+        'thaw it now: `echo \'{{"execute":"guest-fsfreeze-thaw"}}\' | socat -t5 - UNIX-CONNECT:{agent}`, '
+        "or `fsfreeze --unfreeze MOUNTPOINT` in the guest"
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class FreezeUnproven(Unknown):
+    """
+    The guest runs again, but its filesystems were not frozen to the end of the block, or nobody can say.
+
+    Somebody thawed them earlier: the guardian after its limit, a command in the guest, or a Windows guest, where a
+    freeze ends by itself after 10 s.
+    """
+
+    agent: str
+    frozen: int
+    held: int
+    sentence = (
+        "the guest behind {agent} was thawed too early: of {frozen} frozen filesystems, {held} were still frozen "
+        "when the snapshot was taken"
+    )
+    advice = "the guest is thawed and the snapshot is there, but only crash-consistent; take another one"
+
+
+@dataclasses.dataclass(eq=False)
 class StillRunning(Error):
     """We stopped waiting; the job belongs to QEMU and goes on."""
 

@@ -5,7 +5,9 @@ A job belongs to QEMU. Events wake us, queries decide: a job that vanished, an e
 """
 
 import contextlib
+import re
 import time
+import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,9 @@ VERBS = {
     "null": (),
 }
 """What can be done with a job, by its status (JobStatus and JobVerb in qapi/job.json)."""
+
+FINISHING = frozenset({"follow", "pivot", "keep"})
+"""The verbs that `merge.follow` carries out, up to a proved end; the others are `steer`'s."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,7 @@ class Job:
     @property
     def verbs(self) -> list[str]:
         """The verbs of `qmpmerge job` that are legal now; only commit jobs can be followed to a proved end."""
-        finishing = {"follow", "pivot", "keep"}
-        return [verb for verb in VERBS.get(self.status, ()) if verb not in finishing or self.type == "commit"]
+        return [verb for verb in VERBS.get(self.status, ()) if verb not in FINISHING or self.type == "commit"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,10 @@ Report = Callable[[Progress], None]
 
 
 def job_id(disk: str) -> str:
-    """The id of our commit job on `disk`: letters, digits and ``-._`` only, as QEMU wants it."""
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "-" for c in disk)
+    """The id of our commit job on `disk`: letters, digits and ``-._`` only, as QEMU wants it; one for each disk."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", disk)
+    if name != disk:
+        name = f"{name}-{zlib.crc32(disk.encode(errors='surrogatepass')):08x}"
     return f"{PREFIX}commit-{name}"
 
 
@@ -216,7 +222,7 @@ async def steer(monitor: Monitor, job_id: str, verb: str, speed: int = 0) -> Job
     job = next((job for job in known if job.id == job_id), None)
     if job is None:
         raise NoSuchJob(job=job_id, target=monitor.name, known=[job.id for job in known])
-    if verb not in job.verbs:
+    if verb not in job.verbs or verb in FINISHING:
         raise JobVerb(job=job.id, verb=verb, status=job.status, verbs=job.verbs)
     try:
         if verb == "speed":

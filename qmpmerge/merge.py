@@ -292,7 +292,8 @@ def _ready(merge: _Merge) -> Outcome:
 async def _make_base_durable(merge: _Merge, doorbell: Doorbell) -> None:
     """At PENDING, before the overlay's header is rewritten; where it fails the job is taken back."""
     try:
-        await durable.flush(merge.host.monitor, merge.plan.base.node or "")
+        every_error_seen = await durable.flush(merge.host.monitor, merge.plan.base)
+        merge.verify = merge.verify if every_error_seen else True
     except (NotDurable, FlushUnavailable) as error:
         await shield.finished(_take_back(merge, doorbell))
         reason = error.reason
@@ -393,7 +394,7 @@ async def _end(merge: _Merge, doorbell: Doorbell, status: str, keeps: bool) -> J
 async def _make_overlay_durable(merge: _Merge) -> None:
     assert merge.plan.overlay is not None
     try:
-        await durable.flush(merge.host.monitor, merge.plan.overlay.node or "")
+        await durable.flush(merge.host.monitor, merge.plan.overlay)
     except (NotDurable, FlushUnavailable) as error:
         raise HeaderNotDurable(target=merge.host.target, overlay=merge.plan.overlay.file, reason=error.reason) from None
 

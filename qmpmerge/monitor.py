@@ -198,6 +198,9 @@ async def _connect(address: Address, name: str, timeout: float) -> socket.socket
     except OSError as error:
         connection.close()
         raise _connect_error(error, address, name, timeout) from None
+    except asyncio.CancelledError:
+        connection.close()
+        raise
     return connection
 
 
@@ -310,7 +313,7 @@ def _reason(error: BaseException) -> str:
 
 async def _disconnect(client: QMPClient) -> None:
     # disconnect() raises whatever ended the session; who needed to know was told by execute() already.
-    with contextlib.suppress(QMPError, OSError, EOFError, ValueError, RecursionError):
+    with contextlib.suppress(QMPError, OSError, EOFError, ValueError, TypeError, RecursionError):
         async with asyncio.timeout(GREETING_SECONDS):
             await client.disconnect()
 

@@ -50,7 +50,11 @@ class _Order:
 
 
 async def snapshot(
-    host: Host, files: Mapping[str, str], *, relative: bool = False, agent: str | None = None
+    host: Host,
+    files: Mapping[str, str | os.PathLike[str]],
+    *,
+    relative: bool = False,
+    agent: str | os.PathLike[str] | None = None,
 ) -> tuple[Overlay, ...]:
     """
     Put a new overlay on each disk of `files` (disk to path of the file to be made), on all of them or on none.
@@ -61,9 +65,9 @@ async def snapshot(
     fresh look does not show the overlays.
     """
     layout = await host.layout()
-    orders = [_order(host, layout, disk, file, relative) for disk, file in files.items()]
+    orders = [_order(host, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
     _refuse_twice(orders)
-    return await shield.finished(_carry_out(host, layout, orders, agent))
+    return await shield.finished(_carry_out(host, layout, orders, os.fspath(agent) if agent is not None else None))
 
 
 def _order(host: Host, layout: Layout, name: str, file: str, relative: bool) -> _Order:
@@ -194,7 +198,7 @@ async def _quiet(agent: str | None) -> AsyncIterator[None]:
     if agent is None:
         yield
         return
-    from qmpmerge.agent import frozen  # only --quiesce needs it
+    from qmpmerge.quiesce import frozen  # only --quiesce needs it
 
     async with frozen(agent):
         yield

@@ -5,10 +5,13 @@ import os
 import select
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rig import Content, Machine, machine, run
+
+import qmpmerge
 
 DEVICE = ["-device", "virtio-blk-pci,drive={},id=disk0"]
 
@@ -22,6 +25,17 @@ class Setup:
     content: Content
     guest: Callable[[str], None]
 
+    def host(self) -> AbstractAsyncContextManager[qmpmerge.Host]:
+        """A session with whatever has the disk now."""
+        return qmpmerge.opened(self.machine.target)
+
+    def moved(self, active: str) -> None:
+        """Told when the disk has got another active image."""
+
+    def off(self) -> None:
+        """Switch the machine off."""
+        self.machine.stop()
+
     def write(self, pattern: int, offset: int, length: int) -> None:
         """Write as the guest does, and note it."""
         self.guest(self.content.put(pattern, offset, length))
@@ -30,6 +44,36 @@ class Setup:
         """The guest sees every byte that it should."""
         for pattern, offset, length in runs(bytes(self.content.data)):
             self.guest(f"read -P {pattern} {offset} {length}")
+
+
+@dataclass
+class Images(Setup):
+    """A disk that no machine has: `guest` is whoever boots it between the merges."""
+
+    def __init__(self, active: Path, content: Content) -> None:
+        self.active = str(active)
+        self.content = content
+        self.disk = active.name
+        self.guest = self._io
+
+    def host(self) -> AbstractAsyncContextManager[qmpmerge.Host]:
+        return qmpmerge.opened(self.active)
+
+    def moved(self, active: str) -> None:
+        self.active, self.disk = active, Path(active).name
+
+    def off(self) -> None:
+        pass
+
+    def _io(self, command: str) -> None:
+        answer = run("qemu-io", "-f", form(Path(self.active)), "-c", command, self.active)
+        assert "failed" not in answer, answer
+
+
+@contextlib.contextmanager
+def offline(folder: Path, images: Sequence[Path], content: Content) -> Iterator[Setup]:
+    """Images that nobody holds."""
+    yield Images(images[-1], content)
 
 
 def runs(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -95,6 +139,10 @@ def _io(url: str, command: str) -> None:
 
 BACKEND = "/machine/peripheral/disk0/virtio-backend"
 KINDS = {"drive": drive, "blockdev": blockdev, "filters": filters, "storage-daemon": storage_daemon}
+"""Somebody has the disk open."""
+
+WAYS = {**KINDS, "offline": offline}
+"""All ways to a disk."""
 
 
 def device(name: str) -> list[str]:

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import pytest_asyncio
 from guests import Guest, guest
 
-from qmpmerge import agent
-from qmpmerge.agent import FreezeUnproven, ThawUnproven
-from qmpmerge.errors import AgentFailed
+from qmpmerge import agent, quiesce
+from qmpmerge.errors import AgentFailed, FreezeUnproven, ThawUnproven
+from qmpmerge.guardian import THAW_TRIES, Guardian
 
 FREEZE = "guest-fsfreeze-freeze"
 THAW = "guest-fsfreeze-thaw"
@@ -160,14 +161,14 @@ async def fake(tmp_path: Path) -> AsyncIterator[FakeAgent]:
 
 
 def guardians(pid: int | None = None) -> list[psutil.Process]:
-    return [child for child in psutil.Process(pid).children() if "agent.guard(" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process(pid).children() if "guardian.guard(" in " ".join(child.cmdline())]
 
 
 # --- it goes well -------------------------------------------------------------------------------------------------
 
 
 async def test_the_guest_is_frozen_in_the_block_and_thawed_after_it(fake: FakeAgent) -> None:
-    async with agent.frozen(fake.path) as count:
+    async with quiesce.frozen(fake.path) as count:
         assert (count, fake.frozen) == (2, 2)
         assert len(guardians()) == 1
     assert fake.frozen == 0
@@ -176,14 +177,14 @@ async def test_the_guest_is_frozen_in_the_block_and_thawed_after_it(fake: FakeAg
 
 async def test_a_second_freeze_can_follow_at_once(fake: FakeAgent) -> None:
     for _ in range(2):
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             pass
     assert fake.seen[FREEZE] == 2
 
 
 async def test_a_guest_with_nothing_to_freeze_is_no_error(fake: FakeAgent) -> None:
     fake.filesystems = 0
-    async with agent.frozen(fake.path) as count:
+    async with quiesce.frozen(fake.path) as count:
         assert count == 0
 
 
@@ -200,13 +201,13 @@ async def test_a_guest_with_nothing_to_freeze_is_no_error(fake: FakeAgent) -> No
 )
 async def test_what_an_earlier_client_left_in_the_channel_is_skipped(fake: FakeAgent, stale: bytes) -> None:
     fake.stale = stale
-    async with agent.frozen(fake.path) as count:
+    async with quiesce.frozen(fake.path) as count:
         assert count == 2
 
 
 async def test_half_a_command_of_an_earlier_client_is_cleared(fake: FakeAgent) -> None:
     fake.unfinished = b'{"execute": "guest-exec", "arguments": {"path": "'
-    async with agent.frozen(fake.path) as count:
+    async with quiesce.frozen(fake.path) as count:
         assert count == 2
 
 
@@ -221,7 +222,7 @@ async def test_a_socket_with_a_long_path(tmp_path: Path) -> None:
     finally:
         os.chdir(before)
     (folder / "s").rename(there.path)
-    async with agent.frozen(there.path) as count:
+    async with quiesce.frozen(there.path) as count:
         assert count == 2
     await there.is_alone()
     server.close()
@@ -233,7 +234,7 @@ async def test_a_socket_with_a_long_path(tmp_path: Path) -> None:
 
 async def refused(path: str, timeout: float = 10.0) -> str:
     with pytest.raises(AgentFailed) as raised:
-        async with agent.frozen(path, timeout=timeout):
+        async with quiesce.frozen(path, timeout=timeout):
             pytest.fail("the block ran")
     assert raised.value.agent == path
     assert guardians() == []
@@ -339,13 +340,13 @@ async def test_no_freeze_without_a_python(fake: FakeAgent, monkeypatch: pytest.M
 
 async def test_an_error_in_the_block(fake: FakeAgent) -> None:
     with pytest.raises(KeyError):
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             raise KeyError
     assert fake.frozen == 0
 
 
 async def frozen_for_ever(fake: FakeAgent) -> None:
-    async with agent.frozen(fake.path):
+    async with quiesce.frozen(fake.path):
         await asyncio.Event().wait()
 
 
@@ -385,7 +386,7 @@ async def test_cancellation_during_the_thaw_is_taken_back(fake: FakeAgent) -> No
         return fake.obey(THAW)
 
     async def freeze_and_thaw() -> None:
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             pass
 
     fake.says[THAW] = slow
@@ -401,7 +402,7 @@ async def test_cancellation_during_the_thaw_is_taken_back(fake: FakeAgent) -> No
 
 
 async def test_a_dead_guardian_is_not_needed(fake: FakeAgent) -> None:
-    async with agent.frozen(fake.path):
+    async with quiesce.frozen(fake.path):
         [guardian] = guardians()
         guardian.kill()
         guardian.wait()
@@ -409,10 +410,10 @@ async def test_a_dead_guardian_is_not_needed(fake: FakeAgent) -> None:
 
 
 async def test_a_stopped_guardian_is_not_waited_for(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with agent.frozen(fake.path):
+    async with quiesce.frozen(fake.path):
         [guardian] = guardians()
         guardian.suspend()
-        monkeypatch.setattr(agent, "GUARDIAN_SECONDS", 0.1)
+        monkeypatch.setattr("qmpmerge.guardian.GUARDIAN_SECONDS", 0.1)
     assert fake.frozen == 0
     assert guardians() == []
 
@@ -423,26 +424,26 @@ async def test_a_stopped_guardian_is_not_waited_for(fake: FakeAgent, monkeypatch
 async def test_a_guest_that_does_not_thaw(fake: FakeAgent) -> None:
     fake.always_answers(THAW, refusal("failed to thaw /"))
     with pytest.raises(ThawUnproven, match="MAY STILL BE FROZEN") as raised:
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             pass
     assert raised.value.facts == {"agent": fake.path, "reason": "failed to thaw /"}
     assert "{" + '"execute":"guest-fsfreeze-thaw"}' in raised.value.hint
     assert raised.value.exit_code == 6
-    assert fake.seen[THAW] == 1 + agent.THAW_TRIES
+    assert fake.seen[THAW] == 1 + THAW_TRIES
     assert guardians() == []
 
 
 async def test_a_thaw_in_doubt_hides_no_error_of_the_block(fake: FakeAgent) -> None:
     fake.always_answers(THAW, refusal("failed to thaw /"))
     with pytest.raises(ThawUnproven) as raised:
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             raise KeyError
     assert isinstance(raised.value.__context__, KeyError)
 
 
 async def test_a_connection_that_is_lost_in_the_block(fake: FakeAgent) -> None:
     with pytest.raises(ThawUnproven):
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             fake.die()
             await fake.is_alone()
 
@@ -450,7 +451,7 @@ async def test_a_connection_that_is_lost_in_the_block(fake: FakeAgent) -> None:
 async def test_the_guardian_thaws_when_we_cannot(fake: FakeAgent) -> None:
     fake.answers(THAW, refusal("busy"))
     with pytest.raises(FreezeUnproven) as raised:
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             pass
     assert raised.value.facts == {"agent": fake.path, "frozen": 2, "held": 0}
     assert fake.frozen == 0
@@ -459,20 +460,20 @@ async def test_the_guardian_thaws_when_we_cannot(fake: FakeAgent) -> None:
 
 async def test_a_filesystem_that_was_thawed_in_the_guest(fake: FakeAgent) -> None:
     with pytest.raises(FreezeUnproven, match="of 2 frozen filesystems, 1 were still frozen"):
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             fake.frozen -= 1
 
 
 async def test_a_thaw_too_early_hides_no_error_of_the_block(fake: FakeAgent) -> None:
     with pytest.raises(KeyError):
-        async with agent.frozen(fake.path):
+        async with quiesce.frozen(fake.path):
             fake.frozen = 0
             raise KeyError
 
 
 async def test_the_limit_thaws_while_we_live(fake: FakeAgent) -> None:
     with pytest.raises(FreezeUnproven) as raised:
-        async with agent.frozen(fake.path, timeout=1000, limit=0.1):
+        async with quiesce.frozen(fake.path, timeout=1000, limit=0.1):
             await fake.has_seen(THAW)
             assert fake.frozen == 0
     assert raised.value.held == 0
@@ -480,9 +481,9 @@ async def test_the_limit_thaws_while_we_live(fake: FakeAgent) -> None:
 
 async def test_a_guardian_that_is_thawing_is_not_interrupted(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, waited_for = asyncio.Event(), asyncio.Event()
-    last_word = agent._Guardian.last_word
+    last_word = Guardian.last_word
 
-    async def wait_for_it(guardian: agent._Guardian, seconds: float) -> int | None:
+    async def wait_for_it(guardian: Guardian, seconds: float) -> int | None:
         assert not fake.more.is_set(), "nobody has written since"
         waited_for.set()
         return await last_word(guardian, seconds)
@@ -494,10 +495,10 @@ async def test_a_guardian_that_is_thawing_is_not_interrupted(fake: FakeAgent, mo
             await waited_for.wait()
         return fake.obey(THAW)
 
-    monkeypatch.setattr(agent._Guardian, "last_word", wait_for_it)
+    monkeypatch.setattr(Guardian, "last_word", wait_for_it)
     fake.says[THAW] = slow
     with pytest.raises(FreezeUnproven):
-        async with agent.frozen(fake.path, limit=0.1):
+        async with quiesce.frozen(fake.path, limit=0.1):
             await begun.wait()
     assert fake.seen[THAW] == 2
     assert fake.frozen == 0
@@ -507,14 +508,14 @@ async def test_a_guardian_that_is_thawing_is_not_interrupted(fake: FakeAgent, mo
 
 TOOL = """
 import asyncio, sys
-from qmpmerge import agent
+from qmpmerge import errors, quiesce
 
 async def main(path, timeout, limit):
     try:
-        async with agent.frozen(path, timeout=float(timeout), limit=float(limit)) as count:
+        async with quiesce.frozen(path, timeout=float(timeout), limit=float(limit)) as count:
             print(count, flush=True)
             sys.stdin.readline()
-    except agent.FreezeUnproven as error:
+    except errors.FreezeUnproven as error:
         print(error.name, flush=True)
 
 asyncio.run(main(*sys.argv[1:]))
@@ -528,7 +529,7 @@ async def frozen_tool(path: str, *, limit: float = PATIENCE) -> AsyncIterator[as
         *(sys.executable, "-c", TOOL, path, str(PATIENCE), str(limit)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        cwd=Path(agent.__file__).parents[1],
+        cwd=Path(quiesce.__file__).parents[1],
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -590,10 +591,10 @@ WRITE = "echo $$ >/run/pid; echo words >/mnt/file"
 BLOCKED = "until grep -q ' D ' /proc/$(cat /run/pid)/stat; do usleep 5000; done 2>/dev/null"
 
 
-@pytest.fixture
-async def mounted(tmp_path: Path) -> AsyncIterator[Guest]:
-    """A guest with an ext4 on its only disk."""
-    image = tmp_path / "disk.raw"
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def booted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guest]:
+    """A guest with an ext4 on its only disk. One for all these tests, which therefore run in one event loop."""
+    image = tmp_path_factory.mktemp("guest") / "disk.raw"
     with image.open("wb") as file:
         file.truncate(32 * 1024 * 1024)
     async with guest([["-drive", f"file={image},format=raw,if=virtio"]]) as vm:
@@ -601,9 +602,17 @@ async def mounted(tmp_path: Path) -> AsyncIterator[Guest]:
         yield vm
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def mounted(booted: Guest) -> Guest:
+    """The guest as it was booted, whatever the test before left there: thawed, the ext4 empty."""
+    with await agent.connect(str(booted.agent_socket)) as connection:
+        await agent.thaw(agent.Channel(connection), PATIENCE)
+    await booted.run("rm -f /mnt/file /run/pid")
+    return booted
+
+
 async def blocked_write(vm: Guest) -> asyncio.Task[str]:
     """A write of the guest's, waiting in the kernel for the thaw."""
-    await vm.run("rm -f /run/pid")
     writing = asyncio.create_task(vm.run(WRITE))
     await vm.run(BLOCKED)
     assert not writing.done()
@@ -611,8 +620,9 @@ async def blocked_write(vm: Guest) -> asyncio.Task[str]:
 
 
 @pytest.mark.guest
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_real_guest_writes_nothing_in_the_block(mounted: Guest) -> None:
-    async with agent.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE) as count:
+    async with quiesce.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE) as count:
         assert count == 1
         writing = await blocked_write(mounted)
     await writing
@@ -621,18 +631,20 @@ async def test_a_real_guest_writes_nothing_in_the_block(mounted: Guest) -> None:
 
 
 @pytest.mark.guest
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_real_agent_gets_over_half_a_command(mounted: Guest) -> None:
     _, writer = await asyncio.open_unix_connection(mounted.agent_socket)
     writer.write(b'{"execute": "guest-info"}\n{"execute": "guest-ex')
     await writer.drain()
     writer.close()
     await writer.wait_closed()
-    async with agent.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE) as count:
+    async with quiesce.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE) as count:
         assert count == 1
     assert await mounted.agent(STATUS) == "thawed"
 
 
 @pytest.mark.guest
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_real_guest_is_thawed_by_our_death(mounted: Guest) -> None:
     async with frozen_tool(str(mounted.agent_socket)) as tool:
         writing = await blocked_write(mounted)
@@ -642,7 +654,8 @@ async def test_a_real_guest_is_thawed_by_our_death(mounted: Guest) -> None:
 
 
 @pytest.mark.guest
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_real_guest_that_thawed_by_itself_is_noticed(mounted: Guest) -> None:
     with pytest.raises(FreezeUnproven, match="of 1 frozen filesystems, 0 were still frozen"):
-        async with agent.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE):
+        async with quiesce.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE):
             await mounted.run("fsfreeze --unfreeze /mnt")

@@ -125,9 +125,9 @@ def test_a_job_id_is_legal_and_ours_whatever_the_disk_is_called(disk: str) -> No
     [
         ("vda", "qmpmerge-commit-vda"),
         ("drive-virtio_0.1", "qmpmerge-commit-drive-virtio_0.1"),
-        ("#block123", "qmpmerge-commit--block123"),
-        ("/machine/unattached/device[3]", "qmpmerge-commit--machine-unattached-device-3-"),
-        ("größe٣", "qmpmerge-commit-gr--e-"),
+        ("#block123", "qmpmerge-commit--block123-3fb3514f"),
+        ("/machine/unattached/device[3]", "qmpmerge-commit--machine-unattached-device-3--5973adde"),
+        ("größe٣", "qmpmerge-commit-gr--e--1bb7fd66"),
     ],
 )
 def test_a_job_id_says_what_it_does_and_to_which_disk(disk: str, name: str) -> None:

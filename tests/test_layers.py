@@ -8,9 +8,9 @@ import qmpmerge
 ROWS = (
     {"errors", "shield"},
     {"chain", "commandline", "qcow2"},
-    {"plan", "qemuimg", "monitor", "processes", "diskwalk"},
-    {"jobs", "headers", "durable", "locks", "agent", "dependents", "storagedaemon"},
-    {"blockgraph"},
+    {"plan", "qemuimg", "monitor", "processes", "diskwalk", "agent"},
+    {"jobs", "headers", "durable", "locks", "guardian", "dependents", "storagedaemon"},
+    {"blockgraph", "quiesce"},
     {"hosts"},
     {"doors.live", "doors.offline"},
     {"doors"},

@@ -7,55 +7,59 @@ The guest writes in every step, and after every step it reads back all that it e
 from pathlib import Path
 
 import pytest
-from rig import MIB, SIZE, Content, run
-from setups import KINDS, drive, nbd_server
+from rig import MIB, SIZE, Content, fill, make_chain, run
+from setups import WAYS, drive, nbd_server
 
 import qmpmerge
 
 names = ["a.qcow2", "b.qcow2", "c.qcow2"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WAYS)
 async def test_the_classic_story(kind: str, tmp_path: Path) -> None:
     base = tmp_path / "base.raw"
     run("qemu-img", "create", "-q", "-f", "raw", base, str(SIZE))
     content = Content()
-    with KINDS[kind](tmp_path, [base], content) as setup:
+    with WAYS[kind](tmp_path, [base], content) as setup:
         setup.write(0x10, 0, 2 * MIB)
-        async with qmpmerge.live(setup.machine.target) as host:
+        async with setup.host() as host:
             disk = await host.disk()
             assert (disk.name, str(disk.chain)) == (setup.disk, "base.raw")
-            target = disk.name
 
-            for number, name in enumerate(names, 1):
-                (overlay,) = await qmpmerge.snapshot(host, {target: str(tmp_path / name)})
-                assert overlay.file == str(tmp_path / name)
-                target = disk.drive or disk.qdev or overlay.node
-                setup.write(0x10 + number, number * MIB, MIB + 64 * 1024)
-                setup.check()
+        for number, name in enumerate(names, 1):
+            async with setup.host() as host:
+                disk = await host.disk()
+                (overlay,) = await qmpmerge.snapshot(host, {disk.name: str(tmp_path / name)})
+            assert overlay.file == str(tmp_path / name)
+            setup.moved(overlay.file)
+            setup.write(0x10 + number, number * MIB, MIB + 64 * 1024)
+            setup.check()
 
+        async with setup.host() as host:
             view = await host.chain()
             assert str(view.chain) == "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2"
             assert [image.backing for image in view.chain] == [None, "base.raw", "a.qcow2", "b.qcow2"]
             assert not view.oddities
-
             outcome = await qmpmerge.commit(host, top="[3]", base="[1]")
-            assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
-            assert outcome.after.active.backing == "base.raw"
-            setup.write(0x20, 5 * MIB, MIB)
-            setup.check()
+        assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
+        assert outcome.after.active.backing == "base.raw"
+        setup.write(0x20, 5 * MIB, MIB)
+        setup.check()
 
+        async with setup.host() as host:
             outcome = await qmpmerge.commit(host)
-            assert (outcome.verdict, str(outcome.after)) == ("pivoted", "base.raw")
-            setup.write(0x21, 6 * MIB, MIB)
-            setup.check()
+        assert (outcome.verdict, str(outcome.after)) == ("pivoted", "base.raw")
+        assert [merged.file for merged in outcome.merged] == [str(tmp_path / "c.qcow2")]
+        setup.moved(outcome.after.active.file)
+        setup.write(0x21, 6 * MIB, MIB)
+        setup.check()
 
+        async with setup.host() as host:
             (disk,) = await host.disks()
             assert (disk.job, str(disk.chain)) == (None, "base.raw")
             assert not await host.jobs()
             assert not [name for name in (await host.layout()).nodes if name.startswith("qmpmerge")]
-            assert [merged.file for merged in outcome.merged] == [str(tmp_path / "c.qcow2")]
-        setup.machine.stop()
+        setup.off()
     content.check(base)
 
 
@@ -86,7 +90,7 @@ async def test_the_story_with_a_base_on_the_network(tmp_path: Path) -> None:
     content.check(base)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WAYS)
 @pytest.mark.parametrize(
     ("base", "top", "left"),
     [
@@ -99,17 +103,17 @@ async def test_the_story_with_a_base_on_the_network(tmp_path: Path) -> None:
 async def test_any_range_of_a_chain_that_was_there_before(
     kind: str, base: str, top: str, left: str, tmp_path: Path
 ) -> None:
-    from rig import fill, make_chain
-
     images, content = make_chain(tmp_path), Content()
     fill(images, content)
-    with KINDS[kind](tmp_path, images, content) as setup:
+    with WAYS[kind](tmp_path, images, content) as setup:
         setup.write(0x55, 7 * MIB, MIB)
-        async with qmpmerge.live(setup.machine.target) as host:
+        async with setup.host() as host:
             outcome = await qmpmerge.commit(host, setup.disk, base=base, top=top)
-            assert str(outcome.after) == left
-            setup.write(0x56, 5 * MIB, MIB)
-            setup.check()
+        assert str(outcome.after) == left
+        setup.moved(outcome.after.active.file)
+        setup.write(0x56, 5 * MIB, MIB)
+        setup.check()
+        async with setup.host() as host:
             assert not (await host.chain()).oddities
-        setup.machine.stop()
+        setup.off()
     content.check(outcome.after.active.file)

@@ -154,6 +154,7 @@ class TextOutput:
 
     def trace(self, direction: str, text: str) -> None:
         """A line on stderr."""
+        self.close()
         self._err.write(f"{direction} {visible(text)}\n")
 
     def close(self) -> None:

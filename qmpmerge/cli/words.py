@@ -12,7 +12,7 @@ def size(count: float | None) -> str:
     power = 0
     while round(count / 1024**power, 1) >= 1024 and power < len(_UNITS) - 1:
         power += 1
-    value = count / 1024**power
+    value = round(count / 1024**power, 1)
     digits = 0 if value >= 100 or value == int(value) else 1
     return f"{value:.{digits}f} {_UNITS[power]}"
 

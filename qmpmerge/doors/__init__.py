@@ -13,7 +13,7 @@ from qmpmerge.monitor import GREETING_SECONDS, Trace
 
 @contextlib.asynccontextmanager
 async def opened(
-    target: str,
+    target: "str | os.PathLike[str]",
     *,
     write: bool = True,
     timeout: float = GREETING_SECONDS,
@@ -27,6 +27,7 @@ async def opened(
 
     `write`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors raise.
     """
+    target = os.fspath(target)
     if is_image(target):
         from qmpmerge.doors.offline import offline
 

@@ -15,7 +15,7 @@ from qmpmerge.monitor import Address, Trace
 
 @contextlib.asynccontextmanager
 async def live(
-    target: str,
+    target: "str | os.PathLike[str]",
     *,
     timeout: float = monitor.GREETING_SECONDS,
     force: frozenset[str] = frozenset(),
@@ -28,6 +28,7 @@ async def live(
     `timeout` is for connecting and for the greeting, in seconds. Raises subclasses of Unreachable, and LibvirtManaged
     unless `force` holds ``libvirt``.
     """
+    target = os.fspath(target)
     address, pid = find(target)
     if "libvirt" not in force:
         _refuse_libvirt(pid, target)

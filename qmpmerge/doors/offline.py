@@ -55,7 +55,7 @@ class OfflineHost(Host):
 
 @contextlib.asynccontextmanager
 async def offline(
-    image: str,
+    image: "str | os.PathLike[str]",
     *,
     write: bool = True,
     allow: Collection[str] = (),
@@ -71,6 +71,7 @@ async def offline(
 
     Raises InUse, NeedsSecret, what `diskwalk.walk` raises, ToolMissing.
     """
+    image = os.fspath(image)
     layers = diskwalk.walk(image, allow=allow)
     users = processes.users([layer.file for layer in layers])
     if write:

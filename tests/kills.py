@@ -1,0 +1,101 @@
+"""
+The `qmpmerge` command with a killer in it: ``python kills.py NOTES VICTIM MOMENT [qmpmerge's arguments]``.
+
+Every QMP command that is sent and every reply to one is a moment, and so is every progress report, each with its number:
+``-> job-finalize #1`` is before the first job-finalize leaves us, ``<- job-finalize #1`` is when we have its reply,
+``progress #2`` is at the second report. ``-> job-finalize #1 +0.5`` is half a millisecond after it. At MOMENT the victim,
+which is ``tool``, ``daemon`` or ``both``, dies of SIGKILL. Moments, and the daemon's pid, are noted in the file NOTES as
+they come; a MOMENT that does not come is a run without a kill.
+
+It is the real command in all else: the renderer's `trace`, where ``-v`` shows the traffic, is what the killer hangs on.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from typing import Any
+
+import psutil
+
+from qmpmerge.cli import main
+from qmpmerge.cli.json_output import JsonOutput
+
+DAEMON = "daemon"
+KILLED = "killed"
+
+
+class Killer:
+    """Watches the conversation and strikes once."""
+
+    def __init__(self, notes: int, victim: str, moment: str) -> None:
+        self._notes = notes
+        self._victim = victim
+        self._moment, _, delay = moment.partition(" +")
+        self._milliseconds = float(delay or 0)
+        self._seen: Counter[str] = Counter()
+        self._command = ""
+
+    def trace(self, _output: JsonOutput, direction: str, text: str) -> None:
+        """Stands in for the renderer's."""
+        if direction == "->":
+            self._command = json.loads(text)["execute"]
+        if direction in ("->", "<-"):
+            self._come(f"{direction} {self._command}")
+
+    def progress(self, _output: JsonOutput, _told: object) -> None:
+        """Stands in for the renderer's."""
+        self._come("progress")
+
+    def _come(self, what: str) -> None:
+        if not self._seen:
+            self._note(f"{DAEMON} {' '.join(str(daemon.pid) for daemon in daemons())}")
+        self._seen[what] += 1
+        moment = f"{what} #{self._seen[what]}"
+        self._note(moment)
+        if moment != self._moment:
+            return
+        if self._milliseconds:
+            threading.Timer(self._milliseconds / 1000, self._strike).start()
+        else:
+            self._strike()
+
+    def _strike(self) -> None:
+        self._note(KILLED)
+        if self._victim != "tool":
+            for daemon in daemons():
+                kill(daemon.pid)
+        if self._victim != "daemon":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _note(self, line: str) -> None:
+        os.write(self._notes, f"{line}\n".encode())
+
+
+def daemons() -> list[psutil.Process]:
+    """The storage daemon that we have started."""
+    return [child for child in psutil.Process().children() if child.name().startswith("qemu-storage")]
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, and wait until it is dead; who started it finds the zombie as it was."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def run(notes: str, victim: str, moment: str, *arguments: str) -> None:
+    """Be the command."""
+    killer = Killer(os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND), victim, moment)
+    renderer: Any = JsonOutput
+    renderer.trace = lambda output, direction, text: killer.trace(output, direction, text)
+    renderer.progress = lambda output, told: killer.progress(output, told)
+    sys.argv = ["qmpmerge", *arguments, "--json", "-v"]
+    main()
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
