@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rig import MIB, Machine, Session, machine, run
+from rig import MIB, Machine, Session, machine, make_chain, run
 from setups import device
 
 COMMAND = shutil.which("qmpmerge", path=os.path.dirname(sys.executable)) or "qmpmerge"
@@ -94,6 +94,38 @@ def _merge_once(figures: Figures, vm: Machine, *, active: bool, ours: bool) -> N
     timed(figures, name, command("commit", vm.target, *options) if ours else conversation)
 
 
+def offline(figures: Figures, runs: int) -> None:
+    """Images that nobody holds, against qemu-img; durable at the end on both sides, 512 MiB of data."""
+    for layers in (3, 10):
+        for _ in range(runs):
+            for ours in (True, False):
+                for active in (True, False):
+                    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
+                        _merge_images(figures, Path(folder), layers, active=active, ours=ours)
+
+
+def _merge_images(figures: Figures, folder: Path, layers: int, *, active: bool, ours: bool) -> None:
+    images = make_chain(folder, [f"layer{number}.qcow2" for number in range(layers + 1)], size=4096 * MIB)
+    each = 512 // (layers - 1)
+    for number, image in enumerate(images[1:-1]):
+        run("qemu-io", "-f", "qcow2", "-c", f"write -P {number + 1} {number * each}M {each}M", image)
+    os.sync()
+    name = f"offline, {layers} layers, {'whole chain' if active else 'middle layers'}, {'qmpmerge' if ours else 'qemu-img'}"
+    if ours:
+        options = [] if active else ["--top", f"[{layers}]"]
+        work = command("commit", str(images[-1]), *options, "--no-verify")
+    else:
+        work = lambda: _with_qemu_img(images, active=active)  # noqa: E731
+    timed(figures, name, lambda: (work(), os.sync()))
+
+
+def _with_qemu_img(images: list[Path], *, active: bool) -> None:
+    top = images[-1] if active else images[-2]
+    run("qemu-img", "commit", "-q", "-b", images[0], top)
+    if not active:
+        run("qemu-img", "rebase", "-u", "-b", images[0].name, "-F", "qcow2", images[-1])
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -106,8 +138,9 @@ def main() -> None:
         timed(figures, "--version", command("--version"))
     listing(figures, options.runs)
     merging(figures, options.runs)
+    offline(figures, options.runs)
     for name, seconds in figures.items():
-        print(f"{name:32}  median {statistics.median(seconds) * 1000:7.1f} ms   best {min(seconds) * 1000:7.1f} ms")
+        print(f"{name:48}  median {statistics.median(seconds) * 1000:7.1f} ms   best {min(seconds) * 1000:7.1f} ms")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 

@@ -1,7 +1,7 @@
 """
 The `qmpmerge` command with a killer in it: ``python kills.py NOTES VICTIM MOMENT [qmpmerge's arguments]``.
 
-Every QMP command that is sent and every reply to one is a moment, and so is every progress report, each with its number:
+Every QMP command that is sent and every reply to one is a moment, and so is every report of progress on the way, each with its number:
 ``-> job-finalize #1`` is before the first job-finalize leaves us, ``<- job-finalize #1`` is when we have its reply,
 ``progress #2`` is at the second report. ``-> job-finalize #1 +0.5`` is half a millisecond after it. At MOMENT the victim,
 which is ``tool``, ``daemon`` or ``both``, dies of SIGKILL. Moments, and the daemon's pid, are noted in the file NOTES as
@@ -23,6 +23,7 @@ import psutil
 
 from qmpmerge.cli import main
 from qmpmerge.cli.json_output import JsonOutput
+from qmpmerge.jobs import Progress
 
 DAEMON = "daemon"
 KILLED = "killed"
@@ -46,9 +47,10 @@ class Killer:
         if direction in ("->", "<-"):
             self._come(f"{direction} {self._command}")
 
-    def progress(self, _output: JsonOutput, _told: object) -> None:
-        """Stands in for the renderer's."""
-        self._come("progress")
+    def progress(self, _output: JsonOutput, told: Progress) -> None:
+        """Stands in for the renderer's. What counts is a part of the data copied, and a part not."""
+        if 0 < told.done < told.total:
+            self._come("progress")
 
     def _come(self, what: str) -> None:
         if not self._seen:

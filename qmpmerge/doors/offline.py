@@ -108,36 +108,52 @@ async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, sec
         if secret is None:
             raise NeedsSecret(image=encrypted.file)
         await session.execute("object-add", qom_type="secret", id=SECRET, data=secret)
-    backing: str | None = None
+    below: str | None = None
     for number, layer in enumerate(layers, 1):
         node = f"layer{number}"
-        common: dict[str, Any] = {"discard": "unmap"} if write else {"discard": "unmap", "force-share": True}
-        file: dict[str, Any] = {
-            "driver": "host_device" if layer.is_device else "file",
-            "filename": layer.file,
-            "auto-read-only": True,
-        }
-        links: dict[str, Any] = {"file": f"{node}-file", **({"backing": backing} if layer.format == "qcow2" else {})}
-        read_only = not (write and layer is layers[-1])
         try:
-            await session.execute("blockdev-add", **common, **file, node_name=f"{node}-file", read_only=not write)
-            await session.execute(
-                "blockdev-add",
-                **common,
-                **links,
-                **_key(layer),
-                driver=layer.format,
-                node_name=node,
-                read_only=read_only,
-            )
+            await _add_file(session, layer, f"{node}-file", write=write)
+            await _add_image(session, layer, node, below, writable=write and layer is layers[-1], shared=not write)
         except CommandError as error:
             if "lock" in error.description:
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait") from None
             raise ImageUnreadable(file=layer.file, reason=error.description) from None
-        backing = node
+        below = node
+
+
+async def _add_file(session: Monitor, layer: Layer, node: str, *, write: bool) -> None:
+    """
+    The node of the file, through the host's cache.
+
+    Of what QEMU offers, io_uring was the fastest here and never slower than threads (512 MiB in 3 layers, durable:
+    0.7 s against 0.9 s); past the cache (`cache.direct`) it takes twice as long. Not every host allows io_uring.
+    """
+    options: dict[str, Any] = {
+        "driver": "host_device" if layer.is_device else "file",
+        "filename": layer.file,
+        "read-only": not write,
+        "auto-read-only": True,
+        "discard": "unmap",
+        **({} if write else {"force-share": True}),
+    }
+    try:
+        await session.execute("blockdev-add", **options, node_name=node, aio="io_uring")
+    except CommandError:
+        await session.execute("blockdev-add", **options, node_name=node, aio="threads")
+
+
+async def _add_image(
+    session: Monitor, layer: Layer, node: str, below: str | None, *, writable: bool, shared: bool
+) -> None:
+    options: dict[str, Any] = {"driver": layer.format, "file": f"{node}-file", "discard": "unmap", **_key(layer)}
+    if layer.format == "qcow2":
+        options["backing"] = below
+    if shared:
+        options["force-share"] = True
+    await session.execute("blockdev-add", **options, node_name=node, read_only=not writable)
 
 
 def _key(layer: Layer) -> dict[str, Any]:
     if not layer.encrypted:
         return {}
-    return {"key_secret": SECRET} if layer.format == "luks" else {"encrypt": {"format": "luks", "key-secret": SECRET}}
+    return {"key-secret": SECRET} if layer.format == "luks" else {"encrypt": {"format": "luks", "key-secret": SECRET}}
