@@ -14,9 +14,7 @@ import asyncio
 import contextlib
 import os
 import struct
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 from qmpmerge.chain import Image
 from qmpmerge.errors import CommandError, FlushUnavailable, NotDurable
@@ -161,11 +159,13 @@ async def _running_server(monitor: Monitor, reason: str) -> Address:
 
 @contextlib.contextmanager
 def _private_folder(pid: int | None) -> Iterator[str]:
+    import tempfile  # 8 ms, and most commands need no folder
+
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         if os.geteuid() == 0 and pid is not None:
             # QEMU makes the socket and may have dropped its privileges.
             with contextlib.suppress(OSError):
-                owner = Path(f"/proc/{pid}").stat()
+                owner = os.stat(f"/proc/{pid}")
                 os.chown(folder, owner.st_uid, owner.st_gid)
         yield folder
 

@@ -16,9 +16,8 @@ fields. People read ``str(error)`` and ``error.hint``, tests and JSON read ``err
 Every verdict and its exit code stand in `EXIT_CODES`, here and nowhere else.
 """
 
-import dataclasses
 import re
-from typing import ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 EXIT_CODES = {
     "merged": 0,
@@ -39,12 +38,29 @@ EXIT_CODES = {
 """Verdict to exit code. 1 is a bug of ours (a traceback), 2 is a usage error (click's)."""
 
 
+@dataclass_transform(eq_default=False, kw_only_default=True)
 class Error(Exception):
-    """Base of all our errors. Subclasses are dataclasses: their fields are the facts."""
+    """
+    Base of all our errors. What a subclass annotates are its facts, given by keyword, as in a dataclass.
+
+    Not real dataclasses: to make fifty of those takes longer than all else that `qmpmerge disks` imports of ours.
+    """
 
     verdict: ClassVar[str] = "unknown"
     sentence: ClassVar[str] = ""
     advice: ClassVar[str] = ""
+    fact_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        cls.fact_names = (*cls.fact_names, *cls.__dict__.get("__annotations__", ()))  # noqa: RUF063 - inspect takes 10 ms
+
+    def __init__(self, **facts: Any) -> None:
+        super().__init__()
+        unknown = facts.keys() - set(self.fact_names)
+        missing = [name for name in self.fact_names if name not in facts and not hasattr(type(self), name)]
+        if unknown or missing:
+            raise TypeError(f"{type(self).__name__}: missing {missing}, unexpected {sorted(unknown)}")
+        vars(self).update(facts)
 
     @property
     def name(self) -> str:
@@ -58,10 +74,8 @@ class Error(Exception):
 
     @property
     def facts(self) -> dict[str, object]:
-        """The fields, for JSON and for tests."""
-        if not dataclasses.is_dataclass(self):
-            return {}
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The facts by name, for JSON and for tests."""
+        return {name: getattr(self, name) for name in self.fact_names}
 
     @property
     def hint(self) -> str:
@@ -118,7 +132,6 @@ class Failed(Error):
 # --- refused: what the user asked for is not there, or makes no sense -------------------------------------------
 
 
-@dataclasses.dataclass(eq=False)
 class NoSuchDisk(Refused):
     """DISK names nothing that the target has."""
 
@@ -129,7 +142,6 @@ class NoSuchDisk(Refused):
     advice = "disks there: {known}"
 
 
-@dataclasses.dataclass(eq=False)
 class DiskNeeded(Refused):
     """DISK was left out and several disks have a backing chain, or none has."""
 
@@ -139,7 +151,6 @@ class DiskNeeded(Refused):
     advice = "name the disk, as in `... {target} DISK`"
 
 
-@dataclasses.dataclass(eq=False)
 class NoDisk(Refused):
     """The target has no disk at all."""
 
@@ -148,7 +159,6 @@ class NoDisk(Refused):
     advice = "see `qmpmerge disks {target}`"
 
 
-@dataclasses.dataclass(eq=False)
 class NoSuchLayer(Refused):
     """--base or --top names no image of the chain."""
 
@@ -159,7 +169,6 @@ class NoSuchLayer(Refused):
     advice = "the chain, base first: {known}"
 
 
-@dataclasses.dataclass(eq=False)
 class BaseAboveTop(Refused):
     """The base lies above the top."""
 
@@ -169,7 +178,6 @@ class BaseAboveTop(Refused):
     advice = "a merge goes down: swap --base and --top"
 
 
-@dataclasses.dataclass(eq=False)
 class BaseIsTop(Refused):
     """Base and top are one image: nothing lies between them."""
 
@@ -178,7 +186,6 @@ class BaseIsTop(Refused):
     advice = "name a base further down, or leave --base out to merge into the lowest image"
 
 
-@dataclasses.dataclass(eq=False)
 class OptionsConflict(Refused):
     """Two options of which only one can be meant."""
 
@@ -190,7 +197,6 @@ class OptionsConflict(Refused):
 # --- refused: it would harm ---------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(eq=False)
 class ShorterLayer(Refused):
     """
     An image above the base is smaller than the base.
@@ -209,7 +215,6 @@ class ShorterLayer(Refused):
     advice = "merge into an image above the short one, or grow it first with `block_resize` or `qemu-img resize`"
 
 
-@dataclasses.dataclass(eq=False)
 class Busy(Refused):
     """A block job is on the disk already; QEMU takes one commit job a disk."""
 
@@ -220,7 +225,6 @@ class Busy(Refused):
     advice = "see `qmpmerge jobs {target}`; `qmpmerge job {target} {job} follow` goes on with it, `cancel` ends it"
 
 
-@dataclasses.dataclass(eq=False)
 class Locked(Refused):
     """Another qmpmerge works on the same base."""
 
@@ -230,7 +234,6 @@ class Locked(Refused):
     advice = "wait for it; its lock is {lock}"
 
 
-@dataclasses.dataclass(eq=False)
 class Temporary(Refused):
     """A ``snapshot=on`` drive: the merge would write into the image that the user meant to protect."""
 
@@ -240,7 +243,6 @@ class Temporary(Refused):
     advice = "nothing to merge: what the guest wrote there is meant to be thrown away"
 
 
-@dataclasses.dataclass(eq=False)
 class Replaced(Refused):
     """The file at a path is not the inode that QEMU has open; QEMU would reopen the path and write into that file."""
 
@@ -250,7 +252,6 @@ class Replaced(Refused):
     advice = "put the file that QEMU has open back under its name, then try again"
 
 
-@dataclasses.dataclass(eq=False)
 class Disagrees(Refused):
     """The header on disk tells another chain than QEMU does."""
 
@@ -261,7 +262,6 @@ class Disagrees(Refused):
     advice = "mend the header first (`qemu-img rebase -u`, with the VM off), or merge a range that leaves {image} out"
 
 
-@dataclasses.dataclass(eq=False)
 class BackingString(Refused):
     """The name that the overlay's header would get does not fit there, or would not lead to the base."""
 
@@ -272,7 +272,6 @@ class BackingString(Refused):
     advice = "keep the chain in one folder with relative backing names, or give absolute ones (`qemu-img rebase -u`)"
 
 
-@dataclasses.dataclass(eq=False)
 class NotWritable(Refused):
     """
     QEMU could not rewrite the overlay's header with the very string it has.
@@ -286,7 +285,6 @@ class NotWritable(Refused):
     advice = "make {overlay} writable for QEMU (permissions, `chattr -i`, free space), then try again"
 
 
-@dataclasses.dataclass(eq=False)
 class FlushUnavailable(Refused):
     """
     No flush whose error we would see can be asked for.
@@ -299,7 +297,6 @@ class FlushUnavailable(Refused):
     advice = "if QEMU's NBD server is in use, stop it for the merge (`nbd-server-stop`), then try again"
 
 
-@dataclasses.dataclass(eq=False)
 class StreamConcluded(Refused):
     """QEMU 7.2 to 10.0 crash when asked for their nodes while a stream job is concluded."""
 
@@ -309,7 +306,6 @@ class StreamConcluded(Refused):
     advice = "run `qmpmerge job {target} {job} dismiss` first"
 
 
-@dataclasses.dataclass(eq=False)
 class InUse(Refused):
     """Another process holds an image of the chain: merging it from here would pull it from under that process's feet."""
 
@@ -320,7 +316,6 @@ class InUse(Refused):
     advice = "{command}"
 
 
-@dataclasses.dataclass(eq=False)
 class Dependents(Refused):
     """Another image is built on the base or on a merged image: the merge would change what it shows, or break it."""
 
@@ -333,7 +328,6 @@ class Dependents(Refused):
     )
 
 
-@dataclasses.dataclass(eq=False)
 class ForeignName(Refused):
     """
     A header names something that the user has not named: a device, a URL, a file elsewhere.
@@ -348,7 +342,6 @@ class ForeignName(Refused):
     advice = "if you know the image, allow it with `--allow FOLDER` or `--allow FILE`"
 
 
-@dataclasses.dataclass(eq=False)
 class NoFormat(Refused):
     """A backing file without a recorded format; a raw image must not be probed, its first bytes are the guest's."""
 
@@ -358,7 +351,6 @@ class NoFormat(Refused):
     advice = "record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2)"
 
 
-@dataclasses.dataclass(eq=False)
 class BackingLoop(Refused):
     """The chain comes back to an image that it has passed."""
 
@@ -368,7 +360,6 @@ class BackingLoop(Refused):
     advice = "one of the headers is wrong; `qemu-img info` shows each, `qemu-img rebase -u` mends one"
 
 
-@dataclasses.dataclass(eq=False)
 class TooDeep(Refused):
     """More images than QEMU can read through."""
 
@@ -378,7 +369,6 @@ class TooDeep(Refused):
     advice = "merge parts of it first, naming an image further down"
 
 
-@dataclasses.dataclass(eq=False)
 class UnsupportedFormat(Refused):
     """A chain on disk with an image of a format that we do not open offline."""
 
@@ -388,7 +378,6 @@ class UnsupportedFormat(Refused):
     advice = "convert it with `qemu-img convert`, or merge while a VM has it open"
 
 
-@dataclasses.dataclass(eq=False)
 class NeedsSecret(Refused):
     """An encrypted image without its passphrase."""
 
@@ -397,7 +386,6 @@ class NeedsSecret(Refused):
     advice = "give its passphrase with `--secret FILE`"
 
 
-@dataclasses.dataclass(eq=False)
 class SecretUnreadable(Refused):
     """The file with the passphrase cannot be read."""
 
@@ -407,7 +395,6 @@ class SecretUnreadable(Refused):
     advice = "the file holds the passphrase as text; a line end at its end does not count"
 
 
-@dataclasses.dataclass(eq=False)
 class LibvirtManaged(Refused):
     """The QEMU belongs to libvirt, which keeps its own idea of the chain."""
 
@@ -416,7 +403,6 @@ class LibvirtManaged(Refused):
     advice = "use `virsh blockcommit`; `--force libvirt` goes on if you know better"
 
 
-@dataclasses.dataclass(eq=False)
 class QemuRefused(Refused):
     """QEMU said no to a command that starts something; the block graph is unchanged."""
 
@@ -426,7 +412,6 @@ class QemuRefused(Refused):
     advice = "nothing was changed; `-v` shows the conversation"
 
 
-@dataclasses.dataclass(eq=False)
 class FileExists(Refused):
     """An overlay's file exists already; QEMU itself would overwrite it."""
 
@@ -435,7 +420,6 @@ class FileExists(Refused):
     advice = "choose another name, or move the file away"
 
 
-@dataclasses.dataclass(eq=False)
 class CannotCreate(Refused):
     """An overlay's file cannot be created."""
 
@@ -445,7 +429,6 @@ class CannotCreate(Refused):
     advice = "the folder must exist and be writable by you and by QEMU"
 
 
-@dataclasses.dataclass(eq=False)
 class AgentFailed(Refused):
     """The guest agent did not freeze the filesystems; no snapshot was taken."""
 
@@ -455,7 +438,6 @@ class AgentFailed(Refused):
     advice = "is qemu-guest-agent running in the guest? Without --quiesce the snapshot is crash-consistent"
 
 
-@dataclasses.dataclass(eq=False)
 class JobVerb(Refused):
     """The verb is not legal in the job's state."""
 
@@ -467,7 +449,6 @@ class JobVerb(Refused):
     advice = "possible now: {verbs}"
 
 
-@dataclasses.dataclass(eq=False)
 class NoSuchJob(Refused):
     """No job of this name."""
 
@@ -478,7 +459,6 @@ class NoSuchJob(Refused):
     advice = "jobs there: {known}"
 
 
-@dataclasses.dataclass(eq=False)
 class ToolMissing(Refused):
     """A program of QEMU's that we need is not installed."""
 
@@ -488,7 +468,6 @@ class ToolMissing(Refused):
     advice = "install it, on Debian and Ubuntu with `apt-get install {package}`"
 
 
-@dataclasses.dataclass(eq=False)
 class ImageUnreadable(Refused):
     """qemu-img could not read or make an image."""
 
@@ -501,7 +480,6 @@ class ImageUnreadable(Refused):
 # --- unreachable --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(eq=False)
 class NoSuchTarget(Unreachable):
     """TARGET is neither a path that exists nor a running QEMU."""
 
@@ -510,7 +488,6 @@ class NoSuchTarget(Unreachable):
     advice = "`qmpmerge vms` lists the running QEMUs and their monitors"
 
 
-@dataclasses.dataclass(eq=False)
 class AmbiguousName(Unreachable):
     """Two running QEMUs have the name."""
 
@@ -523,7 +500,6 @@ class AmbiguousName(Unreachable):
         return {**super()._words(), "first": self.pids[0]}
 
 
-@dataclasses.dataclass(eq=False)
 class NoMonitor(Unreachable):
     """A running QEMU without a QMP monitor socket."""
 
@@ -533,7 +509,6 @@ class NoMonitor(Unreachable):
     advice = "start it with `-qmp unix:/run/vm.sock,server=on,wait=off`, or name its socket if you know it"
 
 
-@dataclasses.dataclass(eq=False)
 class MonitorTaken(Unreachable):
     """Another QEMU answers on the monitor of the one that was named: it was started later with the same path."""
 
@@ -544,7 +519,6 @@ class MonitorTaken(Unreachable):
     advice = "name that one, as in `pid:{other}`, or give each VM a monitor path of its own"
 
 
-@dataclasses.dataclass(eq=False)
 class NotASocket(Unreachable):
     """TARGET exists but is no socket."""
 
@@ -554,7 +528,6 @@ class NotASocket(Unreachable):
     advice = "name the QMP monitor of a running QEMU; `qmpmerge vms` lists them"
 
 
-@dataclasses.dataclass(eq=False)
 class Offline(Unreachable):
     """TARGET is an image, and the command is about a running QEMU."""
 
@@ -563,7 +536,6 @@ class Offline(Unreachable):
     advice = "name the monitor or the VM that uses it (`qmpmerge vms`)"
 
 
-@dataclasses.dataclass(eq=False)
 class NobodyListens(Unreachable):
     """The socket is there, nobody listens on it."""
 
@@ -572,7 +544,6 @@ class NobodyListens(Unreachable):
     advice = "start the VM again, or see `qmpmerge vms`"
 
 
-@dataclasses.dataclass(eq=False)
 class NoPermission(Unreachable):
     """We may not connect."""
 
@@ -582,7 +553,6 @@ class NoPermission(Unreachable):
     advice = "run qmpmerge as {owner}"
 
 
-@dataclasses.dataclass(eq=False)
 class CannotConnect(Unreachable):
     """Any other failure of connect(2)."""
 
@@ -592,7 +562,6 @@ class CannotConnect(Unreachable):
     advice = "is the address right? `qmpmerge vms` lists the monitors of this host"
 
 
-@dataclasses.dataclass(eq=False)
 class MonitorSilent(Unreachable):
     """
     Connected, but no greeting came.
@@ -609,7 +578,6 @@ class MonitorSilent(Unreachable):
     advice = "end that session, or give QEMU a second monitor (`-qmp unix:PATH,server=on,wait=off`)"
 
 
-@dataclasses.dataclass(eq=False)
 class NotQmp(Unreachable):
     """Something else than QMP answers on the socket."""
 
@@ -622,7 +590,6 @@ class NotQmp(Unreachable):
 # --- after the start ------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(eq=False)
 class JobFailed(Failed):
     """QEMU ended the job with an error."""
 
@@ -632,7 +599,6 @@ class JobFailed(Failed):
     advice = "mend the cause, then run the same command again"
 
 
-@dataclasses.dataclass(eq=False)
 class NotDurable(Failed):
     """A flush failed, so nothing was switched: the job was cancelled and the old chain is in use."""
 
@@ -642,7 +608,6 @@ class NotDurable(Failed):
     advice = "look at the storage's logs; once it is well, run the same command again"
 
 
-@dataclasses.dataclass(eq=False)
 class NotVerified(Failed):
     """What the base shows after the copy is not what the top shows; the job was cancelled, nothing was switched."""
 
@@ -653,7 +618,6 @@ class NotVerified(Failed):
     advice = "the old chain is in use and right; look at the storage of {base} before you try again"
 
 
-@dataclasses.dataclass(eq=False)
 class NotProven(Unknown):
     """What a fresh look shows is not what the plan says."""
 
@@ -663,7 +627,6 @@ class NotProven(Unknown):
     sentence = "the outcome is not proven: expected {expected}, found {found}"
 
 
-@dataclasses.dataclass(eq=False)
 class HeaderNotDurable(Unknown):
     """The merge is done, but the storage did not confirm the overlay's new header: after a power cut it may be old."""
 
@@ -674,7 +637,6 @@ class HeaderNotDurable(Unknown):
     advice = "keep the merged files until the storage is well: after a power cut the header may name them again"
 
 
-@dataclasses.dataclass(eq=False)
 class SessionLost(Unknown):
     """The monitor session ended while a command was under way."""
 
@@ -684,7 +646,6 @@ class SessionLost(Unknown):
     sentence = "the session with {target} was lost during {command}: {reason}"
 
 
-@dataclasses.dataclass(eq=False)
 class NoReply(Unknown):
     """No reply in time. The command may still run."""
 
@@ -694,7 +655,6 @@ class NoReply(Unknown):
     sentence = "{target} did not answer {command} within {seconds:g} s"
 
 
-@dataclasses.dataclass(eq=False)
 class ThawUnproven(Unknown):
     """
     The guest may be frozen still: the agent confirmed no thaw, neither to us nor to the guardian.
@@ -711,7 +671,6 @@ class ThawUnproven(Unknown):
     )
 
 
-@dataclasses.dataclass(eq=False)
 class FreezeUnproven(Unknown):
     """
     The guest runs again, but its filesystems were not frozen to the end of the block, or nobody can say.
@@ -730,7 +689,6 @@ class FreezeUnproven(Unknown):
     advice = "the guest is thawed and the snapshot is there, but only crash-consistent; take another one"
 
 
-@dataclasses.dataclass(eq=False)
 class StillRunning(Error):
     """We stopped waiting; the job belongs to QEMU and goes on."""
 
@@ -741,7 +699,6 @@ class StillRunning(Error):
     advice = "`qmpmerge job {target} {job} follow` waits for it and finishes the merge, `cancel` ends it"
 
 
-@dataclasses.dataclass(eq=False)
 class Cancelled(Error):
     """The user cancelled; where a job ran its end was seen: the old chain is in use."""
 
