@@ -17,6 +17,7 @@ Every verdict and its exit code stand in `EXIT_CODES`, here and nowhere else.
 """
 
 import re
+import shlex
 from typing import Any, ClassVar, dataclass_transform
 
 EXIT_CODES = {
@@ -86,10 +87,12 @@ class Error(Exception):
         return self.sentence.format_map(self._words())
 
     def _words(self) -> dict[str, object]:
-        return {name: _in_words(value) for name, value in self.facts.items()}
+        return {name: _in_words(name, value) for name, value in self.facts.items()}
 
 
-def _in_words(value: object) -> object:
+def _in_words(name: str, value: object) -> object:
+    if name == "target" and isinstance(value, str):
+        return shlex.quote(value)  # hints are commands
     if isinstance(value, list | tuple):
         return ", ".join(str(item) for item in value) or "none"
     return value

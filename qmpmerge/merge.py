@@ -14,8 +14,9 @@ Success is read back: a fresh discovery of the graph and the header on disk must
 
 import asyncio
 import contextlib
+import shlex
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +43,8 @@ from qmpmerge.monitor import Doorbell
 from qmpmerge.plan import CommitPlan
 
 CANCEL_SECONDS = 60.0
+LOOKS = 5
+"""How often a job to be followed is looked for again when it has moved on between two questions."""
 CHEAP_BYTES = 256 * 1024 * 1024
 """Up to this much allocated data in the whole chain, base and top are compared unless the user says no."""
 
@@ -98,6 +101,7 @@ class _Merge:
     job: str
     verify: bool | None
     verified: bool = False
+    base_is_durable: bool = False
     copied: int | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -142,8 +146,7 @@ async def commit(
             return Outcome("planned", view.disk.name, planned.chain, planned.result, merged=_merged_files(planned))
         merge = _begin(host, view, planned, ending, report, deadline, verify)
         async with host.monitor.listening() as doorbell:
-            await _start(merge, speed)
-            return await _finish(merge, doorbell)
+            return await _run(merge, doorbell, starting=_start(merge, speed))
 
 
 async def follow(
@@ -161,33 +164,49 @@ async def follow(
     `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, and all that
     `commit` raises once its job runs.
     """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    for _ in range(LOOKS):
+        job = await _job_to_follow(host, job_id, ending if needs_ready else None)
+        if job.status == "concluded":
+            return await _read_concluded(host, job)
+        view = await host.chain(job.disk)
+        planned = _plan_of(view, job)
+        if planned is not None:
+            break
+    else:
+        raise JobVerb(job=job.id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
+    merge = _begin(host, view, planned, ending, report, deadline)
+    with locks.held(planned.base):
+        async with host.monitor.listening() as doorbell:
+            return await _run(merge, doorbell)
+
+
+async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None) -> Job:
     layout = await host.layout()
     job = next((job for job in layout.jobs if job.id == job_id), None)
     if job is None:
         raise NoSuchJob(job=job_id, target=host.target, known=[job.id for job in layout.jobs])
-    if job.type != "commit" or (needs_ready and job.status != "ready"):
-        raise JobVerb(job=job.id, verb="keep" if ending == "keep" else "pivot", status=job.status, verbs=job.verbs)
-    if job.status == "concluded":
-        return await _read_concluded(host, job)
-    deadline = None if timeout is None else time.monotonic() + timeout
-    view = await host.chain(job.disk)
-    planned = _plan_of(view, job)
-    merge = _begin(host, view, planned, ending, report, deadline)
-    with locks.held(planned.base):
-        async with host.monitor.listening() as doorbell:
-            return await _finish(merge, doorbell)
+    if job.type != "commit" or (ready_for is not None and job.status != "ready"):
+        raise JobVerb(job=job.id, verb=ready_for or "follow", status=f"{job.status} ({job.type})", verbs=job.verbs)
+    if job.disk is None and job.status != "concluded":
+        raise JobVerb(job=job.id, verb="follow", status="on a disk that QEMU does not tell", verbs=["cancel"])
+    return job
 
 
-def _plan_of(view: ChainView, job: Job) -> CommitPlan:
-    """The plan that a running commit job carries out, read from the nodes it holds in the block graph."""
+def _plan_of(view: ChainView, job: Job) -> CommitPlan | None:
+    """The plan that a running commit job carries out, read from the nodes it holds; None when it has just ended."""
     edges = view.layout.job_edges.get(job.id, {})
     if "target" in edges:
         base, top = edges["target"][0], edges["source"][0]
     elif "base" in edges:
-        inside = [image.node for image in view.chain if image.node in edges["intermediate node"]]
-        base, top = edges["base"][0], inside[-1] or ""
+        base, top = edges["base"][0], edges["intermediate node"][0]
     else:
-        raise JobVerb(job=job.id, verb="follow", status=f"a {job.type} job", verbs=job.verbs)
+        return None
+    inside = [image.node for image in view.chain]
+    if base not in inside or top not in inside:
+        return None
+    if "base" in edges:
+        top = next(node for node in reversed(inside) if node in edges["intermediate node"]) or top
     return plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
 
 
@@ -197,7 +216,7 @@ async def _read_concluded(host: Host, job: Job) -> Outcome:
     if job.error is not None:
         raise JobFailed(job=job.id, reason=job.error)
     layout = await host.layout()
-    disk = next((disk for disk in layout.disks if jobs.job_id(disk.name) == job.id and disk.chain), None)
+    disk = next((disk for disk in layout.disks if disk.name == job.disk or jobs.job_id(disk.name) == job.id), None)
     if disk is None or disk.chain is None:
         raise NotProven(target=host.target, expected="a disk that job was working on", found=f"job {job.id}, ended")
     hint = "the job had ended before we looked: what it did is what the chain shows"
@@ -250,9 +269,15 @@ async def _start(merge: _Merge, speed: int) -> None:
         raise QemuRefused(command="block-commit", reason=error.description) from None
 
 
-async def _finish(merge: _Merge, doorbell: Doorbell) -> Outcome:
-    """From a job that runs to a proved outcome. Cancelled before the switch, it takes the job back; after it, it waits."""
+async def _run(merge: _Merge, doorbell: Doorbell, *, starting: Coroutine[None, None, None] | None = None) -> Outcome:
+    """
+    From a job that is being started, or runs, to a proved outcome.
+
+    Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits.
+    """
     try:
+        if starting is not None:
+            await starting
         job = await _copy(merge, doorbell)
         if job is not None and job.status == "ready" and merge.ending == "ready":
             return _ready(merge)
@@ -284,7 +309,7 @@ async def _copy(merge: _Merge, doorbell: Doorbell) -> Job | None:
 
 
 def _ready(merge: _Merge) -> Outcome:
-    command = f"qmpmerge job {merge.host.target} {merge.job}"
+    command = f"qmpmerge job {shlex.quote(merge.host.target)} {merge.job}"
     hints = (f"every write now goes to both images; `{command} pivot`, `{command} keep` or `{command} cancel` ends it",)
     return _outcome(merge, "ready", merge.plan.chain, hints)
 
@@ -294,6 +319,7 @@ async def _make_base_durable(merge: _Merge, doorbell: Doorbell) -> None:
     try:
         every_error_seen = await durable.flush(merge.host.monitor, merge.plan.base)
         merge.verify = merge.verify if every_error_seen else True
+        merge.base_is_durable = True
     except (NotDurable, FlushUnavailable) as error:
         await shield.finished(_take_back(merge, doorbell))
         reason = error.reason
@@ -382,18 +408,24 @@ async def _end(merge: _Merge, doorbell: Doorbell, status: str, keeps: bool) -> J
                 await monitor.execute("block-job-cancel", device=merge.job, force=False)
             else:
                 await monitor.execute("job-complete", id=merge.job)
-            wanted: tuple[str, ...] = ("concluded",)
+            # Somebody else's active job may want to be finalized too, and the guest stands still until it is.
+            wanted: tuple[str, ...] = ("concluded", "pending") if status == "ready" else ("concluded",)
         except CommandError:
             # A drain by somebody else can put a ready job into standby for a moment: wait for it and say it again.
-            wanted = ("concluded", status)
+            # A pending job of ours is on its way already.
+            wanted = ("concluded", status) if status == "ready" else ("concluded",)
         job = await jobs.follow(monitor, doorbell, merge.job, wanted, tell=lambda job: None, deadline=merge.deadline)
         if job is None or job.status == "concluded":
             return job
+        status = job.status
 
 
 async def _make_overlay_durable(merge: _Merge) -> None:
+    """And base, where somebody else ended the job before we could flush it."""
     assert merge.plan.overlay is not None
     try:
+        if not merge.base_is_durable:
+            await durable.flush(merge.host.monitor, merge.plan.base)
         await durable.flush(merge.host.monitor, merge.plan.overlay)
     except (NotDurable, FlushUnavailable) as error:
         raise HeaderNotDurable(target=merge.host.target, overlay=merge.plan.overlay.file, reason=error.reason) from None

@@ -305,6 +305,47 @@ async def test_a_job_that_was_left_is_followed_to_its_end(
     content.check(outcome.after.active.file)
 
 
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_cancellation_while_the_job_is_being_started_takes_it_back(top: str, setup: Setup) -> None:
+    """QEMU has the command, we have no reply yet."""
+    tasks: list[asyncio.Task[qmpmerge.Outcome]] = []
+
+    def cancel_at_the_start(direction: str, text: str) -> None:
+        if direction == "->" and "block-commit" in text:
+            asyncio.get_running_loop().call_soon(tasks[0].cancel)
+
+    async with qmpmerge.live(setup.machine.target, trace=cancel_at_the_start) as host:
+        tasks.append(asyncio.ensure_future(qmpmerge.commit(host, "vda", top=top, speed=1)))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+    await untouched(setup.machine)
+
+
+@pytest.mark.parametrize("top", ["b", "c"])
+@pytest.mark.parametrize("finalize", [True, False])
+async def test_a_strangers_job_is_followed_when_the_user_says_so(
+    top: str, finalize: bool, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """An active one that waits to be finalized freezes the guest meanwhile: it is finalized at once."""
+    with blockdev(tmp_path, images, content) as setup:
+        options = {"backing_file": "base.raw"} if top == "b" else {}
+        setup.machine.session.execute(
+            "block-commit", job_id="theirs", device="c", top_node=top, base_node="base", speed=1, auto_finalize=finalize,
+            auto_dismiss=False, **options
+        )  # fmt: skip
+        async with qmpmerge.live(setup.machine.target) as host:
+            with pytest.raises(Busy):
+                await qmpmerge.commit(host)
+            (job,) = await host.jobs()
+            assert (job.ours, job.disk) == (False, "disk0")
+            await jobs.steer(host.monitor, "theirs", "speed", 0)
+            outcome = await qmpmerge.follow(host, "theirs")
+        assert outcome.verdict in ("merged", "pivoted", "done")
+        setup.check()
+        setup.machine.stop()
+    content.check(outcome.after.active.file)
+
+
 async def test_follow_needs_a_job(setup: Setup) -> None:
     async with qmpmerge.live(setup.machine.target) as host:
         with pytest.raises(NoSuchJob):
