@@ -11,7 +11,17 @@ from collections.abc import Collection
 from qmpmerge import dependents, durable, headers
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Image
-from qmpmerge.errors import BackingString, Busy, CommandError, Dependents, Disagrees, NotWritable, Replaced, Temporary
+from qmpmerge.errors import (
+    BackingString,
+    Busy,
+    CommandError,
+    Dependents,
+    Disagrees,
+    NoSpace,
+    NotWritable,
+    Replaced,
+    Temporary,
+)
 from qmpmerge.headers import leads_from
 from qmpmerge.hosts import ChainView, Host
 from qmpmerge.plan import CommitPlan
@@ -24,13 +34,14 @@ async def check(
     Refuse what would do harm, but for what `force` names. Changes nothing that anyone could see.
 
     `search` are more folders in which images may be built on those that go. Raises Busy, Temporary, Replaced, Disagrees,
-    Dependents, BackingString, NotWritable, FlushUnavailable.
+    NoSpace, Dependents, BackingString, NotWritable, FlushUnavailable.
     """
     disk = view.disk
     if disk.job is not None:
         raise Busy(disk=disk.name, job=disk.job.id, target=host.target)
     _refuse_temporary(disk, plan)
     _refuse_replaced(host.pid, plan)
+    _refuse_small_device(plan)
     _refuse_disagreeing(view, plan)
     if "dependents" not in force:
         _refuse_dependents(plan, search)
@@ -91,6 +102,18 @@ def _refuse_disagreeing(view: ChainView, plan: CommitPlan) -> None:
     for odd in view.oddities:
         if odd.name == "disagrees" and odd.file in touched:
             raise Disagrees(image=odd.file, header=names[odd.file] or "none", graph=below[odd.file])
+
+
+def _refuse_small_device(plan: CommitPlan) -> None:
+    """QEMU grows a file, and fails on a device with nothing better than `Invalid argument`."""
+    base, needed = plan.base, plan.top.virtual_size
+    if base.has_path and needed > base.virtual_size and _is_device(base.file):
+        raise NoSpace(base=base.file, size=base.virtual_size, needed=needed)
+
+
+def _is_device(path: str) -> bool:
+    identity = _identity(path)
+    return identity is not None and identity[0] == "device"
 
 
 def _refuse_dependents(plan: CommitPlan, search: Collection[str]) -> None:

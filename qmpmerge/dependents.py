@@ -36,9 +36,8 @@ def find(images: Sequence[Image], chain: Chain, search: Collection[str] = ()) ->
             status = _status(entry.path)
             if status is None or (status.st_dev, status.st_ino) in members:
                 continue
-            image = wanted.get(_backing(entry.path) or (0, 0))
-            if image is not None:
-                found.setdefault(os.path.realpath(entry.path), Dependent(entry.path, image))
+            for inode in _backing(entry.path) & wanted.keys():
+                found.setdefault(os.path.realpath(entry.path), Dependent(entry.path, wanted[inode]))
     return tuple(sorted(found.values(), key=lambda dependent: dependent.file))
 
 
@@ -51,9 +50,16 @@ def _folders(chain: Chain, search: Collection[str]) -> list[str]:
 def _files(folder: str) -> list["os.DirEntry[str]"]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if entry.is_file()]
+            return [entry for entry in entries if _is_file(entry)]
     except OSError:
         return []
+
+
+def _is_file(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _status(path: str) -> os.stat_result | None:
@@ -63,14 +69,15 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _backing(path: str) -> tuple[int, int] | None:
-    """The inode that the backing name in a file's header leads to."""
+def _backing(path: str) -> set[tuple[int, int]]:
+    """The inodes that the backing name in a file's header leads to: QEMU resolves it from the name that it was given."""
     try:
         header = qcow2.read(path)
     except OSError:
-        return None
-    if header is None or header.backing is None:
-        return None
-    name = header.backing.removeprefix("file:")
-    status = _status(os.path.join(os.path.dirname(os.path.realpath(path)), name))
-    return (status.st_dev, status.st_ino) if status is not None else None
+        return set()
+    name = qcow2.named_path(header.backing) if header is not None and header.backing is not None else None
+    if name is None:
+        return set()
+    folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
+    found = [status for folder in folders if (status := _status(os.path.join(folder, name))) is not None]
+    return {(status.st_dev, status.st_ino) for status in found}

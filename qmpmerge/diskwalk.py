@@ -9,10 +9,10 @@ the user has named, which the active image's own folder is.
 import os
 import stat
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qmpmerge import qcow2
-from qmpmerge.errors import BackingLoop, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
+from qmpmerge.errors import BackingLoop, Disguised, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
 
 DEEPEST = 800
 """Images in a chain. QEMU 10 crashes on the first read through 870 of them."""
@@ -27,6 +27,7 @@ class Layer:
     backing: str | None = None
     backing_format: str | None = None
     data_file: str | None = None
+    """Its path, once it has passed the rule for names."""
     encrypted: bool = False
     is_device: bool = False
 
@@ -39,7 +40,7 @@ def walk(image: str, *, allow: Collection[str] = ()) -> tuple[Layer, ...]:
     is qcow2 if it looks so, else raw; all others are what the header above records, and never probed: the first bytes
     of a raw image belong to the guest.
 
-    Raises ForeignName, NoFormat, BackingLoop, TooDeep, UnsupportedFormat, ImageUnreadable.
+    Raises Disguised, ForeignName, NoFormat, BackingLoop, TooDeep, UnsupportedFormat, ImageUnreadable.
     """
     path = os.path.abspath(image)
     allowed = {
@@ -56,8 +57,9 @@ def walk(image: str, *, allow: Collection[str] = ()) -> tuple[Layer, ...]:
         if len(layers) >= DEEPEST:
             raise TooDeep(image=path, limit=DEEPEST)
         seen.add(identity)
+        if layer.data_file is not None:
+            layer = replace(layer, data_file=_followed(layer, layer.data_file, allowed))
         layers.append(layer)
-        _refuse_foreign_data(layer, allowed)
         name, form = _below(layer, allowed)
     return tuple(reversed(layers))
 
@@ -71,6 +73,8 @@ def _open(path: str, form: str | None) -> tuple[Layer, tuple[int, int]]:
         raise ImageUnreadable(file=path, reason=error.strerror or str(error)) from None
     if form == "qcow2" and header is None:
         raise ImageUnreadable(file=path, reason="the header above says qcow2, the file is none")
+    if form is None and header is not None and (stat.S_ISBLK(status.st_mode) or path.endswith((".raw", ".iso"))):
+        raise Disguised(image=path)
     form = form or ("qcow2" if header is not None else "raw")
     if form not in ("raw", "qcow2", "luks"):
         raise UnsupportedFormat(image=path, format=form)
@@ -95,16 +99,11 @@ def _below(layer: Layer, allowed: Collection[str]) -> tuple[str | None, str | No
     return path, layer.backing_format
 
 
-def _refuse_foreign_data(layer: Layer, allowed: Collection[str]) -> None:
-    if layer.data_file is not None:
-        _followed(layer, layer.data_file, allowed)
-
-
 def _followed(layer: Layer, name: str, allowed: Collection[str]) -> str:
     """The absolute path that a name in the header of `layer` leads to. Raises ForeignName, ImageUnreadable."""
     if ":" in name.split("/", 1)[0]:
         raise ForeignName(image=layer.file, backing=name, reason="it is not a path")
-    path = os.path.normpath(os.path.join(os.path.dirname(layer.file), name))
+    path = os.path.join(os.path.dirname(layer.file), name)
     real = os.path.realpath(path)
     try:
         mode = os.stat(real).st_mode

@@ -12,7 +12,9 @@ table that QEMU failed to write, a comparison of base and top must find.
 
 import asyncio
 import contextlib
+import itertools
 import os
+import re
 import struct
 from collections.abc import AsyncIterator, Iterator
 
@@ -20,10 +22,11 @@ from qmpmerge.chain import Image
 from qmpmerge.errors import CommandError, FlushUnavailable, NotDurable
 from qmpmerge.monitor import Address, Monitor
 
-EXPORT = "qmpmerge-flush"
+_numbers = itertools.count(1)
 FOLDER = "qmpmerge-"
 SECONDS = 60.0
 GREETING_SECONDS = 1.0
+TRIES = 100
 
 # docs/interop/nbd.txt of QEMU, and the NBD project's doc/proto.md
 _MAGIC = b"NBDMAGICIHAVEOPT"
@@ -61,7 +64,13 @@ async def flush(monitor: Monitor, image: Image) -> bool:
     with the storage's reason, FlushUnavailable when QEMU cannot be asked.
     """
     if await _exports_are_safe(monitor):
-        await _flush_by_export(monitor, image.node or "")
+        try:
+            await _flush_by_export(monitor, image.node or "")
+        except FlushUnavailable:
+            # While a job has grown its base no export is let in; a raw image has nothing that QEMU keeps to itself.
+            if image.format != "raw" or not image.has_path:
+                raise
+            await asyncio.to_thread(_sync, image)
         return True
     try:
         await monitor.execute("human-monitor-command", command_line=f"qemu-io {image.node} flush")
@@ -96,18 +105,20 @@ def _sync(image: Image) -> None:
 
 
 async def _flush_by_export(monitor: Monitor, node: str) -> None:
+    export = f"qmpmerge-flush-{os.getpid()}-{next(_numbers)}"
     async with _server(monitor) as address:
         try:
-            await monitor.execute("block-export-add", type="nbd", id=EXPORT, node_name=node, name=EXPORT)
+            await monitor.execute("block-export-add", type="nbd", id=export, node_name=node, name=export)
         except CommandError as error:
             raise FlushUnavailable(reason=error.description) from None
         try:
             async with asyncio.timeout(SECONDS):
-                problem = await _flush_through(address)
+                problem = await _flush_through(address, export)
         except (OSError, EOFError, TimeoutError) as error:
             problem = f"{type(error).__name__}: {error}"
         finally:
-            await monitor.execute("block-export-del", id=EXPORT, mode="hard")
+            with contextlib.suppress(CommandError):  # gone with its server
+                await monitor.execute("block-export-del", id=export, mode="hard")
         if problem is not None:
             raise NotDurable(node=node, reason=problem)
 
@@ -116,31 +127,47 @@ async def _flush_by_export(monitor: Monitor, node: str) -> None:
 async def _server(monitor: Monitor) -> AsyncIterator[Address]:
     """
     Where QEMU's NBD server listens. QEMU has a single one: we start it and stop it again, or use the one that runs.
-
-    One that a killed qmpmerge left behind is known by its folder, and stopped.
     """
-    await _remove_leftover_export(monitor)
     with _private_folder(monitor.pid) as folder:
-        address: Address = f"{folder}/nbd"
-        data = {"type": "unix", "data": {"path": address}}
-        try:
-            await monitor.execute("nbd-server-start", addr=data, max_connections=1)
-            ours = True
-        except CommandError as error:
-            address = await _running_server(monitor, error.description)
-            ours = isinstance(address, str) and os.path.basename(os.path.dirname(address)).startswith(FOLDER)
+        address, ours = await _started(monitor, f"{folder}/nbd")
         try:
             yield address
         finally:
             if ours:
+                with contextlib.suppress(CommandError):  # stopped by somebody else
+                    await monitor.execute("nbd-server-stop")
+
+
+async def _started(monitor: Monitor, path: str) -> tuple[Address, bool]:
+    """
+    The server's address, and whether we have started it.
+
+    The server of another qmpmerge will be gone in a moment; one that a killed qmpmerge left, which its folder's name
+    tells, is stopped.
+    """
+    for _ in range(TRIES):
+        try:
+            await monitor.execute("nbd-server-start", addr={"type": "unix", "data": {"path": path}}, max_connections=1)
+            return path, True
+        except CommandError as error:
+            address = await _running_server(monitor, error.description)
+        owner = _owner(address)
+        if owner is None:
+            return address, False
+        if os.path.exists(f"/proc/{owner}"):
+            await asyncio.sleep(GREETING_SECONDS / 10)
+        else:
+            with contextlib.suppress(CommandError):
                 await monitor.execute("nbd-server-stop")
+    raise FlushUnavailable(reason="another qmpmerge does not let go of its NBD server")
 
 
-async def _remove_leftover_export(monitor: Monitor) -> None:
-    exports = await monitor.execute("query-block-exports")
-    if EXPORT in [export["id"] for export in exports]:
-        with contextlib.suppress(CommandError):  # it goes by itself once its client is gone
-            await monitor.execute("block-export-del", id=EXPORT, mode="hard")
+def _owner(address: Address) -> int | None:
+    """The pid of the qmpmerge whose server this is."""
+    match = (
+        re.match(FOLDER + r"(\d+)-", os.path.basename(os.path.dirname(address))) if isinstance(address, str) else None
+    )
+    return int(match[1]) if match else None
 
 
 async def _running_server(monitor: Monitor, reason: str) -> Address:
@@ -161,7 +188,7 @@ async def _running_server(monitor: Monitor, reason: str) -> Address:
 def _private_folder(pid: int | None) -> Iterator[str]:
     import tempfile  # 8 ms, and most commands need no folder
 
-    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-") as folder:
         if os.geteuid() == 0 and pid is not None:
             # QEMU makes the socket and may have dropped its privileges.
             with contextlib.suppress(OSError):
@@ -177,10 +204,10 @@ async def _greet(address: Address) -> None:
         await _until_closed(reader)
 
 
-async def _flush_through(address: Address) -> str | None:
+async def _flush_through(address: Address, export: str) -> str | None:
     """Connect, negotiate, flush: None when it went well, else the storage's reason."""
     async with _session(address) as (reader, writer):
-        await _choose_export(reader, writer)
+        await _choose_export(reader, writer, export)
         writer.write(struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _COMMAND_FLUSH, 1, 0, 0))
         magic, error, _handle = struct.unpack(">IIQ", await reader.readexactly(16))
         if magic != _REPLY_MAGIC:
@@ -220,8 +247,8 @@ async def _session(address: Address) -> AsyncIterator[tuple[asyncio.StreamReader
             await writer.wait_closed()
 
 
-async def _choose_export(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    name = EXPORT.encode()
+async def _choose_export(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, export: str) -> None:
+    name = export.encode()
     data = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
     writer.write(struct.pack(">QII", _OPTION_MAGIC, _OPTION_GO, len(data)) + data)
     while True:

@@ -354,6 +354,14 @@ class NoFormat(Refused):
     advice = "record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2)"
 
 
+class Disguised(Refused):
+    """A raw image's first bytes belong to its guest, which can write a qcow2 header there and name any file of ours."""
+
+    image: str
+    sentence = "{image} is called raw, or is a device, but begins like qcow2: its guest may have written that"
+    advice = "if it really is a qcow2 image, give it a name that says so"
+
+
 class BackingLoop(Refused):
     """The chain comes back to an image that it has passed."""
 
@@ -379,6 +387,24 @@ class UnsupportedFormat(Refused):
     format: str
     sentence = "{image} is {format}, merging offline is for qcow2, raw and luks images"
     advice = "convert it with `qemu-img convert`, or merge while a VM has it open"
+
+
+class NoSpace(Refused):
+    """The base cannot hold what would be copied: a device does not grow."""
+
+    base: str
+    size: int
+    needed: int
+    sentence = "{base} is a device of {size} bytes and cannot grow to {needed}, the size of the top"
+    advice = "enlarge the device first, or merge into an image file"
+
+
+class LiveOnly(Refused):
+    """An option that leaves a job behind, on images that are opened for as long as the command runs."""
+
+    option: str
+    sentence = "{option} is for a running VM: offline the job ends with the command"
+    advice = "leave it out, or use --keep-overlay"
 
 
 class NeedsSecret(Refused):
@@ -602,6 +628,14 @@ class JobFailed(Failed):
     advice = "mend the cause, then run the same command again"
 
 
+class TimedOut(Failed):
+    """Offline nothing goes on without us: the merge was cancelled at the time limit, and the old chain is right."""
+
+    job: str
+    sentence = "job {job} did not end in time and was cancelled; the old chain is right and nothing is lost"
+    advice = "give it more time (`--timeout`), or none at all"
+
+
 class NotDurable(Failed):
     """A flush failed, so nothing was switched: the job was cancelled and the old chain is in use."""
 
@@ -697,9 +731,10 @@ class StillRunning(Error):
 
     target: str
     job: str
+    option: str = ""
     verdict = "running"
     sentence = "job {job} goes on in QEMU"
-    advice = "`qmpmerge job {target} {job} follow` waits for it and finishes the merge, `cancel` ends it"
+    advice = "`qmpmerge job {target} {job} follow{option}` waits for it and finishes the merge, `cancel` ends it"
 
 
 class Cancelled(Error):

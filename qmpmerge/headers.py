@@ -46,6 +46,8 @@ async def _read_alone(image: Image) -> Header | None:
     if not image.has_path:
         return None
     try:
+        if image.format == "raw":
+            return Header(image.file, "raw", image.virtual_size, None, None) if os.access(image.file, os.R_OK) else None
         if image.format != "qcow2":
             return await qemuimg.info(image.file, image.format) if _is_regular(image.file) else None
         own = qcow2.read(image.file)

@@ -85,7 +85,8 @@ class Host:
             return name, None
         if not path.startswith("/"):
             path = os.path.join(self._folder(), path)
-        path = os.path.normpath(path)
+        if ".." not in path.split("/"):  # which may follow a symlinked folder
+            path = os.path.normpath(path)
         try:
             status = os.stat(path)
         except OSError:

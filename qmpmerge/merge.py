@@ -18,7 +18,7 @@ import shlex
 import time
 from collections.abc import Collection, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from qmpmerge import checks, durable, jobs, locks, plan, qemuimg, shield
 from qmpmerge.blockgraph import Disk
@@ -30,12 +30,15 @@ from qmpmerge.errors import (
     ImageUnreadable,
     JobFailed,
     JobVerb,
+    LiveOnly,
     NoSuchJob,
     NotDurable,
     NotProven,
     NotVerified,
     QemuRefused,
     StillRunning,
+    TimedOut,
+    Untouched,
 )
 from qmpmerge.hosts import ChainView, Host
 from qmpmerge.jobs import Job, Meter, Report
@@ -140,6 +143,8 @@ async def commit(
     planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top, shallow=shallow)
     if planned.is_empty:
         return Outcome("unchanged", view.disk.name, view.chain, view.chain)
+    if ending == "ready" and not host.is_live:
+        raise LiveOnly(option="--wait-ready")
     with locks.held(planned.base):
         await checks.check(host, view, planned, force=force, search=search)
         if dry_run:
@@ -165,14 +170,16 @@ async def follow(
     `commit` raises once its job runs.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
+    ready_for = ending if needs_ready else None
+    job = await _job_to_follow(host, job_id, ready_for)
     for _ in range(LOOKS):
-        job = await _job_to_follow(host, job_id, ending if needs_ready else None)
         if job.status == "concluded":
-            return await _read_concluded(host, job)
+            await _read_concluded(host, job)
         view = await host.chain(job.disk)
         planned = _plan_of(view, job)
         if planned is not None:
             break
+        job = await _job_to_follow(host, job_id, ready_for)
     else:
         raise JobVerb(job=job.id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
     merge = _begin(host, view, planned, ending, report, deadline)
@@ -210,17 +217,19 @@ def _plan_of(view: ChainView, job: Job) -> CommitPlan | None:
     return plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
 
 
-async def _read_concluded(host: Host, job: Job) -> Outcome:
-    """A job that ended while nobody looked: its error is told, the chain is shown as it is now, nothing is claimed."""
+async def _read_concluded(host: Host, job: Job) -> NoReturn:
+    """
+    A job that ended while nobody looked: its error is told, the chain is shown as it is now, nothing is claimed.
+
+    Without an error it may have switched or been let go, durably or not: what it was to do is not known any more.
+    """
+    layout = await host.layout()
+    disk = next((disk for disk in layout.disks if disk.name == job.disk or jobs.job_id(disk.name) == job.id), None)
     await jobs.dismiss(host.monitor, job.id)
     if job.error is not None:
         raise JobFailed(job=job.id, reason=job.error)
-    layout = await host.layout()
-    disk = next((disk for disk in layout.disks if disk.name == job.disk or jobs.job_id(disk.name) == job.id), None)
-    if disk is None or disk.chain is None:
-        raise NotProven(target=host.target, expected="a disk that job was working on", found=f"job {job.id}, ended")
-    hint = "the job had ended before we looked: what it did is what the chain shows"
-    return Outcome("done", disk.name, disk.chain, disk.chain, job=job.id, hints=(hint,))
+    found = f"that it had ended before we looked; the chain now is {disk.chain if disk else 'unknown'}"
+    raise NotProven(target=host.target, expected=f"job {job.id} at work", found=found)
 
 
 def _begin(
@@ -275,19 +284,39 @@ async def _run(merge: _Merge, doorbell: Doorbell, *, starting: Coroutine[None, N
 
     Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits.
     """
+    mine = starting is not None or merge.job.startswith(jobs.PREFIX)
     try:
         if starting is not None:
             await starting
+        return await _to_the_end(merge, doorbell)
+    except asyncio.CancelledError:
+        if not mine:  # leaving somebody else's job is not ending it
+            raise StillRunning(target=merge.host.target, job=merge.job) from None
+        await shield.finished(_take_back(merge, doorbell))
+        raise
+    except StillRunning:
+        if merge.host.is_live:
+            option = {"pivot": "", "keep": " --keep-overlay", "ready": " --wait-ready"}[merge.ending]
+            raise StillRunning(target=merge.host.target, job=merge.job, option=option) from None
+        await shield.finished(_take_back(merge, doorbell))
+        raise TimedOut(job=merge.job) from None
+
+
+async def _to_the_end(merge: _Merge, doorbell: Doorbell) -> Outcome:
+    """What cannot be looked at once the job was started is not refused, as if nothing had been done: it is unknown."""
+    try:
         job = await _copy(merge, doorbell)
         if job is not None and job.status == "ready" and merge.ending == "ready":
             return _ready(merge)
-        if job is not None and (job.status == "pending" or _is_at_rest(merge, job)):
+        if job is not None and job.status == "pending":
             await _make_base_durable(merge, doorbell)
             await _verify(merge, doorbell)
-    except asyncio.CancelledError:
-        await shield.finished(_take_back(merge, doorbell))
-        raise
-    return await shield.finished(_switch(merge, doorbell, job))
+        elif job is not None and _is_at_rest(merge, job):
+            await _verify(merge, doorbell)  # an active job has flushed base before it says that it is ready
+        return await shield.finished(_switch(merge, doorbell, job))
+    except Untouched as error:
+        found = f"no way to look: {error}"
+        raise NotProven(target=merge.host.target, expected=str(merge.plan.result), found=found) from None
 
 
 async def _copy(merge: _Merge, doorbell: Doorbell) -> Job | None:
@@ -375,6 +404,10 @@ async def _take_back(merge: _Merge, doorbell: Doorbell) -> None:
             await jobs.dismiss(monitor, merge.job)
     except StillRunning:
         raise NotProven(target=merge.host.target, expected="the job cancelled", found="it still running") from None
+    await _prove_old_chain(merge)
+
+
+async def _prove_old_chain(merge: _Merge) -> None:
     after = await merge.host.chain(_name_after(merge, merge.plan.chain))
     if not after.chain.same_files(merge.plan.chain):
         raise NotProven(target=merge.host.target, expected=str(merge.plan.chain), found=str(after.chain))
@@ -388,6 +421,7 @@ async def _switch(merge: _Merge, doorbell: Doorbell, job: Job | None) -> Outcome
     if job is not None:
         await jobs.dismiss(merge.host.monitor, merge.job)
         if job.error is not None:
+            await _prove_old_chain(merge)
             raise JobFailed(job=merge.job, reason=job.error)
     if keeps:
         return await _prove(merge, "kept", merge.plan.chain)
@@ -414,7 +448,9 @@ async def _end(merge: _Merge, doorbell: Doorbell, status: str, keeps: bool) -> J
             # A drain by somebody else can put a ready job into standby for a moment: wait for it and say it again.
             # A pending job of ours is on its way already.
             wanted = ("concluded", status) if status == "ready" else ("concluded",)
-        job = await jobs.follow(monitor, doorbell, merge.job, wanted, tell=lambda job: None, deadline=merge.deadline)
+            await doorbell.wait(jobs.LOOK_AGAIN_SECONDS / 5)
+        deadline = merge.deadline if merge.host.is_live else None
+        job = await jobs.follow(monitor, doorbell, merge.job, wanted, tell=lambda job: None, deadline=deadline)
         if job is None or job.status == "concluded":
             return job
         status = job.status

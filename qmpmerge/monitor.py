@@ -83,7 +83,8 @@ class Monitor:
         came in time. After the last two nobody knows whether the command ran or still will: ask, never send it again.
         """
         sent = {key.replace("_", "-"): value for key, value in arguments.items()}
-        self._trace("->", json.dumps({"execute": command, "arguments": sent} if sent else {"execute": command}))
+        shown = {**sent, "data": "(not shown)"} if command == "object-add" else sent
+        self._trace("->", json.dumps({"execute": command, "arguments": shown} if sent else {"execute": command}))
         _refuse_broken_text(command, sent)
         try:
             async with asyncio.timeout(timeout):

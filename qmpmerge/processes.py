@@ -380,7 +380,7 @@ def users(files: Sequence[str]) -> tuple[User, ...]:
             continue
         for inode in (open_files(pid) or set()) & set(wanted):
             found[pid, wanted[inode]] = User(wanted[inode], pid, _comm(pid), vm_of(pid))
-    return tuple(found.values())
+    return tuple(sorted(found.values(), key=lambda user: (files.index(user.file), user.pid)))
 
 
 # struct flock for F_OFD_GETLK on 64-bit Linux: type, whence, start, length, pid.

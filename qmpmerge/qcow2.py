@@ -6,6 +6,8 @@ that a header names, and looking for dependents means thousands of headers. So t
 (docs/interop/qcow2.txt in QEMU's source). Everything that is written or read as data goes through QEMU.
 """
 
+import errno
+import json
 import os
 import stat
 import struct
@@ -34,10 +36,10 @@ class Qcow2Header:
 
 def read(path: str) -> Qcow2Header | None:
     """
-    The header of the regular file or block device at `path`; None where it is not qcow2 or makes no sense.
+    The header of the regular file or block device at `path`; None where it is not qcow2.
 
     Nothing else is opened, and a FIFO or a device of another kind is not even opened for longer than it takes to see
-    that. Raises OSError.
+    that. Raises OSError, also for a header that makes no sense.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -46,13 +48,30 @@ def read(path: str) -> Qcow2Header | None:
             return None
         if os.pread(descriptor, len(MAGIC), 0) != MAGIC:
             return None
-        return decode(os.pread(descriptor, _READ, 0))
+        header = decode(os.pread(descriptor, _READ, 0))
+        if header is None:
+            raise OSError(errno.EINVAL, "it begins like qcow2, but its header makes no sense")
+        return header
     finally:
         os.close(descriptor)
 
 
+def named_path(name: str) -> str | None:
+    """The path in a header's name, ``json:`` forms of a local file included; None for all that is no local file."""
+    if name.startswith("json:"):
+        try:
+            told = json.loads(name.removeprefix("json:"))
+        except (ValueError, RecursionError):
+            return None
+        while isinstance(told, dict) and "filename" not in told:
+            told = told.get("file")
+        name = told["filename"] if isinstance(told, dict) and isinstance(told["filename"], str) else ":"
+    name = name.removeprefix("file:")
+    return None if ":" in name.split("/", 1)[0] else name
+
+
 def decode(data: bytes) -> Qcow2Header | None:
-    """Decode the first bytes of a file."""
+    """Decode the first bytes of a file; None where they are no header, or one that makes no sense."""
     if len(data) < 72 or data[:4] != MAGIC:
         return None
     _magic, version, offset, length, _bits, size, crypt = _FIXED.unpack_from(data)
@@ -62,7 +81,10 @@ def decode(data: bytes) -> Qcow2Header | None:
     if offset:
         if not 0 < length <= _LONGEST_NAME or offset + length > len(data):
             return None
-        backing = os.fsdecode(data[offset : offset + length])
+        # QEMU reads it as a C string
+        backing = os.fsdecode(data[offset : offset + length].partition(b"\0")[0])
+        if not backing:
+            return None
     return Qcow2Header(
         virtual_size=size,
         backing=backing,
@@ -82,6 +104,6 @@ def _extensions(data: bytes, start: int, end: int) -> dict[int, str]:
         if kind == 0 or position + length > end:
             break
         if kind in (_BACKING_FORMAT, _DATA_FILE):
-            found[kind] = os.fsdecode(data[position : position + length].rstrip(b"\0"))
+            found[kind] = os.fsdecode(data[position : position + length].partition(b"\0")[0])
         position += (length + 7) & ~7
     return found

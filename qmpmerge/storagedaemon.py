@@ -19,7 +19,7 @@ from qmpmerge import monitor
 from qmpmerge.errors import SessionLost, ToolMissing
 from qmpmerge.monitor import Monitor, Trace
 
-END_SECONDS = 60.0
+END_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,7 +32,11 @@ async def running(*, trace: Trace | None = None) -> AsyncIterator[Monitor]:
     """
     ours, theirs = socket.socketpair()
     with theirs:
-        process = _start(theirs)
+        try:
+            process = _start(theirs)
+        except BaseException:
+            ours.close()
+            raise
     try:
         async with monitor.opened(ours, name="qemu-storage-daemon", pid=process.pid, trace=trace) as session:
             yield session
@@ -46,7 +50,8 @@ def _start(connection: socket.socket) -> "subprocess.Popen[bytes]":
     libc = ctypes.CDLL(None, use_errno=True)
 
     def die_with_us() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        # A daemon that hangs would not hear SIGTERM, and SIGKILL leaves the chain as right as it was.
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     return subprocess.Popen(  # a session of its own: Ctrl-C is for us
         _command(connection.fileno()),
@@ -67,7 +72,7 @@ def _command(descriptor: int) -> list[str]:
     system = shutil.which(f"qemu-system-{os.uname().machine}") or shutil.which("qemu-system-x86_64")
     if system is None:
         raise ToolMissing(program="qemu-storage-daemon", package="qemu-system-common")
-    machine = ["-M", "none", "-S", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "qtest"]
+    machine = ["-M", "none", "-S", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
     return [system, *machine, "-chardev", chardev, "-mon", "m,mode=control"]
 
 

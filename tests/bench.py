@@ -116,7 +116,12 @@ def _merge_images(figures: Figures, folder: Path, layers: int, *, active: bool, 
         work = command("commit", str(images[-1]), *options, "--no-verify")
     else:
         work = lambda: _with_qemu_img(images, active=active)  # noqa: E731
-    timed(figures, name, lambda: (work(), os.sync()))
+
+    def durably() -> None:
+        work()
+        os.sync()
+
+    timed(figures, name, durably)
 
 
 def _with_qemu_img(images: list[Path], *, active: bool) -> None:

@@ -1,11 +1,11 @@
 """
 The `qmpmerge` command with a killer in it: ``python kills.py NOTES VICTIM MOMENT [qmpmerge's arguments]``.
 
-Every QMP command that is sent and every reply to one is a moment, and so is every report of progress on the way, each with its number:
-``-> job-finalize #1`` is before the first job-finalize leaves us, ``<- job-finalize #1`` is when we have its reply,
-``progress #2`` is at the second report. ``-> job-finalize #1 +0.5`` is half a millisecond after it. At MOMENT the victim,
-which is ``tool``, ``daemon`` or ``both``, dies of SIGKILL. Moments, and the daemon's pid, are noted in the file NOTES as
-they come; a MOMENT that does not come is a run without a kill.
+Every QMP command that is sent and every reply to one is a moment, and so is every report of progress on the way, each
+with its number: ``-> job-finalize #1`` is before the first job-finalize leaves us, ``<- job-finalize #1`` is when we have
+its reply, ``progress #2`` is at the second report. ``-> job-finalize #1 +0.5`` is half a millisecond after it. At MOMENT
+the victim, which is ``tool``, ``daemon`` or ``both``, dies of SIGKILL. Moments, and the daemon's pid, are noted in the
+file NOTES as they come; a MOMENT that does not come is a run without a kill.
 
 It is the real command in all else: the renderer's `trace`, where ``-v`` shows the traffic, is what the killer hangs on.
 """

@@ -30,6 +30,7 @@ from qmpmerge.errors import (
     NoSuchJob,
     NoSuchLayer,
     NotDurable,
+    NotProven,
     NotWritable,
     QemuRefused,
     Replaced,
@@ -200,7 +201,7 @@ async def disks(setup: Setup) -> list[qmpmerge.Disk]:
 
 
 async def test_a_server_that_a_killed_qmpmerge_left_is_stopped(setup: Setup, tmp_path: Path) -> None:
-    folder = tmp_path / "qmpmerge-dead"
+    folder = tmp_path / f"qmpmerge-{2**22 + 1}-dead"
     folder.mkdir()
     setup.machine.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": f"{folder}/nbd"}})
     async with qmpmerge.live(setup.machine.target) as host:
@@ -286,7 +287,7 @@ async def test_a_job_that_was_left_is_followed_to_its_end(
     async with qmpmerge.live(setup.machine.target) as host:
         with pytest.raises(StillRunning) as left:
             await qmpmerge.commit(host, "vda", top=top, speed=1, timeout=0.2)
-        assert left.value.facts == {"target": setup.machine.target, "job": JOB}
+        assert left.value.facts == {"target": setup.machine.target, "job": JOB, "option": ""}
     setup.write(0x66, 4 * MIB, 64 * 1024)
     async with qmpmerge.live(setup.machine.target) as host:
         (job,) = await host.jobs()
@@ -339,8 +340,12 @@ async def test_a_strangers_job_is_followed_when_the_user_says_so(
             (job,) = await host.jobs()
             assert (job.ours, job.disk) == (False, "disk0")
             await jobs.steer(host.monitor, "theirs", "speed", 0)
-            outcome = await qmpmerge.follow(host, "theirs")
-        assert outcome.verdict in ("merged", "pivoted", "done")
+            try:
+                outcome = await qmpmerge.follow(host, "theirs")
+            except NotProven:  # it ended before we looked, and what it was to do is not known any more
+                setup.check()
+                return
+        assert outcome.verdict in ("merged", "pivoted")
         setup.check()
         setup.machine.stop()
     content.check(outcome.after.active.file)

@@ -1,5 +1,6 @@
 """JSON for programs: exactly one object on stdout, progress as one object a line on stderr. Fields are only ever added."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -111,7 +112,8 @@ class JsonOutput:
         self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
 
     def _line(self, document: Mapping[str, object]) -> None:
-        self._err.write(json.dumps(document) + "\n")
+        with contextlib.suppress(OSError):  # nobody may be there to read it any more
+            self._err.write(json.dumps(document) + "\n")
 
 
 def _disk(disk: "Disk") -> dict[str, object]:

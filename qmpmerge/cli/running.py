@@ -26,20 +26,20 @@ def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     import asyncio  # 60 ms that `--version` and `--help` need not wait for
 
     output = options.output()
+    code = 1
     try:
         try:
-            verdict = asyncio.run(_interruptible(work, output))
+            code = EXIT_CODES[asyncio.run(_interruptible(work, output))]
         except Error as error:
+            code = error.exit_code
             output.failure(error)
-            return error.exit_code
         finally:
             output.close()
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has gone; what we did is done. Python would complain again at exit.
+        # Whoever read our output has gone; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CODES["done"]
-    return EXIT_CODES[verdict]
+    return code
 
 
 async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Output") -> str:

@@ -1,5 +1,6 @@
 """Text for people."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -127,7 +128,7 @@ class TextOutput:
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr."""
         self.close()
-        self._err.write(f"{error.verdict}: {visible(error)}\n")
+        self._tell(f"{error.verdict}: {visible(error)}\n")
         if error.hint:
             self._hint(error.hint)
 
@@ -144,18 +145,18 @@ class TextOutput:
         tenth = int((told.percent or 0) // 10)
         if tenth > self._tenth:
             self._tenth = tenth
-            self._err.write(words.progress(told) + "\n")
+            self._tell(words.progress(told) + "\n")
 
     def note(self, text: str) -> None:
         """A line on stderr."""
         if not self._quiet:
             self.close()
-            self._err.write(f"{visible(text)}\n")
+            self._tell(f"{visible(text)}\n")
 
     def trace(self, direction: str, text: str) -> None:
         """A line on stderr."""
         self.close()
-        self._err.write(f"{direction} {visible(text)}\n")
+        self._tell(f"{direction} {visible(text)}\n")
 
     def close(self) -> None:
         """End the redrawn line."""
@@ -184,13 +185,18 @@ class TextOutput:
         self.close()
         self._out.write(line + "\n")
 
+    def _tell(self, text: str) -> None:
+        """To stderr. Nobody may be there to read it any more: that is no reason to leave a merge half done."""
+        with contextlib.suppress(OSError):
+            self._err.write(text)
+
     def _hint(self, text: str) -> None:
         if not self._quiet:
-            self._err.write(f"hint: {visible(text)}\n")
+            self._tell(f"hint: {visible(text)}\n")
 
     def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
         if not rows:
-            self._err.write(f"{empty}\n") if empty and not self._quiet else None
+            self._tell(f"{empty}\n") if empty and not self._quiet else None
             return
         cells = [columns, *([visible(cell) for cell in row] for row in rows)]
         used = [index for index in range(len(columns)) if any(row[index] for row in cells[1:])]

@@ -1,0 +1,160 @@
+"""Our own page of the qcow2 format, held against what qemu-img writes."""
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rig import MIB, run
+
+from qmpmerge import qcow2
+from qmpmerge.qcow2 import Qcow2Header
+
+
+def raw_header(
+    backing: bytes | None = None,
+    backing_format: bytes | None = None,
+    *,
+    data_file: bytes | None = None,
+    version: int = 3,
+    size: int = MIB,
+    crypt: int = 0,
+) -> bytes:
+    """A header as QEMU writes it, of no use but for reading it: there are no tables."""
+    names = {0xE2792ACA: backing_format, 0x44415441: data_file}
+    extensions = b"".join(
+        struct.pack(">II", kind, len(name)) + name + bytes(-len(name) % 8)
+        for kind, name in names.items()
+        if name is not None
+    )
+    length = 104 if version >= 3 else 72
+    offset = length + len(extensions) + 8 if backing is not None else 0
+    fixed = struct.pack(">4sIQIIQI", qcow2.MAGIC, version, offset, len(backing or b""), 16, size, crypt)
+    head = (fixed + bytes(24)).ljust(length, b"\0")
+    if version >= 3:
+        head = head[:96] + struct.pack(">II", 4, length)
+    return head + extensions + bytes(8) + (backing or b"") + bytes(64)
+
+
+def create(path: Path, *options: str, size: int = MIB) -> Qcow2Header:
+    run("qemu-img", "create", "-q", "-f", "qcow2", *options, path, str(size))
+    header = qcow2.read(str(path))
+    assert header is not None
+    return header
+
+
+def test_an_image_without_a_backing_file(tmp_path: Path) -> None:
+    assert create(tmp_path / "a.qcow2") == Qcow2Header(MIB, None, None, None, encrypted=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("-o", "compat=0.10"),
+        ("-o", "cluster_size=512"),
+        ("-o", "cluster_size=2M"),
+        ("-o", "extended_l2=on"),
+        ("-o", "compression_type=zstd"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["base.raw", "x" * 200, "a b,c%d'\"\n", "\u00fc", os.fsdecode(b"\xff.raw")], ids=ascii)
+def test_names_are_read_as_they_are_written(name: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    header = create(tmp_path / "a.qcow2", "-u", "-b", name, "-F", "raw", *options)
+    assert header == Qcow2Header(MIB, name, "raw", None, encrypted=False)
+
+
+def test_the_longest_name(tmp_path: Path) -> None:
+    assert create(tmp_path / "a.qcow2", "-u", "-b", "x" * 1023, "-F", "raw").backing == "x" * 1023
+
+
+def test_no_format_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(raw_header(b"base.raw"))
+    header = qcow2.read(str(path))
+    assert header is not None and (header.backing, header.backing_format) == ("base.raw", None)
+
+
+def test_a_data_file(tmp_path: Path) -> None:
+    header = create(tmp_path / "a.qcow2", "-o", f"data_file={tmp_path}/a.data")
+    assert header.data_file == f"{tmp_path}/a.data"
+
+
+@pytest.mark.parametrize("method", ["luks", "aes"])
+def test_encrypted(method: str, tmp_path: Path) -> None:
+    iterations = ",encrypt.iter-time=10" if method == "luks" else ""
+    secret = ("--object", "secret,id=s,data=x", "-o", f"encrypt.format={method},encrypt.key-secret=s{iterations}")
+    assert create(tmp_path / "a.qcow2", *secret).encrypted
+
+
+def test_what_is_no_qcow2(tmp_path: Path) -> None:
+    for content in (b"", b"Q", b"QFI\xfa" + bytes(200), bytes(4096)):
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        assert qcow2.read(str(path)) is None
+
+
+def test_a_fifo_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert qcow2.read(str(tmp_path / "fifo")) is None
+    assert qcow2.read("/dev/zero") is None
+    assert qcow2.read(str(tmp_path)) is None
+
+
+def test_errors_of_the_system_are_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        qcow2.read(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(8, b"\xff" * 8), (16, b"\xff" * 4), (16, struct.pack(">I", 1024)), (16, bytes(4))],
+    ids=["offset", "length", "one-too-long", "empty"],
+)
+def test_a_name_that_cannot_be_is_no_header(offset: int, length: bytes) -> None:
+    broken = bytearray(raw_header(b"base.raw", b"raw"))
+    broken[offset : offset + len(length)] = length
+    assert qcow2.decode(bytes(broken)) is None
+
+
+def test_extensions_that_run_past_the_end_are_left_out() -> None:
+    broken = bytearray(raw_header(b"base.raw", b"raw"))
+    broken[108:112] = b"\xff" * 4
+    header = qcow2.decode(bytes(broken))
+    assert header is not None and (header.backing, header.backing_format) == ("base.raw", None)
+
+
+def test_our_own_header_is_one_that_qemu_reads(tmp_path: Path) -> None:
+    """So that tests with hand-made headers test what QEMU would do."""
+    made = tmp_path / "made.qcow2"
+    for version in (2, 3):
+        made.write_bytes(raw_header(b"base.raw", b"raw", version=version))
+        assert qcow2.read(str(made)) == Qcow2Header(MIB, "base.raw", "raw", None, encrypted=False)
+
+
+@given(st.binary(max_size=300), st.integers(2, 4))
+def test_any_bytes_are_decoded_without_an_error(tail: bytes, version: int) -> None:
+    qcow2.decode(struct.pack(">4sI", qcow2.MAGIC, version) + tail)
+
+
+@given(st.lists(st.tuples(st.integers(0, 199), st.integers(0, 255)), max_size=12))
+def test_any_damage_is_survived(damage: list[tuple[int, int]]) -> None:
+    data = bytearray(raw_header(b"base.raw", b"raw", data_file=b"data"))
+    for place, value in damage:
+        data[place % len(data)] = value
+    qcow2.decode(bytes(data))
+
+
+@given(
+    st.none() | st.binary(min_size=1, max_size=1023).filter(lambda name: b"\0" not in name),
+    st.none() | st.sampled_from([b"raw", b"qcow2", b"luks"]),
+    st.sampled_from([2, 3]),
+)
+def test_what_is_written_is_read(backing: bytes | None, form: bytes | None, version: int) -> None:
+    header = qcow2.decode(raw_header(backing, form, version=version))
+    assert header is not None
+    assert header.backing == (None if backing is None else os.fsdecode(backing))
+    assert header.backing_format == (None if form is None else form.decode())
