@@ -10,7 +10,7 @@ from test_cli import qmpmerge as command
 from test_qcow2 import raw_header
 
 from qmpmerge import diskwalk
-from qmpmerge.errors import BackingLoop, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
+from qmpmerge.errors import BackingLoop, Disguised, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
 
 
 def header(
@@ -66,8 +66,15 @@ def test_a_raw_active_image_that_looks_like_qcow2_leads_nowhere_else(tmp_path: P
     (tmp_path / "victim.raw").write_bytes(bytes(512))
     for name in ("/etc/passwd", "../victim.raw", str(tmp_path / "victim.raw")):
         with pytest.raises(ForeignName) as refused:
-            diskwalk.walk(str(header(tmp_path / "vm" / "disk.raw", name, "raw")))
+            diskwalk.walk(str(header(tmp_path / "vm" / "disk.img", name, "raw")))
         assert (refused.value.backing, refused.value.exit_code) == (name, 3)
+
+
+def test_an_active_image_that_is_called_raw_and_looks_like_qcow2_is_refused(tmp_path: Path) -> None:
+    """Even a name in its own folder: a merge would overwrite the neighbour."""
+    (tmp_path / "neighbour.raw").write_bytes(bytes(512))
+    with pytest.raises(Disguised, match="its guest may have written that"):
+        diskwalk.walk(str(header(tmp_path / "disk.raw", "neighbour.raw", "raw")))
 
 
 @pytest.mark.parametrize("damage", [(8, b"\xff" * 8), (16, b"\xff" * 4)], ids=["offset", "length"])

@@ -322,6 +322,6 @@ async def test_following_tells_every_sighting_and_stops_waiting_when_asked_to(vm
     async with session.listening() as doorbell:
         with pytest.raises(StillRunning) as error:
             await jobs.follow(session, doorbell, ID, ("ready",), tell=sightings.append, deadline=0.0)
-    assert error.value.facts == {"target": vm.target, "job": ID}
+    assert error.value.facts == {"target": vm.target, "job": ID, "option": ""}
     assert [job.id for job in sightings] == [ID]
     assert await jobs.look(session, ID) is not None

@@ -109,7 +109,8 @@ class JsonOutput:
         """Nothing is redrawn."""
 
     def _print(self, document: Mapping[str, object]) -> None:
-        self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
+        with contextlib.suppress(BrokenPipeError):
+            self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
 
     def _line(self, document: Mapping[str, object]) -> None:
         with contextlib.suppress(OSError):  # nobody may be there to read it any more

@@ -183,7 +183,8 @@ class TextOutput:
 
     def _say(self, line: str) -> None:
         self.close()
-        self._out.write(line + "\n")
+        with contextlib.suppress(BrokenPipeError):
+            self._out.write(line + "\n")
 
     def _tell(self, text: str) -> None:
         """To stderr. Nobody may be there to read it any more: that is no reason to leave a merge half done."""
