@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from qmpmerge.errors import Error
     from qmpmerge.hosts import ChainView, Host
     from qmpmerge.jobs import Job, Progress
-    from qmpmerge.merge import Outcome, commit, follow
+    from qmpmerge.merge import commit, follow
+    from qmpmerge.outcome import Outcome
     from qmpmerge.plan import CommitPlan
     from qmpmerge.processes import Vm, vms
     from qmpmerge.snapshots import Overlay, snapshot
@@ -36,7 +37,7 @@ _HOME = {
     "Host": "hosts",
     "Image": "chain",
     "Job": "jobs",
-    "Outcome": "merge",
+    "Outcome": "outcome",
     "Overlay": "snapshots",
     "Progress": "jobs",
     "Vm": "processes",

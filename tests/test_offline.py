@@ -32,7 +32,7 @@ from qmpmerge.errors import (
     QemuRefused,
     Refused,
 )
-from qmpmerge.merge import Outcome
+from qmpmerge.outcome import Outcome
 
 NAMES = ("base.raw", "a.qcow2", "b.qcow2", "c.qcow2")
 RANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -979,7 +979,7 @@ async def test_without_verify_nothing_is_compared(
 async def test_what_is_not_cheap_is_compared_on_demand_only(
     images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmpmerge.merge.CHEAP_BYTES", 1)
+    monkeypatch.setattr("qmpmerge.steps.CHEAP_BYTES", 1)
     outcome = await merged(images[3], base="[2]", top="[3]")
     assert not outcome.verified
     remove(outcome)

@@ -17,7 +17,7 @@ from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, ShorterLayer, StillR
 from qmpmerge.headers import Oddity
 from qmpmerge.hosts import ChainView
 from qmpmerge.jobs import Job, Progress
-from qmpmerge.merge import MergedFile, Outcome
+from qmpmerge.outcome import MergedFile, Outcome
 from qmpmerge.processes import Vm
 from qmpmerge.snapshots import Overlay
 

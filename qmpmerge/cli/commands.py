@@ -19,7 +19,7 @@ from qmpmerge.cli.running import on_host, run
 if TYPE_CHECKING:
     from qmpmerge.cli.output import Output
     from qmpmerge.hosts import Host
-    from qmpmerge.merge import Ending
+    from qmpmerge.outcome import Ending
 
 ENDINGS: dict[str, str] = {
     "--pivot": "Active merge: move the guest onto the base (default).",

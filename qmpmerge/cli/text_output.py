@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qmpmerge.errors import Error
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
-    from qmpmerge.merge import Outcome
+    from qmpmerge.outcome import Outcome
     from qmpmerge.processes import Vm
     from qmpmerge.snapshots import Overlay
 

@@ -1,0 +1,45 @@
+"""
+What a merge came to.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qmpmerge.chain import Chain
+
+Ending = Literal["pivot", "keep", "ready"]
+"""
+How an active merge ends: the guest moves onto base; or it keeps the overlay, base having all data of this moment; or the
+job stays ready, mirroring every write, until someone ends it.
+"""
+
+
+@dataclass(frozen=True)
+class MergedFile:
+    """An image that is no longer part of the chain: what was done with its file, and where it is now."""
+
+    file: str
+    action: str = "keep"
+    now: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What a merge came to; only proved outcomes are made into one.
+
+    `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
+    merge counts what it walked). `verified` says that base and top were compared before the switch. `hints` are sentences
+    for the user.
+    """
+
+    verdict: str
+    disk: str
+    before: Chain
+    after: Chain
+    job: str | None = None
+    merged: tuple[MergedFile, ...] = ()
+    copied: int | None = None
+    seconds: float = 0.0
+    hints: tuple[str, ...] = ()
+    verified: bool = False
