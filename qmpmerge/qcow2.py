@@ -56,6 +56,22 @@ def read(path: str) -> Qcow2Header | None:
         os.close(descriptor)
 
 
+def data_path(path: str) -> str | None:
+    """
+    The data file of the image at `path`, its name resolved as QEMU does; None where the image has none.
+
+    Raises OSError, also where the name leads to anything but a regular file: nothing else is to be opened for it.
+    """
+    header = read(path)
+    if header is None or header.data_file is None:
+        return None
+    name = named_path(header.data_file)
+    found = os.path.join(os.path.dirname(path), name) if name is not None else ""
+    if not found or not stat.S_ISREG(os.stat(found).st_mode):
+        raise OSError(errno.EINVAL, f"its data file {header.data_file} is not a regular file")
+    return found
+
+
 def named_path(name: str) -> str | None:
     """The path in a header's name, ``json:`` forms of a local file included; None for all that is no local file."""
     if name.startswith("json:"):

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from qmpmerge import durable, jobs, qemuimg, shield
+from qmpmerge import comparison, durable, jobs, shield
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain
 from qmpmerge.errors import (
@@ -28,7 +28,7 @@ from qmpmerge.plan import CommitPlan
 
 CANCEL_SECONDS = 60.0
 CHEAP_BYTES = 256 * 1024 * 1024
-"""Up to this much allocated data in the whole chain, base and top are compared unless the user says no."""
+"""Up to this much in the merged images, base and top are compared unless the user says no."""
 
 
 @dataclass
@@ -141,10 +141,8 @@ async def verify(merge: Merge, doorbell: Doorbell) -> None:
     """Compare what top shows with what base shows, while both still exist; a difference takes the job back."""
     if merge.verify is False or (merge.verify is None and not _is_cheap(merge.plan)):
         return
-    upto = merge.plan.chain.images[: merge.plan.chain.index(merge.plan.top)]
-    below = merge.plan.chain.images[: merge.plan.chain.index(merge.plan.base)]
     try:
-        same = await qemuimg.same(upto, below)
+        same = await comparison.same(merge.plan)
     except ImageUnreadable as error:
         if merge.verify is None:
             return
@@ -158,8 +156,8 @@ async def verify(merge: Merge, doorbell: Doorbell) -> None:
 
 
 def _is_cheap(planned: CommitPlan) -> bool:
-    """Whether all that the comparison can have to read is little."""
-    sizes = [image.allocated for image in planned.chain]
+    """Whether what the comparison has to read is little."""
+    sizes = [image.allocated for image in planned.merged]
     return None not in sizes and sum(size or 0 for size in sizes) <= CHEAP_BYTES
 
 

@@ -9,7 +9,7 @@ ROWS = (
     {"errors", "shield"},
     {"chain", "commandline", "qcow2"},
     {"plan", "qemuimg", "monitor", "processes", "diskwalk", "agent"},
-    {"jobs", "headers", "durable", "locks", "guardian", "dependents", "storagedaemon"},
+    {"jobs", "headers", "durable", "locks", "guardian", "dependents", "storagedaemon", "comparison"},
     {"blockgraph", "quiesce"},
     {"hosts"},
     {"doors.live", "doors.offline"},
