@@ -5,7 +5,9 @@ of them was used.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qmpmerge import blockgraph, headers, jobs
 from qmpmerge.blockgraph import Disk, Layout
@@ -38,6 +40,8 @@ class Host:
     def __init__(self, session: Monitor, target: str) -> None:
         self.monitor = session
         self.target = target
+        self.opened: Mapping[str, Mapping[str, Any]] = {}
+        """The nodes that we have opened ourselves: their names and options."""
 
     @property
     def pid(self) -> int | None:

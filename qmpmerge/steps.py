@@ -9,7 +9,7 @@ from typing import Any
 
 from qmpmerge import comparison, durable, jobs, shield
 from qmpmerge.blockgraph import Disk
-from qmpmerge.chain import Chain
+from qmpmerge.chain import Chain, Image
 from qmpmerge.errors import (
     CommandError,
     FlushUnavailable,
@@ -53,6 +53,10 @@ class Merge:
     def name_after(self, expected: Chain) -> str:
         """What the disk is called once its active image may have changed."""
         return self.disk.drive or self.disk.qdev or expected.active.node or expected.active.file
+
+    async def flush(self, image: Image) -> bool:
+        """As `durable.flush` does."""
+        return await durable.flush(self.host.monitor, image, opened=self.host.opened.get(image.node or ""))
 
 
 def begin(
@@ -123,7 +127,7 @@ async def copy(merge: Merge, doorbell: Doorbell) -> Job | None:
 async def make_base_durable(merge: Merge, doorbell: Doorbell) -> None:
     """At PENDING, before the overlay's header is rewritten; where it fails the job is taken back."""
     try:
-        every_error_seen = await durable.flush(merge.host.monitor, merge.plan.base)
+        every_error_seen = await merge.flush(merge.plan.base)
         merge.verify = merge.verify if every_error_seen else True
         merge.base_is_durable = True
     except (NotDurable, FlushUnavailable) as error:

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import time
 
-from qmpmerge import durable, jobs
+from qmpmerge import jobs
 from qmpmerge.chain import Chain
 from qmpmerge.errors import CommandError, FlushUnavailable, HeaderNotDurable, JobFailed, NotDurable, NotProven
 from qmpmerge.jobs import Job
@@ -64,8 +64,8 @@ async def _make_overlay_durable(merge: Merge) -> None:
     assert merge.plan.overlay is not None
     try:
         if not merge.base_is_durable:
-            await durable.flush(merge.host.monitor, merge.plan.base)
-        await durable.flush(merge.host.monitor, merge.plan.overlay)
+            await merge.flush(merge.plan.base)
+        await merge.flush(merge.plan.overlay)
     except (NotDurable, FlushUnavailable) as error:
         raise HeaderNotDurable(target=merge.host.target, overlay=merge.plan.overlay.file, reason=error.reason) from None
 

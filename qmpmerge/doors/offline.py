@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +31,11 @@ class OfflineHost(Host):
 
     is_live = False
 
-    def __init__(self, session: Monitor, target: str, users: tuple[User, ...]) -> None:
+    def __init__(
+        self, session: Monitor, target: str, users: tuple[User, ...], opened: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         super().__init__(session, target)
+        self.opened = opened
         self._name = os.path.basename(target)
         self._users = users
 
@@ -79,8 +82,8 @@ async def offline(
     if write:
         _refuse_used(layers, users)
     async with storagedaemon.running(trace=trace) as session:
-        await _open(session, layers, write=write, secret=secret)
-        yield OfflineHost(session, image, users)
+        opened = await _open(session, layers, write=write, secret=secret)
+        yield OfflineHost(session, image, users, opened)
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
@@ -103,26 +106,35 @@ def _instead(user: User) -> str:
     return "shut that VM down first, or start it with a QMP monitor and merge live"
 
 
-async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, secret: str | None) -> None:
-    """Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing."""
+async def _open(
+    session: Monitor, layers: tuple[Layer, ...], *, write: bool, secret: str | None
+) -> dict[str, Mapping[str, Any]]:
+    """
+    Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing.
+
+    Returns the options of the images' nodes by their names.
+    """
     encrypted = next((layer for layer in layers if layer.encrypted), None)
     if encrypted is not None:
         if secret is None:
             raise NeedsSecret(image=encrypted.file)
         await session.execute("object-add", qom_type="secret", id=SECRET, data=secret)
     below: str | None = None
+    opened: dict[str, Mapping[str, Any]] = {}
     for number, layer in enumerate(layers, 1):
         node = f"layer{number}"
         try:
             await _add_file(session, layer.file, f"{node}-file", is_device=layer.is_device, write=write)
             if layer.data_file is not None:
                 await _add_file(session, layer.data_file, f"{node}-data", write=write)
-            await _add_image(session, layer, node, below, writable=write and layer is layers[-1], shared=not write)
+            opened[node] = _image_options(layer, node, below, writable=write and layer is layers[-1], shared=not write)
+            await session.execute("blockdev-add", **opened[node])
         except CommandError as error:
             if re.search(r"Failed to get .*lock", error.description):
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait") from None
             raise ImageUnreadable(file=layer.file, reason=error.description) from None
         below = node
+    return opened
 
 
 async def _add_file(session: Monitor, file: str, node: str, *, is_device: bool = False, write: bool) -> None:
@@ -144,17 +156,22 @@ async def _add_file(session: Monitor, file: str, node: str, *, is_device: bool =
     await session.execute("blockdev-add", **options, node_name=node)
 
 
-async def _add_image(
-    session: Monitor, layer: Layer, node: str, below: str | None, *, writable: bool, shared: bool
-) -> None:
-    options: dict[str, Any] = {"driver": layer.format, "file": f"{node}-file", "discard": "unmap", **_key(layer)}
+def _image_options(layer: Layer, node: str, below: str | None, *, writable: bool, shared: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "driver": layer.format,
+        "node-name": node,
+        "file": f"{node}-file",
+        "read-only": not writable,
+        "discard": "unmap",
+        **_key(layer),
+    }
     if layer.format == "qcow2":
         options["backing"] = below
     if layer.data_file is not None:
         options["data-file"] = f"{node}-data"
     if shared:
         options["force-share"] = True
-    await session.execute("blockdev-add", **options, node_name=node, read_only=not writable)
+    return options
 
 
 def _key(layer: Layer) -> dict[str, Any]:
