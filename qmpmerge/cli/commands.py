@@ -52,7 +52,7 @@ class StoryOrder(click.Group):
 @click.group(
     cls=StoryOrder,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, or pid:N.",
+    epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, pid:N, or an image file.",
 )
 @click.version_option(__version__, prog_name="qmpmerge", message="%(prog)s %(version)s")
 def cli() -> None:
