@@ -81,6 +81,11 @@ async def create_overlay(path: str, *, size: int, backing: str, backing_format: 
     )
 
 
+async def repoint(path: str, backing: str, backing_format: str) -> None:
+    """Write another backing name into a qcow2 header; no backing image is opened. Raises ImageUnreadable, ToolMissing."""
+    await _run(path, "rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, os.path.abspath(path))
+
+
 async def same(chain: Sequence[Image], other: Sequence[Image]) -> bool:
     """
     Whether two chains (base first) show the same data, as read by another process without locks.

@@ -160,7 +160,7 @@ class Case:
         )
         noted = notes.read_text().splitlines() if notes.exists() else []
         pids = [int(pid) for line in noted if line.startswith(kills.DAEMON) for pid in line.split()[1:]]
-        moments = [line for line in noted if line[:2] in ("->", "<-", "pr")]
+        moments = [line for line in noted if line[:2] in kills.MARKS]
         return Run(done.returncode, done.stdout, done.stderr, moments, kills.KILLED in noted, all(map(gone, pids)))
 
     def chain(self) -> tuple[str, ...]:
