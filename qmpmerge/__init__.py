@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmpmerge import errors
     from qmpmerge.blockgraph import Disk
     from qmpmerge.chain import Chain, Image
+    from qmpmerge.cleaning import Cleaned, clean
     from qmpmerge.doors import opened
     from qmpmerge.doors.live import live
     from qmpmerge.doors.offline import offline
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     from qmpmerge.outcome import Outcome
     from qmpmerge.plan import CommitPlan
     from qmpmerge.processes import Vm, vms
+    from qmpmerge.recovery import Recovery, recover
     from qmpmerge.snapshots import Overlay, snapshot
 
 _HOME = {
     "Chain": "chain",
     "ChainView": "hosts",
+    "Cleaned": "cleaning",
     "CommitPlan": "plan",
     "Disk": "blockgraph",
     "Error": "errors",
@@ -40,12 +43,15 @@ _HOME = {
     "Outcome": "outcome",
     "Overlay": "snapshots",
     "Progress": "jobs",
+    "Recovery": "recovery",
     "Vm": "processes",
+    "clean": "cleaning",
     "commit": "merge",
     "follow": "merge",
     "live": "doors.live",
     "offline": "doors.offline",
     "opened": "doors",
+    "recover": "recovery",
     "snapshot": "snapshots",
     "vms": "processes",
 }
@@ -53,6 +59,7 @@ _HOME = {
 __all__ = [
     "Chain",
     "ChainView",
+    "Cleaned",
     "CommitPlan",
     "Disk",
     "Error",
@@ -62,13 +69,16 @@ __all__ = [
     "Outcome",
     "Overlay",
     "Progress",
+    "Recovery",
     "Vm",
+    "clean",
     "commit",
     "errors",
     "follow",
     "live",
     "offline",
     "opened",
+    "recover",
     "snapshot",
     "vms",
 ]

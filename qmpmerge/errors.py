@@ -467,6 +467,30 @@ class AgentFailed(Refused):
     advice = "is qemu-guest-agent running in the guest? Without --quiesce the snapshot is crash-consistent"
 
 
+class Unfinished(Refused):
+    """
+    A merge of the image was begun and not finished, and what remains is not for a merge to decide, or the image's name is
+    taken away for as long as nobody has.
+    """
+
+    image: str
+    found: str
+    path: str
+    sentence = "a merge of {image} was not finished: {found}"
+    advice = "run `qmpmerge recover {path}`"
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "path": shlex.quote(self.path)}
+
+
+class NoSuchStash(Refused):
+    """`clean` removes what a merge has stashed, and nothing else."""
+
+    path: str
+    sentence = "{path} is no file that a merge has stashed"
+    advice = "name a folder, or a file called NAME.merged"
+
+
 class JobVerb(Refused):
     """The verb is not legal in the job's state."""
 
@@ -655,6 +679,15 @@ class NotVerified(Failed):
     advice = "the old chain is in use and right; look at the storage of {base} before you try again"
 
 
+class NotWitnessed(Failed):
+    """What was about to be done could not be written down, so it was not done; the job was cancelled."""
+
+    path: str
+    reason: str
+    sentence = "cannot write {path}: {reason}; nothing was switched, the old chain is in use"
+    advice = "make room for a small file beside the active image, then run the same command again"
+
+
 class NotProven(Unknown):
     """What a fresh look shows is not what the plan says."""
 
@@ -724,6 +757,41 @@ class FreezeUnproven(Unknown):
         "when the snapshot was taken"
     )
     advice = "the guest is thawed and the snapshot is there, but only crash-consistent; take another one"
+
+
+class PauseUnproven(Unknown):
+    """The guest was paused for the pivot, and neither we nor the guard saw it run again."""
+
+    target: str
+    reason: str
+    sentence = "THE GUEST MAY STILL BE PAUSED: {target} did not confirm `cont`: {reason}"
+    advice = "let it run: send `cont` to its monitor; then run `qmpmerge recover` on the folder of its images"
+
+
+class CannotRecover(Unknown):
+    """What is known to be right cannot be put right: nothing more was done, and it can be tried again."""
+
+    file: str
+    reason: str
+    sentence = "cannot put {file} right: {reason}"
+    advice = "mend the cause, then run the same command again: it goes on from there"
+
+
+class Undecided(Unknown):
+    """Nobody can tell which of two images holds the last writes: the evidence is shown, nothing was changed."""
+
+    base: str
+    top: str
+    evidence: list[str]
+    path: str
+    sentence = "{base} and {top} both may hold the last writes: {evidence}; nothing was changed"
+    advice = (
+        "look into both (read-only), then run `qmpmerge recover {path} --use base` to go on from {base}, "
+        "or `--use top` to go on from {top}"
+    )
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "path": shlex.quote(self.path)}
 
 
 class StillRunning(Error):

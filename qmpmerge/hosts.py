@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qmpmerge import blockgraph, headers, jobs
+from qmpmerge import blockgraph, headers, jobs, witness
 from qmpmerge.blockgraph import Disk, Layout
 from qmpmerge.chain import Chain, Inode
 from qmpmerge.errors import StreamConcluded
@@ -70,7 +70,7 @@ class Host:
         found = layout.find(disk, self.target)
         assert found.chain is not None, "find() returns disks with an image only"
         written = await headers.read(found.chain)
-        odd = tuple(headers.oddities(found.chain, written))
+        odd = (*headers.oddities(found.chain, written), *_unfinished(found))
         return ChainView(found, headers.as_written(found.chain, written), odd, layout)
 
     async def jobs(self) -> list[Job]:
@@ -108,6 +108,21 @@ class Host:
         from qmpmerge import processes  # a daemon moved to /: its command line tells more
 
         return processes.start_folder(self.pid) or folder
+
+
+def _unfinished(disk: Disk) -> list[Oddity]:
+    """Merges of the disk that nobody is at work on, neither one of us nor a job."""
+    assert disk.chain is not None
+    left = [told for told in witness.about(disk.chain) if told.is_abandoned]
+    return [
+        Oddity(
+            "unfinished",
+            told.chain.active.file,
+            f"a merge was not finished: `qmpmerge recover {told.chain.active.file}`",
+        )
+        for told in left
+        if disk.job is None or disk.job.id != told.job
+    ]
 
 
 def _plain(name: str) -> str | None:

@@ -17,12 +17,14 @@ import time
 from collections.abc import Collection, Coroutine
 from typing import NoReturn
 
-from qmpmerge import checks, jobs, locks, plan, shield, steps, switch
+from qmpmerge import account, checks, jobs, locks, pausing, pivot, plan, recovery, shield, steps, switch, witness
 from qmpmerge.errors import (
+    Failed,
     JobFailed,
     JobVerb,
     LiveOnly,
     NoSuchJob,
+    NoSuchLayer,
     NotProven,
     StillRunning,
     TimedOut,
@@ -34,6 +36,7 @@ from qmpmerge.monitor import Doorbell
 from qmpmerge.outcome import Ending, Outcome
 from qmpmerge.plan import CommitPlan
 from qmpmerge.steps import Merge
+from qmpmerge.witness import Policy
 
 LOOKS = 5
 """How often a job to be followed is looked for again when it has moved on between two questions."""
@@ -52,6 +55,8 @@ async def commit(
     force: Collection[str] = (),
     search: Collection[str] = (),
     dry_run: bool = False,
+    merged_files: Policy = "stash",
+    pause: bool = True,
     report: Report = lambda progress: None,
     timeout: float | None = None,
 ) -> Outcome:
@@ -59,29 +64,47 @@ async def commit(
     Merge the images above `base` up to `top` into `base`; by default the whole chain, the guest moving onto its base.
 
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
-    where it is cheap. An active merge is not compared while a guest can write. `force` and `search` are those of
+    where it is cheap, True does so for an active merge while the guest is paused. `merged_files` says what becomes of
+    them; to delete them they must be compared. `pause` lets the guest stand still for the milliseconds of the pivot: without
+    it nobody can tell which image is right if QEMU and we die during it. `force` and `search` are those of
     `checks.check`. `speed` is bytes a second, 0 for unlimited; `timeout` seconds, after which StillRunning is raised and
     the job goes on.
 
     Cancelling the task cancels the job and waits until the old chain is back; from the switch to the proof it waits.
+
+    What an earlier merge of the chain left unfinished is put right first, where that is beyond doubt. If that was this very
+    merge, its outcome is returned.
 
     Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome
     could not be proved.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     view = await host.chain(disk)
-    planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top, shallow=shallow)
+    settled = None
+    if not dry_run and witness.about(view.chain):
+        settled = await recovery.settle(host, view.chain)
+        view = await host.chain(disk)
+    try:
+        planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top, shallow=shallow)
+    except NoSuchLayer:
+        if settled is None:
+            raise
+        return settled  # the layer was merged away by what was just finished
     if planned.is_empty:
-        return Outcome("unchanged", view.disk.name, view.chain, view.chain)
+        return settled or Outcome("unchanged", view.disk.name, view.chain, view.chain)
     if ending == "ready" and not host.is_live:
         raise LiveOnly(option="--wait-ready")
     with locks.held(planned.base):
         await checks.check(host, view, planned, force=force, search=search)
         if dry_run:
             return Outcome(
-                "planned", view.disk.name, planned.chain, planned.result, merged=switch.merged_files(planned)
+                "planned",
+                view.disk.name,
+                planned.chain,
+                planned.result,
+                merged=switch.merged_files(planned, merged_files),
             )
-        merge = steps.begin(host, view, planned, ending, report, deadline, verify)
+        merge = steps.begin(host, view, planned, ending, report, deadline, verify, policy=merged_files, pauses=pause)
         async with host.monitor.listening() as doorbell:
             return await _run(merge, doorbell, starting=steps.start(merge, speed))
 
@@ -92,6 +115,8 @@ async def follow(
     *,
     ending: Ending = "pivot",
     needs_ready: bool = False,
+    merged_files: Policy = "stash",
+    pause: bool = True,
     report: Report = lambda progress: None,
     timeout: float | None = None,
 ) -> Outcome:
@@ -114,7 +139,7 @@ async def follow(
         job = await _job_to_follow(host, job_id, ready_for)
     else:
         raise JobVerb(job=job.id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
-    merge = steps.begin(host, view, planned, ending, report, deadline)
+    merge = steps.begin(host, view, planned, ending, report, deadline, policy=merged_files, pauses=pause)
     with locks.held(planned.base):
         async with host.monitor.listening() as doorbell:
             return await _run(merge, doorbell)
@@ -166,6 +191,24 @@ async def _read_concluded(host: Host, job: Job) -> NoReturn:
 
 async def _run(merge: Merge, doorbell: Doorbell, *, starting: Coroutine[None, None, None] | None = None) -> Outcome:
     """
+    Carry it out, with a witness: that goes when the outcome is known, and stays when it is not, or the job goes on.
+    """
+    account.begin(merge)
+    if merge.plan.pivots and merge.host.is_live and merge.pauses and merge.ending == "pivot":
+        merge.guard = pausing.Guard.start(merge.host.monitor)
+    try:
+        return await _carried_out(merge, doorbell, starting=starting)
+    except (Untouched, Failed, asyncio.CancelledError):  # the old chain was proved to be in use
+        account.take_back(merge)
+        raise
+    finally:
+        account.leave(merge)
+
+
+async def _carried_out(
+    merge: Merge, doorbell: Doorbell, *, starting: Coroutine[None, None, None] | None = None
+) -> Outcome:
+    """
     From a job that is being started, or runs, to a proved outcome.
 
     Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits.
@@ -199,6 +242,8 @@ async def _to_the_end(merge: Merge, doorbell: Doorbell) -> Outcome:
             await steps.verify(merge, doorbell)
         elif job is not None and steps.is_at_rest(merge, job):
             await steps.verify(merge, doorbell)  # an active job has flushed base before it says that it is ready
+        if job is not None and job.status == "ready" and merge.ending == "pivot" and merge.plan.pivots:
+            job = await pivot.pivot(merge, doorbell, job.status)
         return await shield.finished(switch.switch(merge, doorbell, job))
     except Untouched as error:
         found = f"no way to look: {error}"

@@ -29,8 +29,8 @@ class Outcome:
     What a merge came to; only proved outcomes are made into one.
 
     `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
-    merge counts what it walked). `verified` says that base and top were compared before the switch. `hints` are sentences
-    for the user.
+    merge counts what it walked). `verified` says that base and top were compared before the switch. `paused_ms` is how long
+    the guest stood still for the pivot, None where it was not paused. `hints` are sentences for the user.
     """
 
     verdict: str
@@ -43,3 +43,4 @@ class Outcome:
     seconds: float = 0.0
     hints: tuple[str, ...] = ()
     verified: bool = False
+    paused_ms: float | None = None

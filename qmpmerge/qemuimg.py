@@ -82,6 +82,11 @@ async def create_overlay(path: str, *, size: int, backing: str, backing_format: 
     )
 
 
+async def repoint(path: str, backing: str, backing_format: str) -> None:
+    """Write another backing name into a qcow2 header; no backing image is opened. Raises ImageUnreadable, ToolMissing."""
+    await _run(path, "rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, os.path.abspath(path))
+
+
 @dataclass(frozen=True, order=True)
 class Extent:
     """A part of an image's virtual disk, in bytes."""

@@ -24,7 +24,9 @@ from qmpmerge.hosts import ChainView, Host
 from qmpmerge.jobs import Job, Meter, Report
 from qmpmerge.monitor import Doorbell
 from qmpmerge.outcome import Ending
+from qmpmerge.pausing import Guard
 from qmpmerge.plan import CommitPlan
+from qmpmerge.witness import Policy, Witness
 
 CANCEL_SECONDS = 60.0
 CHEAP_BYTES = 256 * 1024 * 1024
@@ -47,6 +49,12 @@ class Merge:
     verify: bool | None
     verified: bool = False
     base_is_durable: bool = False
+    policy: Policy = "stash"
+    pauses: bool = True
+    witness: Witness | None = None
+    guard: Guard | None = None
+    paused_ms: float | None = None
+    notes: list[str] = field(default_factory=list)
     copied: int | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -67,6 +75,9 @@ def begin(
     report: Report,
     deadline: float | None,
     verify: bool | None = None,
+    *,
+    policy: Policy = "stash",
+    pauses: bool = True,
 ) -> Merge:
     """The values of a merge whose job is to be started, or runs already."""
     below = set(view.layout.subtree(planned.base.node or ""))
@@ -79,7 +90,9 @@ def begin(
         deadline=deadline,
         old_nodes=[node for node in view.layout.subtree(planned.top.node or "") if node not in below],
         base_driver=view.layout.nodes[planned.base.node or ""].driver,
-        verify=verify,
+        verify=True if policy == "delete" else verify,
+        policy=policy,
+        pauses=pauses,
         job=view.disk.job.id if view.disk.job else jobs.job_id(view.disk.name),
     )
 

@@ -152,6 +152,7 @@ def test_commit(streams: Streams) -> None:
         "copied": GIB,
         "seconds": 1.235,
         "verified": False,  # not in DESIGN.md yet
+        "paused_ms": None,
         "hints": ["a hint"],
     }
 
@@ -161,7 +162,19 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
     streams.output.commit(Outcome(verdict, "vda", CHAIN, CHAIN))
     document = streams.document()
     assert document.pop("verdict") == verdict
-    shape = {"schema", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
+    shape = {
+        "schema",
+        "disk",
+        "job",
+        "before",
+        "after",
+        "merged",
+        "copied",
+        "seconds",
+        "verified",
+        "paused_ms",
+        "hints",
+    }
     assert set(document) == shape
     assert (document["job"], document["copied"], document["merged"], document["hints"]) == (None, None, [], [])
 

@@ -545,12 +545,13 @@ async def test_merged_files_are_let_go(
     kind: str, top: str, tmp_path: Path, images: list[Path], content: Content
 ) -> None:
     """Explicit nodes stay open after a commit, the old active one even locked: we close them, and nothing else."""
+    inodes = {image.name: (image.stat().st_dev, image.stat().st_ino) for image in images}
     with KINDS[kind](tmp_path, images, content) as setup:
         async with qmpmerge.live(setup.machine.target) as host:
             outcome = await qmpmerge.commit(host, setup.disk, top=top)
             held = processes.open_files(setup.machine.process.pid)
         assert held is not None
-        open_now = [image.name for image in images if (image.stat().st_dev, image.stat().st_ino) in held]
+        open_now = [name for name, inode in inodes.items() if inode in held]
         assert open_now == [image.name for image in outcome.after]
         assert not [hint for hint in outcome.hints if "still open" in hint]
 

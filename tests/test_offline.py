@@ -66,8 +66,9 @@ def content(images: list[Path]) -> Content:
 
 
 async def merged(image: Path | str, *, allow: Sequence[str] = (), secret: str | None = None, **rest: Any) -> Outcome:
+    """The merged files keep their names: what becomes of them is test_disposal's matter."""
     async with qmpmerge.offline(image, allow=allow, secret=secret) as host:
-        return await qmpmerge.commit(host, **rest)
+        return await qmpmerge.commit(host, merged_files="keep", **rest)
 
 
 def remove(outcome: Outcome) -> None:

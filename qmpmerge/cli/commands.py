@@ -6,7 +6,7 @@ command needs are made where it runs: start-up time is a feature.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,8 +18,10 @@ from qmpmerge.cli.running import on_host, run
 
 if TYPE_CHECKING:
     from qmpmerge.cli.output import Output
+    from qmpmerge.evidence import Use
     from qmpmerge.hosts import Host
     from qmpmerge.outcome import Ending
+    from qmpmerge.witness import Policy
 
 ENDINGS: dict[str, str] = {
     "--pivot": "Active merge: move the guest onto the base (default).",
@@ -39,6 +41,26 @@ def endings(function: Callable[..., Any]) -> Callable[..., Any]:
     for flag in reversed(ENDINGS):
         function = click.option(flag, "ending", flag_value=values[flag], default="pivot", help=ENDINGS[flag])(function)
     return function
+
+
+def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare what becomes of the merged files, and whether the guest may be paused."""
+    policies = click.Choice(["stash", "relink", "delete", "keep"])
+    files = click.option(
+        "--merged-files",
+        type=policies,
+        default="stash",
+        show_default=True,
+        help="stash: rename to NAME.merged; relink: that, and a new overlay takes the active image's name; "
+        "delete: compare, then remove; keep: leave alone.",
+    )
+    pause = click.option(
+        "--pause/--no-pause",
+        default=True,
+        help="Pause the guest for the milliseconds of the pivot (default). Without, a crash during it may leave two images "
+        "of which nobody can tell which holds the last writes.",
+    )
+    return files(pause(function))
 
 
 class StoryOrder(click.Group):
@@ -224,6 +246,7 @@ def snapshot(
 @click.option(
     "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the merged ones."
 )
+@finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
 @for_images
 @shared
@@ -237,6 +260,8 @@ def commit(
     speed: int,
     verify: bool | None,
     search: tuple[str, ...],
+    merged_files: "Policy",
+    pause: bool,
     dry_run: bool,
     options: Options,
 ) -> int:
@@ -282,13 +307,108 @@ def commit(
             force=options.force,
             search=search,
             dry_run=dry_run,
+            merged_files=merged_files,
+            pause=pause,
             report=output.progress,
             timeout=options.timeout,
         )
         output.commit(outcome)
         return outcome.verdict
 
-    return run(options, on_host(target, options, work, write=True))
+    begun = on_host(target, options, work, write=True)
+    return run(options, begun if dry_run else resuming(target, options, begun))
+
+
+def resuming(
+    target: str, options: Options, begun: "Callable[[Output], Awaitable[str]]"
+) -> "Callable[[Output], Awaitable[str]]":
+    """The same work, after what an earlier run left of the image TARGET was put right, where that is beyond doubt."""
+
+    async def resumed(output: "Output") -> str:
+        from qmpmerge.errors import Unfinished
+
+        try:
+            return await begun(output)
+        except Unfinished as error:
+            from qmpmerge import recovery
+
+            if error.path != target:
+                raise
+            outcome = await recovery.resume(target, trace=output.trace if options.verbose else None)
+        if outcome is None:
+            return await begun(output)
+        output.commit(outcome)
+        return outcome.verdict
+
+    return resumed
+
+
+@cli.command()
+@click.argument("path", type=click.Path())
+@click.option(
+    "--use",
+    type=click.Choice(["base", "top"]),
+    help="Where the evidence does not decide: you have looked, and this one holds the last writes.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, change nothing.")
+@shared
+def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> int:
+    """
+    Put names and headers right after a merge was left in the middle.
+
+    PATH is the image that the VM is started from, even if it is not there any more, another image of its chain, or a
+    folder. The witness that the merge has left, QEMU where it still runs, the headers and the contents tell which image
+    is right; where they do not, nothing is changed and the evidence is shown. Can be run again at any time.
+
+    \b
+    Examples:
+      qmpmerge recover /vm/c.qcow2 --dry-run
+      qmpmerge recover /vm
+
+    \b
+    Exit codes:
+      0    done, planned, unchanged
+      3    refused: another qmpmerge is at work
+      4    no session with the QEMU that carried the merge out, and which still runs
+      6    unknown: the evidence does not decide, see --use
+      7    a job is at work: the command to follow it is printed
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge import recovery
+
+        trace = output.trace if options.verbose else None
+        found = await recovery.recover(path, use=use, dry_run=dry_run, trace=trace)
+        output.recovered(found)
+        return found[-1].verdict
+
+    return run(options, work)
+
+
+@cli.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, change nothing.")
+@shared
+def clean(paths: tuple[str, ...], dry_run: bool, options: Options) -> int:
+    """
+    Remove merged files that were stashed, once nobody holds or needs them.
+
+    PATH is a folder, or a file called NAME.merged. What a process has open, what another image is built on, and what a
+    merge that was not finished may need, stays.
+
+    \b
+    Exit codes: 0 done, planned, unchanged; 3 refused; 6 a file could not be removed.
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge import cleaning
+        from qmpmerge.cli.words import cleaned_verdict
+
+        found = cleaning.clean(paths, dry_run=dry_run)
+        output.cleaned(found, dry_run=dry_run)
+        return cleaned_verdict(found, dry_run=dry_run)
+
+    return run(options, work)
 
 
 @cli.command()
@@ -320,8 +440,18 @@ VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismi
 @click.argument("verb", type=click.Choice(VERBS), metavar="VERB")
 @click.argument("speed", type=Size(), required=False, metavar="[SIZE]")
 @endings
+@finishing
 @shared
-def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending", options: Options) -> int:
+def job(
+    target: str,
+    job_id: str,
+    verb: str,
+    speed: int | None,
+    ending: "Ending",
+    merged_files: "Policy",
+    pause: bool,
+    options: Options,
+) -> int:
     """
     Steer a block job, or go on with a merge that was left.
 
@@ -355,6 +485,8 @@ def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending"
             job_id,
             ending=ending if verb == "follow" else "pivot" if verb == "pivot" else "keep",
             needs_ready=verb != "follow",
+            merged_files=merged_files,
+            pause=pause,
             report=output.progress,
             timeout=options.timeout,
         )

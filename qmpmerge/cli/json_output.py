@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
+    from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
-    from qmpmerge.outcome import Outcome
+    from qmpmerge.outcome import MergedFile, Outcome
     from qmpmerge.processes import Vm
+    from qmpmerge.recovery import Recovery
     from qmpmerge.snapshots import Overlay
+
+from qmpmerge.cli.words import cleaned_verdict
 
 SCHEMA = 1
 
@@ -67,15 +71,25 @@ class JsonOutput:
                 "job": outcome.job,
                 "before": outcome.before.files,
                 "after": outcome.after.files,
-                "merged": [
-                    {"file": merged.file, "action": merged.action, "now": merged.now} for merged in outcome.merged
-                ],
+                "merged": _merged(outcome.merged),
                 "copied": outcome.copied,
                 "seconds": round(outcome.seconds, 3),
                 "verified": outcome.verified,
+                "paused_ms": None if outcome.paused_ms is None else round(outcome.paused_ms, 1),
                 "hints": list(outcome.hints),
             }
         )
+
+    def recovered(self, found: "Sequence[Recovery]") -> None:
+        """One entry for each merge."""
+        keys = ("verdict", "image", "right", "action", "reasons", "hints")
+        merges = [{**{key: getattr(one, key) for key in keys}, "merged": _merged(one.merged)} for one in found]
+        self._print({"verdict": found[-1].verdict, "merges": merges})
+
+    def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
+        """One entry for each stashed file; `kept` is null where it was removed."""
+        stashed = [{"file": one.file, "size": one.size, "kept": one.kept} for one in found]
+        self._print({"verdict": cleaned_verdict(found, dry_run=dry_run), "stashed": stashed})
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs."""
@@ -115,6 +129,10 @@ class JsonOutput:
     def _line(self, document: Mapping[str, object]) -> None:
         with contextlib.suppress(OSError):  # nobody may be there to read it any more
             self._err.write(json.dumps(document) + "\n")
+
+
+def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
+    return [{"file": merged.file, "action": merged.action, "now": merged.now} for merged in files]
 
 
 def _disk(disk: "Disk") -> dict[str, object]:

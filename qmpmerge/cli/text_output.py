@@ -1,6 +1,7 @@
 """Text for people."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -11,11 +12,13 @@ from qmpmerge.cli.words import visible
 
 if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
+    from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
-    from qmpmerge.outcome import Outcome
+    from qmpmerge.outcome import MergedFile, Outcome
     from qmpmerge.processes import Vm
+    from qmpmerge.recovery import Recovery
     from qmpmerge.snapshots import Overlay
 
 DRAW_AFTER_SECONDS = 0.5
@@ -99,9 +102,30 @@ class TextOutput:
         self._say(f"  {'after ' if outcome.verdict != 'planned' else 'result'}  {visible(draw(outcome.after.images))}")
         for merged in outcome.merged:
             word = "would no longer be part of it" if outcome.verdict == "planned" else "no longer part of it"
-            self._say(f"  {word}: {visible(merged.file)}")
+            self._say(f"  {word}: {visible(merged.file)}{visible(_fate(merged, planned=outcome.verdict == 'planned'))}")
         for hint in outcome.hints:
             self._hint(hint)
+
+    def recovered(self, found: "Sequence[Recovery]") -> None:
+        """For each merge what was done, why, and from which image the VM is started now."""
+        for one in found:
+            self._say(f"{visible(one.image)}: {one.verdict}, {visible(one.action)}")
+            for reason in one.reasons:
+                self._say(f"  because  {visible(reason)}")
+            if one.right is not None:
+                self._say(f"  right is {visible(one.right)}")
+            for merged in one.merged:
+                self._say(f"  no longer part of it: {visible(merged.file)}{visible(_fate(merged, planned=False))}")
+            for hint in one.hints:
+                self._hint(hint)
+
+    def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
+        """A line for each stashed file."""
+        for one in found:
+            fate = f"stays, {one.kept}" if one.kept else "would be removed" if dry_run else "removed"
+            self._say(f"{visible(one.file)}: {visible(fate)} ({words.size(one.size)})")
+        if not found:
+            self._say("nothing is stashed here")
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """A table, with what can be done with each job."""
@@ -225,4 +249,19 @@ def _cost(outcome: "Outcome") -> str:
     if outcome.verdict == "planned":
         return ", nothing was changed"
     copied = f", {words.size(outcome.copied)} copied" if outcome.copied is not None else ""
-    return f" in {outcome.seconds:.2f} s{copied}" if outcome.seconds else ""
+    paused = f", guest paused for {outcome.paused_ms:.0f} ms" if outcome.paused_ms is not None else ""
+    return f" in {outcome.seconds:.2f} s{copied}{paused}" if outcome.seconds else ""
+
+
+def _fate(merged: "MergedFile", *, planned: bool) -> str:
+    """What was done with a merged file, or would be."""
+    if planned:
+        return {"keep": "", "gone": ""}.get(merged.action, f", {merged.action}")
+    place = os.path.basename(merged.now or "")
+    fates = {
+        "stash": f", renamed to {place}",
+        "relink": f", renamed to {place}; a new overlay has its name",
+        "delete": ", deleted",
+        "gone": ", gone already",
+    }
+    return fates.get(merged.action, "")

@@ -1,6 +1,12 @@
 """Numbers and names in words, as people read them on a terminal."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from qmpmerge.jobs import Progress
+
+if TYPE_CHECKING:
+    from qmpmerge.cleaning import Cleaned
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -50,3 +56,10 @@ def progress(told: Progress) -> str:
     if told.status not in ("running", "created"):
         parts.append(told.status)
     return f"{visible(told.disk)}: {', '.join(parts)}"
+
+
+def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
+    """What `clean` came to."""
+    if not any(one.kept is None for one in found):
+        return "unchanged"
+    return "planned" if dry_run else "done"
