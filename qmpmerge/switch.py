@@ -11,8 +11,9 @@ from qmpmerge.chain import Chain
 from qmpmerge.errors import CommandError, FlushUnavailable, HeaderNotDurable, JobFailed, NotDurable, NotProven
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Doorbell
-from qmpmerge.outcome import MergedFile, Outcome
+from qmpmerge.outcome import Checked, MergedFile, Outcome
 from qmpmerge.plan import CommitPlan
+from qmpmerge.space import Estimate
 from qmpmerge.steps import Merge, prove_old_chain
 
 
@@ -118,6 +119,12 @@ def _advice(merge: Merge, verdict: str) -> list[str]:
 def merged_files(planned: CommitPlan) -> tuple[MergedFile, ...]:
     """The images that the chain loses, base first, each still in its place."""
     return tuple(MergedFile(image.file, now=image.file) for image in planned.merged)
+
+
+def planned(disk: str, plan: CommitPlan, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:
+    """The outcome of a merge that was only looked at."""
+    merged = merged_files(plan)
+    return Outcome("planned", disk, plan.chain, plan.result, merged=merged, checks=checked, estimate=estimate)
 
 
 def _outcome(merge: Merge, verdict: str, after: Chain, hints: tuple[str, ...]) -> Outcome:

@@ -153,6 +153,8 @@ def test_commit(streams: Streams) -> None:
         "seconds": 1.235,
         "verified": False,  # not in DESIGN.md yet
         "hints": ["a hint"],
+        "checks": [],
+        "estimate": None,
     }
 
 
@@ -162,6 +164,7 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
     document = streams.document()
     assert document.pop("verdict") == verdict
     shape = {"schema", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
+    shape |= {"checks", "estimate"}
     assert set(document) == shape
     assert (document["job"], document["copied"], document["merged"], document["hints"]) == (None, None, [], [])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from rig import MIB, Content, Machine, fill, machine, make_chain, run
-from setups import KINDS, Setup, blockdev, device, drive, filters, nodes
+from setups import KINDS, Setup, blockdev, device, drive, filters, nodes, remove
 
 import qmpmerge
 from qmpmerge import jobs, processes
@@ -32,7 +32,6 @@ from qmpmerge.errors import (
     NotDurable,
     NotProven,
     NotWritable,
-    QemuRefused,
     Replaced,
     SessionLost,
     ShorterLayer,
@@ -102,7 +101,7 @@ async def test_an_overlay_whose_header_cannot_be_written_is_refused(
         async with qmpmerge.live(vm.target) as host:
             with pytest.raises(NotWritable, match="No space left") as refused:
                 await qmpmerge.commit(host, top="[3]")
-        assert refused.value.overlay == str(images[3])
+        assert refused.value.file == str(images[3])
         await untouched(vm)
         vm.stop()
     content.check(images[3])
@@ -495,7 +494,7 @@ async def test_read_only_base_nodes_are_refused_by_qemu(tmp_path: Path, images: 
     ]
     with machine(tmp_path, *explicit, *device("c")) as vm:
         async with qmpmerge.live(vm.target) as host:
-            with pytest.raises(QemuRefused, match="read-only"):
+            with pytest.raises(NotWritable, match="read-only"):
                 await qmpmerge.commit(host)
         await untouched(vm)
 
@@ -566,9 +565,10 @@ async def test_filters_above_the_disk_stay(tmp_path: Path, images: list[Path], c
 async def test_progress_tells_what_it_counts(setup: Setup, content: Content) -> None:
     seen: list[Progress] = []
     async with qmpmerge.live(setup.machine.target) as host:
-        await qmpmerge.commit(host, top="[3]", report=seen.append)
+        outcome = await qmpmerge.commit(host, top="[3]", report=seen.append)
         assert {told.counts for told in seen} == {"scanned"}
         assert seen[-1].done == seen[-1].total == len(content.data)
+        remove(outcome)
         seen.clear()
         outcome = await qmpmerge.commit(host, report=seen.append)
         assert {told.counts for told in seen} == {"copied"}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qmpmerge.outcome import Outcome
     from qmpmerge.processes import Vm
     from qmpmerge.snapshots import Overlay
+    from qmpmerge.space import Estimate
 
 SCHEMA = 1
 
@@ -74,6 +75,10 @@ class JsonOutput:
                 "seconds": round(outcome.seconds, 3),
                 "verified": outcome.verified,
                 "hints": list(outcome.hints),
+                "checks": [
+                    {"name": check.name, "result": check.result, "reason": check.reason} for check in outcome.checks
+                ],
+                "estimate": _estimate(outcome.estimate) if outcome.estimate is not None else None,
             }
         )
 
@@ -87,8 +92,7 @@ class JsonOutput:
 
     def failure(self, error: "Error") -> None:
         """The error with its facts."""
-        told = {"name": error.name, "message": str(error), "hint": error.hint, "facts": error.facts}
-        self._print({"verdict": error.verdict, "error": told})
+        self._print({"verdict": error.verdict, "error": error.told})
 
     def progress(self, told: "Progress") -> None:
         """One object a line on stderr."""
@@ -115,6 +119,11 @@ class JsonOutput:
     def _line(self, document: Mapping[str, object]) -> None:
         with contextlib.suppress(OSError):  # nobody may be there to read it any more
             self._err.write(json.dumps(document) + "\n")
+
+
+def _estimate(estimate: "Estimate") -> dict[str, object]:
+    keys = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
+    return {key: getattr(estimate, key) for key in keys}
 
 
 def _disk(disk: "Disk") -> dict[str, object]:
