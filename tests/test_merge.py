@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from harms import harm
 from rig import MIB, Content, Machine, fill, machine, make_chain, run
 from setups import KINDS, Setup, blockdev, device, drive, filters, nodes, remove
 
@@ -107,6 +108,7 @@ async def test_an_overlay_whose_header_cannot_be_written_is_refused(
     content.check(images[3])
 
 
+@harm("not-writable", "QEMU crashes with the guest where the overlay's header cannot be rewritten at the end")
 def test_plain_block_commit_crashes_qemu_there(tmp_path: Path, images: list[Path], content: Content) -> None:
     failing = injecting(images, "c", "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28")
     with machine(tmp_path, *failing) as vm:
@@ -171,6 +173,7 @@ async def test_a_base_that_cannot_be_flushed_stops_the_merge(
     content.check(images[3])
 
 
+@harm("flush-unavailable", "a base that its storage did not make durable is reported as merged")
 def test_plain_block_commit_reports_success_there(tmp_path: Path, images: list[Path], content: Content) -> None:
     with machine(tmp_path, *injecting(images, "base", FLUSH_FAILS)) as vm:
         vm.session.execute(
@@ -457,6 +460,7 @@ async def test_a_shorter_layer_is_refused(tmp_path: Path) -> None:
         vm.io("vda", f"read -P 0 {6 * MIB} 1M")
 
 
+@harm("shorter-layer", "the guest reads the base's stale data behind the end of the short image")
 def test_plain_block_commit_shows_stale_data_there(tmp_path: Path) -> None:
     short(tmp_path)
     with machine(tmp_path, "-drive", f"file={tmp_path}/top.qcow2,if=none,id=vda", *device("vda")) as vm:
