@@ -18,6 +18,7 @@ Every verdict and its exit code stand in `EXIT_CODES`, here and nowhere else.
 
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any, ClassVar, dataclass_transform
 
 EXIT_CODES = {
@@ -37,6 +38,15 @@ EXIT_CODES = {
     "cancelled": 130,
 }
 """Verdict to exit code. 1 is a bug of ours (a traceback), 2 is a usage error (click's)."""
+
+FORCEABLE = ("dependents", "in-use", "known-bad", "libvirt", "no-format", "no-space", "would-lose")
+"""
+What `--force` takes: the refusals about which a user can rightly know better than we do.
+
+An image that is built on ours may be rubbish, a reader may be a backup that is wanted, a crash may be mended in this very
+QEMU, space may be on its way (the job waits for it), and what would be lost may be worthless. The others say that the merge
+would write wrong data, crash QEMU or fail: nobody can know better.
+"""
 
 
 @dataclass_transform(eq_default=False, kw_only_default=True)
@@ -72,6 +82,16 @@ class Error(Exception):
     def exit_code(self) -> int:
         """The exit code of the verdict, from `EXIT_CODES`."""
         return EXIT_CODES[self.verdict]
+
+    @property
+    def parts(self) -> "Sequence[Error]":
+        """The errors that this one stands for, itself where it stands for nothing else."""
+        return (self,)
+
+    @property
+    def told(self) -> dict[str, object]:
+        """Name, message, hint and facts, as JSON shows them."""
+        return {"name": self.name, "message": str(self), "hint": self.hint, "facts": self.facts}
 
     @property
     def facts(self) -> dict[str, object]:
@@ -197,6 +217,37 @@ class OptionsConflict(Refused):
     advice = "leave one of them out"
 
 
+class SeveralRefusals(Refused):
+    """More than one check said no: all are told at once, so that they can be dealt with at once."""
+
+    refusals: list[Refused]
+    sentence = "{count} checks say no: {sentences}"
+    advice = "{hints}"
+
+    @property
+    def parts(self) -> "Sequence[Error]":
+        """The refusals, in the order of the checks."""
+        return self.refusals
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Each refusal with its name, message, hint and facts."""
+        return {"refusals": [refusal.told for refusal in self.refusals]}
+
+    def _words(self) -> dict[str, object]:
+        sentences = "; ".join(f"{refusal.name}: {refusal}" for refusal in self.refusals)
+        hints = "; ".join(f"{refusal.name}: {refusal.hint}" for refusal in self.refusals)
+        return {"count": len(self.refusals), "sentences": sentences, "hints": hints}
+
+
+def refuse(refusals: Sequence[Refused]) -> None:
+    """Raise what was found: nothing, the one refusal as it is, or SeveralRefusals."""
+    if len(refusals) > 1:
+        raise SeveralRefusals(refusals=list(refusals))
+    for refusal in refusals:
+        raise refusal
+
+
 # --- refused: it would harm ---------------------------------------------------------------------------------------
 
 
@@ -277,15 +328,15 @@ class BackingString(Refused):
 
 class NotWritable(Refused):
     """
-    QEMU could not rewrite the overlay's header with the very string it has.
+    QEMU may not write to the base, or could not rewrite the overlay's header with the very string it has.
 
-    The same failure at the end of the merge would crash QEMU (5.2 to 11.1: test_merge pins it), so it is tried first.
+    The latter at the end of the merge would crash QEMU (5.2 to 11.1: test_merge pins it), so it is tried first.
     """
 
-    overlay: str
+    file: str
     reason: str
-    sentence = "QEMU cannot rewrite the header of {overlay}: {reason}"
-    advice = "make {overlay} writable for QEMU (permissions, `chattr -i`, free space), then try again"
+    sentence = "QEMU cannot write to {file}: {reason}"
+    advice = "make {file} writable for QEMU (permissions, `chattr -i`, mount options, free space), then try again"
 
 
 class FlushUnavailable(Refused):
@@ -324,7 +375,7 @@ class Dependents(Refused):
 
     images: list[str]
     dependents: list[str]
-    sentence = "other images are built on what the merge takes away ({images}): {dependents}"
+    sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
         "delete those that an earlier merge left over; the others would be ruined: merge them first, or give them a copy "
         "of it. `--force dependents` merges all the same"
@@ -390,13 +441,55 @@ class UnsupportedFormat(Refused):
 
 
 class NoSpace(Refused):
-    """The base cannot hold what would be copied: a device does not grow."""
+    """
+    The base's filesystem cannot take by how much the base would grow.
+
+    QEMU pauses the job when it is full, but so do all others who write there: `free` is what QEMU may still use.
+    """
+
+    base: str
+    growth: int
+    free: int
+    sentence = "{base} would grow by {growth} bytes, its filesystem has {free} left for QEMU"
+    advice = "free space there, or merge fewer images at a time; `--force no-space` lets the job wait for space when it is full"
+
+
+class DeviceTooSmall(Refused):
+    """The base is a device, which does not grow; QEMU says no better than `Invalid argument`, and only once it has begun."""
 
     base: str
     size: int
     needed: int
-    sentence = "{base} is a device of {size} bytes and cannot grow to {needed}, the size of the top"
+    sentence = "{base} is a device of {size} bytes and cannot grow to {needed}"
     advice = "enlarge the device first, or merge into an image file"
+
+
+class WouldLose(Refused):
+    """Merged images hold what a merge does not carry over: internal snapshots, dirty bitmaps."""
+
+    lost: list[str]
+    sentence = "the merge would drop {lost}"
+    advice = (
+        "`--bitmaps merge` carries dirty bitmaps over, `--bitmaps drop` lets them go; internal snapshots can be copied out "
+        "with `qemu-img convert -l NAME`, then `--force would-lose` merges"
+    )
+
+
+class BitmapsStay(Refused):
+    """Dirty bitmaps that cannot be carried over to the base, for a reason of each."""
+
+    bitmaps: list[str]
+    sentence = "dirty bitmaps cannot be carried over: {bitmaps}"
+    advice = "`--bitmaps drop` merges without them: the next backup must be a full one"
+
+
+class KnownBad(Refused):
+    """This QEMU crashes on this, measured; see the reason."""
+
+    reason: str
+    instead: str
+    sentence = "this QEMU may crash: {reason}"
+    advice = "{instead}; `--force known-bad` goes on if you know that yours does not"
 
 
 class LiveOnly(Refused):
@@ -667,6 +760,15 @@ class NotDurable(Failed):
     reason: str
     sentence = "the storage did not make {node} durable: {reason}; nothing was switched, the old chain is in use"
     advice = "look at the storage's logs; once it is well, run the same command again"
+
+
+class BitmapsNotCarried(Failed):
+    """The dirty bitmaps could not be merged into the base's; the job was cancelled, nothing was switched."""
+
+    base: str
+    reason: str
+    sentence = "the dirty bitmaps could not be carried over to {base}: {reason}; nothing was switched"
+    advice = "the old chain is in use and right; `--bitmaps drop` merges without them"
 
 
 class NotVerified(Failed):

@@ -18,6 +18,7 @@ from collections.abc import Collection, Coroutine
 from typing import NoReturn
 
 from qmpmerge import account, checks, jobs, locks, pausing, pivot, plan, recovery, shield, steps, switch, witness
+from qmpmerge.bitmaps import Handling
 from qmpmerge.errors import (
     Failed,
     JobFailed,
@@ -26,9 +27,11 @@ from qmpmerge.errors import (
     NoSuchJob,
     NoSuchLayer,
     NotProven,
+    OptionsConflict,
     StillRunning,
     TimedOut,
     Untouched,
+    refuse,
 )
 from qmpmerge.hosts import ChainView, Host
 from qmpmerge.jobs import Job, Report
@@ -52,6 +55,7 @@ async def commit(
     ending: Ending = "pivot",
     speed: int = 0,
     verify: bool | None = None,
+    bitmaps: Handling = "refuse",
     force: Collection[str] = (),
     search: Collection[str] = (),
     dry_run: bool = False,
@@ -66,9 +70,9 @@ async def commit(
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
     where it is cheap, True does so for an active merge while the guest is paused. `merged_files` says what becomes of
     them; to delete them they must be compared. `pause` lets the guest stand still for the milliseconds of the pivot: without
-    it nobody can tell which image is right if QEMU and we die during it. `force` and `search` are those of
-    `checks.check`. `speed` is bytes a second, 0 for unlimited; `timeout` seconds, after which StillRunning is raised and
-    the job goes on.
+    it nobody can tell which image is right if QEMU and we die during it. `bitmaps` says what becomes of the dirty bitmaps
+    of merged images. `force` and `search` are those of `checks.check`. `speed` is bytes a second, 0 for unlimited;
+    `timeout` seconds, after which StillRunning is raised and the job goes on.
 
     Cancelling the task cancels the job and waits until the old chain is back; from the switch to the proof it waits.
 
@@ -94,17 +98,16 @@ async def commit(
         return settled or Outcome("unchanged", view.disk.name, view.chain, view.chain)
     if ending == "ready" and not host.is_live:
         raise LiveOnly(option="--wait-ready")
+    if ending == "ready" and bitmaps == "merge":
+        raise OptionsConflict(options=["--wait-ready", "--bitmaps merge"])
     with locks.held(planned.base):
-        await checks.check(host, view, planned, force=force, search=search)
+        found = await checks.check(
+            host, view, planned, ending=ending, handling=bitmaps, force=force, search=search, speed=speed
+        )
         if dry_run:
-            return Outcome(
-                "planned",
-                view.disk.name,
-                planned.chain,
-                planned.result,
-                merged=switch.merged_files(planned, merged_files),
-            )
+            return switch.planned(view.disk.name, planned, merged_files, found.checks, found.estimate)
         merge = steps.begin(host, view, planned, ending, report, deadline, verify, policy=merged_files, pauses=pause)
+        merge.bitmaps = found.bitmaps
         async with host.monitor.listening() as doorbell:
             return await _run(merge, doorbell, starting=steps.start(merge, speed))
 
@@ -171,7 +174,9 @@ def _plan_of(view: ChainView, job: Job) -> CommitPlan | None:
         return None
     if "base" in edges:
         top = next(node for node in reversed(inside) if node in edges["intermediate node"]) or top
-    return plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
+    planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
+    refuse(planned.refusals)
+    return planned
 
 
 async def _read_concluded(host: Host, job: Job) -> NoReturn:
@@ -242,6 +247,8 @@ async def _to_the_end(merge: Merge, doorbell: Doorbell) -> Outcome:
             await steps.verify(merge, doorbell)
         elif job is not None and steps.is_at_rest(merge, job):
             await steps.verify(merge, doorbell)  # an active job has flushed base before it says that it is ready
+        if job is not None and job.status in ("pending", "ready"):
+            await steps.carry_bitmaps(merge, doorbell)
         if job is not None and job.status == "ready" and merge.ending == "pivot" and merge.plan.pivots:
             job = await pivot.pivot(merge, doorbell, job.status)
         return await shield.finished(switch.switch(merge, doorbell, job))

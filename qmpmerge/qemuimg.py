@@ -59,6 +59,42 @@ async def chain_info(path: str, format: str | None = None) -> list[Header]:
     return [_header(entry) for entry in reversed(entries)]
 
 
+@dataclass(frozen=True)
+class Extent:
+    """A range of an image's data, in bytes. `zero` says that it reads as zeros by a note in the tables, not by data."""
+
+    start: int
+    length: int
+    zero: bool = False
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.start + self.length
+
+
+async def extents(image: Image) -> list[Extent]:
+    """
+    The ranges that `image` itself has allocated, whatever lies below it, in order; nothing below it is opened.
+
+    Read without locks and shared with whoever writes: of an image in use it is what has been written to disk so far.
+    `image` needs a path. Raises ImageUnreadable (encrypted, damaged), ToolMissing.
+    """
+    try:
+        node: dict[str, object] = {"driver": image.format, "file": _file(image)}
+    except OSError as error:
+        raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
+    if image.format not in ("raw", "luks"):
+        node["backing"] = None
+    output = await _run(image.file, "map", "--force-share", "--output=json", f"json:{json.dumps(node)}")
+    # QEMU before 6.1 does not tell zeros that are noted from what is not there.
+    return [
+        Extent(entry["start"], entry["length"], zero=entry["zero"] and not entry["data"])
+        for entry in json.loads(output)
+        if entry.get("present", entry["data"]) and (entry["data"] or image.format != "raw")
+    ]
+
+
 async def create_overlay(path: str, *, size: int, backing: str, backing_format: str, format: str = "qcow2") -> None:
     """
     Make an overlay of `size` bytes whose header names `backing`, without opening the backing image (`-u`).
@@ -87,20 +123,7 @@ async def repoint(path: str, backing: str, backing_format: str) -> None:
     await _run(path, "rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, os.path.abspath(path))
 
 
-@dataclass(frozen=True, order=True)
-class Extent:
-    """A part of an image's virtual disk, in bytes."""
-
-    start: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        """The first byte behind it."""
-        return self.start + self.length
-
-
-async def extents(chain: Sequence[Image], upper: int) -> list[Extent]:
+async def held(chain: Sequence[Image], upper: int) -> list[Extent]:
     """
     What the uppermost `upper` images of a chain (base first) hold between them, written zeroes included, in order.
 

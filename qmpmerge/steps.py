@@ -7,16 +7,19 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from qmpmerge import comparison, durable, jobs, shield
+from qmpmerge import bitmaps, comparison, durable, jobs, shield
+from qmpmerge.bitmaps import Bitmap
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain, Image
 from qmpmerge.errors import (
+    BitmapsNotCarried,
     CommandError,
     FlushUnavailable,
     ImageUnreadable,
     NotDurable,
     NotProven,
     NotVerified,
+    NotWritable,
     QemuRefused,
     StillRunning,
 )
@@ -56,6 +59,7 @@ class Merge:
     paused_ms: float | None = None
     notes: list[str] = field(default_factory=list)
     copied: int | None = None
+    bitmaps: tuple[Bitmap, ...] = ()
     started: float = field(default_factory=time.monotonic)
 
     def name_after(self, expected: Chain) -> str:
@@ -116,6 +120,8 @@ async def start(merge: Merge, speed: int) -> None:
     try:
         await monitor.execute("block-commit", **arguments)
     except CommandError as error:
+        if "read-only" in error.description:  # a node with an explicit `read-only=on`, which only trying tells
+            raise NotWritable(file=planned.base.file, reason=error.description) from None
         raise QemuRefused(command="block-commit", reason=error.description) from None
 
 
@@ -147,6 +153,18 @@ async def make_base_durable(merge: Merge, doorbell: Doorbell) -> None:
         await shield.finished(take_back(merge, doorbell))
         reason = error.reason
         raise NotDurable(node=merge.plan.base.file, reason=reason) from None
+
+
+async def carry_bitmaps(merge: Merge, doorbell: Doorbell) -> None:
+    """The last step before the switch; where it fails the job is taken back. An overlay that is kept keeps its own."""
+    if not merge.bitmaps or merge.ending != "pivot":
+        return
+    base = merge.plan.base
+    try:
+        await bitmaps.carry(merge.host.monitor, await merge.host.layout(), base, merge.bitmaps)
+    except CommandError as error:
+        await shield.finished(take_back(merge, doorbell))
+        raise BitmapsNotCarried(base=base.file, reason=error.description) from None
 
 
 def is_at_rest(merge: Merge, job: Job) -> bool:

@@ -21,8 +21,9 @@ from qmpmerge.errors import (
 )
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Doorbell
-from qmpmerge.outcome import MergedFile, Outcome
+from qmpmerge.outcome import Checked, MergedFile, Outcome
 from qmpmerge.plan import CommitPlan
+from qmpmerge.space import Estimate
 from qmpmerge.steps import Merge, prove_old_chain, take_back
 from qmpmerge.witness import Policy
 
@@ -145,6 +146,12 @@ def merged_files(planned: CommitPlan, policy: Policy) -> tuple[MergedFile, ...]:
     return tuple(
         MergedFile(image.file, policy if chain.index(image) in able else "keep", image.file) for image in planned.merged
     )
+
+
+def planned(disk: str, plan: CommitPlan, policy: Policy, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:
+    """The outcome of a merge that was only looked at."""
+    merged = merged_files(plan, policy)
+    return Outcome("planned", disk, plan.chain, plan.result, merged=merged, checks=checked, estimate=estimate)
 
 
 def _outcome(

@@ -5,6 +5,7 @@ The peers alternate run by run on the same machine, so that what else goes on hi
 """
 
 import argparse
+import asyncio
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ from pathlib import Path
 
 from rig import MIB, Machine, Session, machine, make_chain, run
 from setups import device
+
+import qmpmerge
+from qmpmerge import checks, plan
 
 COMMAND = shutil.which("qmpmerge", path=os.path.dirname(sys.executable)) or "qmpmerge"
 Figures = dict[str, list[float]]
@@ -131,6 +135,29 @@ def _with_qemu_img(images: list[Path], *, active: bool) -> None:
         run("qemu-img", "rebase", "-u", "-b", images[0].name, "-F", "qcow2", images[-1])
 
 
+def checking(figures: Figures, runs: int) -> None:
+    """All checks of a merge, on a chain of ten layers in a folder of 1000 images; the command's start is in the second row."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as name:
+        folder = Path(name)
+        top = chain(folder, 10)
+        run("qemu-img", "create", "-q", "-f", "qcow2", folder / "other0.qcow2", str(64 * MIB))
+        template = (folder / "other0.qcow2").read_bytes()
+        for number in range(1, 990):
+            (folder / f"other{number}.qcow2").write_bytes(template)
+        with machine(folder, "-drive", f"file={top},if=none,id=vda", *device("vda")) as vm:
+            for _ in range(runs):
+                timed(figures, "commit --dry-run, 10 layers, 1000 images", command("commit", vm.target, "--dry-run"))
+                figures.setdefault("all checks of it", []).append(asyncio.run(_checks(vm.target)))
+
+
+async def _checks(target: str) -> float:
+    async with qmpmerge.live(target) as host:
+        view = await host.chain()
+        begun = time.perf_counter()
+        await checks.check(host, view, plan.commit(view.chain, top="[9]"))
+        return time.perf_counter() - begun
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -142,6 +169,7 @@ def main() -> None:
         timed(figures, "python -c pass", lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
         timed(figures, "--version", command("--version"))
     listing(figures, options.runs)
+    checking(figures, options.runs)
     merging(figures, options.runs)
     offline(figures, options.runs)
     for name, seconds in figures.items():

@@ -193,6 +193,8 @@ def test_the_story_in_json(vm: str, setup: Setup, images: list[Path], content: C
     progress = [json.loads(line) for line in merged.err.splitlines()]
     assert {line["event"] for line in progress} == {"progress"}
     assert progress[-1]["done"] == progress[-1]["total"] == len(content.data)
+    for entry in merged.document["merged"]:
+        os.unlink(entry["now"])
     pivoted = qmpmerge("commit", vm, str(images[3]), "--json").document
     assert (pivoted["after"], pivoted["job"]) == ([files[0]], JOB)
     assert "start the VM from" in pivoted["hints"][0]

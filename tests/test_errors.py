@@ -56,6 +56,7 @@ EXAMPLES: dict[object, Any] = {
     bool: True,
     list[str]: ["one", "two"],
     list[int]: [7, 8],
+    list[Refused]: [BaseIsTop(base="/one"), BaseIsTop(base="/two")],
 }
 
 

@@ -1,14 +1,18 @@
 """The classic story on a real guest that never stops writing: nothing that it was told is safe may be missing."""
 
+import contextlib
+import signal
 from pathlib import Path
 
 import pytest
-from guests import check_image, guest
+from guests import GuestFailed, check_image, guest
+from harms import harm
 from rig import MIB, run
-from setups import nodes
+from setups import nodes, remove
 
 import qmpmerge
-from qmpmerge import durable
+from qmpmerge import durable, jobs
+from qmpmerge.errors import SessionLost
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(400)]
 SEED = 20
@@ -44,6 +48,7 @@ async def test_the_story_while_the_guest_writes(kind: str, device: str, tmp_path
                 await writer.advance(100)
             outcome = await qmpmerge.commit(host, "vda", top="[3]")
             assert str(outcome.after) == "base.raw <-- c.qcow2"
+            remove(outcome)
             await writer.advance(100)
             outcome = await qmpmerge.commit(host, "vda")
             assert str(outcome.after) == "base.raw"
@@ -93,3 +98,31 @@ async def test_asking_for_a_flush_again_and_again_does_no_harm_to_a_busy_guest(k
         await writer.advance(50)
         last = await writer.stop()
     assert (await check_image(base, SEED + 2, last, form="raw")).clean
+
+
+@harm("known-bad", "QEMU 7.2 aborts with its guest")
+async def test_plain_pivot_of_a_busy_nvme_disk(tmp_path: Path) -> None:
+    """It aborted 11 of 11 times on 7.2 and never on 5.2, 10.0 and 11.1. Nothing is lost."""
+    base, top = tmp_path / "base.raw", tmp_path / "a.qcow2"
+    run("qemu-img", "create", "-q", "-f", "raw", base, str(SIZE))
+    disk = ["-drive", f"file={base},format=raw,if=none,id=n0", "-device", "nvme,drive=n0,id=disk0,serial=1"]
+    async with guest([disk], agent=False) as vm:
+        writer = await vm.start_writer("/dev/nvme0n1", SEED + 3)
+        await writer.advance(100)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(contextlib.suppress(SessionLost, GuestFailed))
+            host = await stack.enter_async_context(qmpmerge.live(vm.monitor))
+            await qmpmerge.snapshot(host, {"n0": str(top)})
+            await writer.advance(100)
+            await host.monitor.execute("block-commit", device="n0", job_id="j", auto_dismiss=False)
+            doorbell = await stack.enter_async_context(host.monitor.listening())
+            await jobs.follow(host.monitor, doorbell, "j", ("ready",), tell=lambda job: None)
+            await host.monitor.execute("job-complete", id="j")
+            await jobs.follow(host.monitor, doorbell, "j", ("concluded",), tell=lambda job: None)
+            if host.monitor.version >= (10, 0, 0):
+                return
+            await writer.advance(1000)
+        code = await vm.process.wait()
+        assert code == -signal.SIGABRT
+    verdict = await check_image(top, SEED + 3, writer.acknowledged)
+    assert verdict.clean, verdict.said

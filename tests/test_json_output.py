@@ -154,6 +154,8 @@ def test_commit(streams: Streams) -> None:
         "verified": False,  # not in DESIGN.md yet
         "paused_ms": None,
         "hints": ["a hint"],
+        "checks": [],
+        "estimate": None,
     }
 
 
@@ -162,19 +164,8 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
     streams.output.commit(Outcome(verdict, "vda", CHAIN, CHAIN))
     document = streams.document()
     assert document.pop("verdict") == verdict
-    shape = {
-        "schema",
-        "disk",
-        "job",
-        "before",
-        "after",
-        "merged",
-        "copied",
-        "seconds",
-        "verified",
-        "paused_ms",
-        "hints",
-    }
+    shape = {"schema", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
+    shape |= {"checks", "estimate", "paused_ms"}
     assert set(document) == shape
     assert (document["job"], document["copied"], document["merged"], document["hints"]) == (None, None, [], [])
 

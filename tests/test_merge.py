@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from harms import harm
 from rig import MIB, Content, Machine, fill, machine, make_chain, run
-from setups import KINDS, Setup, blockdev, device, drive, filters, nodes
+from setups import KINDS, Setup, blockdev, device, drive, filters, nodes, remove
 
 import qmpmerge
 from qmpmerge import jobs, processes
@@ -32,7 +33,6 @@ from qmpmerge.errors import (
     NotDurable,
     NotProven,
     NotWritable,
-    QemuRefused,
     Replaced,
     SessionLost,
     ShorterLayer,
@@ -102,12 +102,13 @@ async def test_an_overlay_whose_header_cannot_be_written_is_refused(
         async with qmpmerge.live(vm.target) as host:
             with pytest.raises(NotWritable, match="No space left") as refused:
                 await qmpmerge.commit(host, top="[3]")
-        assert refused.value.overlay == str(images[3])
+        assert refused.value.file == str(images[3])
         await untouched(vm)
         vm.stop()
     content.check(images[3])
 
 
+@harm("not-writable", "QEMU crashes with the guest where the overlay's header cannot be rewritten at the end")
 def test_plain_block_commit_crashes_qemu_there(tmp_path: Path, images: list[Path], content: Content) -> None:
     failing = injecting(images, "c", "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28")
     with machine(tmp_path, *failing) as vm:
@@ -172,6 +173,7 @@ async def test_a_base_that_cannot_be_flushed_stops_the_merge(
     content.check(images[3])
 
 
+@harm("flush-unavailable", "a base that its storage did not make durable is reported as merged")
 def test_plain_block_commit_reports_success_there(tmp_path: Path, images: list[Path], content: Content) -> None:
     with machine(tmp_path, *injecting(images, "base", FLUSH_FAILS)) as vm:
         vm.session.execute(
@@ -458,6 +460,7 @@ async def test_a_shorter_layer_is_refused(tmp_path: Path) -> None:
         vm.io("vda", f"read -P 0 {6 * MIB} 1M")
 
 
+@harm("shorter-layer", "the guest reads the base's stale data behind the end of the short image")
 def test_plain_block_commit_shows_stale_data_there(tmp_path: Path) -> None:
     short(tmp_path)
     with machine(tmp_path, "-drive", f"file={tmp_path}/top.qcow2,if=none,id=vda", *device("vda")) as vm:
@@ -495,7 +498,7 @@ async def test_read_only_base_nodes_are_refused_by_qemu(tmp_path: Path, images: 
     ]
     with machine(tmp_path, *explicit, *device("c")) as vm:
         async with qmpmerge.live(vm.target) as host:
-            with pytest.raises(QemuRefused, match="read-only"):
+            with pytest.raises(NotWritable, match="read-only"):
                 await qmpmerge.commit(host)
         await untouched(vm)
 
@@ -567,9 +570,10 @@ async def test_filters_above_the_disk_stay(tmp_path: Path, images: list[Path], c
 async def test_progress_tells_what_it_counts(setup: Setup, content: Content) -> None:
     seen: list[Progress] = []
     async with qmpmerge.live(setup.machine.target) as host:
-        await qmpmerge.commit(host, top="[3]", report=seen.append)
+        outcome = await qmpmerge.commit(host, top="[3]", report=seen.append)
         assert {told.counts for told in seen} == {"scanned"}
         assert seen[-1].done == seen[-1].total == len(content.data)
+        remove(outcome)
         seen.clear()
         outcome = await qmpmerge.commit(host, report=seen.append)
         assert {told.counts for told in seen} == {"copied"}

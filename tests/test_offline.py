@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from rig import MIB, SIZE, Content, create_encrypted, fill, machine, make_chain, run
-from setups import blockdev, drive, nbd_server, nodes, storage_daemon
+from setups import blockdev, drive, nbd_server, nodes, remove, storage_daemon
 from test_cli import qmpmerge as command
 from test_qcow2 import raw_header
 
@@ -69,12 +69,6 @@ async def merged(image: Path | str, *, allow: Sequence[str] = (), secret: str | 
     """The merged files keep their names: what becomes of them is test_disposal's matter."""
     async with qmpmerge.offline(image, allow=allow, secret=secret) as host:
         return await qmpmerge.commit(host, merged_files="keep", **rest)
-
-
-def remove(outcome: Outcome) -> None:
-    """What the merge left over would be built on what the next one takes away."""
-    for image in outcome.merged:
-        os.unlink(image.file)
 
 
 def state(folder: Path) -> dict[str, tuple[str, int]]:
@@ -423,6 +417,7 @@ async def test_odd_names(kind: str, folder: Path) -> None:
     assert outcome.after.files == [str(images[0]), str(images[3])]
     assert outcome.after.active.backing in (images[0].name, f"./{images[0].name}")
     content.check(images[3])
+    remove(outcome)
     done = command("commit", images[3].name if kind != "dash" else f"./{images[3].name}", "--json", cwd=inside)
     assert (done.code, done.document["after"]) == (0, [str(images[0])])
     content.check(images[0])
@@ -811,6 +806,7 @@ async def test_the_first_bytes_of_a_raw_base_are_the_guests(folder: Path) -> Non
         outcome = await merged(images[2], top=top, verify=True)
         assert outcome.after.active.file == str(active)
         assert outcome.after.base.format == "raw"
+        remove(outcome)
     assert images[0].read_bytes()[: 2 * MIB] == expected
 
 

@@ -17,6 +17,7 @@ from qmpmerge.cli.options import Assignment, Options, Size, for_images, shared
 from qmpmerge.cli.running import on_host, run
 
 if TYPE_CHECKING:
+    from qmpmerge.bitmaps import Handling
     from qmpmerge.cli.output import Output
     from qmpmerge.evidence import Use
     from qmpmerge.hosts import Host
@@ -244,7 +245,14 @@ def snapshot(
     help="Compare base and top before the switch (default: where it is cheap).",
 )
 @click.option(
-    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the merged ones."
+    "--bitmaps",
+    type=click.Choice(["refuse", "merge", "drop"]),
+    default="refuse",
+    show_default=True,
+    help="Dirty bitmaps of merged images: do not merge, carry them over to the base, or let them go.",
+)
+@click.option(
+    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on those of the chain."
 )
 @finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
@@ -259,6 +267,7 @@ def commit(
     ending: "Ending",
     speed: int,
     verify: bool | None,
+    bitmaps: "Handling",
     search: tuple[str, ...],
     merged_files: "Policy",
     pause: bool,
@@ -304,6 +313,7 @@ def commit(
             ending=ending,
             speed=speed,
             verify=verify,
+            bitmaps=bitmaps,
             force=options.force,
             search=search,
             dry_run=dry_run,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qmpmerge.processes import Vm
     from qmpmerge.recovery import Recovery
     from qmpmerge.snapshots import Overlay
+    from qmpmerge.space import Estimate
 
 from qmpmerge.cli.words import cleaned_verdict
 
@@ -77,6 +78,10 @@ class JsonOutput:
                 "verified": outcome.verified,
                 "paused_ms": None if outcome.paused_ms is None else round(outcome.paused_ms, 1),
                 "hints": list(outcome.hints),
+                "checks": [
+                    {"name": check.name, "result": check.result, "reason": check.reason} for check in outcome.checks
+                ],
+                "estimate": _estimate(outcome.estimate) if outcome.estimate is not None else None,
             }
         )
 
@@ -101,8 +106,7 @@ class JsonOutput:
 
     def failure(self, error: "Error") -> None:
         """The error with its facts."""
-        told = {"name": error.name, "message": str(error), "hint": error.hint, "facts": error.facts}
-        self._print({"verdict": error.verdict, "error": told})
+        self._print({"verdict": error.verdict, "error": error.told})
 
     def progress(self, told: "Progress") -> None:
         """One object a line on stderr."""
@@ -133,6 +137,11 @@ class JsonOutput:
 
 def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
     return [{"file": merged.file, "action": merged.action, "now": merged.now} for merged in files]
+
+
+def _estimate(estimate: "Estimate") -> dict[str, object]:
+    keys = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
+    return {key: getattr(estimate, key) for key in keys}
 
 
 def _disk(disk: "Disk") -> dict[str, object]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpmerge.errors import FORCEABLE
+
 if TYPE_CHECKING:
     from qmpmerge.cli.output import Output
 
@@ -52,7 +54,7 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--force",
             multiple=True,
-            type=click.Choice(["libvirt", "dependents"]),
+            type=click.Choice(FORCEABLE),
             help="Go on although qmpmerge refuses for this reason.",
         ),
     )

@@ -103,6 +103,10 @@ class TextOutput:
         for merged in outcome.merged:
             word = "would no longer be part of it" if outcome.verdict == "planned" else "no longer part of it"
             self._say(f"  {word}: {visible(merged.file)}{visible(_fate(merged, planned=outcome.verdict == 'planned'))}")
+        if outcome.estimate is not None:
+            self._say(f"  {words.estimate(outcome.estimate)}")
+        for check in outcome.checks:
+            self._say(f"  {check.result}: {check.name}{f' ({visible(check.reason)})' if check.reason else ''}")
         for hint in outcome.hints:
             self._hint(hint)
 
@@ -150,11 +154,12 @@ class TextOutput:
         self._say(f"{visible(job_id)}: {'gone' if job is None else job.status}")
 
     def failure(self, error: "Error") -> None:
-        """The sentence, and the hint on a line of its own, both on stderr."""
+        """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
         self.close()
-        self._tell(f"{error.verdict}: {visible(error)}\n")
-        if error.hint:
-            self._hint(error.hint)
+        for part in error.parts:
+            self._tell(f"{part.verdict}: {visible(part)}\n")
+            if part.hint:
+                self._hint(part.hint)
 
     def progress(self, told: "Progress") -> None:
         """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
