@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.merge import commit, follow
     from qmpmerge.outcome import Outcome
+    from qmpmerge.patience import Patience
     from qmpmerge.plan import CommitPlan
     from qmpmerge.processes import Vm, vms
     from qmpmerge.snapshots import Overlay, snapshot
+    from qmpmerge.verbs import steer
 
 _HOME = {
     "Chain": "chain",
@@ -39,6 +41,7 @@ _HOME = {
     "Job": "jobs",
     "Outcome": "outcome",
     "Overlay": "snapshots",
+    "Patience": "patience",
     "Progress": "jobs",
     "Vm": "processes",
     "commit": "merge",
@@ -47,6 +50,7 @@ _HOME = {
     "offline": "doors.offline",
     "opened": "doors",
     "snapshot": "snapshots",
+    "steer": "verbs",
     "vms": "processes",
 }
 
@@ -61,6 +65,7 @@ __all__ = [
     "Job",
     "Outcome",
     "Overlay",
+    "Patience",
     "Progress",
     "Vm",
     "commit",
@@ -70,6 +75,7 @@ __all__ = [
     "offline",
     "opened",
     "snapshot",
+    "steer",
     "vms",
 ]
 

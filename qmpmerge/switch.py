@@ -8,25 +8,26 @@ import time
 
 from qmpmerge import durable, jobs
 from qmpmerge.chain import Chain
-from qmpmerge.errors import CommandError, FlushUnavailable, HeaderNotDurable, JobFailed, NotDurable, NotProven
+from qmpmerge.errors import CommandError, FlushUnavailable, HeaderNotDurable, NotDurable, NotProven
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Doorbell
 from qmpmerge.outcome import MergedFile, Outcome
 from qmpmerge.plan import CommitPlan
-from qmpmerge.steps import Merge, prove_old_chain
+from qmpmerge.steps import Merge, failure, prove_old_chain, view_after
 
 
 async def switch(merge: Merge, doorbell: Doorbell, job: Job | None) -> Outcome:
     """The point of no return, and the proof."""
-    keeps = job is not None and job.status == "ready" and merge.ending == "keep"
+    merge.switching = True
+    merge.let_go = merge.let_go or (job is not None and job.status == "ready" and merge.ending == "keep")
     if job is not None and job.status != "concluded":
-        job = await _end(merge, doorbell, job.status, keeps)
+        job = await _end(merge, doorbell, job.status, merge.let_go)
     if job is not None:
         await jobs.dismiss(merge.host.monitor, merge.job)
         if job.error is not None:
             await prove_old_chain(merge)
-            raise JobFailed(job=merge.job, reason=job.error)
-    if keeps:
+            raise failure(merge, job.error)
+    if merge.let_go:
         return await _prove(merge, "kept", merge.plan.chain)
     if merge.plan.overlay is not None:
         await _make_overlay_durable(merge)
@@ -81,7 +82,7 @@ async def _delete_nodes(merge: Merge) -> None:
 
 async def _prove(merge: Merge, verdict: str, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
-    view = await merge.host.chain(merge.name_after(expected))
+    view = await view_after(merge, expected)
     if not _is_shown(merge, expected, view.chain):
         raise NotProven(target=merge.host.target, expected=_told(expected), found=_told(view.chain))
     left = [node for node in merge.old_nodes if node in view.layout.nodes and verdict != "kept"]

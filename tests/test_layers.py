@@ -6,9 +6,9 @@ from pathlib import Path
 import qmpmerge
 
 ROWS = (
-    {"errors", "shield"},
+    {"errors", "shield", "patience"},
     {"chain", "commandline", "qcow2"},
-    {"plan", "qemuimg", "monitor", "processes", "diskwalk", "agent"},
+    {"plan", "qemuimg", "monitor", "processes", "diskwalk", "agent", "shortage"},
     {"jobs", "headers", "durable", "locks", "guardian", "dependents", "storagedaemon"},
     {"blockgraph", "quiesce"},
     {"hosts"},
@@ -16,8 +16,10 @@ ROWS = (
     {"doors"},
     {"outcome", "checks", "snapshots"},
     {"steps"},
-    {"switch"},
+    {"switch", "sessions", "adopting"},
+    {"course"},
     {"merge"},
+    {"verbs"},
     {"cli.words"},
     {"cli.output", "cli.text_output", "cli.json_output"},
     {"cli.options", "cli.completing"},

@@ -40,6 +40,7 @@ from qmpmerge.errors import (
     Temporary,
 )
 from qmpmerge.jobs import Progress
+from qmpmerge.shortage import mount_point
 
 JOB = "qmpmerge-commit-vda"
 
@@ -232,12 +233,14 @@ async def test_a_job_that_ran_out_of_space_goes_on_once_there_is_some(
 ) -> None:
     monkeypatch.setattr(jobs, "RESUME_SECONDS", 0.1)
     once = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28,inject-error.0.once=on"
-    seen: list[str] = []
+    seen: list[Progress] = []
     with machine(tmp_path, *injecting(images, "base", once)) as vm:
         async with qmpmerge.live(vm.target) as host:
-            outcome = await qmpmerge.commit(host, top=top, report=lambda told: seen.append(told.status))
+            outcome = await qmpmerge.commit(host, top=top, report=seen.append)
         vm.stop()
-    assert "no space" in seen
+    short = [told.shortage for told in seen if told.shortage]
+    assert {shortage.filesystem for shortage in short} == {mount_point(str(images[0]))}
+    assert all(0 < shortage.needed <= len(content.data) for shortage in short)
     content.check(outcome.after.active.file)
 
 
@@ -294,7 +297,7 @@ async def test_a_job_that_was_left_is_followed_to_its_end(
         assert (job.id, job.disk, job.ours, job.type) == (JOB, "vda", True, "commit")
         assert "follow" in job.verbs
         with pytest.raises(Busy):
-            await qmpmerge.commit(host, "vda")
+            await qmpmerge.commit(host, "vda", base="[2]", top=top)
         with pytest.raises(Busy):
             await qmpmerge.snapshot(host, {"vda": f"{images[0].parent}/new.qcow2"})
         await jobs.steer(host.monitor, JOB, "speed", 0)

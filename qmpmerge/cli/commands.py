@@ -13,13 +13,16 @@ import click
 
 from qmpmerge import __version__
 from qmpmerge.cli import completing
-from qmpmerge.cli.options import Assignment, Options, Size, for_images, shared
+from qmpmerge.cli.options import Assignment, Options, Size, for_images, for_jobs, shared
 from qmpmerge.cli.running import on_host, run
 
 if TYPE_CHECKING:
     from qmpmerge.cli.output import Output
     from qmpmerge.hosts import Host
     from qmpmerge.outcome import Ending
+
+POLITE_SECONDS = 5.0
+"""How long `--polite` leaves the monitor to others."""
 
 ENDINGS: dict[str, str] = {
     "--pivot": "Active merge: move the guest onto the base (default).",
@@ -225,6 +228,7 @@ def snapshot(
     "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the merged ones."
 )
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
+@for_jobs
 @for_images
 @shared
 def commit(
@@ -238,6 +242,7 @@ def commit(
     verify: bool | None,
     search: tuple[str, ...],
     dry_run: bool,
+    polite: bool,
     options: Options,
 ) -> int:
     """
@@ -256,6 +261,9 @@ def commit(
       qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run    look first
       qmpmerge commit vm1 vda --shallow --speed 100M          the top layer only, gently
 
+    A job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
+    the same command again goes on from where it stands.
+
     \b
     Exit codes:
       0    merged, pivoted, kept, ready, planned, unchanged
@@ -263,8 +271,8 @@ def commit(
       4    no session with TARGET: the disks are untouched
       5    the job failed: the old chain is in use and right
       6    unknown: the outcome is not proven
-      7    the job goes on in QEMU: --timeout passed
-      130  cancelled by Ctrl-C: the old chain is in use
+      7    the job goes on in QEMU: --timeout passed, or we have left it
+      130  cancelled by Ctrl-C, or at --timeout: the old chain is in use
     """
 
     async def work(host: "Host", output: "Output") -> str:
@@ -283,7 +291,8 @@ def commit(
             search=search,
             dry_run=dry_run,
             report=output.progress,
-            timeout=options.timeout,
+            patience=options.patience,
+            polite=POLITE_SECONDS if polite else None,
         )
         output.commit(outcome)
         return outcome.verdict
@@ -311,7 +320,7 @@ def jobs(target: str, options: Options) -> int:
     return run(options, on_host(target, options, work, live=True))
 
 
-VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismiss")
+VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
 
 
 @cli.command()
@@ -320,18 +329,25 @@ VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismi
 @click.argument("verb", type=click.Choice(VERBS), metavar="VERB")
 @click.argument("speed", type=Size(), required=False, metavar="[SIZE]")
 @endings
+@for_jobs
 @shared
-def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending", options: Options) -> int:
+def job(
+    target: str, job_id: str, verb: str, speed: int | None, ending: "Ending", polite: bool, options: Options
+) -> int:
     """
     Steer a block job, or go on with a merge that was left.
 
     \b
-    follow   go on with a commit job as if `commit` had started it, to its proved end
-    pivot    move the guest onto the base, from a job that is ready
-    keep     let the guest keep its overlay, from a job that is ready
-    cancel   end the job; the old chain stays in use
-    speed    limit it to SIZE bytes a second, 0 for no limit
-    dismiss  take an ended job out of QEMU's list
+    follow    go on with a commit job as if `commit` had started it, to its proved end
+    pivot     move the guest onto the base, from a job that is ready
+    keep      let the guest keep its overlay, from a job that is ready
+    cancel    end the job; the old chain stays in use
+    pause     have it stand still, until `resume`
+    speed     limit it to SIZE bytes a second, 0 for no limit
+    finalize  have a pending job take its last step; a merge is flushed first, as by `follow`
+    dismiss   take an ended job out of QEMU's list
+
+    What a job's state does not allow is refused, with what it does allow.
 
     \b
     Examples:
@@ -345,21 +361,24 @@ def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending"
         raise click.UsageError("`speed` takes a SIZE, as in `speed 50M`; the other verbs take none")
 
     async def work(host: "Host", output: "Output") -> str:
-        from qmpmerge import jobs, merge
+        from qmpmerge import verbs
+        from qmpmerge.outcome import Outcome
 
-        if verb not in ("follow", "pivot", "keep"):
-            output.steered(job_id, await jobs.steer(host.monitor, job_id, verb, speed or 0))
-            return "done"
-        outcome = await merge.follow(
+        done = await verbs.steer(
             host,
             job_id,
-            ending=ending if verb == "follow" else "pivot" if verb == "pivot" else "keep",
-            needs_ready=verb != "follow",
+            verb,
+            speed=speed or 0,
+            ending=ending,
             report=output.progress,
-            timeout=options.timeout,
+            patience=options.patience,
+            polite=POLITE_SECONDS if polite else None,
         )
-        output.commit(outcome)
-        return outcome.verdict
+        if not isinstance(done, Outcome):
+            output.steered(job_id, done)
+            return "done"
+        output.commit(done)
+        return done.verdict
 
     return run(options, on_host(target, options, work, live=True))
 
