@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.merge import commit, follow
     from qmpmerge.outcome import Outcome
+    from qmpmerge.patience import Patience
     from qmpmerge.plan import CommitPlan
     from qmpmerge.processes import Vm, vms
     from qmpmerge.recovery import Recovery, recover
     from qmpmerge.snapshots import Overlay, snapshot
+    from qmpmerge.verbs import steer
 
 _HOME = {
     "Chain": "chain",
@@ -42,6 +44,7 @@ _HOME = {
     "Job": "jobs",
     "Outcome": "outcome",
     "Overlay": "snapshots",
+    "Patience": "patience",
     "Progress": "jobs",
     "Recovery": "recovery",
     "Vm": "processes",
@@ -53,6 +56,7 @@ _HOME = {
     "opened": "doors",
     "recover": "recovery",
     "snapshot": "snapshots",
+    "steer": "verbs",
     "vms": "processes",
 }
 
@@ -68,6 +72,7 @@ __all__ = [
     "Job",
     "Outcome",
     "Overlay",
+    "Patience",
     "Progress",
     "Recovery",
     "Vm",
@@ -80,6 +85,7 @@ __all__ = [
     "opened",
     "recover",
     "snapshot",
+    "steer",
     "vms",
 ]
 

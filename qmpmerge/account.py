@@ -14,13 +14,13 @@ from qmpmerge.steps import Merge
 from qmpmerge.witness import Phase, Seen, Witness
 
 
-def begin(merge: Merge) -> None:
-    """Write down what is about to be done, before the job is started; or go on with what an earlier one of us wrote."""
+def begin(merge: Merge, *, resumed: bool) -> None:
+    """Write down what is about to be done, before the job is started; `resumed`, go on with what an earlier one wrote."""
     told = _plain(merge)
     known = witness.read(told.path)
-    if known is not None and known.job == merge.job and known.phase == "switching":
+    if resumed and known is not None and known.job == merge.job and known.chain.same_files(told.chain):
         # The job was told to complete, maybe: the name stays away until it is known what it did.
-        told = replace(told, phase=known.phase, away={**told.away, **known.away})
+        told = replace(told, phase=known.phase, away={**told.away, **known.away}, seen=known.seen)
     try:
         if told.place(len(told.chain)) is None or not files.is_regular(told.place(len(told.chain)) or ""):
             raise OSError("it is no regular file")

@@ -8,7 +8,7 @@ What can go wrong, sorted by what the caller does next.
      +-- Failed                  5      the job ran and failed: the old chain is in use and right
      +-- Unknown                 6      the outcome is not proven: ask QEMU again
      +-- StillRunning            7      we stopped waiting, the job goes on
-     +-- Cancelled             130      the job was cancelled: the old chain is in use
+     +-- Cancelled             130      the job was cancelled, or never started: the old chain is in use
 
 An error is a sentence plus its facts: the class holds the sentence and the hint, the constructor keeps the facts as
 fields. People read ``str(error)`` and ``error.hint``, tests and JSON read ``error.name`` and ``error.facts``.
@@ -517,6 +517,23 @@ class SecretUnreadable(Refused):
     advice = "the file holds the passphrase as text; a line end at its end does not count"
 
 
+class Suspect(Refused):
+    """
+    An earlier merge into this base failed on its storage, and now the guest writes where both would be compared.
+
+    QEMU may believe that base holds what the storage has lost (5.2 to 11.1), so it is compared before it is used; a base
+    that the guest would move onto can be compared only while the guest stands still.
+    """
+
+    base: str
+    reason: str
+    sentence = "{base} must be compared first: an earlier merge into it failed ({reason}), and the guest writes"
+    advice = (
+        "put an overlay on top (`qmpmerge snapshot`) and merge with `--top` what is below it, which is compared while the "
+        "guest runs; or pause the guest for the merge"
+    )
+
+
 class LibvirtManaged(Refused):
     """The QEMU belongs to libvirt, which keeps its own idea of the chain."""
 
@@ -745,6 +762,14 @@ class JobFailed(Failed):
     advice = "mend the cause, then run the same command again"
 
 
+class OutOfQuota(JobFailed):
+    """The storage of base refused a write because of a quota; unlike a full disk that ends the job."""
+
+    filesystem: str
+    sentence = "job {job} failed: {reason} on {filesystem}; the old chain is in use and nothing is lost"
+    advice = "raise the quota there of the user that QEMU runs as, then run the same command again"
+
+
 class TimedOut(Failed):
     """Offline nothing goes on without us: the merge was cancelled at the time limit, and the old chain is right."""
 
@@ -907,12 +932,27 @@ class StillRunning(Error):
     advice = "`qmpmerge job {target} {job} follow{option}` waits for it and finishes the merge, `cancel` ends it"
 
 
+class LeftCancelling(StillRunning):
+    """We were told to leave at once while the job was being cancelled."""
+
+    sentence = "left while job {job} was being cancelled, which QEMU does when it gets to it"
+    advice = "where `qmpmerge jobs {target}` still shows it, `qmpmerge job {target} {job} follow{option}` stays with it"
+
+
 class Cancelled(Error):
     """The user cancelled; where a job ran its end was seen: the old chain is in use."""
 
     verdict = "cancelled"
     sentence = "the disks are as they were"
     advice = "run the same command again when you like"
+
+
+class TimeUp(Cancelled):
+    """The time limit passed before anything was started, or the user wants the job cancelled then."""
+
+    seconds: float
+    sentence = "not done within {seconds:g} s; nothing was switched, the disks are as they were"
+    advice = "give it more time (`--timeout`), or let the job go on without us (`--on-timeout leave`)"
 
 
 class CommandError(Exception):

@@ -5,14 +5,14 @@ of them was used.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qmpmerge import blockgraph, headers, jobs, witness
 from qmpmerge.blockgraph import Disk, Layout
 from qmpmerge.chain import Chain, Inode
-from qmpmerge.errors import StreamConcluded
+from qmpmerge.errors import CommandError, StreamConcluded
 from qmpmerge.headers import Oddity
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Monitor
@@ -37,16 +37,35 @@ class Host:
 
     is_live = True
 
-    def __init__(self, session: Monitor, target: str) -> None:
+    def __init__(self, session: Monitor, target: str, connect: Callable[[], Awaitable[Monitor]] | None = None) -> None:
         self.monitor = session
         self.target = target
         self.opened: Mapping[str, Mapping[str, Any]] = {}
         """The nodes that we have opened ourselves: their names and options."""
+        self._connect = connect
 
     @property
     def pid(self) -> int | None:
         """The QEMU process, where the kernel tells it."""
         return self.monitor.pid
+
+    @property
+    def can_reconnect(self) -> bool:
+        """Whether the session can be left and made again."""
+        return self._connect is not None
+
+    async def reconnect(self) -> None:
+        """Give up the session, if there still is one, and make a new one. Raises what the door raises."""
+        assert self._connect is not None, "see `can_reconnect`"
+        await self.monitor.close()
+        self.monitor = await self._connect()
+
+    async def guest_runs(self) -> bool:
+        """Whether a guest can write now; a storage daemon does not tell, its clients can."""
+        try:
+            return bool((await self.monitor.execute("query-status"))["running"])
+        except CommandError:
+            return True
 
     async def layout(self) -> Layout:
         """Disks, jobs and nodes as they are now."""

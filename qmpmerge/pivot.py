@@ -38,6 +38,7 @@ async def pivot(merge: Merge, doorbell: Doorbell, status: str) -> Job | None:
 
 
 async def _move(merge: Merge, doorbell: Doorbell, status: str, rests: bool) -> Job | None:
+    merge.switching = True
     try:
         _write_down(merge, rests)
         _take_name_away(merge)

@@ -24,6 +24,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.evidence import Judgement, Use
 from qmpmerge.hosts import Host
+from qmpmerge.locks import Lock
 from qmpmerge.monitor import Trace
 from qmpmerge.outcome import MergedFile, Outcome
 from qmpmerge.witness import Witness
@@ -78,11 +79,13 @@ def concerned(path: str) -> list[Witness]:
 
 async def _recovered(told: Witness, use: Use | None, *, dry_run: bool, trace: Trace | None) -> Recovery:
     async with _carrier(told, trace) as host:
-        with locks.held(told.chain[told.base]):
+        with locks.held(told.chain[told.base]) as lock:
             judged = await evidence.judge(told, host, use)
             if dry_run:
                 return Recovery("planned", told.chain.active.file, judged.right, _words(judged, told), judged.reasons)
-            return await _put_right(told, judged, host)
+            recovery = await _put_right(told, judged, host)
+            _clear(lock, told, judged)
+            return recovery
 
 
 @contextlib.asynccontextmanager
@@ -120,6 +123,13 @@ async def _put_right(told: Witness, judged: Judgement, host: Host | None) -> Rec
         raise CannotRecover(file=error.filename or image, reason=error.strerror or str(error)) from None
     verdict = "running" if judged.way == "leave" else "done"
     return Recovery(verdict, image, judged.right, _words(judged, told), judged.reasons, tuple(merged), tuple(hints))
+
+
+def _clear(lock: Lock, told: Witness, judged: Judgement) -> None:
+    """The note about this merge goes too, but not where it says that what the base shows must be compared."""
+    known = locks.noted(told.chain[told.base]) or {}
+    if judged.way != "leave" and not known.get("suspect"):
+        lock.clear()
 
 
 def _words(judged: Judgement, told: Witness) -> str:
@@ -213,11 +223,12 @@ async def resume(image: str, *, trace: Trace | None = None) -> Outcome | None:
 async def _settled(told: Witness, host: Host | None) -> Outcome | None:
     carrier = host if host is not None and _is_carrier(told, host) else None
     try:
-        with locks.held(told.chain[told.base]):
+        with locks.held(told.chain[told.base]) as lock:
             judged = await evidence.judge(told, carrier)
             if judged.way == "repoint" or (judged.way != "leave" and carrier is None and _runs(told)):
                 raise _unfinished(told, judged.reasons)
             recovery = await _put_right(told, judged, carrier)
+            _clear(lock, told, judged)
     except Undecided as error:
         raise _unfinished(told, error.evidence) from None
     if judged.way != "finish":

@@ -3,11 +3,13 @@ The steps of a merge up to the switch: until then everything can be taken back.
 """
 
 import contextlib
+import errno
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from qmpmerge import bitmaps, comparison, durable, jobs, shield
+from qmpmerge import bitmaps, comparison, durable, jobs, shield, shortage
 from qmpmerge.bitmaps import Bitmap
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain, Image
@@ -16,10 +18,13 @@ from qmpmerge.errors import (
     CommandError,
     FlushUnavailable,
     ImageUnreadable,
+    JobFailed,
+    NoSuchDisk,
     NotDurable,
     NotProven,
     NotVerified,
     NotWritable,
+    OutOfQuota,
     QemuRefused,
     StillRunning,
 )
@@ -27,29 +32,42 @@ from qmpmerge.hosts import ChainView, Host
 from qmpmerge.jobs import Job, Meter, Report
 from qmpmerge.monitor import Doorbell
 from qmpmerge.outcome import Ending
+from qmpmerge.patience import Patience
 from qmpmerge.pausing import Guard
 from qmpmerge.plan import CommitPlan
+from qmpmerge.shortage import Shortage
 from qmpmerge.witness import Policy, Witness
 
 CANCEL_SECONDS = 60.0
+DECISIONS = ("ready", "pending", "concluded")
+"""The states of a job in which it is for us to say what comes next."""
 CHEAP_BYTES = 256 * 1024 * 1024
 """Up to this much in the merged images, base and top are compared unless the user says no."""
 
 
 @dataclass
 class Merge:
-    """One merge under way: the values that every step needs."""
+    """
+    One merge under way: the values that every step needs.
+
+    `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_started`
+    says that QEMU has confirmed the start, `let_go` that the overlay is kept, `switching` that the switch has begun.
+    """
 
     host: Host
     disk: Disk
     plan: CommitPlan
     ending: Ending
     report: Report
-    deadline: float | None
+    patience: Patience
     old_nodes: list[str]
     base_driver: str
     job: str
-    verify: bool | None
+    verify: bool | None = None
+    suspect: str | None = None
+    is_started: bool = True
+    let_go: bool = False
+    switching: bool = False
     verified: bool = False
     base_is_durable: bool = False
     policy: Policy = "stash"
@@ -61,6 +79,11 @@ class Merge:
     copied: int | None = None
     bitmaps: tuple[Bitmap, ...] = ()
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float | None:
+        """Until when we wait, in `time.monotonic` seconds."""
+        return self.patience.deadline
 
     def name_after(self, expected: Chain) -> str:
         """What the disk is called once its active image may have changed."""
@@ -77,7 +100,7 @@ def begin(
     planned: CommitPlan,
     ending: Ending,
     report: Report,
-    deadline: float | None,
+    patience: Patience,
     verify: bool | None = None,
     *,
     policy: Policy = "stash",
@@ -91,7 +114,7 @@ def begin(
         plan=planned,
         ending=ending,
         report=report,
-        deadline=deadline,
+        patience=patience,
         old_nodes=[node for node in view.layout.subtree(planned.top.node or "") if node not in below],
         base_driver=view.layout.nodes[planned.base.node or ""].driver,
         verify=True if policy == "delete" else verify,
@@ -127,20 +150,35 @@ async def start(merge: Merge, speed: int) -> None:
 
 async def copy(merge: Merge, doorbell: Doorbell) -> Job | None:
     """Follow the job until it wants a decision, or is over."""
-    meter = Meter(merge.disk.name, "copied" if merge.plan.pivots else "scanned")
-
-    def tell(job: Job) -> None:
-        merge.copied = job.done
-        merge.report(meter.read(job))
-
+    meter = Meter(merge.disk.name, counts(merge))
     return await jobs.follow(
         merge.host.monitor,
         doorbell,
         merge.job,
-        ("ready", "pending", "concluded"),
-        tell=tell,
+        DECISIONS,
+        tell=lambda job: tell(merge, meter, job),
         deadline=merge.deadline,
     )
+
+
+def counts(merge: Merge) -> str:
+    """What QEMU counts of this merge, see `Progress`."""
+    return "copied" if merge.plan.pivots else "scanned"
+
+
+def tell(merge: Merge, meter: Meter, job: Job) -> None:
+    """Report a sighting of the job."""
+    merge.copied = job.done
+    merge.report(meter.read(job, _shortage(merge, job)))
+
+
+def _shortage(merge: Merge, job: Job) -> Shortage | None:
+    """What is left is at most what the job has not reached yet, and at most what the merged images take."""
+    if not job.has_no_space:
+        return None
+    sizes = [image.allocated for image in merge.plan.merged]
+    left = max(0, job.total - job.done)
+    return shortage.of(merge.plan.base, left if None in sizes else min(left, sum(size or 0 for size in sizes)))
 
 
 async def make_base_durable(merge: Merge, doorbell: Doorbell) -> None:
@@ -167,9 +205,15 @@ async def carry_bitmaps(merge: Merge, doorbell: Doorbell) -> None:
         raise BitmapsNotCarried(base=base.file, reason=error.description) from None
 
 
-def is_at_rest(merge: Merge, job: Job) -> bool:
-    """Whether nobody can write to the disk of a job that is ready: only then base and top can be compared."""
-    return job.status == "ready" and not merge.host.is_live
+async def is_at_rest(merge: Merge, job: Job) -> bool:
+    """
+    Whether nobody can write to the disk of a job that is ready: only then base and top can be compared.
+
+    A guest that was paused by its user stays paused; where the comparison is not compulsory that is not relied on.
+    """
+    if job.status != "ready":
+        return False
+    return not merge.host.is_live or (merge.suspect is not None and not await merge.host.guest_runs())
 
 
 async def verify(merge: Merge, doorbell: Doorbell) -> None:
@@ -219,6 +263,24 @@ async def take_back(merge: Merge, doorbell: Doorbell) -> None:
 
 async def prove_old_chain(merge: Merge) -> None:
     """See that the chain is what it was before. Raises NotProven."""
-    after = await merge.host.chain(merge.name_after(merge.plan.chain))
+    after = await view_after(merge, merge.plan.chain)
     if not after.chain.same_files(merge.plan.chain):
         raise NotProven(target=merge.host.target, expected=str(merge.plan.chain), found=str(after.chain))
+
+
+def failure(merge: Merge, reason: str) -> JobFailed:
+    """The error that a job ended with, where the old chain has been seen to be in use."""
+    if reason == os.strerror(errno.EDQUOT):
+        filesystem = shortage.of(merge.plan.base, 0).filesystem
+        return OutOfQuota(job=merge.job, reason=reason, filesystem=filesystem)
+    return JobFailed(job=merge.job, reason=reason)
+
+
+async def view_after(merge: Merge, expected: Chain) -> ChainView:
+    """The disk as it is now. Where its device was unplugged meanwhile, only the node of its active image has a name."""
+    try:
+        return await merge.host.chain(merge.name_after(expected))
+    except NoSuchDisk:
+        if expected.active.node is None:
+            raise
+        return await merge.host.chain(expected.active.node)

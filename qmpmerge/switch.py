@@ -14,7 +14,6 @@ from qmpmerge.errors import (
     CommandError,
     FlushUnavailable,
     HeaderNotDurable,
-    JobFailed,
     NotDurable,
     NotProven,
     NotWitnessed,
@@ -24,23 +23,24 @@ from qmpmerge.monitor import Doorbell
 from qmpmerge.outcome import Checked, MergedFile, Outcome
 from qmpmerge.plan import CommitPlan
 from qmpmerge.space import Estimate
-from qmpmerge.steps import Merge, prove_old_chain, take_back
+from qmpmerge.steps import Merge, failure, prove_old_chain, take_back, view_after
 from qmpmerge.witness import Policy
 
 
 async def switch(merge: Merge, doorbell: Doorbell, job: Job | None) -> Outcome:
     """The point of no return, and the proof; for an active merge that moved already, the proof."""
-    keeps = job is not None and job.status == "ready" and merge.ending == "keep"
+    merge.switching = True
+    merge.let_go = merge.let_go or (job is not None and job.status == "ready" and merge.ending == "keep")
     if job is not None and job.status != "concluded":
         if not merge.plan.pivots:
             await _write_down(merge, doorbell)
-        job = await pivot.end(merge, doorbell, job.status, keeps=keeps)
+        job = await pivot.end(merge, doorbell, job.status, keeps=merge.let_go)
     if job is not None:
         await jobs.dismiss(merge.host.monitor, merge.job)
         if job.error is not None:
             await prove_old_chain(merge)
-            raise JobFailed(job=merge.job, reason=job.error)
-    if keeps:
+            raise failure(merge, job.error)
+    if merge.let_go:
         return await _prove(merge, "kept", merge.plan.chain)
     if merge.plan.overlay is not None:
         await _make_overlay_durable(merge)
@@ -80,7 +80,7 @@ async def _delete_nodes(merge: Merge) -> None:
 
 async def _prove(merge: Merge, verdict: str, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
-    view = await merge.host.chain(merge.name_after(expected))
+    view = await view_after(merge, expected)
     if not _is_shown(merge, expected, view.chain):
         raise NotProven(target=merge.host.target, expected=_told(expected), found=_told(view.chain))
     merged: tuple[MergedFile, ...] = ()

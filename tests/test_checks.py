@@ -500,8 +500,9 @@ async def test_plain_commit_fills_the_filesystem(images: list[Path], content: Co
             assert found.growth > 2 * MIB >= found.free
             async with qmpmerge.live(vm.target) as host:
                 with pytest.raises(errors.StillRunning):
-                    await qmpmerge.commit(host, force=["no-space"], timeout=0.3)
-            (job,) = vm.session.execute("query-block-jobs")
+                    await qmpmerge.commit(host, force=["no-space"], patience=qmpmerge.Patience(detach=True))
+            while (job := vm.session.execute("query-block-jobs")[0])["io-status"] == "ok":
+                pass
             assert (job["io-status"], os.statvfs(full).f_bavail) == ("nospace", 0)
             assert command("job", vm.target, job["device"], "cancel").code == 0
 

@@ -106,7 +106,7 @@ def unknown(setup: Setup) -> Run:
 
 
 def done(setup: Setup) -> Run:
-    qmpmerge("commit", setup.machine.target, "--speed", "1", "--timeout", "0.3")
+    qmpmerge("commit", setup.machine.target, "--speed", "1", "--detach")
     return qmpmerge("job", setup.machine.target, JOB, "cancel", "--json")
 
 
@@ -146,7 +146,7 @@ WAYS: dict[str, Callable[[Setup], Run]] = {
     "unreachable": lambda setup: qmpmerge("disks", f"{setup.machine.folder}/none", "--json"),
     "failed": failed,
     "unknown": unknown,
-    "running": plainly("commit", "--speed", "1", "--timeout", "0.3"),
+    "running": plainly("commit", "--speed", "1", "--detach"),
     "cancelled": cancelled,
 }
 
@@ -349,7 +349,7 @@ def test_a_reader_that_goes_away_is_no_error(vm: str) -> None:
 
 
 def test_a_job_is_steered_from_the_command_line(vm: str, setup: Setup, content: Content) -> None:
-    left = qmpmerge("commit", vm, "--speed", "1", "--timeout", "0.3")
+    left = qmpmerge("commit", vm, "--speed", "1", "--detach")
     assert (left.code, f"qmpmerge job {vm} {JOB} follow" in left.err) == (7, True)
     (job,) = qmpmerge("jobs", vm, "--json").document["jobs"]
     assert (job["id"], job["disk"], job["ours"], job["speed"]) == (JOB, "vda", True, 1)

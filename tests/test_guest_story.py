@@ -71,7 +71,7 @@ async def test_a_guest_killed_in_the_middle_of_a_merge_finds_its_data(top: str |
                 await qmpmerge.snapshot(host, {"vda": str(tmp_path / name)})
                 await writer.advance(100)
             with pytest.raises(qmpmerge.errors.StillRunning):
-                await qmpmerge.commit(host, "vda", top=top, speed=1024, timeout=0.5)
+                await qmpmerge.commit(host, "vda", top=top, speed=1024, patience=qmpmerge.Patience(detach=True))
         await writer.advance(100)
         await vm.kill()
     verdict = await check_image(tmp_path / "c.qcow2", SEED + 1, writer.acknowledged)

@@ -123,6 +123,7 @@ def test_chain(streams: Streams) -> None:
             },
         ],
         "oddities": [{"name": "no-format", "file": "/vm/a.qcow2", "message": "its header records no backing format"}],
+        "job": None,
     }
 
 
@@ -295,6 +296,8 @@ def test_progress_is_one_object_a_line_on_stderr(streams: Streams) -> None:
         "counts": "copied",  # not in DESIGN.md yet
         "rate": 1e8,
         "eta": 30.0,
+        "shortage": None,
+        "note": None,
     }
     assert first == {**second, "rate": None, "eta": None}
 

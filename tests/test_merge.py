@@ -40,6 +40,7 @@ from qmpmerge.errors import (
     Temporary,
 )
 from qmpmerge.jobs import Progress
+from qmpmerge.shortage import mount_point
 
 JOB = "qmpmerge-commit-vda"
 
@@ -234,12 +235,14 @@ async def test_a_job_that_ran_out_of_space_goes_on_once_there_is_some(
 ) -> None:
     monkeypatch.setattr(jobs, "RESUME_SECONDS", 0.1)
     once = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28,inject-error.0.once=on"
-    seen: list[str] = []
+    seen: list[Progress] = []
     with machine(tmp_path, *injecting(images, "base", once)) as vm:
         async with qmpmerge.live(vm.target) as host:
-            outcome = await qmpmerge.commit(host, top=top, report=lambda told: seen.append(told.status))
+            outcome = await qmpmerge.commit(host, top=top, report=seen.append)
         vm.stop()
-    assert "no space" in seen
+    short = [told.shortage for told in seen if told.shortage]
+    assert {shortage.filesystem for shortage in short} == {mount_point(str(images[0]))}
+    assert all(0 < shortage.needed <= len(content.data) for shortage in short)
     content.check(outcome.after.active.file)
 
 
@@ -288,7 +291,7 @@ async def test_a_job_that_was_left_is_followed_to_its_end(
 ) -> None:
     async with qmpmerge.live(setup.machine.target) as host:
         with pytest.raises(StillRunning) as left:
-            await qmpmerge.commit(host, "vda", top=top, speed=1, timeout=0.2)
+            await qmpmerge.commit(host, "vda", top=top, speed=1, patience=qmpmerge.Patience(detach=True))
         assert left.value.facts == {"target": setup.machine.target, "job": JOB, "option": ""}
     setup.write(0x66, 4 * MIB, 64 * 1024)
     async with qmpmerge.live(setup.machine.target) as host:
@@ -296,7 +299,7 @@ async def test_a_job_that_was_left_is_followed_to_its_end(
         assert (job.id, job.disk, job.ours, job.type) == (JOB, "vda", True, "commit")
         assert "follow" in job.verbs
         with pytest.raises(Busy):
-            await qmpmerge.commit(host, "vda")
+            await qmpmerge.commit(host, "vda", base="[2]", top=top)
         with pytest.raises(Busy):
             await qmpmerge.snapshot(host, {"vda": f"{images[0].parent}/new.qcow2"})
         await jobs.steer(host.monitor, JOB, "speed", 0)
@@ -362,7 +365,7 @@ async def test_follow_needs_a_job(setup: Setup) -> None:
 async def test_a_job_that_ended_unseen_is_read_and_dismissed(setup: Setup) -> None:
     with contextlib.suppress(StillRunning):
         async with qmpmerge.live(setup.machine.target) as host:
-            await qmpmerge.commit(host, "vda", speed=1, timeout=0.1)
+            await qmpmerge.commit(host, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
     setup.machine.session.execute("job-cancel", id=JOB)
     async with qmpmerge.live(setup.machine.target) as host:
         with pytest.raises(JobFailed, match="canceled"):
@@ -403,7 +406,7 @@ async def test_the_overlay_can_be_kept(kind: str, tmp_path: Path, images: list[P
 async def test_pivot_needs_a_ready_job(setup: Setup) -> None:
     async with qmpmerge.live(setup.machine.target) as host:
         with contextlib.suppress(StillRunning):
-            await qmpmerge.commit(host, "vda", speed=1, timeout=0.1)
+            await qmpmerge.commit(host, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
         with pytest.raises(JobVerb) as refused:
             await qmpmerge.follow(host, JOB, needs_ready=True)
         assert "pivot" not in refused.value.verbs

@@ -13,7 +13,7 @@ import click
 
 from qmpmerge import __version__
 from qmpmerge.cli import completing
-from qmpmerge.cli.options import Assignment, Options, Size, for_images, shared
+from qmpmerge.cli.options import Assignment, Options, Size, for_images, for_jobs, shared
 from qmpmerge.cli.running import on_host, run
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from qmpmerge.hosts import Host
     from qmpmerge.outcome import Ending
     from qmpmerge.witness import Policy
+
+POLITE_SECONDS = 5.0
+"""How long `--polite` leaves the monitor to others."""
 
 ENDINGS: dict[str, str] = {
     "--pivot": "Active merge: move the guest onto the base (default).",
@@ -256,6 +259,7 @@ def snapshot(
 )
 @finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
+@for_jobs
 @for_images
 @shared
 def commit(
@@ -272,6 +276,7 @@ def commit(
     merged_files: "Policy",
     pause: bool,
     dry_run: bool,
+    polite: bool,
     options: Options,
 ) -> int:
     """
@@ -290,6 +295,9 @@ def commit(
       qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run    look first
       qmpmerge commit vm1 vda --shallow --speed 100M          the top layer only, gently
 
+    A job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
+    the same command again goes on from where it stands.
+
     \b
     Exit codes:
       0    merged, pivoted, kept, ready, planned, unchanged
@@ -297,8 +305,8 @@ def commit(
       4    no session with TARGET: the disks are untouched
       5    the job failed: the old chain is in use and right
       6    unknown: the outcome is not proven
-      7    the job goes on in QEMU: --timeout passed
-      130  cancelled by Ctrl-C: the old chain is in use
+      7    the job goes on in QEMU: --timeout passed, or we have left it
+      130  cancelled by Ctrl-C, or at --timeout: the old chain is in use
     """
 
     async def work(host: "Host", output: "Output") -> str:
@@ -320,7 +328,8 @@ def commit(
             merged_files=merged_files,
             pause=pause,
             report=output.progress,
-            timeout=options.timeout,
+            patience=options.patience,
+            polite=POLITE_SECONDS if polite else None,
         )
         output.commit(outcome)
         return outcome.verdict
@@ -441,7 +450,7 @@ def jobs(target: str, options: Options) -> int:
     return run(options, on_host(target, options, work, live=True))
 
 
-VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismiss")
+VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
 
 
 @cli.command()
@@ -451,6 +460,7 @@ VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismi
 @click.argument("speed", type=Size(), required=False, metavar="[SIZE]")
 @endings
 @finishing
+@for_jobs
 @shared
 def job(
     target: str,
@@ -460,18 +470,23 @@ def job(
     ending: "Ending",
     merged_files: "Policy",
     pause: bool,
+    polite: bool,
     options: Options,
 ) -> int:
     """
     Steer a block job, or go on with a merge that was left.
 
     \b
-    follow   go on with a commit job as if `commit` had started it, to its proved end
-    pivot    move the guest onto the base, from a job that is ready
-    keep     let the guest keep its overlay, from a job that is ready
-    cancel   end the job; the old chain stays in use
-    speed    limit it to SIZE bytes a second, 0 for no limit
-    dismiss  take an ended job out of QEMU's list
+    follow    go on with a commit job as if `commit` had started it, to its proved end
+    pivot     move the guest onto the base, from a job that is ready
+    keep      let the guest keep its overlay, from a job that is ready
+    cancel    end the job; the old chain stays in use
+    pause     have it stand still, until `resume`
+    speed     limit it to SIZE bytes a second, 0 for no limit
+    finalize  have a pending job take its last step; a merge is flushed first, as by `follow`
+    dismiss   take an ended job out of QEMU's list
+
+    What a job's state does not allow is refused, with what it does allow.
 
     \b
     Examples:
@@ -485,23 +500,26 @@ def job(
         raise click.UsageError("`speed` takes a SIZE, as in `speed 50M`; the other verbs take none")
 
     async def work(host: "Host", output: "Output") -> str:
-        from qmpmerge import jobs, merge
+        from qmpmerge import verbs
+        from qmpmerge.outcome import Outcome
 
-        if verb not in ("follow", "pivot", "keep"):
-            output.steered(job_id, await jobs.steer(host.monitor, job_id, verb, speed or 0))
-            return "done"
-        outcome = await merge.follow(
+        done = await verbs.steer(
             host,
             job_id,
-            ending=ending if verb == "follow" else "pivot" if verb == "pivot" else "keep",
-            needs_ready=verb != "follow",
+            verb,
+            speed=speed or 0,
+            ending=ending,
             merged_files=merged_files,
             pause=pause,
             report=output.progress,
-            timeout=options.timeout,
+            patience=options.patience,
+            polite=POLITE_SECONDS if polite else None,
         )
-        output.commit(outcome)
-        return outcome.verdict
+        if not isinstance(done, Outcome):
+            output.steered(job_id, done)
+            return "done"
+        output.commit(done)
+        return done.verdict
 
     return run(options, on_host(target, options, work, live=True))
 

@@ -56,7 +56,8 @@ class JsonOutput:
             for index, image in enumerate(view.chain, 1)
         ]
         oddities = [{"name": odd.name, "file": odd.file, "message": odd.message} for odd in view.oddities]
-        self._print({"disk": view.disk.name, "images": images, "oddities": oddities})
+        job = _job(view.disk.job) if view.disk.job else None
+        self._print({"disk": view.disk.name, "images": images, "oddities": oddities, "job": job})
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
@@ -111,8 +112,10 @@ class JsonOutput:
     def progress(self, told: "Progress") -> None:
         """One object a line on stderr."""
         keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta")
+        lack = {"filesystem": told.shortage.filesystem, "needed": told.shortage.needed} if told.shortage else None
         if not self._quiet:
-            self._line({"event": "progress", **{key: getattr(told, key) for key in keys}})
+            more = {"shortage": lack, "note": told.note}
+            self._line({"event": "progress", **{key: getattr(told, key) for key in keys}, **more})
 
     def note(self, text: str) -> None:
         """One object a line on stderr."""
@@ -127,7 +130,7 @@ class JsonOutput:
         """Nothing is redrawn."""
 
     def _print(self, document: Mapping[str, object]) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
 
     def _line(self, document: Mapping[str, object]) -> None:

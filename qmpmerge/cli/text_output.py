@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qmpmerge.outcome import MergedFile, Outcome
     from qmpmerge.processes import Vm
     from qmpmerge.recovery import Recovery
+    from qmpmerge.shortage import Shortage
     from qmpmerge.snapshots import Overlay
 
 DRAW_AFTER_SECONDS = 0.5
@@ -41,6 +42,7 @@ class TextOutput:
         self._clock = clock
         self._begun: float | None = None
         self._tenth = 0
+        self._shortage: Shortage | None = None
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
 
@@ -67,7 +69,7 @@ class TextOutput:
         )
 
     def chain(self, view: "ChainView") -> None:
-        """The drawing, the table base first, the oddities."""
+        """The drawing, the job that is on it, the table base first, the oddities."""
         self._say(f"{visible(view.disk.name)}: {visible(view.chain)}")
         rows = [
             (
@@ -82,6 +84,10 @@ class TextOutput:
             for index, image in enumerate(view.chain, 1)
         ]
         columns = ("INDEX", "FORMAT", "SIZE", "ALLOCATED", "NODE", "FILE (* active)", "BACKING AS WRITTEN")
+        job = view.disk.job
+        if job is not None:
+            of = f", {words.size(job.done)} of {words.size(job.total)}" if job.total else ""
+            self._say(f"job {visible(job.id)} ({job.type}): {job.status}{of}; possible now: {', '.join(job.verbs)}")
         self._table(columns, rows, "")
         for odd in view.oddities:
             self._say(f"odd: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
@@ -164,6 +170,8 @@ class TextOutput:
     def progress(self, told: "Progress") -> None:
         """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
         now = self._clock()
+        if told.note is not None:
+            self.note(told.note)
         if self._begun is None:
             self._begun = now
         if self._quiet or now - self._begun < DRAW_AFTER_SECONDS:
@@ -171,6 +179,9 @@ class TextOutput:
         if self._err.isatty():
             self._redraw(told)
             return
+        if (told.shortage is None) != (self._shortage is None):
+            self._shortage = told.shortage
+            self._tell(words.progress(told) + "\n")
         tenth = int((told.percent or 0) // 10)
         if tenth > self._tenth:
             self._tenth = tenth
@@ -212,7 +223,7 @@ class TextOutput:
 
     def _say(self, line: str) -> None:
         self.close()
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._out.write(line + "\n")
 
     def _tell(self, text: str) -> None:

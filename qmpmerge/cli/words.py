@@ -54,7 +54,10 @@ def progress(told: Progress) -> str:
         parts.append(f"{size(told.rate)}/s")
     if told.eta is not None and told.done < told.total:
         parts.append(f"{duration(told.eta)} left")
-    if told.status not in ("running", "created"):
+    if told.shortage is not None:
+        missing = f"{size(told.shortage.needed)} more needed"
+        parts.append(f"{told.status}: no space on {visible(told.shortage.filesystem)}, {missing}")
+    elif told.status not in ("running", "created"):
         parts.append(told.status)
     return f"{visible(told.disk)}: {', '.join(parts)}"
 
