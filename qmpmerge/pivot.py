@@ -34,6 +34,10 @@ async def pivot(merge: Merge, doorbell: Doorbell, status: str) -> Job | None:
                 await steps.verify(merge, doorbell)
         job = await shield.finished(_move(merge, doorbell, status, rests))
     merge.paused_ms = pause.milliseconds
+    if pause.is_unguarded:
+        merge.notes.append(
+            "the guest was not paused for the pivot: the process that was to guard the pause did not start"
+        )
     return job
 
 

@@ -7,7 +7,7 @@ about it here can itself be interrupted anywhere and be done again: each step le
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from qmpmerge import disposal, durable, evidence, files, jobs, locks, qcow2, qemuimg, witness
@@ -18,6 +18,7 @@ from qmpmerge.errors import (
     FlushUnavailable,
     ImageUnreadable,
     NotDurable,
+    NothingThere,
     Undecided,
     Unfinished,
     Unreachable,
@@ -47,6 +48,12 @@ class Recovery:
     hints: tuple[str, ...] = ()
 
 
+def verdict_of(found: Sequence[Recovery]) -> str:
+    """What all of it came to: a job that is at work needs the user, what was done comes before what was not needed."""
+    verdicts = {one.verdict for one in found}
+    return next(verdict for verdict in ("running", "planned", "done", "unchanged") if verdict in verdicts)
+
+
 async def recover(
     path: "str | os.PathLike[str]", *, use: Use | None = None, dry_run: bool = False, trace: Trace | None = None
 ) -> list[Recovery]:
@@ -54,8 +61,8 @@ async def recover(
     Put right every merge that was not finished at `path`: the name that a VM is started from, even if nothing has it any
     more, another image of the chain, or a folder.
 
-    `use` decides where the evidence does not. Raises Undecided, Locked, CannotRecover, and what the live door raises where
-    the QEMU that carried the merge out still runs.
+    `use` decides where the evidence does not. Raises NothingThere, Undecided, Locked, CannotRecover, and what the live door
+    raises where the QEMU that carried the merge out still runs.
     """
     path = os.path.abspath(path)
     found = concerned(path)
@@ -175,14 +182,16 @@ async def undo(told: Witness, judged: Judgement) -> None:
 def _nothing(path: str) -> Recovery:
     """No witness: nothing is suspected without proof, but what is there is told."""
     stashed = f"{path}{witness.STASHED}"
-    if os.path.lexists(path) or not os.path.lexists(stashed):
+    if os.path.lexists(path):
         return Recovery("unchanged", path, None, "no merge was left unfinished here")
+    if not os.path.lexists(stashed):
+        raise NothingThere(path=path)
     with contextlib.suppress(OSError):
         header = qcow2.read(stashed)
-        if header is not None:
-            below = f"it was merged down into the chain of {header.backing}"
+        if header is not None and header.backing is not None:
+            below = f"it is built on {header.backing}, into which or below which it was merged"
             return Recovery("unchanged", path, None, f"{stashed} was stashed by a merge that was finished", (below,))
-    return Recovery("unchanged", path, None, "no merge was left unfinished here")
+    return Recovery("unchanged", path, None, f"{stashed} is there, and no merge was left unfinished")
 
 
 # --- on the way to a merge -------------------------------------------------------------------------------------------
