@@ -18,17 +18,23 @@ def begin(merge: Merge) -> None:
     """Write down what is about to be done, before the job is started; or go on with what an earlier one of us wrote."""
     told = _plain(merge)
     known = witness.read(told.path)
-    if known is not None and known.job == merge.job and known.phase == "switching":
-        # The job was told to complete, maybe: the name stays away until it is known what it did.
-        told = replace(told, phase=known.phase, away={**told.away, **known.away})
+    if known is not None and _is_of_this(known, told):
+        # It knows the files by their inodes. Where the job was told to complete, maybe, the name stays away until it is
+        # known what came of it.
+        phase: Phase = "switching" if known.phase == "switching" else "copying"
+        told = replace(told, chain=known.chain, away={**told.away, **known.away}, phase=phase)
     try:
-        if told.place(len(told.chain)) is None or not files.is_regular(told.place(len(told.chain)) or ""):
+        if not files.is_regular(told.place(len(told.chain)) or told.chain.active.file):
             raise OSError("it is no regular file")
         merge.witness = witness.write(told)
     except OSError as error:
         merge.witness = None
         if merge.plan.pivots:
             merge.notes.append(_without(merge, error))
+
+
+def _is_of_this(known: Witness, told: Witness) -> bool:
+    return (known.job, known.chain.files, known.base, known.top) == (told.job, told.chain.files, told.base, told.top)
 
 
 def _plain(merge: Merge) -> Witness:
