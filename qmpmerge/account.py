@@ -45,6 +45,7 @@ def _plain(merge: Merge) -> Witness:
         path=witness.path_of(planned.chain.active.file),
         target=address,
         disk=merge.disk.name,
+        device=merge.disk.drive or merge.disk.qdev,
         job=merge.job,
         chain=planned.chain,
         base=base,

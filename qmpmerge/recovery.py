@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from qmpmerge import disposal, durable, evidence, files, jobs, locks, qcow2, qemuimg, witness
+from qmpmerge.blockgraph import Layout
 from qmpmerge.chain import Chain, Image
 from qmpmerge.errors import (
     CannotRecover,
@@ -144,11 +145,20 @@ async def finish(told: Witness, host: Host | None) -> tuple[list[MergedFile], li
     if host is not None:
         with contextlib.suppress(CommandError):
             await jobs.dismiss(host.monitor, told.job)
+        await host.close(_left_open(told, await host.layout()))
     told = witness.mark(replace(told, phase="proved"))
     witness.sync(told)
     merged, hints = await disposal.finish(told)
     witness.remove(told)
     return merged, hints
+
+
+def _left_open(told: Witness, layout: Layout) -> list[str]:
+    """The nodes of the merged images, where they still are those and no others of the same name."""
+    top, base = told.plan.top, told.chain[told.base]
+    nodes = layout.between(top.node or "", base.node or "")
+    files_there = {os.path.basename(str(layout.nodes[node].info.get("file"))) for node in nodes}
+    return nodes if top.name in files_there else []
 
 
 async def _make_durable(told: Witness, host: Host | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rig import MIB, Content, fill, make_chain, run
-from setups import drive
+from setups import KINDS, drive
 from test_disposal import live, names
 
 import qmpmerge
@@ -343,26 +343,32 @@ async def test_the_next_merge_puts_it_right_first(left: Left) -> None:
 # --- a QEMU that lives --------------------------------------------------------------------------------------------------
 
 
-async def test_a_live_merge_that_was_left_is_read_from_the_graph(tmp_path: Path) -> None:
-    """The tool dies in the middle; QEMU, which lives, has moved."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_live_merge_that_was_left_is_read_from_the_graph(kind: str, top: str, tmp_path: Path) -> None:
+    """The tool dies once QEMU has switched; nodes that it would have closed look like the old chain."""
     images, content = make_chain(tmp_path), Content()
     fill(images, content)
-    with drive(tmp_path, images, content) as setup:
+    with KINDS[kind](tmp_path, images, content) as setup:
         with pytest.MonkeyPatch.context() as patch:
 
             def die(*_arguments: object) -> None:
                 raise Death
 
-            patch.setattr(disposal, "finish", die)
+            patch.setattr(qmpmerge.Host, "close", die)
             with pytest.raises(Death):
-                await live(setup)
+                await live(setup, top=top)
         (told,) = witness.found(str(tmp_path))
-        assert (told.phase, names(tmp_path)) == ("proved", ["a.qcow2", "b.qcow2", BASE, STASHED[2]])
+        assert told.phase == ("switching" if top == "[3]" else "switched")
         witness.mark(replace(told, phase="switching"))
         setup.write(0x44, 3 * MIB, 4096)
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.commit(host, "vda")
-        assert (outcome.verdict, names(tmp_path)) == ("pivoted", [*STASHED[:2], BASE, STASHED[2]])
+        async with setup.host() as host:
+            disk = None if (kind, top) == ("storage-daemon", "[4]") else setup.disk
+            outcome = await qmpmerge.commit(host, disk, top=None if top == "[4]" else str(images[2]))
+            left = {node.info.get("drv") for node in (await host.layout()).nodes.values()}
+        assert outcome.verdict == ("merged" if top == "[3]" else "pivoted")
+        assert names(tmp_path) == [*STASHED[:2], BASE, *([C] if top == "[3]" else STASHED[2:])]
+        assert top == "[3]" or "qcow2" not in left
         setup.check()
 
 
