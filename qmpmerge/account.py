@@ -18,17 +18,22 @@ def begin(merge: Merge, *, resumed: bool) -> None:
     """Write down what is about to be done, before the job is started; `resumed`, go on with what an earlier one wrote."""
     told = _plain(merge)
     known = witness.read(told.path)
-    if resumed and known is not None and known.job == merge.job and known.chain.same_files(told.chain):
-        # The job was told to complete, maybe: the name stays away until it is known what it did.
-        told = replace(told, phase=known.phase, away={**told.away, **known.away}, seen=known.seen)
+    if resumed and known is not None and _is_of_this(known, told):
+        # It knows the files by their inodes. Where the job was told to complete, maybe, the name stays away until it is
+        # known what came of it.
+        told = replace(told, chain=known.chain, away={**told.away, **known.away}, phase=known.phase, seen=known.seen)
     try:
-        if told.place(len(told.chain)) is None or not files.is_regular(told.place(len(told.chain)) or ""):
+        if not files.is_regular(told.place(len(told.chain)) or told.chain.active.file):
             raise OSError("it is no regular file")
         merge.witness = witness.write(told)
     except OSError as error:
         merge.witness = None
         if merge.plan.pivots:
             merge.notes.append(_without(merge, error))
+
+
+def _is_of_this(known: Witness, told: Witness) -> bool:
+    return (known.job, known.chain.files, known.base, known.top) == (told.job, told.chain.files, told.base, told.top)
 
 
 def _plain(merge: Merge) -> Witness:
@@ -39,6 +44,7 @@ def _plain(merge: Merge) -> Witness:
         path=witness.path_of(planned.chain.active.file),
         target=address,
         disk=merge.disk.name,
+        device=merge.disk.drive or merge.disk.qdev,
         job=merge.job,
         chain=planned.chain,
         base=base,

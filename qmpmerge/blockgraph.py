@@ -109,12 +109,14 @@ class Layout:
     All disks of a QEMU at one moment, its jobs, and the graph's nodes by name.
 
     `job_edges` maps a job's id and an edge's name (``base``, ``source``, ``target``, ``intermediate node``) to nodes.
+    `exported` are the nodes that something without a name uses: an export, or a job's target while it runs.
     """
 
     disks: tuple[Disk, ...]
     jobs: tuple[Job, ...]
     nodes: Mapping[str, Node]
     job_edges: Mapping[str, Mapping[str, list[str]]]
+    exported: tuple[str, ...] = ()
 
     def find(self, name: str | None, target: str) -> Disk:
         """
@@ -146,6 +148,11 @@ class Layout:
                 order[name] = None
                 stack.extend(reversed(self.nodes[name].children.values()))
         return list(order)
+
+    def between(self, top: str, base: str) -> list[str]:
+        """The names of the nodes from `top` down that are not part of `base`, every parent before its children."""
+        below = set(self.subtree(base))
+        return [node for node in self.subtree(top) if node not in below]
 
 
 async def discover(monitor: Monitor, locate: Locate) -> Layout:
@@ -254,7 +261,13 @@ class _Decoder:
         # A concluded job still holds nodes that it merged away: the disk of a device comes first.
         placed = {disk.job.id: disk.job for disk in reversed(disks) if disk.job is not None}
         running = tuple(placed.get(job.id, job) for job in self._jobs)
-        return Layout(disks=tuple(disks), jobs=running, nodes=self._nodes, job_edges=self._job_edges)
+        return Layout(
+            disks=tuple(disks),
+            jobs=running,
+            nodes=self._nodes,
+            job_edges=self._job_edges,
+            exported=tuple(self._exported()),
+        )
 
     def _attached(self) -> Iterator[Disk]:
         """Disks under a named block backend, in the order in which their devices were made."""
@@ -284,6 +297,11 @@ class _Decoder:
         for name, node in self._nodes.items():
             if name not in self._parents and name not in attached and (node.children or name in exported):
                 yield self._disk(name, drive="", qdev="")
+
+    def _exported(self) -> Iterator[str]:
+        for edge in self._edges:
+            if self._kinds[edge["parent"]] == "block-backend" and not self._names[edge["parent"]]:
+                yield self._names[edge["child"]]
 
     def _disk(self, root: str, *, drive: str, qdev: str) -> Disk:
         images: list[Image] = []

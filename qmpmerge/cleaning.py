@@ -4,7 +4,7 @@ Removing what merges have stashed, once nobody holds or needs it.
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from qmpmerge import disposal, files, qcow2, witness
@@ -44,7 +44,8 @@ def clean(paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False)
 
 def _stashed(path: str) -> list[str]:
     if os.path.isdir(path):
-        return sorted(entry.path for entry in os.scandir(path) if original_of(entry.name) and not entry.is_dir())
+        with os.scandir(path) as entries:
+            return sorted(entry.path for entry in entries if original_of(entry.name) and not entry.is_dir())
     if original_of(path) is None or not os.path.lexists(path):
         raise NoSuchStash(path=path)
     return [path]
@@ -61,7 +62,7 @@ def why_not(file: str) -> str | None:
         return error.strerror or str(error)
     if not _is_settled(file):
         return "a merge that was not finished may need it"
-    user = next(_built_on(file), None)
+    user = _built_on(file)
     return f"{user} is built on it" if user is not None else disposal.in_use(file)
 
 
@@ -69,19 +70,22 @@ def _is_settled(file: str) -> bool:
     return not any(file in told.away.values() for told in witness.found(os.path.dirname(file)))
 
 
-def _built_on(file: str) -> Iterator[str]:
-    """The images in the folder whose header leads to the file, or to a name that only this file had and nobody has now."""
-    folder, inode, original = os.path.dirname(file), files.inode(file), original_of(file)
-    for entry in os.scandir(folder):
-        if original_of(entry.name) or not entry.is_file():
-            continue
-        try:
-            header = qcow2.read(entry.path)
-        except OSError:
-            continue
-        name = qcow2.named_path(header.backing) if header is not None and header.backing is not None else None
-        if name is None:
-            continue
-        path = os.path.join(folder, name)
-        if files.inode(path) == inode or (not os.path.lexists(path) and os.path.normpath(path) == original):
-            yield entry.path
+def _built_on(file: str) -> str | None:
+    """An image in the folder whose header leads to the file, or to a name that only this file had and nobody has now."""
+    with os.scandir(os.path.dirname(file)) as entries:
+        images = [entry.path for entry in entries if original_of(entry.name) is None and entry.is_file()]
+    return next((image for image in images if _leads_to(image, file)), None)
+
+
+def _leads_to(image: str, file: str) -> bool:
+    try:
+        header = qcow2.read(image)
+    except OSError:
+        return False
+    name = qcow2.named_path(header.backing) if header is not None and header.backing is not None else None
+    if name is None:
+        return False
+    path = os.path.join(os.path.dirname(image), name)
+    if os.path.lexists(path):
+        return files.inode(path) == files.inode(file)
+    return os.path.normpath(path) == original_of(file)

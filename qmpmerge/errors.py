@@ -593,6 +593,14 @@ class Unfinished(Refused):
         return {**super()._words(), "path": shlex.quote(self.path)}
 
 
+class NothingThere(Refused):
+    """`recover` finds neither the path nor anything that a merge has left of it."""
+
+    path: str
+    sentence = "nothing is at {path}, and no merge has left anything of it"
+    advice = "name the image that the VM is started from, or its folder"
+
+
 class NoSuchStash(Refused):
     """`clean` removes what a merge has stashed, and nothing else."""
 

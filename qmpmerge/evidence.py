@@ -4,15 +4,18 @@ Which image is right after a merge was left in the middle: what the witness, QEM
 Nothing is changed here, and nothing guessed: where the evidence does not decide, `Undecided` shows it.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qmpmerge import disposal, files, headers, jobs, qcow2, qemuimg
+from qmpmerge.blockgraph import Layout
 from qmpmerge.chain import Image
-from qmpmerge.errors import CommandError, ImageUnreadable, Undecided
+from qmpmerge.errors import CommandError, ImageUnreadable, NoDisk, NoSuchDisk, Undecided
 from qmpmerge.hosts import Host
+from qmpmerge.plan import CommitPlan
 from qmpmerge.witness import Witness
 
 Way = Literal["back", "finish", "repoint", "leave"]
@@ -40,7 +43,7 @@ async def judge(told: Witness, host: Host | None, use: Use | None = None) -> Jud
 
     Raises Undecided, and what asking the host raises.
     """
-    moved = None if host is None else await _has_moved(told, host)
+    moved = None if host is None else has_moved(await host.layout(), told.device, told.plan)
     if host is not None and moved is False:
         return await _judge_old(told, host)
     if told.plan.pivots:
@@ -159,14 +162,25 @@ def _points_to(told: Witness, overlay: Image) -> Literal["base", "old"] | None:
 # --- what all of it rests on -----------------------------------------------------------------------------------------
 
 
-async def _has_moved(told: Witness, host: Host) -> bool | None:
-    """Whether QEMU's graph shows the new chain; None where it shows neither."""
-    chains = [disk.chain for disk in (await host.layout()).disks if disk.chain is not None]
-    if any(image.same_as(told.plan.top) for chain in chains for image in chain):
-        return False
-    witnesses = told.chain[told.base] if told.plan.pivots else told.plan.overlay
-    assert witnesses is not None
-    return True if any(image.same_as(witnesses) for chain in chains for image in chain) else None
+def has_moved(layout: Layout, device: str, planned: CommitPlan) -> bool | None:
+    """
+    Whether QEMU's graph shows the new chain under the disk; None where it shows neither.
+
+    Nodes that the merge has left over look like the old chain, so only what a device, or an export, uses is looked at.
+    """
+    kept = planned.base if planned.pivots else planned.overlay
+    assert kept is not None
+    if device:
+        with contextlib.suppress(NoSuchDisk, NoDisk):
+            chain = layout.find(device, "").chain or ()
+            return False if _is_in(planned.top, chain) else True if _is_in(kept, chain) else None
+        return None
+    used = {node for root in layout.exported for node in layout.subtree(root)}
+    return False if planned.top.node in used else True if kept.node in used else None
+
+
+def _is_in(image: Image, chain: Iterable[Image]) -> bool:
+    return any(one.same_as(image) for one in chain)
 
 
 async def same(told: Witness, reasons: list[str]) -> bool | None:

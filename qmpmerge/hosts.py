@@ -3,9 +3,10 @@ A host: where the disks are. The doors to it are in `doors`; everything above ta
 of them was used.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,14 @@ class Host:
             return list((await self.layout()).jobs)
         except StreamConcluded:
             return await jobs.query(self.monitor)
+
+    async def close(self, nodes: Sequence[str]) -> None:
+        """Close nodes, top down, that nobody uses any more; those that QEMU has named go by themselves."""
+        present = (await self.layout()).nodes
+        for node in nodes:
+            if node in present and not node.startswith("#"):
+                with contextlib.suppress(CommandError):  # gone with its parent, or in use by somebody else
+                    await self.monitor.execute("blockdev-del", node_name=node)
 
     def _locate(self, name: str) -> tuple[str, Inode | None]:
         """A file name of QEMU's as an absolute path with its inode, or as it is where it is no path."""

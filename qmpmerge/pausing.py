@@ -31,9 +31,11 @@ class Pause:
     """
     `guest_rests` says that no vCPU runs during the block, because we have stopped them or because they stood still
     before. `milliseconds` is how long the guest was paused by us, None where it was not; known after the block.
+    `is_unguarded` says that the guest was to be paused, and was not for want of a guard.
     """
 
     guest_rests: bool
+    is_unguarded: bool = False
     milliseconds: float | None = None
 
 
@@ -119,8 +121,11 @@ async def paused(monitor: Monitor, guarded: Guard | None) -> AsyncIterator[Pause
     Raises PauseUnproven when nobody can say whether the guest runs again, whatever the block raised.
     """
     running = await _is_running(monitor)
-    if running is not True or guarded is None or not await guarded.is_on_duty():
+    if running is not True or guarded is None:
         yield Pause(guest_rests=running is False)
+        return
+    if not await guarded.is_on_duty():
+        yield Pause(guest_rests=False, is_unguarded=True)
         return
     pause, began = Pause(guest_rests=True), time.monotonic()
     guarded.say(guard.ARMED)

@@ -11,8 +11,8 @@ import contextlib
 import time
 from dataclasses import replace
 
-from qmpmerge import account, disposal, files, jobs, pausing, shield, steps, witness
-from qmpmerge.errors import CommandError, NoDisk, NoSuchDisk, NotWitnessed
+from qmpmerge import account, disposal, evidence, files, jobs, pausing, shield, steps, witness
+from qmpmerge.errors import CommandError, NotWitnessed
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Doorbell
 from qmpmerge.steps import Merge
@@ -34,6 +34,10 @@ async def pivot(merge: Merge, doorbell: Doorbell, status: str) -> Job | None:
                 await steps.verify(merge, doorbell)
         job = await shield.finished(_move(merge, doorbell, status, rests))
     merge.paused_ms = pause.milliseconds
+    if pause.is_unguarded:
+        merge.notes.append(
+            "the guest was not paused for the pivot: the process that was to guard the pause did not start"
+        )
     return job
 
 
@@ -50,7 +54,7 @@ async def _move(merge: Merge, doorbell: Doorbell, status: str, rests: bool) -> J
         path = merge.witness.path if merge.witness else merge.plan.top.file
         raise NotWitnessed(path=path, reason=error.strerror or str(error)) from None
     job = await end(merge, doorbell, status)
-    moved = await _has_moved(merge)
+    moved = await _has_moved(merge, job)
     if merge.witness is not None and moved is not None:
         with contextlib.suppress(OSError):  # what was written before tells enough, and the guest waits
             if not moved:
@@ -108,15 +112,12 @@ async def _is_exported(merge: Merge) -> bool:
         return True
 
 
-async def _has_moved(merge: Merge) -> bool | None:
-    """Whether QEMU's graph shows the device on the base; None where it shows neither chain."""
+async def _has_moved(merge: Merge, job: Job | None) -> bool | None:
+    """As the graph tells it; a disk that nobody uses has no device to look at, and nobody who could write."""
     layout = await merge.host.layout()
-    for expected in (merge.plan.result, merge.plan.chain):
-        with contextlib.suppress(NoSuchDisk, NoDisk):
-            chain = layout.find(merge.name_after(expected), merge.host.target).chain
-            if chain is not None and chain.same_files(expected):
-                return expected is merge.plan.result
-    return None
+    moved = evidence.has_moved(layout, merge.disk.drive or merge.disk.qdev, merge.plan)
+    is_used = bool(merge.disk.drive or merge.disk.qdev or layout.exported)
+    return moved if is_used else job is not None and job.error is None
 
 
 async def end(merge: Merge, doorbell: Doorbell, status: str, *, keeps: bool = False) -> Job | None:

@@ -7,10 +7,11 @@ about it here can itself be interrupted anywhere and be done again: each step le
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from qmpmerge import disposal, durable, evidence, files, jobs, locks, qcow2, qemuimg, witness
+from qmpmerge.blockgraph import Layout
 from qmpmerge.chain import Chain, Image
 from qmpmerge.errors import (
     CannotRecover,
@@ -18,6 +19,7 @@ from qmpmerge.errors import (
     FlushUnavailable,
     ImageUnreadable,
     NotDurable,
+    NothingThere,
     Undecided,
     Unfinished,
     Unreachable,
@@ -48,6 +50,12 @@ class Recovery:
     hints: tuple[str, ...] = ()
 
 
+def verdict_of(found: Sequence[Recovery]) -> str:
+    """What all of it came to: a job that is at work needs the user, what was done comes before what was not needed."""
+    verdicts = {one.verdict for one in found}
+    return next(verdict for verdict in ("running", "planned", "done", "unchanged") if verdict in verdicts)
+
+
 async def recover(
     path: "str | os.PathLike[str]", *, use: Use | None = None, dry_run: bool = False, trace: Trace | None = None
 ) -> list[Recovery]:
@@ -55,8 +63,8 @@ async def recover(
     Put right every merge that was not finished at `path`: the name that a VM is started from, even if nothing has it any
     more, another image of the chain, or a folder.
 
-    `use` decides where the evidence does not. Raises Undecided, Locked, CannotRecover, and what the live door raises where
-    the QEMU that carried the merge out still runs.
+    `use` decides where the evidence does not. Raises NothingThere, Undecided, Locked, CannotRecover, and what the live door
+    raises where the QEMU that carried the merge out still runs.
     """
     path = os.path.abspath(path)
     found = concerned(path)
@@ -147,11 +155,20 @@ async def finish(told: Witness, host: Host | None) -> tuple[list[MergedFile], li
     if host is not None:
         with contextlib.suppress(CommandError):
             await jobs.dismiss(host.monitor, told.job)
+        await host.close(_left_open(told, await host.layout()))
     told = witness.mark(replace(told, phase="proved"))
     witness.sync(told)
     merged, hints = await disposal.finish(told)
     witness.remove(told)
     return merged, hints
+
+
+def _left_open(told: Witness, layout: Layout) -> list[str]:
+    """The nodes of the merged images, where they still are those and no others of the same name."""
+    top, base = told.plan.top, told.chain[told.base]
+    nodes = layout.between(top.node or "", base.node or "")
+    files_there = {os.path.basename(str(layout.nodes[node].info.get("file"))) for node in nodes}
+    return nodes if top.name in files_there else []
 
 
 async def _make_durable(told: Witness, host: Host | None) -> None:
@@ -185,14 +202,16 @@ async def undo(told: Witness, judged: Judgement) -> None:
 def _nothing(path: str) -> Recovery:
     """No witness: nothing is suspected without proof, but what is there is told."""
     stashed = f"{path}{witness.STASHED}"
-    if os.path.lexists(path) or not os.path.lexists(stashed):
+    if os.path.lexists(path):
         return Recovery("unchanged", path, None, "no merge was left unfinished here")
+    if not os.path.lexists(stashed):
+        raise NothingThere(path=path)
     with contextlib.suppress(OSError):
         header = qcow2.read(stashed)
-        if header is not None:
-            below = f"it was merged down into the chain of {header.backing}"
+        if header is not None and header.backing is not None:
+            below = f"it is built on {header.backing}, into which or below which it was merged"
             return Recovery("unchanged", path, None, f"{stashed} was stashed by a merge that was finished", (below,))
-    return Recovery("unchanged", path, None, "no merge was left unfinished here")
+    return Recovery("unchanged", path, None, f"{stashed} is there, and no merge was left unfinished")
 
 
 # --- on the way to a merge -------------------------------------------------------------------------------------------

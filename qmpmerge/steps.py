@@ -107,7 +107,6 @@ def begin(
     pauses: bool = True,
 ) -> Merge:
     """The values of a merge whose job is to be started, or runs already."""
-    below = set(view.layout.subtree(planned.base.node or ""))
     return Merge(
         host=host,
         disk=view.disk,
@@ -115,7 +114,7 @@ def begin(
         ending=ending,
         report=report,
         patience=patience,
-        old_nodes=[node for node in view.layout.subtree(planned.top.node or "") if node not in below],
+        old_nodes=view.layout.between(planned.top.node or "", planned.base.node or ""),
         base_driver=view.layout.nodes[planned.base.node or ""].driver,
         verify=True if policy == "delete" else verify,
         policy=policy,

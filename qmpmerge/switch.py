@@ -2,7 +2,6 @@
 The point of no return, and the proof: a fresh discovery must show what was planned, or the outcome is *unknown*.
 """
 
-import contextlib
 import os
 import shlex
 import time
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 from qmpmerge import account, disposal, jobs, pivot
 from qmpmerge.chain import Chain
 from qmpmerge.errors import (
-    CommandError,
     FlushUnavailable,
     HeaderNotDurable,
     NotDurable,
@@ -44,7 +42,7 @@ async def switch(merge: Merge, doorbell: Doorbell, job: Job | None) -> Outcome:
         return await _prove(merge, "kept", merge.plan.chain)
     if merge.plan.overlay is not None:
         await _make_overlay_durable(merge)
-    await _delete_nodes(merge)
+    await merge.host.close(merge.old_nodes)  # what explicit -blockdev nodes the merge left open
     return await _prove(merge, "pivoted" if merge.plan.pivots else "merged", merge.plan.result)
 
 
@@ -67,15 +65,6 @@ async def _make_overlay_durable(merge: Merge) -> None:
         await merge.flush(merge.plan.overlay)
     except (NotDurable, FlushUnavailable) as error:
         raise HeaderNotDurable(target=merge.host.target, overlay=merge.plan.overlay.file, reason=error.reason) from None
-
-
-async def _delete_nodes(merge: Merge) -> None:
-    """Close what explicit -blockdev nodes the merge left open, top down; nodes of -drive are gone by themselves."""
-    present = (await merge.host.layout()).nodes
-    for node in merge.old_nodes:
-        if node in present and not node.startswith("#"):
-            with contextlib.suppress(CommandError):  # gone with its parent, or in use by somebody else
-                await merge.host.monitor.execute("blockdev-del", node_name=node)
 
 
 async def _prove(merge: Merge, verdict: str, expected: Chain) -> Outcome:

@@ -63,7 +63,8 @@ class Seen:
 class Witness:
     """
     One merge. `chain` is the chain before it, `base` and `top` are indexes there, `away` the names that its files get by
-    the index (nothing for those that cannot be renamed).
+    the index (nothing for those that cannot be renamed). `device` is the drive's or device's own id, "" where a disk has
+    no name but its nodes'.
 
     `seen` is what base and top looked like while nothing was dirty and nobody wrote, by index; empty where that was not
     so. `path` is where the witness lies.
@@ -76,6 +77,7 @@ class Witness:
     chain: Chain
     base: int
     top: int
+    device: str = ""
     policy: Policy = "stash"
     phase: Phase = "copying"
     qemu: Process | None = None
@@ -235,7 +237,7 @@ def _state(told: Witness) -> bytes:
 
 def _encoded(told: Witness) -> dict[str, Any]:
     """The second line: what does not change."""
-    plain = ("policy", "target", "disk", "job", "base", "top", "is_live")
+    plain = ("policy", "target", "disk", "device", "job", "base", "top", "is_live")
     return {
         "schema": SCHEMA,
         **{key: getattr(told, key) for key in plain},
@@ -253,6 +255,7 @@ def _decoded(path: str, entry: Any) -> Witness:
         target=str(entry["target"]),
         disk=str(entry["disk"]),
         job=str(entry["job"]),
+        device=str(entry["device"]),
         chain=Chain(tuple(map(_image, entry["images"]))),
         base=int(entry["base"]),
         top=int(entry["top"]),

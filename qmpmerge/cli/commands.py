@@ -399,7 +399,7 @@ def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> in
         trace = output.trace if options.verbose else None
         found = await recovery.recover(path, use=use, dry_run=dry_run, trace=trace)
         output.recovered(found)
-        return found[-1].verdict
+        return recovery.verdict_of(found)
 
     return run(options, work)
 

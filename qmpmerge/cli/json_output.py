@@ -88,9 +88,11 @@ class JsonOutput:
 
     def recovered(self, found: "Sequence[Recovery]") -> None:
         """One entry for each merge."""
+        from qmpmerge.recovery import verdict_of  # imported already by who has found something
+
         keys = ("verdict", "image", "right", "action", "reasons", "hints")
         merges = [{**{key: getattr(one, key) for key in keys}, "merged": _merged(one.merged)} for one in found]
-        self._print({"verdict": found[-1].verdict, "merges": merges})
+        self._print({"verdict": verdict_of(found), "merges": merges})
 
     def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
         """One entry for each stashed file; `kept` is null where it was removed."""
