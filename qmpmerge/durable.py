@@ -164,7 +164,7 @@ async def _started(monitor: Monitor, path: str) -> tuple[Address, bool]:
     The server's address, and whether we have started it.
 
     The server of another qmpmerge will be gone in a moment; one that a killed qmpmerge left, which its folder's name
-    tells, is stopped.
+    tells, or that we left ourselves when our session was lost, with its folder, is stopped.
     """
     for _ in range(TRIES):
         try:
@@ -175,7 +175,7 @@ async def _started(monitor: Monitor, path: str) -> tuple[Address, bool]:
         owner = _owner(address)
         if owner is None:
             return address, False
-        if os.path.exists(f"/proc/{owner}"):
+        if os.path.exists(f"/proc/{owner}") and os.path.exists(str(address)):
             await asyncio.sleep(GREETING_SECONDS / 10)
         else:
             with contextlib.suppress(CommandError):
@@ -198,6 +198,8 @@ async def _running_server(monitor: Monitor, reason: str) -> Address:
     for socket in processes.listening(monitor.pid) if monitor.pid is not None else ():
         host, _, port = socket.removeprefix("tcp:").rpartition(":")
         address: Address = (host.strip("[]"), int(port)) if socket.startswith("tcp:") else socket
+        if _owner(address) is not None and not os.path.exists(socket):
+            return address
         with contextlib.suppress(OSError, EOFError, TimeoutError):
             async with asyncio.timeout(GREETING_SECONDS):
                 await _greet(address)
