@@ -16,6 +16,7 @@ from qmpmerge import bitmaps, dependents, durable, headers, knownbad, permission
 from qmpmerge.bitmaps import Bitmap, Handling
 from qmpmerge.chain import Image
 from qmpmerge.errors import (
+    FORCEABLE,
     BackingString,
     BitmapsStay,
     Busy,
@@ -45,12 +46,17 @@ from qmpmerge.space import Estimate
 if TYPE_CHECKING:
     from qmpmerge.processes import User
 
+Identity = tuple[str, int, int]
+"""Which file or device it is, whatever it is called."""
+
 
 @dataclass(frozen=True)
 class Question:
-    """All that a check may want to know; `estimate` is of the space."""
+    """All that a check may want to know. `pid` is QEMU's, None where it is not known; `opened` is what it has open."""
 
     host: Host
+    pid: int | None
+    opened: set[Identity]
     view: ChainView
     plan: CommitPlan
     ending: Ending
@@ -100,14 +106,16 @@ async def check(
     `handling` is of the dirty bitmaps of merged images, `search` are more folders in which images may be built on those of
     the chain, `speed` is for the estimate. Raises one of the refusals of `CHECKS`, or SeveralRefusals with all of them.
     """
-    estimate = await space.estimate(plan, live=host.is_live, pid=host.pid, speed=speed)
-    question = Question(host, view, plan, ending, handling, search, estimate)
+    pid, opened = _process(host, plan)
+    estimate = await space.estimate(plan, live=host.is_live, pid=pid, speed=speed)
+    question = Question(host, pid, opened, view, plan, ending, handling, search, estimate)
     checked: list[Checked] = []
     refusals: list[Refused] = []
     for name, ask in CHECKS.items():
         found = [refusal async for refusal in ask(question)]
-        refusals += [] if name in force else found
-        checked.append(_checked(name, question, forced=bool(found)))
+        insisting = [refusal for refusal in found if refusal.name not in FORCEABLE or refusal.name not in force]
+        refusals += insisting
+        checked.append(_checked(name, question, forced=len(insisting) < len(found)))
     refuse(refusals)
     await _rewrite_header(host, view, plan)  # the last, because it writes, if only what is there already
     carried = question.bitmaps if handling == "merge" else []
@@ -115,10 +123,8 @@ async def check(
 
 
 def _checked(name: str, question: Question, *, forced: bool) -> Checked:
-    unknown = {
-        "no-space": question.estimate.reason,
-        "in-use": "" if question.host.pid else "QEMU's process is not known",
-    }
+    unseen = "" if question.opened else "what QEMU has open cannot be seen from here"
+    unknown = {"no-space": question.estimate.reason, "in-use": unseen, "replaced": unseen}
     if forced:
         return Checked(name, "forced")
     return Checked(name, "not checked", unknown[name]) if unknown.get(name) else Checked(name, "passed")
@@ -186,17 +192,16 @@ def _leads(overlay: Image, name: str, plan: CommitPlan) -> bool:
 
 
 async def _would_lose(question: Question) -> AsyncIterator[Refused]:
-    found, base = question.bitmaps, question.plan.base
-    lost = bitmaps.snapshots(question.view.layout, question.plan.merged) if question.ending != "keep" else []
+    found, layout = question.bitmaps, question.view.layout
+    lost = bitmaps.snapshots(layout, question.plan.merged) if question.ending != "keep" else []
     if question.handling == "refuse":
         lost += map(str, found)
     if lost:
         yield WouldLose(lost=lost)
     if question.handling == "merge":
-        size = max(base.virtual_size, question.plan.top.virtual_size)
-        staying = list(bitmaps.obstacles(question.view.layout, base, size, found))
-        if staying:
-            yield BitmapsStay(bitmaps=staying)
+        obstacles = [bitmaps.obstacle(layout, question.plan, bitmap) for bitmap in found]
+        if any(obstacles):
+            yield BitmapsStay(bitmaps=[obstacle for obstacle in obstacles if obstacle is not None])
 
 
 def _known_bad(question: Question) -> AsyncIterator[KnownBad]:
@@ -223,15 +228,21 @@ async def _replaced(question: Question) -> AsyncIterator[Refused]:
     Not checked where the kernel does not let us see what QEMU has open. A merged image whose name is gone is merged all
     the same: nothing else can save its data.
     """
-    pid = question.host.pid
-    opened = _open_files(pid) if pid is not None else set()
     for image in question.touched:
         identity = _identity(image.file) if image.has_path else None
-        if pid is not None and opened and identity is not None and identity not in opened:
-            yield Replaced(file=image.file, pid=pid)
+        if question.pid is not None and question.opened and identity is not None and identity not in question.opened:
+            yield Replaced(file=image.file, pid=question.pid)
 
 
-Identity = tuple[str, int, int]
+def _process(host: Host, plan: CommitPlan) -> tuple[int | None, set[Identity]]:
+    """QEMU's pid and what it has open; what answers on the monitor may be a relay, such as ssh, which is not QEMU."""
+    from qmpmerge import processes  # psutil is a third of our start-up time
+
+    opened = _open_files(host.pid) if host.pid is not None else set()
+    ours = {_identity(image.file) for image in plan.chain if image.has_path}
+    if host.pid is None or not (opened & ours or processes.vm_of(host.pid) is not None):
+        return None, set()
+    return host.pid, opened
 
 
 def _open_files(pid: int) -> set[Identity]:
@@ -256,9 +267,9 @@ def _identity(path: str) -> Identity | None:
 
 async def _in_use(question: Question) -> AsyncIterator[Refused]:
     """Of a running VM: at the offline door nobody may hold anything. One with ``locking=off`` is seen too."""
-    from qmpmerge import processes  # psutil is a third of our start-up time
+    from qmpmerge import processes
 
-    pid = question.host.pid
+    pid = question.pid
     if pid is None or not question.host.is_live:
         return
     users = processes.users([image.file for image in question.touched if image.has_path])
@@ -313,7 +324,7 @@ def _is_device(path: str) -> bool:
 
 async def _not_writable(question: Question) -> AsyncIterator[Refused]:
     for image in question.written:
-        obstacle = permissions.obstacle(image.file, question.host.pid) if image.has_path else None
+        obstacle = permissions.obstacle(image.file, question.pid) if image.has_path else None
         if obstacle is not None:
             yield NotWritable(file=image.file, reason=obstacle)
 

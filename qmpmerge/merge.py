@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Coroutine
 from typing import NoReturn
 
+from qmpmerge import bitmaps as dirty
 from qmpmerge import checks, jobs, locks, plan, shield, steps, switch
 from qmpmerge.bitmaps import Handling
 from qmpmerge.errors import (
@@ -25,7 +26,6 @@ from qmpmerge.errors import (
     LiveOnly,
     NoSuchJob,
     NotProven,
-    OptionsConflict,
     StillRunning,
     TimedOut,
     Untouched,
@@ -79,8 +79,6 @@ async def commit(
         return Outcome("unchanged", view.disk.name, view.chain, view.chain)
     if ending == "ready" and not host.is_live:
         raise LiveOnly(option="--wait-ready")
-    if ending == "ready" and bitmaps == "merge":
-        raise OptionsConflict(options=["--wait-ready", "--bitmaps merge"])
     with locks.held(planned.base):
         found = await checks.check(
             host, view, planned, ending=ending, handling=bitmaps, force=force, search=search, speed=speed
@@ -104,6 +102,7 @@ async def follow(
 ) -> Outcome:
     """
     Go on with a commit job that is there already, as if `commit` had started it: the plan is read from the block graph.
+    Dirty bitmaps come along where they can: nobody knows any more what was wanted, and none is lost like that.
 
     `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, and all that
     `commit` raises once its job runs.
@@ -122,6 +121,7 @@ async def follow(
     else:
         raise JobVerb(job=job.id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
     merge = steps.begin(host, view, planned, ending, report, deadline)
+    merge.bitmaps = dirty.portable(view.layout, planned)
     with locks.held(planned.base):
         async with host.monitor.listening() as doorbell:
             return await _run(merge, doorbell)

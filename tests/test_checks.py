@@ -7,9 +7,11 @@ Those whose harm is part of the safe sequence have their tests in test_merge.
 import contextlib
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,7 +155,7 @@ def test_a_dry_run_tells_what_passed_and_what_it_takes(vm: Machine) -> None:
     assert estimate["copy"] == 2 * MIB + 384 * 1024  # what `fill` has written to a and b, once
     assert (estimate["seconds"], estimate["rate"], estimate["rate_given"]) == (estimate["copy"] / MIB, MIB, True)
     said = command("commit", vm.target, "--dry-run").out
-    assert "  passed: dependents\n" in said and "at least" in said and "200 MiB/s (assumed)" in said
+    assert f"  passed: {', '.join(checks.CHECKS)}\n" in said and "at least" in said and "200 MiB/s (assumed)" in said
 
 
 def test_what_can_be_forced() -> None:
@@ -654,6 +656,57 @@ async def test_no_write_of_the_guest_falls_between(tmp_path: Path, layers: list[
         while vm.session.execute("query-jobs")[0]["status"] != "concluded":
             pass
         assert dirty(vm, "low", "hourly") == expected
+
+
+async def test_bitmaps_come_along_with_a_job_that_was_left(tmp_path: Path, layers: list[Path]) -> None:
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        before = dirty(vm, "mid")
+        async with qmpmerge.live(vm.target) as host:
+            job = (await qmpmerge.commit(host, bitmaps="merge", ending="ready")).job
+            assert job is not None and not bitmaps(vm, "low")
+            assert (await qmpmerge.follow(host, job)).verdict == "pivoted"
+        assert dirty(vm, "low") == before
+
+
+async def test_a_name_in_force_that_nobody_can_know_better_about_is_not_heard(vm: Machine, images: list[Path]) -> None:
+    replace(images[0])
+    await refused(vm, Replaced, force=["replaced"])
+
+
+async def test_behind_a_relay_the_process_is_not_taken_for_qemu(
+    vm: Machine, images: list[Path], tmp_path: Path
+) -> None:
+    """As with `ssh -L`: what the relay has open says nothing."""
+    relay = tmp_path / "relay"
+    with listening(relay) as listener:
+        carried_on = threading.Thread(target=relayed, args=(listener, vm.target))
+        carried_on.start()
+        async with qmpmerge.live(str(relay)) as host:
+            outcome = await qmpmerge.commit(host, top="[3]", dry_run=True)
+        carried_on.join()
+    assert {check.name for check in outcome.checks if check.result == "not checked"} == {"in-use", "replaced"}
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield listener
+
+
+def relayed(listener: socket.socket, target: str) -> None:
+    """Pass one conversation on, both ways, until either side ends it."""
+    client, _ = listener.accept()
+    with client, socket.socket(socket.AF_UNIX) as server:
+        server.connect(target)
+        ways = {client: server, server: client}
+        while True:
+            for ready in select.select([*ways], [], [])[0]:
+                data = ready.recv(65536)
+                if not data:
+                    return
+                ways[ready].sendall(data)
 
 
 @pytest.mark.parametrize("handling", ["merge", "drop"])
