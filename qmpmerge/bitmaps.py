@@ -61,6 +61,8 @@ def obstacle(layout: Layout, plan: CommitPlan, bitmap: Bitmap) -> str | None:
         return f"{bitmap} is inconsistent, its VM was killed"
     if bitmap.busy or (other is not None and (other.busy or other.inconsistent)):
         return f"{bitmap} or the base's own of that name is in use or inconsistent"
+    if other is not None and bitmap.persistent and not other.persistent:
+        return f"{bitmap} is persistent, the base's own of that name is not"
     if bitmap.persistent and base.format != "qcow2":
         return f"{bitmap} is persistent, and {base.file} is {base.format}, which has no room for bitmaps"
     if bitmap.image.virtual_size != max(base.virtual_size, plan.top.virtual_size):
@@ -81,7 +83,7 @@ async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence
     goes on recording in the same step, so that no write of the guest falls between: base gets each of them until the
     switch as well, and alone from then on. Raises CommandError.
     """
-    present = {bitmap.name for bitmap in of(layout, [base])}
+    present = {bitmap.name: bitmap for bitmap in of(layout, [base])}
     actions: list[dict[str, Any]] = []
     for name, group in groupby(sorted(bitmaps, key=lambda bitmap: bitmap.name), key=lambda bitmap: bitmap.name):
         sources = list(group)
@@ -90,6 +92,8 @@ async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence
         told = [{"node": source.image.node, "name": name} for source in sources]
         data: dict[str, Any] = {"node": base.node, "target": name, "bitmaps": told}
         actions.append({"type": "block-dirty-bitmap-merge", "data": data})
+        if name in present and not present[name].recording and any(source.recording for source in sources):
+            actions.append({"type": "block-dirty-bitmap-enable", "data": {"node": base.node, "name": name}})
     await monitor.execute("transaction", actions=actions)
 
 

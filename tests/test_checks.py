@@ -658,6 +658,20 @@ async def test_no_write_of_the_guest_falls_between(tmp_path: Path, layers: list[
         assert dirty(vm, "low", "hourly") == expected
 
 
+async def test_bitmaps_are_merged_into_those_of_their_names(tmp_path: Path, layers: list[Path]) -> None:
+    """Of another granularity, and not recording so far; of two images above, one of them not on disk."""
+    run("qemu-img", "bitmap", "--add", "--disable", "-g", "128k", layers[0], "daily")
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        vm.session.execute("block-dirty-bitmap-add", node="top", name="daily", granularity=65536)
+        vm.io(BACKEND, "write -P 6 4M 64k")
+        async with qmpmerge.live(vm.target) as host:
+            await qmpmerge.commit(host, bitmaps="merge")
+        told = bitmaps(vm, "low")["daily"]
+        assert (told["recording"], told["count"], told["granularity"]) == (True, (256 + 128) * 1024, 128 * 1024)
+        vm.io(BACKEND, "write -P 6 6M 64k")
+        assert bitmaps(vm, "low")["daily"]["count"] == (256 + 256) * 1024
+
+
 async def test_bitmaps_come_along_with_a_job_that_was_left(tmp_path: Path, layers: list[Path]) -> None:
     with machine(tmp_path, *nodes(layers), *device("top")) as vm:
         before = dirty(vm, "mid")
