@@ -14,6 +14,8 @@ ROWS = (
     {"hosts", "bitmaps", "knownbad"},
     {"doors.live", "doors.offline"},
     {"doors"},
+    {"checks.question"},
+    {"checks.said", "checks.files"},
     {"checks", "snapshots"},
     {"steps"},
     {"switch"},
