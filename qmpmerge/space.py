@@ -130,7 +130,7 @@ def _growth(plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Extent]) 
     status = os.stat(plan.base.file)
     if stat.S_ISBLK(status.st_mode):
         return 0 if plan.base.format == "raw" else None
-    # What base only notes as zeros, or has a place but no blocks for, takes space once data comes.
+    # What base notes as zeros, or has a place but perhaps no blocks for, takes space once data comes.
     held = _union(extent for extent in base if not extent.zero)
     header = qcow2.read(plan.base.file) if plan.base.format == "qcow2" else None
     if header is not None:

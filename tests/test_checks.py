@@ -533,6 +533,8 @@ async def test_plain_commit_to_a_device_too_small(tmp_path: Path, images: list[P
         ("qcow2", "[3]"),
         ("qcow2", None),
         ("qcow2,cluster_size=4096", "[3]"),
+        ("qcow2,preallocation=metadata", "[3]"),
+        ("raw,preallocation=falloc", "[3]"),
         ("qcow2,extended_l2=on", None),
     ],
 )
