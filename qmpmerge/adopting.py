@@ -24,6 +24,7 @@ from qmpmerge.errors import (
     StillRunning,
     Suspect,
     Unknown,
+    refuse,
 )
 from qmpmerge.hosts import ChainView, Host
 from qmpmerge.jobs import Job, Progress, Report
@@ -151,7 +152,9 @@ def plan_of(view: ChainView, job: Job) -> CommitPlan | None:
         return None
     if "base" in edges:
         top = next(node for node in reversed(inside) if node in edges["intermediate node"]) or top
-    return plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
+    planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
+    refuse(planned.refusals)
+    return planned
 
 
 def under_way(view: ChainView, planned: CommitPlan) -> Job | None:

@@ -5,7 +5,7 @@ Neither commit nor stream of QEMU moves them (5.2 to 11.1): they stay in the old
 would miss what they tell.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from qmpmerge.blockgraph import Layout
 from qmpmerge.chain import Image
 from qmpmerge.monitor import Monitor
+from qmpmerge.plan import CommitPlan
 
 Handling = Literal["refuse", "merge", "drop"]
 """What to do about the bitmaps of merged images: not merge at all, carry them over to the base, or let them go."""
@@ -52,19 +53,26 @@ def of(layout: Layout, images: Sequence[Image]) -> list[Bitmap]:
     ]
 
 
-def obstacles(layout: Layout, base: Image, size: int, bitmaps: Sequence[Bitmap]) -> Iterator[str]:
-    """What cannot be carried over to `base`, which will be of `size` bytes, each with its reason, as clauses."""
-    present = {bitmap.name: bitmap for bitmap in of(layout, [base])}
-    for bitmap in bitmaps:
-        other = present.get(bitmap.name)
-        if bitmap.inconsistent:
-            yield f"{bitmap} is inconsistent, its VM was killed"
-        elif bitmap.busy or (other is not None and (other.busy or other.inconsistent)):
-            yield f"{bitmap} or the base's own of that name is in use or inconsistent"
-        elif bitmap.persistent and base.format != "qcow2":
-            yield f"{bitmap} is persistent, and {base.file} is {base.format}, which has no room for bitmaps"
-        elif bitmap.image.virtual_size != size:
-            yield f"{bitmap} is for another size than the merged image will have"
+def obstacle(layout: Layout, plan: CommitPlan, bitmap: Bitmap) -> str | None:
+    """Why a bitmap cannot be carried over to the plan's base, as a clause; None where it can."""
+    base = plan.base
+    other = next((one for one in of(layout, [base]) if one.name == bitmap.name), None)
+    if bitmap.inconsistent:
+        return f"{bitmap} is inconsistent, its VM was killed"
+    if bitmap.busy or (other is not None and (other.busy or other.inconsistent)):
+        return f"{bitmap} or the base's own of that name is in use or inconsistent"
+    if other is not None and bitmap.persistent and not other.persistent:
+        return f"{bitmap} is persistent, the base's own of that name is not"
+    if bitmap.persistent and base.format != "qcow2":
+        return f"{bitmap} is persistent, and {base.file} is {base.format}, which has no room for bitmaps"
+    if bitmap.image.virtual_size != max(base.virtual_size, plan.top.virtual_size):
+        return f"{bitmap} is for another size than the merged image will have"
+    return None
+
+
+def portable(layout: Layout, plan: CommitPlan) -> tuple[Bitmap, ...]:
+    """The bitmaps of the merged images that can be carried over."""
+    return tuple(bitmap for bitmap in of(layout, plan.merged) if obstacle(layout, plan, bitmap) is None)
 
 
 async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence[Bitmap]) -> None:
@@ -75,7 +83,7 @@ async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence
     goes on recording in the same step, so that no write of the guest falls between: base gets each of them until the
     switch as well, and alone from then on. Raises CommandError.
     """
-    present = {bitmap.name for bitmap in of(layout, [base])}
+    present = {bitmap.name: bitmap for bitmap in of(layout, [base])}
     actions: list[dict[str, Any]] = []
     for name, group in groupby(sorted(bitmaps, key=lambda bitmap: bitmap.name), key=lambda bitmap: bitmap.name):
         sources = list(group)
@@ -84,6 +92,8 @@ async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence
         told = [{"node": source.image.node, "name": name} for source in sources]
         data: dict[str, Any] = {"node": base.node, "target": name, "bitmaps": told}
         actions.append({"type": "block-dirty-bitmap-merge", "data": data})
+        if name in present and not present[name].recording and any(source.recording for source in sources):
+            actions.append({"type": "block-dirty-bitmap-enable", "data": {"node": base.node, "name": name}})
     await monitor.execute("transaction", actions=actions)
 
 

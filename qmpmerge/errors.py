@@ -402,7 +402,10 @@ class NoFormat(Refused):
     image: str
     backing: str
     sentence = "{image} does not record the format of its backing file {backing}"
-    advice = "record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2)"
+    advice = (
+        "with the VM off record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2); "
+        "`--force no-format` trusts what a running QEMU takes it for"
+    )
 
 
 class Disguised(Refused):

@@ -18,7 +18,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from qmpmerge import adopting, checks, course, jobs, locks, plan, recovery, steps, switch, witness
-from qmpmerge.bitmaps import Handling
+from qmpmerge import bitmaps as dirty
+from qmpmerge.bitmaps import Bitmap, Handling
 from qmpmerge.course import Begun
 from qmpmerge.errors import JobFailed, JobVerb, LiveOnly, NoSuchJob, NoSuchLayer, NotProven, OptionsConflict
 from qmpmerge.hosts import ChainView, Host
@@ -183,8 +184,13 @@ async def _begun(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib
         pauses=wanted.pause,
     )
     merge.suspect = suspect
-    merge.bitmaps = found.bitmaps if found is not None else ()
+    merge.bitmaps = found.bitmaps if found is not None else _portable(view, planned, wanted)
     return Begun(merge, lock, None if job else wanted.speed)
+
+
+def _portable(view: ChainView, planned: CommitPlan, wanted: _Wanted) -> tuple[Bitmap, ...]:
+    """Whoever has started the job was not refused for its bitmaps, so what can come along does."""
+    return () if wanted.bitmaps == "drop" else dirty.portable(view.layout, planned)
 
 
 async def _checked(host: Host, view: ChainView, planned: CommitPlan, wanted: _Wanted) -> checks.Answer:
@@ -221,6 +227,7 @@ async def follow(
 ) -> Outcome:
     """
     Go on with a commit job that is there already, as if `commit` had started it: the plan is read from the block graph.
+    Dirty bitmaps come along where they can: nobody knows any more what was wanted, and none is lost like that.
 
     `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, and all that
     `commit` raises once its job runs.
@@ -256,6 +263,7 @@ async def _found(
     suspect = adopting.suspicion(planned)
     merge = steps.begin(host, view, planned, "pivot", _silently, patience, None if suspect is None else True)
     merge.suspect = suspect
+    merge.bitmaps = dirty.portable(view.layout, planned)
     return Begun(merge, lock)
 
 

@@ -61,7 +61,10 @@ async def chain_info(path: str, format: str | None = None) -> list[Header]:
 
 @dataclass(frozen=True)
 class Extent:
-    """A range of an image's data, in bytes. `zero` says that it reads as zeros by a note in the tables, not by data."""
+    """
+    A range of an image's data, in bytes. `zero` says that it is known to read as zeros: by a note in the tables, or from a
+    place in the file where nothing was written yet (`preallocation=metadata`).
+    """
 
     start: int
     length: int
@@ -89,7 +92,7 @@ async def extents(image: Image) -> list[Extent]:
     output = await _run(image.file, "map", "--force-share", "--output=json", f"json:{json.dumps(node)}")
     # QEMU before 6.1 does not tell zeros that are noted from what is not there.
     return [
-        Extent(entry["start"], entry["length"], zero=entry["zero"] and not entry["data"])
+        Extent(entry["start"], entry["length"], zero=entry["zero"])
         for entry in json.loads(output)
         if entry.get("present", entry["data"]) and (entry["data"] or image.format != "raw")
     ]

@@ -102,6 +102,8 @@ async def _looked_into(images: Sequence[Image]) -> list[list[Extent]]:
 async def _extents(image: Image) -> list[Extent]:
     if not image.has_path or image.inode is None:
         raise ImageUnreadable(file=image.file, reason="it is not a file on this host")
+    if image.format not in ("raw", "qcow2", "qed") or stat.S_ISFIFO(os.stat(image.file).st_mode):
+        raise ImageUnreadable(file=image.file, reason=f"{image.format} is not looked into")
     header = qcow2.read(image.file) if image.format == "qcow2" else None
     if header is not None and (header.data_file is not None or header.encrypted):
         raise ImageUnreadable(file=image.file, reason="it is encrypted, or its data is in another file")
@@ -128,7 +130,7 @@ def _growth(plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Extent]) 
     status = os.stat(plan.base.file)
     if stat.S_ISBLK(status.st_mode):
         return 0 if plan.base.format == "raw" else None
-    # What base only notes as zeros, or has a place but no blocks for, takes space once data comes.
+    # What base notes as zeros, or has a place but perhaps no blocks for, takes space once data comes.
     held = _union(extent for extent in base if not extent.zero)
     header = qcow2.read(plan.base.file) if plan.base.format == "qcow2" else None
     if header is not None:

@@ -143,7 +143,8 @@ async def start(merge: Merge, speed: int) -> None:
         await monitor.execute("block-commit", **arguments)
     except CommandError as error:
         if "read-only" in error.description:  # a node with an explicit `read-only=on`, which only trying tells
-            raise NotWritable(file=planned.base.file, reason=error.description) from None
+            reason = f"{error.description}: with `auto-read-only=on` it would be opened for writing when needed"
+            raise NotWritable(file=planned.base.file, reason=reason) from None
         raise QemuRefused(command="block-commit", reason=error.description) from None
 
 
@@ -194,7 +195,7 @@ async def make_base_durable(merge: Merge, doorbell: Doorbell) -> None:
 
 async def carry_bitmaps(merge: Merge, doorbell: Doorbell) -> None:
     """The last step before the switch; where it fails the job is taken back. An overlay that is kept keeps its own."""
-    if not merge.bitmaps or merge.ending != "pivot":
+    if not merge.bitmaps or (merge.plan.pivots and merge.ending != "pivot"):
         return
     base = merge.plan.base
     try:

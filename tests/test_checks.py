@@ -7,9 +7,11 @@ Those whose harm is part of the safe sequence have their tests in test_merge.
 import contextlib
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +48,6 @@ from qmpmerge.errors import (
     Refused,
     Replaced,
     SeveralRefusals,
-    Temporary,
     WouldLose,
 )
 
@@ -153,7 +154,7 @@ def test_a_dry_run_tells_what_passed_and_what_it_takes(vm: Machine) -> None:
     assert estimate["copy"] == 2 * MIB + 384 * 1024  # what `fill` has written to a and b, once
     assert (estimate["seconds"], estimate["rate"], estimate["rate_given"]) == (estimate["copy"] / MIB, MIB, True)
     said = command("commit", vm.target, "--dry-run").out
-    assert "  passed: dependents\n" in said and "at least" in said and "200 MiB/s (assumed)" in said
+    assert f"  passed: {', '.join(checks.CHECKS)}\n" in said and "at least" in said and "200 MiB/s (assumed)" in said
 
 
 def test_what_can_be_forced() -> None:
@@ -314,7 +315,10 @@ def test_plain_commit_overwrites_the_headers_chain(vm: Machine, images: list[Pat
 
 async def test_a_header_that_tells_another_chain_is_left_alone(vm: Machine, images: list[Path]) -> None:
     repoint(images[3], "z.qcow2")
-    assert (await refused(vm, Disagrees, top="[3]")).header == "z.qcow2"
+    found = await refused(vm, Disagrees, top="[3]")
+    assert (found.header, found.graph) == ("z.qcow2", str(images[2]))
+    async with qmpmerge.live(vm.target) as host:
+        assert [odd.file for odd in (await host.chain()).oddities] == [str(images[3])]
     assert "z.qcow2" in run("qemu-img", "info", "-U", images[3])
 
 
@@ -443,14 +447,6 @@ def test_plain_commit_of_a_snapshot_on_drive(tmp_path: Path, images: list[Path])
     assert images[3].read_bytes() != before
 
 
-async def test_a_snapshot_on_drive_is_refused(tmp_path: Path, images: list[Path]) -> None:
-    before = images[3].read_bytes()
-    with machine(tmp_path, "-drive", DRIVE.format(images[3]) + ",snapshot=on", *device("vda")) as vm:
-        vm.io("vda", "write -P 7 0 1M")
-        await refused(vm, Temporary)
-    assert images[3].read_bytes() == before
-
-
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
@@ -470,7 +466,8 @@ async def test_an_immutable_image(which: int, vm: Machine, images: list[Path]) -
 @needs_root
 async def test_a_qemu_that_has_given_up_its_privileges(images: list[Path], tmp_path: Path) -> None:
     disk = ["-drive", DRIVE.format(images[3]), *device("vda")]
-    with machine(tmp_path, *disk, "-runas", "nobody") as vm:
+    old = "-runas" in run("qemu-system-x86_64", "-help")
+    with machine(tmp_path, *disk, *(["-runas", "nobody"] if old else ["-run-with", "user=nobody"])) as vm:
         found = await refused(vm, NotWritable)
         assert found.file == str(images[0]) and "as whom QEMU runs, may not" in found.reason
 
@@ -537,6 +534,8 @@ async def test_plain_commit_to_a_device_too_small(tmp_path: Path, images: list[P
         ("qcow2", "[3]"),
         ("qcow2", None),
         ("qcow2,cluster_size=4096", "[3]"),
+        ("qcow2,preallocation=metadata", "[3]"),
+        ("raw,preallocation=falloc", "[3]"),
         ("qcow2,extended_l2=on", None),
     ],
 )
@@ -605,7 +604,8 @@ async def test_what_would_be_lost_is_named(top: str | None, tmp_path: Path, laye
     with machine(tmp_path, *nodes(layers), *device("top")) as vm:
         assert (await refused(vm, WouldLose, top=top)).lost == lost
         assert (await refused(vm, WouldLose, top=top, bitmaps="drop")).lost == lost[:1]
-        assert command("commit", vm.target, "--keep-overlay", "--dry-run").code == 0
+        keeping = command("commit", vm.target, "--keep-overlay", "--dry-run", *(["--top", top] if top else []))
+        assert keeping.code == (3 if top else 0), "only an overlay that is kept keeps what is in it"
     assert (await refused(layers[2], WouldLose, top=top)).lost == lost
     async with qmpmerge.offline(layers[2]) as host:
         await qmpmerge.commit(host, top=top, bitmaps="drop", force=["would-lose"])
@@ -655,6 +655,71 @@ async def test_no_write_of_the_guest_falls_between(tmp_path: Path, layers: list[
         while vm.session.execute("query-jobs")[0]["status"] != "concluded":
             pass
         assert dirty(vm, "low", "hourly") == expected
+
+
+async def test_bitmaps_are_merged_into_those_of_their_names(tmp_path: Path, layers: list[Path]) -> None:
+    """Of another granularity, and not recording so far; of two images above, one of them not on disk."""
+    run("qemu-img", "bitmap", "--add", "--disable", "-g", "128k", layers[0], "daily")
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        vm.session.execute("block-dirty-bitmap-add", node="top", name="daily", granularity=65536)
+        vm.io(BACKEND, "write -P 6 4M 64k")
+        async with qmpmerge.live(vm.target) as host:
+            await qmpmerge.commit(host, bitmaps="merge")
+        told = bitmaps(vm, "low")["daily"]
+        assert (told["recording"], told["count"], told["granularity"]) == (True, (256 + 128) * 1024, 128 * 1024)
+        vm.io(BACKEND, "write -P 6 6M 64k")
+        assert bitmaps(vm, "low")["daily"]["count"] == (256 + 256) * 1024
+
+
+async def test_bitmaps_come_along_with_a_job_that_was_left(tmp_path: Path, layers: list[Path]) -> None:
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        before = dirty(vm, "mid")
+        async with qmpmerge.live(vm.target) as host:
+            job = (await qmpmerge.commit(host, bitmaps="merge", ending="ready")).job
+            assert job is not None and not bitmaps(vm, "low")
+            assert (await qmpmerge.follow(host, job)).verdict == "pivoted"
+        assert dirty(vm, "low") == before
+
+
+async def test_a_name_in_force_that_nobody_can_know_better_about_is_not_heard(vm: Machine, images: list[Path]) -> None:
+    replace(images[0])
+    await refused(vm, Replaced, force=["replaced"])
+
+
+async def test_behind_a_relay_the_process_is_not_taken_for_qemu(
+    vm: Machine, images: list[Path], tmp_path: Path
+) -> None:
+    """As with `ssh -L`: what the relay has open says nothing."""
+    relay = tmp_path / "relay"
+    with listening(relay) as listener:
+        carried_on = threading.Thread(target=relayed, args=(listener, vm.target))
+        carried_on.start()
+        async with qmpmerge.live(str(relay)) as host:
+            outcome = await qmpmerge.commit(host, top="[3]", dry_run=True)
+        carried_on.join()
+    assert {check.name for check in outcome.checks if check.result == "not checked"} == {"in-use", "replaced"}
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield listener
+
+
+def relayed(listener: socket.socket, target: str) -> None:
+    """Pass one conversation on, both ways, until either side ends it."""
+    client, _ = listener.accept()
+    with client, socket.socket(socket.AF_UNIX) as server:
+        server.connect(target)
+        ways = {client: server, server: client}
+        while True:
+            for ready in select.select([*ways], [], [])[0]:
+                data = ready.recv(65536)
+                if not data:
+                    return
+                ways[ready].sendall(data)
 
 
 @pytest.mark.parametrize("handling", ["merge", "drop"])

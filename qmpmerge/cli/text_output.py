@@ -111,8 +111,10 @@ class TextOutput:
             self._say(f"  {word}: {visible(merged.file)}{visible(_fate(merged, planned=outcome.verdict == 'planned'))}")
         if outcome.estimate is not None:
             self._say(f"  {words.estimate(outcome.estimate)}")
-        for check in outcome.checks:
-            self._say(f"  {check.result}: {check.name}{f' ({visible(check.reason)})' if check.reason else ''}")
+        for result in ("passed", "forced", "not checked"):
+            names = [words.checked(check) for check in outcome.checks if check.result == result]
+            if names:
+                self._say(f"  {result}: {', '.join(names)}")
         for hint in outcome.hints:
             self._hint(hint)
 

@@ -7,6 +7,7 @@ from qmpmerge.jobs import Progress
 
 if TYPE_CHECKING:
     from qmpmerge.cleaning import Cleaned
+    from qmpmerge.outcome import Checked
     from qmpmerge.space import Estimate
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -69,6 +70,11 @@ def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
     return "planned" if dry_run else "done"
 
 
+def checked(told: "Checked") -> str:
+    """The check's name, and why it could not be made."""
+    return f"{told.name} ({visible(told.reason)})" if told.reason else told.name
+
+
 def estimate(told: "Estimate") -> str:
     """``copies at least 3 GiB, the base grows by up to 2 GiB of 70 GiB free, about 15 s at 200 MiB/s (assumed)``."""
     if told.copy is None or told.seconds is None:
@@ -76,6 +82,7 @@ def estimate(told: "Estimate") -> str:
     free = "" if told.free is None else f" of {size(told.free)} free"
     grows = "" if told.growth is None else f", the base grows by up to {size(told.growth)}{free}"
     if told.at_least:
-        grows += ", and by what the guest writes meanwhile"
+        grows += ", and what the guest writes meanwhile"
     rate = f"{size(told.rate)}/s ({'as given' if told.rate_given else 'assumed'})"
-    return f"copies {'at least ' if told.at_least else ''}{size(told.copy)}{grows}; {duration(told.seconds)} at {rate}"
+    takes = duration(told.seconds) if told.seconds >= 1 else "less than 1 s"
+    return f"copies {'at least ' if told.at_least else ''}{size(told.copy)}{grows}; {takes} at {rate}"
