@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from qmpmerge import errors
     from qmpmerge.blockgraph import Disk
     from qmpmerge.chain import Chain, Image
+    from qmpmerge.diskdoctor import examine_path
+    from qmpmerge.doctor import examine
     from qmpmerge.doors import opened
     from qmpmerge.doors.live import live
     from qmpmerge.doors.offline import offline
     from qmpmerge.errors import Error
+    from qmpmerge.findings import Finding
     from qmpmerge.hosts import ChainView, Host
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.merge import commit, follow
@@ -34,6 +37,7 @@ _HOME = {
     "CommitPlan": "plan",
     "Disk": "blockgraph",
     "Error": "errors",
+    "Finding": "findings",
     "Host": "hosts",
     "Image": "chain",
     "Job": "jobs",
@@ -42,6 +46,8 @@ _HOME = {
     "Progress": "jobs",
     "Vm": "processes",
     "commit": "merge",
+    "examine": "doctor",
+    "examine_path": "diskdoctor",
     "follow": "merge",
     "live": "doors.live",
     "offline": "doors.offline",
@@ -56,6 +62,7 @@ __all__ = [
     "CommitPlan",
     "Disk",
     "Error",
+    "Finding",
     "Host",
     "Image",
     "Job",
@@ -65,6 +72,8 @@ __all__ = [
     "Vm",
     "commit",
     "errors",
+    "examine",
+    "examine_path",
     "follow",
     "live",
     "offline",

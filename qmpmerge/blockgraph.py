@@ -106,12 +106,14 @@ class Layout:
     All disks of a QEMU at one moment, its jobs, and the graph's nodes by name.
 
     `job_edges` maps a job's id and an edge's name (``base``, ``source``, ``target``, ``intermediate node``) to nodes.
+    `held` are the nodes that a device, an export or a job has for its root.
     """
 
     disks: tuple[Disk, ...]
     jobs: tuple[Job, ...]
     nodes: Mapping[str, Node]
     job_edges: Mapping[str, Mapping[str, list[str]]]
+    held: frozenset[str] = frozenset()
 
     def find(self, name: str | None, target: str) -> Disk:
         """
@@ -219,6 +221,7 @@ class _Decoder:
             if node["type"] == "block-driver"
         }
         self._parents: set[str] = set()
+        self._held: set[str] = set()
         self._job_edges: dict[str, dict[str, list[str]]] = {}
         self._read_edges()
 
@@ -229,6 +232,8 @@ class _Decoder:
             if kind == "block-driver":
                 self._nodes[parent].children[edge["name"]] = child
                 self._parents.add(child)
+            elif kind == "block-backend":
+                self._held.add(child)
             elif kind == "block-job":
                 self._job_edges.setdefault(parent, {}).setdefault(edge["name"], []).append(child)
 
@@ -237,7 +242,7 @@ class _Decoder:
         # A concluded job still holds nodes that it merged away: the disk of a device comes first.
         placed = {disk.job.id: disk.job for disk in reversed(disks) if disk.job is not None}
         running = tuple(placed.get(job.id, job) for job in self._jobs)
-        return Layout(disks=tuple(disks), jobs=running, nodes=self._nodes, job_edges=self._job_edges)
+        return Layout(tuple(disks), running, self._nodes, self._job_edges, frozenset(self._held))
 
     def _attached(self) -> Iterator[Disk]:
         """Disks under a named block backend, in the order in which their devices were made."""

@@ -32,7 +32,7 @@ def find(images: Sequence[Image], chain: Chain, search: Collection[str] = ()) ->
     members = {image.inode for image in chain}
     found: dict[str, Dependent] = {}
     for folder in _folders(chain, search):
-        for entry in _files(folder):
+        for entry in files(folder):
             status = _status(entry.path)
             if status is None or (status.st_dev, status.st_ino) in members:
                 continue
@@ -47,7 +47,8 @@ def _folders(chain: Chain, search: Collection[str]) -> list[str]:
     return list(dict.fromkeys(map(os.path.realpath, folders)))
 
 
-def _files(folder: str) -> list["os.DirEntry[str]"]:
+def files(folder: str) -> list["os.DirEntry[str]"]:
+    """The regular files of a folder, symlinks to some included; none where it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if _is_file(entry)]

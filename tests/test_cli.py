@@ -370,7 +370,7 @@ def test_no_jobs(vm: str) -> None:
 
 # --- help and completion -----------------------------------------------------------------------------------------------
 
-NAMES = ("vms", "disks", "chain", "snapshot", "commit", "jobs", "job", "completion")
+NAMES = ("vms", "disks", "chain", "snapshot", "commit", "jobs", "job", "doctor", "completion")
 
 
 @pytest.mark.parametrize("name", NAMES)

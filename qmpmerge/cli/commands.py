@@ -5,6 +5,7 @@ Whatever a user can do here, `import qmpmerge` can do, with the same values and 
 command needs are made where it runs: start-up time is a feature.
 """
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -362,6 +363,48 @@ def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending"
         return outcome.verdict
 
     return run(options, on_host(target, options, work, live=True))
+
+
+@cli.command()
+@target
+@click.option(
+    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the chain's."
+)
+@for_images
+@shared
+def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
+    """
+    Tell everything that is odd about the chains and jobs of TARGET, and the command that mends each.
+
+    TARGET may also be a folder of images. Nothing is changed. The worst comes first: `harm` is for data or a guest that
+    suffer now or at the next start, `care` for what somebody has to decide, `note` for what only takes up room.
+
+    \b
+    Examples:
+      qmpmerge doctor vm1
+      qmpmerge doctor /vm
+      qmpmerge doctor vm1 --json | jq -e '.findings == []'
+
+    \b
+    Exit codes: 0 whatever is found, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge import diskdoctor
+
+        output.doctor(target, await diskdoctor.examine_path(target, allow=options.allow, search=search))
+        return "done"
+
+    async def on_live(host: "Host", output: "Output") -> str:
+        from qmpmerge import doctor
+
+        output.doctor(target, await doctor.examine(host, search=search))
+        return "done"
+
+    from qmpmerge.doors import is_image
+
+    is_path = is_image(target) or os.path.isdir(target)
+    return run(options, work if is_path else on_host(target, options, on_live))
 
 
 @cli.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
     from qmpmerge.errors import Error
+    from qmpmerge.findings import Finding
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import Outcome
@@ -84,6 +85,12 @@ class JsonOutput:
     def steered(self, job_id: str, job: "Job | None") -> None:
         """The job as it is now, null when it is gone."""
         self._print({"verdict": "done", "id": job_id, "job": _job(job) if job else None})
+
+    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
+        """The findings, the worst first; an empty list is a clean bill of health."""
+        keys = ("name", "severity", "where", "what", "why", "command")
+        told = [{key: getattr(finding, key) for key in keys} for finding in findings]
+        self._print({"verdict": "done", "target": target, "findings": told})
 
     def failure(self, error: "Error") -> None:
         """The error with its facts."""

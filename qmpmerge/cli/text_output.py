@@ -12,6 +12,7 @@ from qmpmerge.cli.words import visible
 if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
     from qmpmerge.errors import Error
+    from qmpmerge.findings import Finding
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import Outcome
@@ -124,6 +125,16 @@ class TextOutput:
     def steered(self, job_id: str, job: "Job | None") -> None:
         """One line."""
         self._say(f"{visible(job_id)}: {'gone' if job is None else job.status}")
+
+    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
+        """Each finding in four lines: how bad and where, what, why, and the command that mends it."""
+        if not findings:
+            self._say(f"{visible(target)}: nothing odd was found")
+        for finding in findings:
+            self._say(f"{finding.severity}: {visible(finding.where)} ({finding.name})")
+            self._say(f"  what  {visible(finding.what)}")
+            self._say(f"  why   {visible(finding.why)}")
+            self._say(f"  mend  {visible(finding.command) or 'nothing to run'}")
 
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr."""
