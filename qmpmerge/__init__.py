@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmpmerge import errors
     from qmpmerge.blockgraph import Disk
     from qmpmerge.chain import Chain, Image
+    from qmpmerge.converge import Converge
     from qmpmerge.diskdoctor import examine_path
     from qmpmerge.doctor import examine
     from qmpmerge.doors import opened
@@ -35,6 +36,7 @@ _HOME = {
     "Chain": "chain",
     "ChainView": "hosts",
     "CommitPlan": "plan",
+    "Converge": "converge",
     "Disk": "blockgraph",
     "Error": "errors",
     "Finding": "findings",
@@ -60,6 +62,7 @@ __all__ = [
     "Chain",
     "ChainView",
     "CommitPlan",
+    "Converge",
     "Disk",
     "Error",
     "Finding",

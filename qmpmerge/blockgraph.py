@@ -257,11 +257,11 @@ class _Decoder:
                 continue  # an export's or a job's backend, not a device's
             # Where the devices were not asked for, only a QOM path is surely no drive id.
             drive = name if name in self._drives or not (self._devices_known or name.startswith("/")) else ""
-            yield self._disk(root, drive=drive, qdev=_qdev_id(self._drives.get(drive, name)))
+            yield self._disk(root, drive=drive, qdev=qdev_id(self._drives.get(drive, name)))
 
     def _empty_drives(self) -> Iterator[Disk]:
         for entry in self._empty:
-            drive, qdev = entry["device"], _qdev_id(entry.get("qdev", ""))
+            drive, qdev = entry["device"], qdev_id(entry.get("qdev", ""))
             yield Disk(name=drive or qdev, drive=drive, qdev=qdev, root="", chain=None, nodes=())
 
     def _unattached(self) -> Iterator[Disk]:
@@ -339,7 +339,7 @@ def _told_apart(images: list[Image]) -> list[Image]:
     ]
 
 
-def _qdev_id(path: str) -> str:
+def qdev_id(path: str) -> str:
     """``/machine/peripheral/vd0/virtio-backend`` is what the user called ``vd0``; other paths stay as they are."""
     match = re.match(r"/machine/peripheral/([^/]+)", path)
     return match[1] if match else path

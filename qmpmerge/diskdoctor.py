@@ -39,27 +39,36 @@ async def examine_path(
     if not os.path.exists(path):
         raise ImageUnreadable(file=path, reason="No such file or directory")
     if not os.path.isdir(path):
-        return sort(await _chain(path, allow, search))
-    found = leftovers.in_folder(path)
-    for image in _tops(path):
-        found += await _chain(image, allow, search)
+        return sort([*await _chain(path, allow), *_beside(path, allow, search)])
+    overlays = _overlays(path)
+    found = [*leftovers.in_folder(path), *_shared(overlays)]
+    for image in _tops(overlays):
+        found += await _chain(image, allow)
     return sort(found)
 
 
-async def _chain(image: str, allow: Collection[str], search: Collection[str]) -> list[Finding]:
+async def _chain(image: str, allow: Collection[str]) -> list[Finding]:
     try:
         layers = diskwalk.walk(image, allow=allow)
     except Refused as error:
         severity, why = _WHY[error.name]
-        return [Finding(error.name, severity, image, str(error), f"{why}: {error.hint}"), *_beside(image)]
-    chain = Chain(tuple(map(_image, layers)))
+        return [Finding(error.name, severity, image, str(error), f"{why}: {error.hint}")]
+    chain = _as_chain(layers)
     users = processes.users(chain.files)
-    found = [*_used(chain, users), *doctor.disguised(chain.images), *_deep(chain), *leftovers.beside(chain, search)]
+    found = [*_used(chain, users), *doctor.disguised(chain.images), *_deep(chain)]
     return [*found, *([] if users else await _marks(layers))]
 
 
-def _beside(image: str) -> list[Finding]:
-    return leftovers.in_folder(os.path.dirname(image))
+def _beside(image: str, allow: Collection[str], search: Collection[str]) -> list[Finding]:
+    """Which chain is meant is known: other images that are built on it are leftovers, or somebody's."""
+    try:
+        return leftovers.beside(_as_chain(diskwalk.walk(image, allow=allow)), search)
+    except Refused:
+        return leftovers.in_folder(os.path.dirname(image))
+
+
+def _as_chain(layers: tuple[Layer, ...]) -> Chain:
+    return Chain(tuple(map(_image, layers)))
 
 
 def _image(layer: Layer) -> Image:
@@ -106,19 +115,30 @@ async def _marks(layers: tuple[Layer, ...]) -> list[Finding]:
     return found
 
 
-def _tops(folder: str) -> list[str]:
-    """The qcow2 images of a folder on which no other image there is built; what is stashed is told by its name."""
-    images = {}
+def _overlays(folder: str) -> dict[str, str | None]:
+    """The qcow2 images of a folder, each with the real path of what its header names; stashed ones are left out."""
+    images: dict[str, str | None] = {}
     for entry in dependents.files(folder):
         try:
             header = qcow2.read(entry.path) if not entry.name.endswith(leftovers.STASHED) else None
         except OSError:
             continue
         if header is not None:
-            images[entry.path] = header
-    named = {os.path.realpath(os.path.join(folder, name)) for header in images.values() if (name := _path(header))}
-    return sorted(path for path in images if os.path.realpath(path) not in named)
+            name = qcow2.named_path(header.backing) if header.backing is not None else None
+            images[entry.path] = os.path.realpath(os.path.join(folder, name)) if name is not None else None
+    return images
 
 
-def _path(header: qcow2.Qcow2Header) -> str | None:
-    return qcow2.named_path(header.backing) if header.backing is not None else None
+def _tops(overlays: dict[str, str | None]) -> list[str]:
+    """Those on which no other image of the folder is built."""
+    return sorted(path for path in overlays if os.path.realpath(path) not in overlays.values())
+
+
+def _shared(overlays: dict[str, str | None]) -> Iterator[Finding]:
+    """Images with more than one overlay: which of them is wanted nobody can say from here."""
+    for below in sorted({name for name in overlays.values() if name is not None}):
+        above = sorted(path for path, name in overlays.items() if name == below)
+        if len(above) > 1:
+            what = f"more than one image is built on it: {', '.join(above)}"
+            why = "one that an earlier merge left shows older data; where all are wanted, a merge into it ruins the others"
+            yield Finding("shared-image", "care", below, what, why)

@@ -74,6 +74,9 @@ class Progress:
     How far a merge is. `counts` says what `done` and `total` (bytes) are: an intermediate merge walks the whole virtual
     disk (``scanned``), an active one counts what it has to copy (``copied``), and its total grows while the guest
     writes. `rate` is bytes a second, `eta` seconds; both None while nothing sensible can be said.
+
+    Of an active merge `dirty_rate` is what the guest writes again, in bytes a second, and `converging` whether it gets
+    ready like this; None while nobody can say. `hint` is a sentence for the user, said once.
     """
 
     disk: str
@@ -84,6 +87,9 @@ class Progress:
     counts: str
     rate: float | None = None
     eta: float | None = None
+    dirty_rate: float | None = None
+    converging: bool | None = None
+    hint: str | None = None
 
     @property
     def percent(self) -> float | None:

@@ -77,12 +77,17 @@ def witnesses(folder: str) -> list[Witness]:
 
 
 def _witness(path: str, image: str) -> Witness:
-    told: object = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        told = json.loads(_read(path))
-    fields = told if isinstance(told, dict) else {}
+    fields = _told(path)
     phase, job = (str(fields[key]) if fields.get(key) is not None else None for key in ("phase", "job"))
     return Witness(path, os.path.join(os.path.dirname(path), image), phase, job)
+
+
+def _told(path: str) -> dict[str, object]:
+    """The JSON object in a file of ours; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        told = json.loads(_read(path))
+        return told if isinstance(told, dict) else {}
+    return {}
 
 
 def _read(path: str) -> bytes:
@@ -120,7 +125,13 @@ def is_held(lock: str) -> bool:
 
 def _old_locks(folder: str) -> Iterator[Finding]:
     for path, image in _named(folder, _LOCK):
-        if not is_held(path):
+        if is_held(path):
+            continue
+        if _told(path):
+            what = f"the note of a merge into {image} that was left or killed"
+            why = "the next merge into it reads the note: it goes on with its job, or looks closer"
+            yield Finding("unfinished", "note", path, what, why)
+        else:
             what = f"a lock file that nobody holds: a merge into {image} was killed"
             yield Finding("old-lock", "note", path, what, "it keeps nobody out", f"rm -f -- {shlex.quote(path)}")
 

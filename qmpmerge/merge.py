@@ -15,9 +15,11 @@ Success is read back: a fresh discovery of the graph and the header on disk must
 import asyncio
 import time
 from collections.abc import Collection, Coroutine
+from dataclasses import replace
 from typing import NoReturn
 
 from qmpmerge import checks, jobs, locks, plan, shield, steps, switch
+from qmpmerge.converge import Converge, climbing
 from qmpmerge.errors import (
     JobFailed,
     JobVerb,
@@ -52,6 +54,7 @@ async def commit(
     force: Collection[str] = (),
     search: Collection[str] = (),
     dry_run: bool = False,
+    converge: Converge | None = None,
     report: Report = lambda progress: None,
     timeout: float | None = None,
 ) -> Outcome:
@@ -61,7 +64,7 @@ async def commit(
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
     where it is cheap. An active merge is not compared while a guest can write. `force` and `search` are those of
     `checks.check`. `speed` is bytes a second, 0 for unlimited; `timeout` seconds, after which StillRunning is raised and
-    the job goes on.
+    the job goes on. `converge` allows to slow down or pause a guest that writes as fast as is copied.
 
     Cancelling the task cancels the job and waits until the old chain is back; from the switch to the proof it waits.
 
@@ -82,6 +85,7 @@ async def commit(
                 "planned", view.disk.name, planned.chain, planned.result, merged=switch.merged_files(planned)
             )
         merge = steps.begin(host, view, planned, ending, report, deadline, verify)
+        merge.converge = converge
         async with host.monitor.listening() as doorbell:
             return await _run(merge, doorbell, starting=steps.start(merge, speed))
 
@@ -92,6 +96,7 @@ async def follow(
     *,
     ending: Ending = "pivot",
     needs_ready: bool = False,
+    converge: Converge | None = None,
     report: Report = lambda progress: None,
     timeout: float | None = None,
 ) -> Outcome:
@@ -115,6 +120,7 @@ async def follow(
     else:
         raise JobVerb(job=job.id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
     merge = steps.begin(host, view, planned, ending, report, deadline)
+    merge.converge = converge
     with locks.held(planned.base):
         async with host.monitor.listening() as doorbell:
             return await _run(merge, doorbell)
@@ -174,7 +180,9 @@ async def _run(merge: Merge, doorbell: Doorbell, *, starting: Coroutine[None, No
     try:
         if starting is not None:
             await starting
-        return await _to_the_end(merge, doorbell)
+        async with climbing(merge.host.monitor, merge.disk, merge.job, merge.watch, merge.converge) as rungs:
+            outcome = await _to_the_end(merge, doorbell)
+        return replace(outcome, rungs=tuple(rungs))
     except asyncio.CancelledError:
         if not mine:  # leaving somebody else's job is not ending it
             raise StillRunning(target=merge.host.target, job=merge.job) from None

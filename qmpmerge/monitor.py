@@ -71,12 +71,20 @@ class Monitor:
     in ``(7, 2, 22)``.
     """
 
-    def __init__(self, client: QMPClient, name: str, pid: int | None, trace: Trace | None) -> None:
+    def __init__(
+        self, client: QMPClient, name: str, pid: int | None, trace: Trace | None, connection: socket.socket
+    ) -> None:
         self._client = client
+        self._connection = connection
         self.name = name
         self.pid = pid
         self._trace = trace or (lambda direction, text: None)
         self.version = _version_of(client)
+
+    @property
+    def descriptor(self) -> int:
+        """The connection, for a process that is to inherit it; -1 once the session has ended."""
+        return self._connection.fileno()
 
     async def execute(self, command: str, *, timeout: float = COMMAND_SECONDS, **arguments: object) -> Any:
         """
@@ -161,7 +169,7 @@ async def connected(
     client = QMPClient(readbuflen=_LARGEST_REPLY)
     await _greet(client, connection, name, pid, timeout)
     try:
-        yield _negotiated(client, name, pid, trace)
+        yield _negotiated(client, name, pid, trace, connection)
     finally:
         await _disconnect(client)
 
@@ -175,7 +183,7 @@ async def opened(
     client = QMPClient(readbuflen=_LARGEST_REPLY)
     await _greet(client, connection, name, pid, COMMAND_SECONDS)
     try:
-        yield _negotiated(client, name, pid, trace)
+        yield _negotiated(client, name, pid, trace, connection)
     finally:
         await _disconnect(client)
 
@@ -322,9 +330,11 @@ async def _disconnect(client: QMPClient) -> None:
             await client.disconnect()
 
 
-def _negotiated(client: QMPClient, name: str, pid: int | None, trace: Trace | None) -> Monitor:
+def _negotiated(
+    client: QMPClient, name: str, pid: int | None, trace: Trace | None, connection: socket.socket
+) -> Monitor:
     try:
-        return Monitor(client, name, pid, trace)
+        return Monitor(client, name, pid, trace, connection)
     except (KeyError, TypeError, ValueError):
         raise NotQmp(address=name, got="it greets, but not as a QEMU does") from None
 

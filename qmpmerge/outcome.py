@@ -30,7 +30,7 @@ class Outcome:
 
     `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
     merge counts what it walked). `verified` says that base and top were compared before the switch. `hints` are sentences
-    for the user.
+    for the user, `rungs` those about what was done to a guest that wrote as fast as was copied (`converge`).
     """
 
     verdict: str
@@ -43,3 +43,4 @@ class Outcome:
     seconds: float = 0.0
     hints: tuple[str, ...] = ()
     verified: bool = False
+    rungs: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from typing import Any
 from qmpmerge import durable, jobs, qemuimg, shield
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain
+from qmpmerge.converge import Converge, Watch
 from qmpmerge.errors import (
     CommandError,
     FlushUnavailable,
@@ -47,6 +48,8 @@ class Merge:
     verify: bool | None
     verified: bool = False
     base_is_durable: bool = False
+    converge: Converge | None = None
+    watch: Watch = field(default_factory=Watch)
     copied: int | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -108,7 +111,8 @@ async def copy(merge: Merge, doorbell: Doorbell) -> Job | None:
 
     def tell(job: Job) -> None:
         merge.copied = job.done
-        merge.report(meter.read(job))
+        told = meter.read(job)
+        merge.report(merge.watch.read(job, told) if merge.plan.pivots else told)
 
     return await jobs.follow(
         merge.host.monitor,

@@ -140,7 +140,9 @@ def test_snapshot(streams: Streams) -> None:
 
 def test_commit(streams: Streams) -> None:
     merged = (MergedFile("/vm/a.qcow2", action="stash", now="/vm/a.qcow2.merged"),)
-    streams.output.commit(Outcome("pivoted", "vda", CHAIN, RESULT, JOB.id, merged, GIB, 1.23456, ("a hint",)))
+    streams.output.commit(
+        Outcome("pivoted", "vda", CHAIN, RESULT, JOB.id, merged, GIB, 1.23456, ("a hint",), rungs=("paused",))
+    )
     assert streams.document() == {
         "schema": 1,
         "verdict": "pivoted",
@@ -153,6 +155,7 @@ def test_commit(streams: Streams) -> None:
         "seconds": 1.235,
         "verified": False,  # not in DESIGN.md yet
         "hints": ["a hint"],
+        "converge": ["paused"],
     }
 
 
@@ -161,7 +164,7 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
     streams.output.commit(Outcome(verdict, "vda", CHAIN, CHAIN))
     document = streams.document()
     assert document.pop("verdict") == verdict
-    shape = {"schema", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
+    shape = {"schema", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints", "converge"}
     assert set(document) == shape
     assert (document["job"], document["copied"], document["merged"], document["hints"]) == (None, None, [], [])
 
@@ -291,6 +294,9 @@ def test_progress_is_one_object_a_line_on_stderr(streams: Streams) -> None:
         "counts": "copied",  # not in DESIGN.md yet
         "rate": 1e8,
         "eta": 30.0,
+        "dirty_rate": None,
+        "converging": None,
+        "hint": None,
     }
     assert first == {**second, "rate": None, "eta": None}
 

@@ -14,7 +14,7 @@ import click
 
 from qmpmerge import __version__
 from qmpmerge.cli import completing
-from qmpmerge.cli.options import Assignment, Options, Size, for_images, shared
+from qmpmerge.cli.options import Assignment, Help, Options, Size, converging, for_images, shared
 from qmpmerge.cli.running import on_host, run
 
 if TYPE_CHECKING:
@@ -226,6 +226,7 @@ def snapshot(
     "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the merged ones."
 )
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
+@converging
 @for_images
 @shared
 def commit(
@@ -239,6 +240,7 @@ def commit(
     verify: bool | None,
     search: tuple[str, ...],
     dry_run: bool,
+    converge: Help | None,
     options: Options,
 ) -> int:
     """
@@ -247,6 +249,10 @@ def commit(
     The images above --base up to and including --top go into --base. By default that is the whole chain, and the guest
     moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
     to the base.
+
+    A guest that writes as fast as is copied keeps an active merge from ever being ready. With --converge our own --speed
+    is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all that is undone
+    at the end, even if qmpmerge is killed.
 
     LAYER is a path, an index as `qmpmerge chain` shows it (`vda[2]` or `[2]`, 1 is the base), or a node name.
 
@@ -283,6 +289,7 @@ def commit(
             force=options.force,
             search=search,
             dry_run=dry_run,
+            converge=converge.told_to(output) if converge else None,
             report=output.progress,
             timeout=options.timeout,
         )
@@ -321,8 +328,17 @@ VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismi
 @click.argument("verb", type=click.Choice(VERBS), metavar="VERB")
 @click.argument("speed", type=Size(), required=False, metavar="[SIZE]")
 @endings
+@converging
 @shared
-def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending", options: Options) -> int:
+def job(
+    target: str,
+    job_id: str,
+    verb: str,
+    speed: int | None,
+    ending: "Ending",
+    converge: Help | None,
+    options: Options,
+) -> int:
     """
     Steer a block job, or go on with a merge that was left.
 
@@ -356,6 +372,7 @@ def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending"
             job_id,
             ending=ending if verb == "follow" else "pivot" if verb == "pivot" else "keep",
             needs_ready=verb != "follow",
+            converge=converge.told_to(output) if converge else None,
             report=output.progress,
             timeout=options.timeout,
         )

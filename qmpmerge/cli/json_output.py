@@ -75,6 +75,7 @@ class JsonOutput:
                 "seconds": round(outcome.seconds, 3),
                 "verified": outcome.verified,
                 "hints": list(outcome.hints),
+                "converge": list(outcome.rungs),
             }
         )
 
@@ -99,7 +100,7 @@ class JsonOutput:
 
     def progress(self, told: "Progress") -> None:
         """One object a line on stderr."""
-        keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta")
+        keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta", "dirty_rate", "converging", "hint")
         if not self._quiet:
             self._line({"event": "progress", **{key: getattr(told, key) for key in keys}})
 

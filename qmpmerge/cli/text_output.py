@@ -101,6 +101,8 @@ class TextOutput:
         for merged in outcome.merged:
             word = "would no longer be part of it" if outcome.verdict == "planned" else "no longer part of it"
             self._say(f"  {word}: {visible(merged.file)}")
+        for rung in outcome.rungs:
+            self._say(f"  to get it ready: {visible(rung)}")
         for hint in outcome.hints:
             self._hint(hint)
 
@@ -145,6 +147,9 @@ class TextOutput:
 
     def progress(self, told: "Progress") -> None:
         """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
+        if told.hint and not self._quiet:
+            self.close()
+            self._hint(f"{told.disk}: {told.hint}")
         now = self._clock()
         if self._begun is None:
             self._begun = now
