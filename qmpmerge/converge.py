@@ -7,7 +7,7 @@ grows by what the guest has written again, `offset` by what was copied. QEMU upd
 
 With `--converge` a ladder is climbed, a rung each time that the last one was not enough:
 
-    lift      our own speed limit is taken off
+    lift      the job's own speed limit is taken off
     throttle  the guest's writes are limited to half of the copy's rate, then to a quarter, down to a floor
     pause     the guest is paused, for at most the time that the user gives, where the rest can be copied in it
 
@@ -186,22 +186,22 @@ class Ladder:
     def _ladder(self) -> "Iterator[Rung]":
         if self.watch.speed:
             yield self._lift
-        yield from self._throttling()
+        yield from self.throttling()
         if self.wanted.pause:
-            yield self._pause
+            yield self.pause
 
     def _say(self, text: str) -> None:
         self.rungs.append(text)
         self.wanted.tell(f"{self.disk.name}: {text}")
 
     async def _lift(self) -> None:
-        self._say(f"our own limit of {mib(self.watch.speed)}/s is taken off")
+        self._say(f"the job's own limit of {mib(self.watch.speed)}/s is taken off")
         with contextlib.suppress(CommandError):  # it has just ended
             await self.monitor.execute("block-job-set-speed", device=self.job, speed=0)
 
     # --- throttling the guest -----------------------------------------------------------------------------------
 
-    def _throttling(self) -> "Iterator[Rung]":
+    def throttling(self) -> "Iterator[Rung]":
         """Down by halves from the copy's rate to the floor; given up where QEMU will not have it."""
         throttle = Throttle(self.monitor, self.disk)
         while not throttle.refused and throttle.target != self.wanted.floor:
@@ -223,7 +223,8 @@ class Ladder:
 
     # --- pausing the guest --------------------------------------------------------------------------------------
 
-    async def _pause(self) -> None:
+    async def pause(self) -> None:
+        """Pause the guest, where the rest can be copied in the time that is allowed."""
         rates = self.watch.rates
         needed = rates.rest / rates.copy if rates is not None and rates.copy else 0.0
         if needed > self.wanted.pause:
@@ -334,3 +335,5 @@ async def climbing(
         task.cancel()
         await shield.finished(asyncio.wait({task}))
         await shield.finished(ladder.come_down())
+        if not task.cancelled():
+            task.result()  # a bug of ours is not kept quiet

@@ -85,14 +85,10 @@ def _jobs(host: Host, layout: Layout, known: list[Job]) -> Iterator[Finding]:
 
 def _is_watched(layout: Layout, job: Job) -> bool:
     """Whether a qmpmerge is at work on it, as the lock beside its base tells."""
-    edges = layout.job_edges.get(job.id, {})
-    bases = {*edges.get("target", ()), *edges.get("base", ())}
-    images = [image for disk in layout.disks for image in disk.chain or () if image.node in bases]
-    return job.ours and any(
-        os.path.exists(path) and leftovers.is_held(path)
-        for path in map(locks.lock_path, images)
-        if path.startswith("/")
-    )
+    disks = [disk for disk in layout.disks if disk.job is not None and disk.job.id == job.id]
+    images = [image for disk in disks for image in disk.chain or () if image.has_path]
+    beside = [path for path in map(locks.lock_path, images) if os.path.exists(path)]
+    return job.ours and any(map(leftovers.is_held, beside))
 
 
 def _job(host: Host, job: Job, *, is_active: bool) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from qmpmerge import dependents, processes
 from qmpmerge.chain import Chain, Image
 from qmpmerge.dependents import Dependent
-from qmpmerge.findings import Finding
+from qmpmerge.findings import Finding, Severity
 
 STASHED = ".merged"
 _WITNESS = re.compile(r"\.(?P<image>.+)\.qmpmerge-witness", re.DOTALL)
@@ -51,8 +51,8 @@ def beside(chain: Chain, search: Collection[str] = (), *, pid: int | None = None
 def in_folder(folder: str) -> list[Finding]:
     """What the names in one folder tell. The witness of a merge that is under way, as its lock shows, is no finding."""
     at_work = any(is_held(path) for path, _image in _named(folder, _LOCK))
-    crashed = [] if at_work else map(_crashed, witnesses(folder))
-    return [*crashed, *_old_locks(folder), *_stashed(folder)]
+    unsettled = [] if at_work else map(_unsettled, witnesses(folder))
+    return [*unsettled, *_old_locks(folder), *_stashed(folder)]
 
 
 def folders(chain: Chain, search: Collection[str] = ()) -> list[str]:
@@ -96,17 +96,22 @@ def _read(path: str) -> bytes:
         return file.read(_LARGEST_WITNESS) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
 
 
-def _crashed(witness: Witness) -> Finding:
+_PHASES: dict[str | None, tuple[Severity, str]] = {
+    "copying": ("care", "the old chain is right; its job may be at work still, and goes with QEMU"),
+    "proved": ("note", "the new chain is right; only the merged files remain to be dealt with"),
+}
+_UNSETTLED: tuple[Severity, str] = (
+    "harm",
+    "nothing in the images says which of them is right now: do not start the VM before this is settled",
+)
+
+
+def _unsettled(witness: Witness) -> Finding:
     phase = f"in phase {witness.phase}" if witness.phase else "in a phase that it does not tell"
     job = f" (job {witness.job})" if witness.job else ""
-    return Finding(
-        "crashed",
-        "harm",
-        witness.file,
-        f"a merge of {witness.image}{job} was cut off {phase}",
-        "nothing in the images says which of them is right now: do not start the VM before this is settled",
-        f"qmpmerge recover {shlex.quote(witness.image)}",
-    )
+    severity, why = _PHASES.get(witness.phase, _UNSETTLED)
+    what = f"a merge of {witness.image}{job} was left or cut off {phase}"
+    return Finding("unsettled", severity, witness.file, what, why, shlex.join(["qmpmerge", "recover", witness.image]))
 
 
 # --- locks --------------------------------------------------------------------------------------------------------
@@ -133,20 +138,19 @@ def _old_locks(folder: str) -> Iterator[Finding]:
             yield Finding("unfinished", "note", path, what, why)
         else:
             what = f"a lock file that nobody holds: a merge into {image} was killed"
-            yield Finding("old-lock", "note", path, what, "it keeps nobody out", f"rm -f -- {shlex.quote(path)}")
+            yield Finding("old-lock", "note", path, what, "it keeps nobody out", shlex.join(["rm", "-f", "--", path]))
 
 
 # --- images -------------------------------------------------------------------------------------------------------
 
 
 def _stashed(folder: str) -> Iterator[Finding]:
-    for path, _image in _named(folder, re.compile(r"(?P<image>.+)" + re.escape(STASHED), re.DOTALL)):
-        users = processes.users([path])
-        what = "an image that a merge put aside"
-        if users:
-            yield Finding("stashed", "note", path, what, f"it takes up room, and {users[0]} has it open still")
-        else:
-            yield Finding("stashed", "note", path, what, "it takes up room", f"rm -- {shlex.quote(path)}")
+    paths = [path for path, _image in _named(folder, re.compile(r"(?P<image>.+)" + re.escape(STASHED), re.DOTALL))]
+    users = {user.file: user for user in processes.users(paths)} if paths else {}
+    for path in paths:
+        why = "it takes up room" + (f", and {users[path]} has it open still" if path in users else "")
+        command = "" if path in users else shlex.join(["rm", "--", path])
+        yield Finding("stashed", "note", path, "an image that a merge put aside", why, command)
 
 
 def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterator[Finding]:

@@ -25,7 +25,7 @@ from setups import BACKEND, device, storage_daemon
 import qmpmerge
 from qmpmerge import converge
 from qmpmerge.converge import Converge, Ladder, Rates, Watch
-from qmpmerge.errors import CommandError
+from qmpmerge.errors import CommandError, JobFailed
 from qmpmerge.jobs import Job, Progress
 
 SIZE = 16 * MIB
@@ -159,7 +159,7 @@ async def test_our_own_limit_is_taken_off(tmp_path: Path, images: list[Path]) ->
         with guest.writing():
             async with qmpmerge.live(vm.target) as host:
                 outcome = await qmpmerge.commit(host, "vda", speed=COPIED, ending="ready", converge=Converge())
-        assert (outcome.verdict, outcome.rungs) == ("ready", ("our own limit of 32 MiB/s is taken off",))
+        assert (outcome.verdict, outcome.rungs) == ("ready", ("the job's own limit of 32 MiB/s is taken off",))
         await pivot(guest, images[0])
 
 
@@ -224,9 +224,9 @@ async def test_a_pause_that_would_not_do_is_not_made(guest: Guest) -> None:
     watch.rates = Rates(dirty=9.0, copy=8.0, rest=80)
     async with qmpmerge.live(guest.vm.target) as host:
         ladder = Ladder(host.monitor, await host.disk(), "j", watch, Converge(pause=2, tell=told.append))
-        await ladder._pause()
+        await ladder.pause()
         watch.rates = Rates(dirty=9.0, copy=8.0, rest=8)
-        await ladder._pause()
+        await ladder.pause()
     assert told == [
         "disk0: the guest is not paused: 10.0 s are needed, 2 s are allowed",
         "disk0: the guest does not run, so there is nothing to pause",
@@ -237,11 +237,27 @@ async def test_a_guest_that_nobody_can_throttle(tmp_path: Path, images: list[Pat
     with storage_daemon(tmp_path, images, Content()) as setup:
         async with qmpmerge.live(setup.machine.target) as host:
             ladder = Ladder(host.monitor, await host.disk(), "j", Watch(), Converge())
-            for step in ladder._throttling():
+            for step in ladder.throttling():
                 await step()
             await ladder.come_down()
     (rung,) = ladder.rungs
     assert rung.startswith("the guest's writes cannot be limited: ")
+
+
+async def test_a_job_that_fails_leaves_no_limit(guest: Guest) -> None:
+    """Somebody cancels it behind our back."""
+    during: list[dict[str, Any]] = []
+
+    def cancel(rung: str) -> None:
+        during.append(guest.limits())
+        guest.ask("job-cancel", id="qmpmerge-commit-disk0")
+
+    with guest.writing():
+        async with qmpmerge.live(guest.vm.target) as host:
+            with pytest.raises(JobFailed):
+                await qmpmerge.commit(host, converge=Converge(tell=cancel))
+    assert [limits["bps_wr"] > 0 for limits in during] == [True]
+    assert guest.limits() == SIX
 
 
 # --- when we are stopped ------------------------------------------------------------------------------------------

@@ -378,12 +378,12 @@ def leave(folder: Path) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2.merged", cwd=folder)
     (folder / ".base.raw.qmpmerge-lock").touch()
     (folder / ".a.qcow2.qmpmerge-lock").write_text('{"job": "qmpmerge-commit-vda"}')
-    told = {"phase": "COMPLETING", "job": "qmpmerge-commit-vda"}
+    told = {"phase": "switching", "job": "qmpmerge-commit-vda"}
     (folder / ".c.qcow2.qmpmerge-witness").write_text(json.dumps(told))
 
 
 LEFT = {
-    "crashed": ("harm", ".c.qcow2.qmpmerge-witness"),
+    "unsettled": ("harm", ".c.qcow2.qmpmerge-witness"),
     "stale-image": ("care", "old.qcow2"),
     "unfinished": ("note", ".a.qcow2.qmpmerge-lock"),
     "old-lock": ("note", ".base.raw.qmpmerge-lock"),
@@ -396,8 +396,8 @@ def check_left(found: dict[str, Finding], folder: Path) -> None:
         name: (severity, str(folder / file)) for name, (severity, file) in LEFT.items()
     }
     assert list(found) == list(LEFT), "the worst first"
-    assert "phase COMPLETING" in found["crashed"].what and "qmpmerge-commit-vda" in found["crashed"].what
-    assert found["crashed"].command == f"qmpmerge recover {folder}/c.qcow2"
+    assert "phase switching" in found["unsettled"].what and "qmpmerge-commit-vda" in found["unsettled"].what
+    assert found["unsettled"].command == f"qmpmerge recover {folder}/c.qcow2"
 
 
 async def test_what_lies_about_beside_a_running_chain(tmp_path: Path, images: list[Path], content: Content) -> None:
@@ -500,7 +500,7 @@ def test_the_command(tmp_path: Path, images: list[Path], content: Content) -> No
         target = setup.machine.target
         assert json.loads(said(target, "--json")) == {"schema": 1, "verdict": "done", "target": target, "findings": []}
         leave(tmp_path)
-        assert said(target).startswith(f"harm: {tmp_path}/.c.qcow2.qmpmerge-witness (crashed)\n  what  a merge of ")
+        assert said(target).startswith(f"harm: {tmp_path}/.c.qcow2.qmpmerge-witness (unsettled)\n  what  a merge of ")
     told = json.loads(said(str(tmp_path), "--json"))
     assert "shared-image" in [finding["name"] for finding in told["findings"]]
     assert set(told["findings"][0]) == {"name", "severity", "where", "what", "why", "command"}

@@ -250,7 +250,7 @@ def commit(
     moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
     to the base.
 
-    A guest that writes as fast as is copied keeps an active merge from ever being ready. With --converge our own --speed
+    A guest that writes as fast as is copied keeps an active merge from ever being ready. With --converge the job's speed limit
     is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all that is undone
     at the end, even if qmpmerge is killed.
 
