@@ -23,13 +23,20 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Header:
-    """What an image's own header says. `backing` is the string as written; sizes in bytes."""
+    """
+    What an image's own header says. `backing` is the string as written; sizes in bytes.
+
+    `open_bitmaps` are the dirty bitmaps that are marked as in use: where nobody has the image open, they are of no use
+    any more. `corrupt` is QEMU's own mark.
+    """
 
     file: str
     format: str
     virtual_size: int
     backing: str | None
     backing_format: str | None
+    open_bitmaps: tuple[str, ...] = ()
+    corrupt: bool = False
 
 
 async def info(path: str, format: str | None = None) -> Header:
@@ -192,12 +199,15 @@ def _plain_file(path: str) -> dict[str, object]:
 
 
 def _header(entry: Any) -> Header:
+    own = entry.get("format-specific", {}).get("data", {})
     return Header(
         file=entry["filename"],
         format=entry["format"],
         virtual_size=entry["virtual-size"],
         backing=entry.get("backing-filename"),
         backing_format=entry.get("backing-filename-format"),
+        open_bitmaps=tuple(bitmap["name"] for bitmap in own.get("bitmaps", ()) if "in-use" in bitmap["flags"]),
+        corrupt=own.get("corrupt", False),
     )
 
 

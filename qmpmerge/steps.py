@@ -13,6 +13,7 @@ from qmpmerge import bitmaps, comparison, durable, jobs, shield, shortage
 from qmpmerge.bitmaps import Bitmap
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain, Image
+from qmpmerge.converge import Converge, Watch
 from qmpmerge.errors import (
     BitmapsNotCarried,
     CommandError,
@@ -76,6 +77,8 @@ class Merge:
     guard: Guard | None = None
     paused_ms: float | None = None
     notes: list[str] = field(default_factory=list)
+    converge: Converge | None = None
+    watch: Watch = field(default_factory=Watch)
     copied: int | None = None
     bitmaps: tuple[Bitmap, ...] = ()
     started: float = field(default_factory=time.monotonic)
@@ -169,7 +172,8 @@ def counts(merge: Merge) -> str:
 def tell(merge: Merge, meter: Meter, job: Job) -> None:
     """Report a sighting of the job."""
     merge.copied = job.done
-    merge.report(meter.read(job, _shortage(merge, job)))
+    told = meter.read(job, _shortage(merge, job))
+    merge.report(merge.watch.read(job, told) if merge.plan.pivots else told)
 
 
 def _shortage(merge: Merge, job: Job) -> Shortage | None:

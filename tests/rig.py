@@ -18,6 +18,8 @@ from typing import Any
 
 MIB = 1024 * 1024
 SIZE = 8 * MIB
+OLD = {"block_set_io_throttle"}
+"""Commands whose arguments have underscores."""
 CPU = ["-M", "q35", "-accel", "tcg", "-S", "-display", "none", "-nodefaults", "-no-user-config"]
 
 
@@ -39,7 +41,7 @@ class Session:
 
     def ask(self, command: str, **arguments: object) -> Any:
         """Run a command and return the whole reply."""
-        sent = {key.replace("_", "-"): value for key, value in arguments.items()}
+        sent = {key if command in OLD else key.replace("_", "-"): value for key, value in arguments.items()}
         self._stream.write(json.dumps({"execute": command, "arguments": sent}).encode() + b"\n")
         self._stream.flush()
         while True:

@@ -1,0 +1,36 @@
+"""
+What the doctor has to say: one value for each thing that is odd, worst first.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["harm", "care", "note"]
+"""
+How bad it is. ``harm``: data or the guest suffers, now or at the next start. ``care``: somebody has to decide or tidy up
+before it does. ``note``: it only takes up room.
+"""
+
+SEVERITIES: tuple[Severity, ...] = ("harm", "care", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    Something odd: `where` is a disk, a job, a node or a file, `what` a sentence about it, `why` it matters.
+
+    `command` is one line for a shell that mends it, "" where there is nothing to run; then `why` says what else to do.
+    """
+
+    name: str
+    severity: Severity
+    where: str
+    what: str
+    why: str
+    command: str = ""
+
+
+def sort(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The worst first, else in the order in which they were found; nothing is said twice."""
+    return tuple(sorted(dict.fromkeys(found), key=lambda finding: SEVERITIES.index(finding.severity)))
