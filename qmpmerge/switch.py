@@ -72,9 +72,10 @@ async def _make_overlay_durable(merge: Merge) -> None:
 
 async def _delete_nodes(merge: Merge) -> None:
     """Close what explicit -blockdev nodes the merge left open, top down; nodes of -drive are gone by themselves."""
-    present = (await merge.host.layout()).nodes
-    for node in merge.old_nodes:
-        if node in present and not node.startswith("#"):
+    named = [node for node in merge.old_nodes if not node.startswith("#")]
+    present = (await merge.host.layout()).nodes if named else {}
+    for node in named:
+        if node in present:
             with contextlib.suppress(CommandError):  # gone with its parent, or in use by somebody else
                 await merge.host.monitor.execute("blockdev-del", node_name=node)
 

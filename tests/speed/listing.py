@@ -4,14 +4,16 @@ Commands that look and change nothing, on ever longer chains and ever more VMs; 
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 
-from rig import machine
+from rig import Session, machine
 from setups import device
 
-from speed.figures import OURS, QEMU_IMG, Figures
+from qmpmerge.blockgraph import DEEP
+from speed.figures import BARE, OURS, QEMU_IMG, Figures
 from speed.images import empty_chain
-from speed.peers import ours, timed
+from speed.peers import memory, ours, timed
 
 SECTION = "looking"
 
@@ -21,26 +23,38 @@ def start(figures: Figures, runs: int) -> None:
     for _ in range(runs):
         figures.add("start", "python -c pass", "python", timed(sys.executable, "-c", "pass").milliseconds)
         for words in (["--version"], ["commit", "--help"]):
-            ran = ours(*words)
-            figures.add("start", " ".join(words), OURS, ran.milliseconds)
-            figures.add("start", f"{' '.join(words)}: memory", OURS, ran.memory, "MiB")
+            figures.add("start", " ".join(words), OURS, ours(*words).milliseconds)
+    figures.add("start", "--version: memory", OURS, memory("--version"), "MiB")
 
 
 def chains(figures: Figures, folder: Path, runs: int, lengths: list[int]) -> None:
-    """`disks` and `chain` on chains of so many images; qemu-img reads the same headers."""
+    """
+    `disks` and `chain` on chains of so many images.
+
+    Bare QMP asks the same questions, so that is what QEMU itself takes for them; qemu-img reads the same headers.
+    """
     for layers in lengths:
         images = empty_chain(folder / f"listing-{layers}", layers)
         drive = f"file={images[-1]},format=qcow2,if=none,id=vda"
         with machine(images[0].parent, "-drive", drive, *device("vda")) as vm:
             for _ in range(runs):
                 for word in ("disks", "chain"):
-                    ran = ours(word, vm.target)
-                    figures.add(SECTION, f"{word}, {layers} layers", OURS, ran.milliseconds)
-                    figures.add(SECTION, f"{word}, {layers} layers: memory", OURS, ran.memory, "MiB")
+                    figures.add(SECTION, f"{word}, {layers} layers", OURS, ours(word, vm.target).milliseconds)
+                figures.add(SECTION, f"disks, {layers} layers", BARE, _questions(vm.session, layers))
                 words = ("qemu-img", "info", "-U", "--backing-chain", "--output=json", images[-1])
                 figures.add(SECTION, f"chain, {layers} layers", QEMU_IMG, timed(*words).milliseconds)
             for word in ("disks", "chain"):
+                figures.add(SECTION, f"{word}, {layers} layers: memory", OURS, memory(word, vm.target), "MiB")
                 _traffic(figures, f"{word}, {layers} layers", vm.target, word)
+
+
+def _questions(session: Session, layers: int) -> float:
+    """The questions that `disks` asks, in a session that is there already."""
+    begun = time.perf_counter()
+    for command in ("query-jobs", "x-debug-query-block-graph", *(["query-block"] if layers <= DEEP else [])):
+        session.execute(command)
+    session.execute("query-named-block-nodes", flat=True)
+    return (time.perf_counter() - begun) * 1000
 
 
 def _traffic(figures: Figures, name: str, target: str, word: str) -> None:
@@ -48,7 +62,8 @@ def _traffic(figures: Figures, name: str, target: str, word: str) -> None:
     traced = ours(word, target, "-v").stderr.splitlines()
     traffic = [line for line in traced if line.startswith(("->", "<-"))]
     figures.add(SECTION, f"{name}: QMP", OURS, sum(map(len, traffic)) / 1024, "KiB")
-    figures.add(SECTION, f"{name}: QMP", "round trips", len([line for line in traffic if line.startswith("->")]))
+    trips = [line for line in traffic if line.startswith("->")]
+    figures.add(SECTION, f"{name}: QMP round trips", OURS, len(trips), "")
 
 
 def vms(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None:
@@ -62,6 +77,5 @@ def vms(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None:
                 running.enter_context(machine(place, "-name", f"bench-{started}", "-m", "16"))
                 started += 1
             for _ in range(runs):
-                ran = ours("vms")
-                figures.add(SECTION, f"vms, {count} QEMUs", OURS, ran.milliseconds)
-                figures.add(SECTION, f"vms, {count} QEMUs: memory", OURS, ran.memory, "MiB")
+                figures.add(SECTION, f"vms, {count} QEMUs", OURS, ours("vms").milliseconds)
+            figures.add(SECTION, f"vms, {count} QEMUs: memory", OURS, memory("vms"), "MiB")

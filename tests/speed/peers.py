@@ -21,10 +21,9 @@ STARTING_SECONDS = 60
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that has run: milliseconds from before its start to after its end, and the most memory it had, in MiB."""
+    """A command that has run: milliseconds from before its start to after its end."""
 
     milliseconds: float
-    memory: float
     stderr: str
 
 
@@ -33,19 +32,31 @@ def timed(*command: str | Path, stdin: int | None = subprocess.DEVNULL) -> Ran:
     with tempfile.TemporaryFile("w+") as complaints:
         begun = time.perf_counter()
         process = subprocess.Popen(list(map(str, command)), stdin=stdin, stdout=subprocess.DEVNULL, stderr=complaints)
-        _, status, usage = os.wait4(process.pid, 0)
+        code = process.wait()
         milliseconds = (time.perf_counter() - begun) * 1000
-        process.returncode = os.waitstatus_to_exitcode(status)
         complaints.seek(0)
         said = complaints.read()
-    if process.returncode != 0:
-        raise SystemExit(f"bench: {command} failed with {process.returncode}: {said}")
-    return Ran(milliseconds, usage.ru_maxrss / 1024, said)
+    if code != 0:
+        raise SystemExit(f"bench: {command} failed with {code}: {said}")
+    return Ran(milliseconds, said)
 
 
 def ours(*arguments: str | Path) -> Ran:
     """A whole `qmpmerge` command, Python's start included."""
     return timed(COMMAND, *arguments)
+
+
+LAUNCHER = """
+import os, sys
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
+os.write(2, str(usage.ru_maxrss).encode())
+"""
+"""A process starts with the most memory that its parent ever had: this one has less than any command of ours."""
+
+
+def memory(*arguments: str | Path) -> float:
+    """The most memory that a `qmpmerge` command has, in MiB."""
+    return int(timed(sys.executable, "-I", "-S", "-c", LAUNCHER, COMMAND, *arguments).stderr.split()[-1]) / 1024
 
 
 # --- the floor -------------------------------------------------------------------------------------------------------
