@@ -98,13 +98,20 @@ def main() -> None:
         described = surroundings(folder)
         if peer is None:
             print("no libvirt here: virsh is left out (`--peers` installs it)", file=sys.stderr)
-        for section in options.section or SECTIONS:
-            print(f"measuring: {section}", file=sys.stderr)
-            SECTIONS[section](figures, folder, options.runs, peer)
+        try:
+            for section in options.section or SECTIONS:
+                print(f"measuring: {section}", file=sys.stderr)
+                SECTIONS[section](figures, folder, options.runs, peer)
+        finally:  # what was measured before a failure, or a Ctrl-C, is as good as ever
+            show(figures, described, options.json)
+
+
+def show(figures: Figures, described: dict[str, Any], file: Path | None) -> None:
+    """Print the tables, and keep all in `file`."""
     print(" ".join(f"{key}={value}" for key, value in described.items() if key != "command"))
     print("\n".join(figures.table()))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": described, "cases": figures.document()}, indent=1) + "\n")
+    if file is not None:
+        file.write_text(json.dumps({"machine": described, "cases": figures.document()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,10 +108,12 @@ class Direct:
         extra: dict[str, Any] = {} if top is None else {"backing_file": str(self.base)}
         names = {"top_node": nodes[str(top) if top else inserted["file"]], "base_node": nodes[str(self.base)]}
         await self.guest.qmp("block-commit", job_id="bare", device="vda", auto_dismiss=False, **names, **extra)
+        completing = False
         while True:
             (job,) = await self.guest.qmp("query-jobs")
-            if job["status"] == "ready":
+            if job["status"] == "ready" and not completing:
                 await self.guest.qmp("job-complete", id="bare")
+                completing = True
             elif job["status"] == "concluded":
                 break
             else:

@@ -78,10 +78,12 @@ def bare(session: Session, base: Path, top: Path, *, active: bool) -> float:
     extra = {} if active else {"backing_file": str(base)}
     begun = time.perf_counter()
     session.execute("block-commit", job_id="bare", device="vda", auto_dismiss=False, **nodes, **extra)
+    completing = False
     while True:
         (job,) = session.execute("query-jobs")
-        if job["status"] == "ready":
+        if job["status"] == "ready" and not completing:
             session.execute("job-complete", id="bare")
+            completing = True
         elif job["status"] == "concluded":
             break
         else:
