@@ -8,6 +8,7 @@ are medians; in brackets stands ours to the peer's, so that less than 1 means th
 import argparse
 import asyncio
 import compileall
+import contextlib
 import json
 import os
 import platform
@@ -58,6 +59,8 @@ SECTIONS: dict[str, Section] = {
     "guest": feel,
     "growth": grow,
 }
+LIVE = {"live", "guest"}
+"""The sections in which virsh is a peer."""
 
 
 def surroundings(folder: Path) -> dict[str, Any]:
@@ -92,14 +95,16 @@ def main() -> None:
     # As pip does when it installs: without it every start would compile the package where the environment forbids .pyc.
     compileall.compile_dir(Path(qmpmerge.__file__).parent, quiet=1)
     figures = Figures()
-    with tempfile.TemporaryDirectory(prefix="speed-", dir=options.dir) as name, libvirt() as peer:
+    sections = options.section or list(SECTIONS)
+    with tempfile.TemporaryDirectory(prefix="speed-", dir=options.dir) as name, contextlib.ExitStack() as running:
         folder = Path(name)
         folder.chmod(0o755)  # libvirt's QEMU is another user's
         described = surroundings(folder)
-        if peer is None:
+        peer = running.enter_context(libvirt()) if LIVE & set(sections) else None
+        if peer is None and LIVE & set(sections):
             print("no libvirt here: virsh is left out (`--peers` installs it)", file=sys.stderr)
         try:
-            for section in options.section or SECTIONS:
+            for section in sections:
                 print(f"measuring: {section}", file=sys.stderr)
                 SECTIONS[section](figures, folder, options.runs, peer)
         finally:  # what was measured before a failure, or a Ctrl-C, is as good as ever
