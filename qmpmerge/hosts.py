@@ -104,9 +104,10 @@ class Host:
 
     async def close(self, nodes: Sequence[str]) -> None:
         """Close nodes, top down, that nobody uses any more; those that QEMU has named go by themselves."""
-        present = (await self.layout()).nodes
-        for node in nodes:
-            if node in present and not node.startswith("#"):
+        named = [node for node in nodes if not node.startswith("#")]
+        present = (await self.layout()).nodes if named else {}
+        for node in named:
+            if node in present:
                 with contextlib.suppress(CommandError):  # gone with its parent, or in use by somebody else
                     await self.monitor.execute("blockdev-del", node_name=node)
 

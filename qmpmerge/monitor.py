@@ -78,7 +78,7 @@ class Monitor:
         self._connection = connection
         self.name = name
         self.pid = pid
-        self._trace = trace or (lambda direction, text: None)
+        self._trace = trace
         self.version = _version_of(client)
 
     @property
@@ -95,7 +95,7 @@ class Monitor:
         """
         sent = {key if command in _OLD else key.replace("_", "-"): value for key, value in arguments.items()}
         shown = {**sent, "data": "(not shown)"} if command == "object-add" else sent
-        self._trace("->", json.dumps({"execute": command, "arguments": shown} if sent else {"execute": command}))
+        self._tell("->", {"execute": command, "arguments": shown} if sent else {"execute": command})
         _refuse_broken_text(command, sent)
         try:
             async with asyncio.timeout(timeout):
@@ -103,12 +103,16 @@ class Monitor:
         except TimeoutError:
             raise NoReply(target=self.name, command=command, seconds=timeout) from None
         except ExecuteError as error:
-            self._trace("<-", json.dumps({"error": str(error)}))
+            self._tell("<-", {"error": str(error)})
             raise CommandError(command, str(error)) from None
         except (QMPError, OSError, EOFError, ValueError) as error:
             raise SessionLost(target=self.name, command=command, reason=_reason(error)) from None
-        self._trace("<-", json.dumps({"return": value}))
+        self._tell("<-", {"return": value})
         return value
+
+    def _tell(self, direction: str, message: object) -> None:
+        if self._trace is not None:  # a long chain is a megabyte to write out
+            self._trace(direction, json.dumps(message))
 
     async def accepts(self, command: str, argument: str) -> bool:
         """Whether this QEMU's `command` takes `argument`, by its schema and not by its version."""
@@ -142,7 +146,7 @@ def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
 class Doorbell:
     """Job events as a doorbell: they say when to look, never what is true."""
 
-    def __init__(self, listener: Any, trace: Trace) -> None:
+    def __init__(self, listener: Any, trace: Trace | None) -> None:
         self._listener = listener
         self._trace = trace
 
@@ -155,7 +159,8 @@ class Doorbell:
             self._note(event)
 
     def _note(self, event: object) -> None:
-        self._trace("<!", str(event))
+        if self._trace is not None:
+            self._trace("<!", str(event))
 
 
 @contextlib.asynccontextmanager

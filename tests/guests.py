@@ -109,7 +109,8 @@ async def _output(*command: str | Path, good: Sequence[int] = (0,)) -> str:
 class Writer:
     """
     A writer in the guest. `acknowledged` is the last operation known to be on the disk, with all before it; it stays
-    right when QEMU is killed. `times` has the `time.monotonic` of each acknowledgement.
+    right when QEMU is killed. `times` has the `time.monotonic` of each acknowledgement, and `slowest` the seconds, by
+    the guest's clock, of the slowest operation since the one before.
     """
 
     def __init__(self, guest: "Guest", disk: str, seed: int, first: int) -> None:
@@ -117,6 +118,7 @@ class Writer:
         self.seed = seed
         self.acknowledged = first - 1
         self.times = [time.monotonic()]
+        self.slowest = [0.0]
         self.pid = 0
         self._guest = guest
         self._stopped = False
@@ -159,9 +161,10 @@ class Writer:
     def hear(self, words: list[str]) -> None:
         """Take in a line of the writer's."""
         match words:
-            case [number]:
+            case [number, microseconds] if number.isdigit():
                 self.acknowledged = int(number)
                 self.times.append(time.monotonic())
+                self.slowest.append(int(microseconds) / 1e6)
             case ["stopped", number]:
                 self.acknowledged = int(number)
                 self._stopped = True
@@ -245,17 +248,20 @@ class Guest:
         except TimeoutError:
             raise GuestFailed(f"{command}: no answer for {timeout} s", self.said()) from None
 
-    async def start_writer(self, disk: str, seed: int, *, rate: float | None = None, first: int = 1) -> Writer:
+    async def start_writer(
+        self, disk: str, seed: int, *, rate: float | None = None, first: int = 1, rhythm: float = 0.05
+    ) -> Writer:
         """
         Start to write to a disk such as ``/dev/vda``, or to an existing file, and wait for the first acknowledgement.
 
-        `rate` limits the operations per second. `first` is more than 1 to go on where a stopped writer ended.
+        `rate` limits the operations per second. `first` is more than 1 to go on where a stopped writer ended. `rhythm`
+        is the pause between acknowledgements, in seconds.
         """
         if disk in self._writers and not self._writers[disk].ended:
             raise GuestFailed(f"{disk} has a writer already")
         writer = self._writers[disk] = Writer(self, disk, seed, first)
         limit = f"-r {rate}" if rate is not None else ""
-        command = f"writer run {limit} -f {first} {disk} {seed} >&4 2>&4 & echo $!"
+        command = f"writer run {limit} -p {round(rhythm * 1000)} -f {first} {disk} {seed} >&4 2>&4 & echo $!"
         writer.pid = int(await self.run(f"{_exists(disk)} {command}"))
         await writer.advance(1)
         return writer

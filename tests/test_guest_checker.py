@@ -2,7 +2,7 @@
 The checker finds what a lost write looks like, before anybody trusts it that nothing was lost.
 
 Most of it needs no guest: the writer writes a small file on the host, the test damages it, and the checker must say how.
-The last two boot one, and show that writer, crash, agent and file system work there too.
+The last one boots one, and shows that writer and crash work there too.
 """
 
 import subprocess
@@ -158,19 +158,7 @@ async def test_a_killed_qemu_loses_nothing_acknowledged(tmp_path: Path) -> None:
         writer = await vm.start_writer("/dev/vda", SEED, first=last + 1)
         await writer.advance(300)
         await vm.kill()
+    assert 0 < max(writer.slowest) <= writer.times[-1] - writer.times[0]
     verdict = await check_image(image, SEED, writer.acknowledged)
     assert verdict.clean, verdict.said
     assert verdict.newest > last
-
-
-async def test_the_agent_freezes_a_mounted_ext4(tmp_path: Path) -> None:
-    async with guest([drive(tmp_path / "a.qcow2")]) as vm:
-        await vm.run("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && truncate -s 8M /mnt/file")
-        writer = await vm.start_writer("/mnt/file", SEED)
-        assert await vm.agent("guest-fsfreeze-freeze") == 1
-        assert await vm.agent("guest-fsfreeze-status") == "frozen"
-        assert await vm.agent("guest-fsfreeze-thaw") == 1
-        await writer.advance(100)
-        last = await writer.stop()
-        assert (await vm.check("/mnt/file", SEED, last, issued=last)).clean
-        await vm.run("umount /mnt && e2fsck -fn /dev/vda")

@@ -25,7 +25,7 @@ enum {
     LONGEST = 128,    /* sectors in the longest operation: 64 KiB, a cluster of qcow2 */
     WORKERS = 16,     /* operations in flight */
     WINDOW = 512,     /* operations issued and not acknowledged; the checker relies on it */
-    FLUSH_MS = 50,    /* pause between flushes, and so between acknowledgements */
+    FLUSH_MS = 50,    /* usual pause between flushes, and so between acknowledgements */
     SHOWN = 20,       /* bad sectors that the checker describes; it counts them all */
 };
 
@@ -116,7 +116,7 @@ static struct {
     uint64_t pause_ns;
     pthread_mutex_t lock; /* guards all that follows */
     pthread_cond_t changed;
-    uint64_t next, last, acknowledged;
+    uint64_t next, last, acknowledged, slowest_ns;
     uint64_t held[WORKERS]; /* the operation of each worker, or 0 */
     int workers;
 } writer = { .turn = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
@@ -160,6 +160,14 @@ static bool overlaps_earlier(uint64_t number)
     return false;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * UINT64_C(1000000000) + now.tv_nsec;
+}
+
 static void wait_until_due(void)
 {
     struct timespec now;
@@ -194,9 +202,13 @@ static void *work(void *argument)
 
     for (uint64_t number; (number = take(worker)) != 0;) {
         struct operation op = operation(&writer.disk, number);
+        uint64_t begun = now_ns();
         if (perform(&writer.disk, number, op, buffer) != 0)
             fail(writer.disk.path, kinds[op.kind]);
+        uint64_t took = now_ns() - begun;
         pthread_mutex_lock(&writer.lock);
+        if (took > writer.slowest_ns)
+            writer.slowest_ns = took;
         writer.held[worker] = 0;
         pthread_cond_broadcast(&writer.changed);
         pthread_mutex_unlock(&writer.lock);
@@ -218,9 +230,9 @@ static uint64_t completed(void)
     return number;
 }
 
-static int run(struct disk disk, uint64_t first, uint64_t last, double rate)
+static int run(struct disk disk, uint64_t first, uint64_t last, double rate, uint64_t flush_ms)
 {
-    const struct timespec pause = { 0, FLUSH_MS * 1000000 };
+    const struct timespec pause = { flush_ms / 1000, flush_ms % 1000 * 1000000 };
     bool finished = false;
 
     writer.disk = disk;
@@ -239,13 +251,14 @@ static int run(struct disk disk, uint64_t first, uint64_t last, double rate)
     while (!finished) {
         nanosleep(&pause, NULL);
         pthread_mutex_lock(&writer.lock);
-        uint64_t number = completed();
+        uint64_t number = completed(), slowest_us = writer.slowest_ns / 1000;
+        writer.slowest_ns = 0;
         finished = writer.workers == 0;
         pthread_mutex_unlock(&writer.lock);
         if (fsync(disk.fd) != 0)
             fail(disk.path, "flush");
         if (number > writer.acknowledged)
-            dprintf(STDOUT_FILENO, "%s %" PRIu64 "\n", disk.path, number);
+            dprintf(STDOUT_FILENO, "%s %" PRIu64 " %" PRIu64 "\n", disk.path, number, slowest_us);
         pthread_mutex_lock(&writer.lock);
         writer.acknowledged = number;
         pthread_cond_broadcast(&writer.changed);
@@ -370,11 +383,12 @@ static int check(struct disk disk, uint64_t acknowledged, uint64_t issued)
 /* ---- command line ---- */
 
 static const char usage[] =
-    "usage: writer run [-r OPERATIONS_A_SECOND] [-f FIRST] [-l LAST] [-s BYTES] DISK SEED\n"
+    "usage: writer run [-r OPERATIONS_A_SECOND] [-p MS] [-f FIRST] [-l LAST] [-s BYTES] DISK SEED\n"
     "       writer check [-i ISSUED] [-s BYTES] DISK SEED ACKNOWLEDGED\n"
     "\n"
-    "run writes to DISK, a block device or a file, until operation LAST or SIGTERM. It prints `DISK N` when all\n"
-    "operations up to N have completed and a flush after them has returned, and `DISK stopped N` at the end.\n"
+    "run writes to DISK, a block device or a file, until operation LAST or SIGTERM. It prints `DISK N US` when\n"
+    "all operations up to N have completed and a flush after them has returned, US being the microseconds that the\n"
+    "slowest one since the last such line took, and `DISK stopped N` at the end. -p is the pause between flushes.\n"
     "\n"
     "check reads all of DISK and says which sectors are lost (older than an acknowledged operation), torn (damaged),\n"
     "misplaced, or foreign. Operations after ACKNOWLEDGED may or may not have happened, up to ISSUED if it is given.\n"
@@ -404,14 +418,16 @@ static struct disk open_disk(const char *path, const char *seed, bool writing, u
 int main(int argc, char **argv)
 {
     uint64_t first = 1, last = UINT64_MAX - 1, issued = 0, bytes = 0;
+    uint64_t flush_ms = FLUSH_MS;
     double rate = 0;
     const char *verb = argc > 1 ? argv[1] : "";
 
     if (strcmp(verb, "--help") == 0)
         return fputs(usage, stdout) < 0;
-    for (int option; (option = getopt(argc - 1, argv + 1, "r:f:l:i:s:")) != -1;)
+    for (int option; (option = getopt(argc - 1, argv + 1, "r:p:f:l:i:s:")) != -1;)
         switch (option) {
         case 'r': rate = strtod(optarg, NULL); break;
+        case 'p': flush_ms = strtoull(optarg, NULL, 0); break;
         case 'f': first = strtoull(optarg, NULL, 0); break;
         case 'l': last = strtoull(optarg, NULL, 0); break;
         case 'i': issued = strtoull(optarg, NULL, 0); break;
@@ -421,7 +437,7 @@ int main(int argc, char **argv)
     char **words = argv + 1 + optind;
     int count = argc - 1 - optind;
     if (strcmp(verb, "run") == 0 && count == 2)
-        return run(open_disk(words[0], words[1], true, bytes), first, last, rate);
+        return run(open_disk(words[0], words[1], true, bytes), first, last, rate, flush_ms);
     if (strcmp(verb, "check") == 0 && count == 3)
         return check(open_disk(words[0], words[1], false, bytes), strtoull(words[2], NULL, 0), issued);
 wrong:

@@ -1,0 +1,53 @@
+"""
+Live merges on a paused QEMU: qmpmerge as a whole command, virsh as a whole command, the bare QMP conversation.
+"""
+
+from pathlib import Path
+
+from rig import machine
+from setups import device
+
+from speed.figures import BARE, OURS, VIRSH, Figures, alternating
+from speed.images import DataChain, data_chain
+from speed.peers import Libvirt, bare, ours, timed
+
+LAYERS = 3
+
+
+def measure(figures: Figures, folder: Path, runs: int, peer: Libvirt | None, sizes: list[int]) -> None:
+    """Intermediate and active merges of so many MiB in three layers."""
+    for megabytes in sizes:
+        chain = data_chain(folder / f"live-{megabytes}", LAYERS, megabytes)
+        for active in (False, True):
+            kind = "active, pivot" if active else "intermediate"
+            name = f"{kind}, {megabytes} MiB in {LAYERS} layers"
+            for who in alternating(runs, [OURS, BARE, *([VIRSH] if peer else [])]):
+                chain.put_back()
+                merge_once(figures, "live merge", name, who, chain, active=active, peer=peer)
+        for image in chain.images:
+            image.unlink()
+
+
+def merge_once(
+    figures: Figures, section: str, name: str, who: str, chain: DataChain, *, active: bool, peer: Libvirt | None = None
+) -> None:
+    """One merge by one peer, on a QEMU that is started for it."""
+    if who == VIRSH:
+        assert peer is not None
+        figures.add(section, name, who, _virsh(peer, chain, active=active))
+        return
+    options = [] if active else ["--top", str(chain.top)]
+    with machine(chain.base.parent, "-drive", f"file={chain.active},if=none,id=vda", *device("vda")) as vm:
+        if who == OURS:
+            figures.add(section, name, who, ours("commit", vm.target, "vda", *options).milliseconds)
+        else:
+            top = chain.active if active else chain.top
+            figures.add(section, name, who, bare(vm.session, chain.base, top, active=active))
+
+
+def _virsh(peer: Libvirt, chain: DataChain, *, active: bool) -> float:
+    peer.let_in(chain.base.parent)
+    ending = ["--active", "--pivot"] if active else ["--top", chain.top]
+    with peer.domain(chain.active) as domain:
+        words = ("blockcommit", domain, "vda", "--wait", "--verbose", "--base", chain.base, *ending)
+        return timed(*peer.virsh(*words)).milliseconds
