@@ -26,6 +26,7 @@ from qmpmerge.errors import (
     NoSuchJob,
     NoSuchLayer,
     NotProven,
+    OptionsConflict,
     StillRunning,
     TimedOut,
     Untouched,
@@ -92,6 +93,8 @@ async def commit(
         return settled  # the layer was merged away by what was just finished
     if planned.is_empty:
         return settled or Outcome("unchanged", view.disk.name, view.chain, view.chain)
+    if verify is True and not pause and planned.pivots and host.is_live:
+        raise OptionsConflict(options=["--verify", "--no-pause"])
     if ending == "ready" and not host.is_live:
         raise LiveOnly(option="--wait-ready")
     with locks.held(planned.base):

@@ -32,6 +32,8 @@ async def pivot(merge: Merge, doorbell: Doorbell, status: str) -> Job | None:
         if merge.verify is True and rests and not merge.verified:
             async with merge.guard.patient() if merge.guard else contextlib.nullcontext():
                 await steps.verify(merge, doorbell)
+        elif merge.verify is True and not merge.verified:
+            merge.notes.append("base and top were not compared: somebody could write to the disk at any time")
         job = await shield.finished(_move(merge, doorbell, status, rests))
     merge.paused_ms = pause.milliseconds
     if pause.is_unguarded:
