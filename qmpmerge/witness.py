@@ -116,8 +116,8 @@ class Witness:
         return self.tool is not None and self.tool.boot != _boot()
 
     def concerns(self, inodes: "set[Inode]") -> bool:
-        """Whether one of these files is part of the merge."""
-        return any(image.inode in inodes for image in self.chain if image.inode is not None)
+        """Whether one of these files is part of the merge; what lies below its base may be shared by many."""
+        return any(image.inode in inodes for image in self.chain.images[self.base - 1 :] if image.inode is not None)
 
 
 def process(pid: int) -> Process | None:
