@@ -14,7 +14,7 @@ from setups import KINDS, drive
 from test_disposal import live, names
 
 import qmpmerge
-from qmpmerge import disposal, files, locks, pivot, plan, recovery, witness
+from qmpmerge import disposal, files, jobs, locks, pivot, plan, recovery, witness
 from qmpmerge.errors import CannotRecover, Locked, NothingThere, SessionLost, StillRunning, Undecided, Unfinished
 from qmpmerge.recovery import Recovery
 from qmpmerge.witness import Policy, Witness
@@ -439,4 +439,25 @@ async def test_a_job_is_followed_though_the_name_is_away(tmp_path: Path, monkeyp
             outcome = await qmpmerge.follow(host, "qmpmerge-commit-vda")
         assert (outcome.verdict, names(tmp_path)) == ("pivoted", [*STASHED[:2], BASE, STASHED[2]])
         setup.check()
+    assert not witness.found(str(tmp_path))
+
+
+async def test_a_shared_image_below_the_base_is_no_part_of_the_merge(left: Left) -> None:
+    """Another VM on the same golden image has nothing to do with it."""
+    told = left.merge()
+    witness.write(replace(told, base=2, top=3, away={}))
+    assert not witness.about(qmpmerge.Chain((told.chain.base,)))
+    assert witness.about(qmpmerge.Chain(told.chain.images[:2]))
+
+
+async def test_a_cancelled_job_leaves_nothing_odd(tmp_path: Path) -> None:
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    with drive(tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            with contextlib.suppress(StillRunning):
+                await qmpmerge.commit(host, "vda", speed=1, timeout=0.2)
+            await jobs.steer(host.monitor, "qmpmerge-commit-vda", "cancel")
+            assert (await host.chain()).oddities == ()
+            assert (await qmpmerge.commit(host, "vda")).verdict == "pivoted"
     assert not witness.found(str(tmp_path))
