@@ -169,6 +169,8 @@ async def _begun(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib
     if planned.is_empty:
         return Outcome("unchanged", view.disk.name, view.chain, view.chain)
     _refuse_to_leave(host, wanted)
+    if wanted.verify is True and not wanted.pause and planned.pivots and host.is_live:
+        raise OptionsConflict(options=["--verify", "--no-pause"])
     if wanted.ending == "ready" and wanted.bitmaps == "merge":
         raise OptionsConflict(options=["--wait-ready", "--bitmaps merge"])
     lock = stack.enter_context(locks.held(adopting.place(planned)))
