@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import subprocess
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,13 +84,22 @@ async def create_overlay(path: str, *, size: int, backing: str, backing_format: 
 
 async def same(chain: Sequence[Image], other: Sequence[Image]) -> bool:
     """
-    Whether two chains (base first) show the same data, as read by another process without locks.
+    Whether a chain (base first) and a lower part of it show the same data, as read by another process without locks.
 
     Holes cost nothing, all else is read. Nobody may write meanwhile, and what was written must be flushed. Raises
-    ImageUnreadable when either cannot be opened like that (encrypted, a data file, on the network), ToolMissing.
+    ImageUnreadable when either cannot be opened like that (encrypted, a data file, on other networks than NBD),
+    ToolMissing.
     """
     try:
-        sources = [f"json:{json.dumps(_opened(images))}" for images in (chain, other)]
+        lower = _opened(other)
+        if all(image.has_path for image in other):
+            upper = _opened(chain)
+        else:
+            # Below an image only a file can be described anew: QEMU would mix all else with what the header names.
+            # So the lower part gets a name, is opened first, and is referred to.
+            lower["node-name"] = "lower"
+            upper = _opened(chain[len(other) :], "lower")
+        sources = [f"json:{json.dumps(node)}" for node in (lower, upper)]
     except OSError as error:
         raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
     code, _output, complaints = await _finished("compare", "-q", *sources, seconds=None)
@@ -98,18 +108,30 @@ async def same(chain: Sequence[Image], other: Sequence[Image]) -> bool:
     return code == 0
 
 
-def _opened(images: Sequence[Image]) -> dict[str, object] | None:
-    """A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed."""
-    if not images:
-        return None
+def _opened(images: Sequence[Image], lowest: str | None = None) -> dict[str, object]:
+    """
+    A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed; `lowest` is the node that
+    it stands on.
+    """
     *below, image = images
     node: dict[str, object] = {"driver": image.format, "file": _file(image)}
-    return {**node, "backing": _opened(below)} if image.format == "qcow2" else node
+    return {**node, "backing": _opened(below, lowest) if below else lowest} if image.format == "qcow2" else node
 
 
 def _file(image: Image) -> dict[str, object]:
+    if image.file.startswith("nbd"):
+        return _nbd(image.file)
     is_device = image.has_path and stat.S_ISBLK(os.stat(image.file).st_mode)
     return {"driver": "host_device" if is_device else "file", "filename": image.file, "locking": "off"}
+
+
+def _nbd(uri: str) -> dict[str, object]:
+    """``nbd://HOST:PORT/NAME`` and ``nbd+unix:///NAME?socket=PATH``, as QEMU spells them."""
+    parts = urllib.parse.urlsplit(uri)
+    path = urllib.parse.parse_qs(parts.query).get("socket")
+    inet: dict[str, object] = {"type": "inet", "host": parts.hostname or "", "port": str(parts.port or 10809)}
+    server = {"type": "unix", "path": path[0]} if path else inet
+    return {"driver": "nbd", "server": server, "export": urllib.parse.unquote(parts.path.removeprefix("/"))}
 
 
 def _header(entry: Any) -> Header:
