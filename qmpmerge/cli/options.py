@@ -181,7 +181,8 @@ class Size(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?", str(value), re.IGNORECASE)
         if match is None:
             self.fail(f"{value!r} is no size: write bytes, or a number with K, M, G or T, as in 64M", param, ctx)
-        return int(float(match[1]) * UNITS[match[2].upper()])
+        number = float(match[1]) if "." in match[1] else int(match[1])
+        return int(number * UNITS[match[2].upper()])
 
 
 class Assignment(click.ParamType[tuple[str, str]]):
