@@ -102,16 +102,19 @@ async def _marks(layers: tuple[Layer, ...]) -> list[Finding]:
     for layer in layers:
         if layer.format != "qcow2" or layer.encrypted:
             continue
-        header = await qemuimg.info(layer.file, layer.format)
+        try:
+            header = await qemuimg.info(layer.file, layer.format)
+        except ImageUnreadable as error:
+            severity, why = _WHY[error.name]
+            found.append(Finding(error.name, severity, layer.file, str(error), f"{why}: {error.hint}"))
+            continue
         if header.corrupt:
             why = "QEMU opens it only for reading: save what it holds before you repair it"
-            command = f"qemu-img check -r all -f qcow2 {shlex.quote(layer.file)}"
+            command = shlex.join(["qemu-img", "check", "-r", "all", "-f", "qcow2", layer.file])
             found.append(Finding("corrupt", "harm", layer.file, "it is marked as corrupt", why, command))
         for name in header.open_bitmaps:
-            what = f"dirty bitmap {name} is inconsistent: QEMU was killed while it was in use"
-            why = "no incremental backup can be based on it any more, the next one must be full"
             command = shlex.join(["qemu-img", "bitmap", "--remove", "-f", "qcow2", layer.file, name])
-            found.append(Finding("bitmap-inconsistent", "care", layer.file, what, why, command))
+            found.append(doctor.inconsistent(layer.file, name, command))
     return found
 
 

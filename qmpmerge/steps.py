@@ -10,7 +10,7 @@ from typing import Any
 from qmpmerge import durable, jobs, qemuimg, shield
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain
-from qmpmerge.converge import Converge, Watch
+from qmpmerge.converge import Converge
 from qmpmerge.errors import (
     CommandError,
     FlushUnavailable,
@@ -26,6 +26,7 @@ from qmpmerge.jobs import Job, Meter, Report
 from qmpmerge.monitor import Doorbell
 from qmpmerge.outcome import Ending
 from qmpmerge.plan import CommitPlan
+from qmpmerge.rates import Watch
 
 CANCEL_SECONDS = 60.0
 CHEAP_BYTES = 256 * 1024 * 1024

@@ -6,17 +6,17 @@ from pathlib import Path
 import qmpmerge
 
 ROWS = (
-    {"errors", "shield"},
+    {"errors", "lastwill", "shield"},
     {"chain", "commandline", "findings", "qcow2"},
     {"plan", "qemuimg", "monitor", "processes", "diskwalk", "agent"},
     {"jobs", "headers", "deadman", "durable", "locks", "guardian", "dependents", "storagedaemon"},
-    {"blockgraph", "leftovers", "quiesce"},
-    {"hosts"},
+    {"blockgraph", "leftovers", "quiesce", "rates"},
+    {"hosts", "throttle"},
     {"doors.live", "doors.offline"},
     {"doors"},
-    {"outcome", "checks", "converge", "doctor", "snapshots"},
-    {"diskdoctor", "steps"},
-    {"switch"},
+    {"outcome", "checks", "converge", "snapshots", "stuck"},
+    {"doctor", "steps"},
+    {"diskdoctor", "switch"},
     {"merge"},
     {"cli.words"},
     {"cli.output", "cli.text_output", "cli.json_output"},
