@@ -86,8 +86,9 @@ def _used(chain: Chain, users: tuple[User, ...]) -> Iterator[Finding]:
         else:
             yield Finding("in-use", "note", user.file, f"{user} has it open", "what is said here may be out of date")
         if user.file != chain.active.file and user.vm is not None:
-            why = "a VM that runs below this image changes what it shows: it is of an earlier time, or ruined"
-            yield Finding("above-active", "harm", chain.active.file, f"{user} runs on {user.file}, below it", why)
+            what = f"{user} has {user.file}, below it, open, and this image not"
+            why = "if a merge left it, it shows older data; else every write of that VM to what lies below ruins it"
+            yield Finding("used-below", "care", chain.active.file, what, why)
 
 
 def _deep(chain: Chain) -> Iterator[Finding]:

@@ -373,6 +373,17 @@ def test_nothing_is_said_too_early() -> None:
     assert watched(lambda second: (9 * second, 1000 + 9 * second), 2)[1].converging is None
 
 
+async def test_a_drive_is_throttled_by_its_id(tmp_path: Path, images: list[Path]) -> None:
+    with machine(tmp_path, "-drive", f"file={images[1]},if=none,id=vda", *device("vda")) as vm:
+        guest = Guest(vm, Content())
+        async with qmpmerge.live(vm.target) as host:
+            throttle = Throttle(host.monitor, await host.disk())
+            async with throttle.undone():
+                await throttle.limit(3 * MIB)
+                assert guest.limits()["bps_wr"] == 3 * MIB
+        assert guest.limits() == SIX
+
+
 async def test_a_disk_that_is_gone_cannot_be_throttled(guest: Guest) -> None:
     async with qmpmerge.live(guest.vm.target) as host:
         throttle = Throttle(host.monitor, qmpmerge.Disk("x", "x", "", "c", None, ()))
