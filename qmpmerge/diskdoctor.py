@@ -86,8 +86,9 @@ def _used(chain: Chain, users: tuple[User, ...]) -> Iterator[Finding]:
         else:
             yield Finding("in-use", "note", user.file, f"{user} has it open", "what is said here may be out of date")
         if user.file != chain.active.file and user.vm is not None:
-            why = "a VM that runs below this image changes what it shows: it is of an earlier time, or ruined"
-            yield Finding("above-active", "harm", chain.active.file, f"{user} runs on {user.file}, below it", why)
+            what = f"{user} has {user.file}, below it, open, and this image not"
+            why = "if a merge left it, it shows older data; else every write of that VM to what lies below ruins it"
+            yield Finding("used-below", "care", chain.active.file, what, why)
 
 
 def _deep(chain: Chain) -> Iterator[Finding]:
@@ -102,16 +103,19 @@ async def _marks(layers: tuple[Layer, ...]) -> list[Finding]:
     for layer in layers:
         if layer.format != "qcow2" or layer.encrypted:
             continue
-        header = await qemuimg.info(layer.file, layer.format)
+        try:
+            header = await qemuimg.info(layer.file, layer.format)
+        except ImageUnreadable as error:
+            severity, why = _WHY[error.name]
+            found.append(Finding(error.name, severity, layer.file, str(error), f"{why}: {error.hint}"))
+            continue
         if header.corrupt:
             why = "QEMU opens it only for reading: save what it holds before you repair it"
-            command = f"qemu-img check -r all -f qcow2 {shlex.quote(layer.file)}"
+            command = shlex.join(["qemu-img", "check", "-r", "all", "-f", "qcow2", layer.file])
             found.append(Finding("corrupt", "harm", layer.file, "it is marked as corrupt", why, command))
         for name in header.open_bitmaps:
-            what = f"dirty bitmap {name} is inconsistent: QEMU was killed while it was in use"
-            why = "no incremental backup can be based on it any more, the next one must be full"
             command = shlex.join(["qemu-img", "bitmap", "--remove", "-f", "qcow2", layer.file, name])
-            found.append(Finding("bitmap-inconsistent", "care", layer.file, what, why, command))
+            found.append(doctor.inconsistent(layer.file, name, command))
     return found
 
 

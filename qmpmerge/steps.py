@@ -13,7 +13,7 @@ from qmpmerge import bitmaps, comparison, durable, jobs, shield, shortage
 from qmpmerge.bitmaps import Bitmap
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain, Image
-from qmpmerge.converge import Converge, Watch
+from qmpmerge.converge import Converge
 from qmpmerge.errors import (
     BitmapsNotCarried,
     CommandError,
@@ -36,6 +36,7 @@ from qmpmerge.outcome import Ending
 from qmpmerge.patience import Patience
 from qmpmerge.pausing import Guard
 from qmpmerge.plan import CommitPlan
+from qmpmerge.rates import Watch
 from qmpmerge.shortage import Shortage
 from qmpmerge.witness import Policy, Witness
 

@@ -23,10 +23,12 @@ from rig import MIB, Content, Machine, machine, make_chain
 from setups import BACKEND, device, storage_daemon
 
 import qmpmerge
-from qmpmerge import converge
-from qmpmerge.converge import Converge, Ladder, Rates, Watch
+from qmpmerge import rates
+from qmpmerge.converge import Converge, Ladder
 from qmpmerge.errors import CommandError, JobFailed
 from qmpmerge.jobs import Job, Progress
+from qmpmerge.rates import Rates, Watch
+from qmpmerge.throttle import Throttle
 
 SIZE = 16 * MIB
 PIECE = 512 * 1024
@@ -94,7 +96,7 @@ def images(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converge, "SETTLE_SECONDS", 0.6)
+    monkeypatch.setattr(rates, "SETTLE_SECONDS", 0.6)
 
 
 @pytest.fixture
@@ -262,7 +264,7 @@ async def test_a_job_that_fails_leaves_no_limit(guest: Guest) -> None:
 
 # --- when we are stopped ------------------------------------------------------------------------------------------
 
-TOOL = "from qmpmerge import cli, converge; converge.SETTLE_SECONDS = 0.6; cli.main()"
+TOOL = "from qmpmerge import cli, rates; rates.SETTLE_SECONDS = 0.6; cli.main()"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -371,9 +373,20 @@ def test_nothing_is_said_too_early() -> None:
     assert watched(lambda second: (9 * second, 1000 + 9 * second), 2)[1].converging is None
 
 
+async def test_a_drive_is_throttled_by_its_id(tmp_path: Path, images: list[Path]) -> None:
+    with machine(tmp_path, "-drive", f"file={images[1]},if=none,id=vda", *device("vda")) as vm:
+        guest = Guest(vm, Content())
+        async with qmpmerge.live(vm.target) as host:
+            throttle = Throttle(host.monitor, await host.disk())
+            async with throttle.undone():
+                await throttle.limit(3 * MIB)
+                assert guest.limits()["bps_wr"] == 3 * MIB
+        assert guest.limits() == SIX
+
+
 async def test_a_disk_that_is_gone_cannot_be_throttled(guest: Guest) -> None:
     async with qmpmerge.live(guest.vm.target) as host:
-        throttle = converge.Throttle(host.monitor, qmpmerge.Disk("x", "x", "", "c", None, ()))
+        throttle = Throttle(host.monitor, qmpmerge.Disk("x", "x", "", "c", None, ()))
         with pytest.raises(CommandError):
             async with throttle.undone():
                 raise AssertionError("not reached")

@@ -480,7 +480,7 @@ async def test_chains_that_do_not_open(harm: Callable[[list[Path]], None], name:
 async def test_images_in_use_lead_to_the_vm(tmp_path: Path, images: list[Path], content: Content) -> None:
     with blockdev(tmp_path, images[:3], content) as setup:
         below, used = await qmpmerge.examine_path(images[3])
-    assert (below.name, below.severity) == ("above-active", "harm")
+    assert (below.name, below.severity) == ("used-below", "care")
     assert (used.name, used.command) == ("in-use", f"qmpmerge doctor pid:{setup.machine.process.pid}")
 
 

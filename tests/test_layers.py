@@ -6,7 +6,7 @@ from pathlib import Path
 import qmpmerge
 
 ROWS = (
-    {"errors", "shield", "guard", "patience"},
+    {"errors", "lastwill", "shield", "guard", "patience"},
     {"chain", "commandline", "findings", "qcow2"},
     {
         "files",
@@ -32,10 +32,11 @@ ROWS = (
         "space",
         "comparison",
     },
-    {"pausing", "witness", "blockgraph", "quiesce", "outcome", "leftovers"},
-    {"hosts", "disposal", "bitmaps", "knownbad", "converge"},
+    {"pausing", "witness", "blockgraph", "quiesce", "outcome", "leftovers", "rates"},
+    {"hosts", "disposal", "bitmaps", "knownbad", "throttle"},
     {"doors.live", "doors.offline", "cleaning"},
     {"doors"},
+    {"converge", "stuck"},
     {"checks.question", "evidence", "steps", "doctor"},
     {"checks.said", "checks.files", "diskdoctor"},
     {"checks"},
