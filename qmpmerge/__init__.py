@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmpmerge import errors
     from qmpmerge.blockgraph import Disk
     from qmpmerge.chain import Chain, Image
+    from qmpmerge.cleaning import Cleaned, clean
     from qmpmerge.doors import opened
     from qmpmerge.doors.live import live
     from qmpmerge.doors.offline import offline
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.merge import commit, follow
     from qmpmerge.outcome import Outcome
+    from qmpmerge.patience import Patience
     from qmpmerge.plan import CommitPlan
     from qmpmerge.processes import Vm, vms
+    from qmpmerge.recovery import Recovery, recover
     from qmpmerge.snapshots import Overlay, snapshot
+    from qmpmerge.verbs import steer
 
 _HOME = {
     "Chain": "chain",
     "ChainView": "hosts",
+    "Cleaned": "cleaning",
     "CommitPlan": "plan",
     "Disk": "blockgraph",
     "Error": "errors",
@@ -39,20 +44,26 @@ _HOME = {
     "Job": "jobs",
     "Outcome": "outcome",
     "Overlay": "snapshots",
+    "Patience": "patience",
     "Progress": "jobs",
+    "Recovery": "recovery",
     "Vm": "processes",
+    "clean": "cleaning",
     "commit": "merge",
     "follow": "merge",
     "live": "doors.live",
     "offline": "doors.offline",
     "opened": "doors",
+    "recover": "recovery",
     "snapshot": "snapshots",
+    "steer": "verbs",
     "vms": "processes",
 }
 
 __all__ = [
     "Chain",
     "ChainView",
+    "Cleaned",
     "CommitPlan",
     "Disk",
     "Error",
@@ -61,15 +72,20 @@ __all__ = [
     "Job",
     "Outcome",
     "Overlay",
+    "Patience",
     "Progress",
+    "Recovery",
     "Vm",
+    "clean",
     "commit",
     "errors",
     "follow",
     "live",
     "offline",
     "opened",
+    "recover",
     "snapshot",
+    "steer",
     "vms",
 ]
 

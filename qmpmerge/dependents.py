@@ -1,16 +1,22 @@
 """
-Who else is built on an image: the headers of all images in some folders, read once.
+Who else is built on an image: the headers of all images in some folders, and of those that processes have open, read once.
 
 QEMU knows nothing about it: an overlay that nobody has open at the moment is ruined without a word when an image below
 it is merged away or written to.
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qmpmerge import qcow2
+from qmpmerge import backingnames, qcow2
 from qmpmerge.chain import Chain, Image
+
+STASHED = ".merged"
+"""
+How the names of merged files end that were stashed: no VM starts from them any more, so what they show may change.
+One that a process has open counts all the same.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,24 +27,33 @@ class Dependent:
     image: str
 
 
-def find(images: Sequence[Image], chain: Chain, search: Collection[str] = ()) -> tuple[Dependent, ...]:
+def find(
+    images: Sequence[Image], chain: Chain, search: Collection[str] = (), opened: Iterable[str] = ()
+) -> tuple[Dependent, ...]:
     """
     The images outside `chain` that are built directly on one of `images`.
 
     Looked through are the folders of the chain's files, under their names and their real ones, and `search`; not what is
-    below them. Folders and files that cannot be read are passed over: nobody can promise more than what was seen.
+    below them. `opened` are more files to look at. Folders and files that cannot be read are passed over: nobody can
+    promise more than what was seen.
     """
     wanted = {image.inode: image.file for image in images if image.inode is not None}
     members = {image.inode for image in chain}
     found: dict[str, Dependent] = {}
+    for path in dict.fromkeys([*_scanned(chain, search), *opened]):
+        status = _status(path)
+        if status is None or (status.st_dev, status.st_ino) in members:
+            continue
+        for inode in _backing(path) & wanted.keys():
+            found.setdefault(os.path.realpath(path), Dependent(path, wanted[inode]))
+    return tuple(sorted(found.values(), key=lambda dependent: dependent.file))
+
+
+def _scanned(chain: Chain, search: Collection[str]) -> Iterator[str]:
     for folder in _folders(chain, search):
         for entry in _files(folder):
-            status = _status(entry.path)
-            if status is None or (status.st_dev, status.st_ino) in members:
-                continue
-            for inode in _backing(entry.path) & wanted.keys():
-                found.setdefault(os.path.realpath(entry.path), Dependent(entry.path, wanted[inode]))
-    return tuple(sorted(found.values(), key=lambda dependent: dependent.file))
+            if not entry.name.endswith(STASHED):
+                yield entry.path
 
 
 def _folders(chain: Chain, search: Collection[str]) -> list[str]:
@@ -65,17 +80,17 @@ def _is_file(entry: "os.DirEntry[str]") -> bool:
 def _status(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
 
 
 def _backing(path: str) -> set[tuple[int, int]]:
     """The inodes that the backing name in a file's header leads to: QEMU resolves it from the name that it was given."""
     try:
-        header = qcow2.read(path)
+        written = backingnames.read(path)
     except OSError:
         return set()
-    name = qcow2.named_path(header.backing) if header is not None and header.backing is not None else None
+    name = qcow2.named_path(written) if written is not None else None
     if name is None:
         return set()
     folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}

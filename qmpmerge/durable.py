@@ -5,9 +5,10 @@ QEMU hides flush errors from everybody who asks through the human monitor, and a
 flush failed (7.2 to 11.1). A flush through a read-only NBD export of the node carries the errno. The server is QEMU's
 own, on a socket in a private folder, for the few milliseconds that it takes.
 
-Where a disk lives in an iothread, QEMU before 9.0 aborts, with the guest, when a client leaves such an export. There we
-ask through the human monitor and sync the file ourselves: that shows errors of the storage, and what it cannot show, a
-table that QEMU failed to write, a comparison of base and top must find.
+Where a disk lives in an iothread, QEMU before 9.0 aborts, with the guest, when a client leaves such an export; and a job
+that has grown its base lets no export in. There we ask through the human monitor and sync the file ourselves: that shows
+errors of the storage, and what it cannot show, a table that QEMU failed to write, a comparison of base and top must find.
+A node that we have opened ourselves is reopened instead, with the very options that it has.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ import itertools
 import os
 import re
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
 
 from qmpmerge.chain import Image
 from qmpmerge.errors import CommandError, FlushUnavailable, NotDurable
@@ -56,28 +58,47 @@ async def check(monitor: Monitor, image: Image) -> None:
             raise FlushUnavailable(reason=f"its NBD server cannot be reached ({error})") from None
 
 
-async def flush(monitor: Monitor, image: Image) -> bool:
+async def flush(monitor: Monitor, image: Image, *, opened: Mapping[str, Any] | None = None) -> bool:
     """
     Make all that was written to `image` durable, down to the storage.
 
-    Returns whether every error would have been seen; where not, what the image shows must be compared. Raises NotDurable
-    with the storage's reason, FlushUnavailable when QEMU cannot be asked.
+    `opened` are the options of its node where we have opened it ourselves. Returns whether every error would have been
+    seen; where not, what the image shows must be compared. Raises NotDurable with the storage's reason, FlushUnavailable
+    when QEMU cannot be asked.
     """
     if await _exports_are_safe(monitor):
         try:
             await _flush_by_export(monitor, image.node or "")
+            return True
         except FlushUnavailable:
-            # While a job has grown its base no export is let in; a raw image has nothing that QEMU keeps to itself.
-            if image.format != "raw" or not image.has_path:
+            # A job that has grown its base lets no export in (it holds `resize`, which an export does not share).
+            if not image.has_path:
                 raise
-            await asyncio.to_thread(_sync, image)
+    if opened is not None:
+        await _flush_by_reopening(monitor, opened)
         return True
+    if image.format != "raw" or not await _exports_are_safe(monitor):
+        await _flush_unseen(monitor, image)
+    await asyncio.to_thread(_sync, image)
+    return image.format == "raw"  # it has no tables of its own that QEMU could have failed to write
+
+
+async def _flush_by_reopening(monitor: Monitor, opened: Mapping[str, Any]) -> None:
+    """QEMU flushes a node before it reopens it, here with the options that it has, and tells the error (6.1)."""
+    try:
+        await monitor.execute("blockdev-reopen", options=[{**opened, "read-only": False}])
+    except CommandError as error:
+        if "flushing" in error.description:
+            raise NotDurable(node=str(opened["node-name"]), reason=error.description) from None
+        raise FlushUnavailable(reason=error.description) from None
+
+
+async def _flush_unseen(monitor: Monitor, image: Image) -> None:
+    """Through the human monitor, which shows no error."""
     try:
         await monitor.execute("human-monitor-command", command_line=f"qemu-io {image.node} flush")
     except CommandError as error:
         raise FlushUnavailable(reason=error.description) from None
-    await asyncio.to_thread(_sync, image)
-    return image.format == "raw"  # it has no tables of its own that QEMU could have failed to write
 
 
 async def _exports_are_safe(monitor: Monitor) -> bool:
@@ -143,7 +164,7 @@ async def _started(monitor: Monitor, path: str) -> tuple[Address, bool]:
     The server's address, and whether we have started it.
 
     The server of another qmpmerge will be gone in a moment; one that a killed qmpmerge left, which its folder's name
-    tells, is stopped.
+    tells, or that we left ourselves when our session was lost, with its folder, is stopped.
     """
     for _ in range(TRIES):
         try:
@@ -154,7 +175,7 @@ async def _started(monitor: Monitor, path: str) -> tuple[Address, bool]:
         owner = _owner(address)
         if owner is None:
             return address, False
-        if os.path.exists(f"/proc/{owner}"):
+        if os.path.exists(f"/proc/{owner}") and os.path.exists(str(address)):
             await asyncio.sleep(GREETING_SECONDS / 10)
         else:
             with contextlib.suppress(CommandError):
@@ -177,6 +198,8 @@ async def _running_server(monitor: Monitor, reason: str) -> Address:
     for socket in processes.listening(monitor.pid) if monitor.pid is not None else ():
         host, _, port = socket.removeprefix("tcp:").rpartition(":")
         address: Address = (host.strip("[]"), int(port)) if socket.startswith("tcp:") else socket
+        if _owner(address) is not None and not os.path.exists(socket):
+            return address
         with contextlib.suppress(OSError, EOFError, TimeoutError):
             async with asyncio.timeout(GREETING_SECONDS):
                 await _greet(address)

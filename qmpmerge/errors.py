@@ -8,7 +8,7 @@ What can go wrong, sorted by what the caller does next.
      +-- Failed                  5      the job ran and failed: the old chain is in use and right
      +-- Unknown                 6      the outcome is not proven: ask QEMU again
      +-- StillRunning            7      we stopped waiting, the job goes on
-     +-- Cancelled             130      the job was cancelled: the old chain is in use
+     +-- Cancelled             130      the job was cancelled, or never started: the old chain is in use
 
 An error is a sentence plus its facts: the class holds the sentence and the hint, the constructor keeps the facts as
 fields. People read ``str(error)`` and ``error.hint``, tests and JSON read ``error.name`` and ``error.facts``.
@@ -18,6 +18,7 @@ Every verdict and its exit code stand in `EXIT_CODES`, here and nowhere else.
 
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any, ClassVar, dataclass_transform
 
 EXIT_CODES = {
@@ -37,6 +38,15 @@ EXIT_CODES = {
     "cancelled": 130,
 }
 """Verdict to exit code. 1 is a bug of ours (a traceback), 2 is a usage error (click's)."""
+
+FORCEABLE = ("dependents", "in-use", "known-bad", "libvirt", "no-format", "no-space", "would-lose")
+"""
+What `--force` takes: the refusals about which a user can rightly know better than we do.
+
+An image that is built on ours may be rubbish, a reader may be a backup that is wanted, a crash may be mended in this very
+QEMU, space may be on its way (the job waits for it), and what would be lost may be worthless. The others say that the merge
+would write wrong data, crash QEMU or fail: nobody can know better.
+"""
 
 
 @dataclass_transform(eq_default=False, kw_only_default=True)
@@ -72,6 +82,16 @@ class Error(Exception):
     def exit_code(self) -> int:
         """The exit code of the verdict, from `EXIT_CODES`."""
         return EXIT_CODES[self.verdict]
+
+    @property
+    def parts(self) -> "Sequence[Error]":
+        """The errors that this one stands for, itself where it stands for nothing else."""
+        return (self,)
+
+    @property
+    def told(self) -> dict[str, object]:
+        """Name, message, hint and facts, as JSON shows them."""
+        return {"name": self.name, "message": str(self), "hint": self.hint, "facts": self.facts}
 
     @property
     def facts(self) -> dict[str, object]:
@@ -197,6 +217,37 @@ class OptionsConflict(Refused):
     advice = "leave one of them out"
 
 
+class SeveralRefusals(Refused):
+    """More than one check said no: all are told at once, so that they can be dealt with at once."""
+
+    refusals: list[Refused]
+    sentence = "{count} checks say no: {sentences}"
+    advice = "{hints}"
+
+    @property
+    def parts(self) -> "Sequence[Error]":
+        """The refusals, in the order of the checks."""
+        return self.refusals
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Each refusal with its name, message, hint and facts."""
+        return {"refusals": [refusal.told for refusal in self.refusals]}
+
+    def _words(self) -> dict[str, object]:
+        sentences = "; ".join(f"{refusal.name}: {refusal}" for refusal in self.refusals)
+        hints = "; ".join(f"{refusal.name}: {refusal.hint}" for refusal in self.refusals)
+        return {"count": len(self.refusals), "sentences": sentences, "hints": hints}
+
+
+def refuse(refusals: Sequence[Refused]) -> None:
+    """Raise what was found: nothing, the one refusal as it is, or SeveralRefusals."""
+    if len(refusals) > 1:
+        raise SeveralRefusals(refusals=list(refusals))
+    for refusal in refusals:
+        raise refusal
+
+
 # --- refused: it would harm ---------------------------------------------------------------------------------------
 
 
@@ -277,15 +328,15 @@ class BackingString(Refused):
 
 class NotWritable(Refused):
     """
-    QEMU could not rewrite the overlay's header with the very string it has.
+    QEMU may not write to the base, or could not rewrite the overlay's header with the very string it has.
 
-    The same failure at the end of the merge would crash QEMU (5.2 to 11.1: test_merge pins it), so it is tried first.
+    The latter at the end of the merge would crash QEMU (5.2 to 11.1: test_merge pins it), so it is tried first.
     """
 
-    overlay: str
+    file: str
     reason: str
-    sentence = "QEMU cannot rewrite the header of {overlay}: {reason}"
-    advice = "make {overlay} writable for QEMU (permissions, `chattr -i`, free space), then try again"
+    sentence = "QEMU cannot write to {file}: {reason}"
+    advice = "make {file} writable for QEMU (permissions, `chattr -i`, mount options, free space), then try again"
 
 
 class FlushUnavailable(Refused):
@@ -324,7 +375,7 @@ class Dependents(Refused):
 
     images: list[str]
     dependents: list[str]
-    sentence = "other images are built on what the merge takes away ({images}): {dependents}"
+    sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
         "delete those that an earlier merge left over; the others would be ruined: merge them first, or give them a copy "
         "of it. `--force dependents` merges all the same"
@@ -351,7 +402,10 @@ class NoFormat(Refused):
     image: str
     backing: str
     sentence = "{image} does not record the format of its backing file {backing}"
-    advice = "record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2)"
+    advice = (
+        "with the VM off record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2); "
+        "`--force no-format` trusts what a running QEMU takes it for"
+    )
 
 
 class Disguised(Refused):
@@ -390,13 +444,55 @@ class UnsupportedFormat(Refused):
 
 
 class NoSpace(Refused):
-    """The base cannot hold what would be copied: a device does not grow."""
+    """
+    The base's filesystem cannot take by how much the base would grow.
+
+    QEMU pauses the job when it is full, but so do all others who write there: `free` is what QEMU may still use.
+    """
+
+    base: str
+    growth: int
+    free: int
+    sentence = "{base} would grow by {growth} bytes, its filesystem has {free} left for QEMU"
+    advice = "free space there, or merge fewer images at a time; `--force no-space` lets the job wait for space when it is full"
+
+
+class DeviceTooSmall(Refused):
+    """The base is a device, which does not grow; QEMU says no better than `Invalid argument`, and only once it has begun."""
 
     base: str
     size: int
     needed: int
-    sentence = "{base} is a device of {size} bytes and cannot grow to {needed}, the size of the top"
+    sentence = "{base} is a device of {size} bytes and cannot grow to {needed}"
     advice = "enlarge the device first, or merge into an image file"
+
+
+class WouldLose(Refused):
+    """Merged images hold what a merge does not carry over: internal snapshots, dirty bitmaps."""
+
+    lost: list[str]
+    sentence = "the merge would drop {lost}"
+    advice = (
+        "`--bitmaps merge` carries dirty bitmaps over, `--bitmaps drop` lets them go; internal snapshots can be copied out "
+        "with `qemu-img convert -l NAME`, then `--force would-lose` merges"
+    )
+
+
+class BitmapsStay(Refused):
+    """Dirty bitmaps that cannot be carried over to the base, for a reason of each."""
+
+    bitmaps: list[str]
+    sentence = "dirty bitmaps cannot be carried over: {bitmaps}"
+    advice = "`--bitmaps drop` merges without them: the next backup must be a full one"
+
+
+class KnownBad(Refused):
+    """This QEMU crashes on this, measured; see the reason."""
+
+    reason: str
+    instead: str
+    sentence = "this QEMU may crash: {reason}"
+    advice = "{instead}; `--force known-bad` goes on if you know that yours does not"
 
 
 class LiveOnly(Refused):
@@ -422,6 +518,23 @@ class SecretUnreadable(Refused):
     reason: str
     sentence = "cannot read the passphrase from {file}: {reason}"
     advice = "the file holds the passphrase as text; a line end at its end does not count"
+
+
+class Suspect(Refused):
+    """
+    An earlier merge into this base failed on its storage, and now the guest writes where both would be compared.
+
+    QEMU may believe that base holds what the storage has lost (5.2 to 11.1), so it is compared before it is used; a base
+    that the guest would move onto can be compared only while the guest stands still.
+    """
+
+    base: str
+    reason: str
+    sentence = "{base} must be compared first: an earlier merge into it failed ({reason}), and the guest writes"
+    advice = (
+        "put an overlay on top (`qmpmerge snapshot`) and merge with `--top` what is below it, which is compared while the "
+        "guest runs; or pause the guest for the merge"
+    )
 
 
 class LibvirtManaged(Refused):
@@ -465,6 +578,38 @@ class AgentFailed(Refused):
     reason: str
     sentence = "the guest agent at {agent} did not freeze the guest: {reason}"
     advice = "is qemu-guest-agent running in the guest? Without --quiesce the snapshot is crash-consistent"
+
+
+class Unfinished(Refused):
+    """
+    A merge of the image was begun and not finished, and what remains is not for a merge to decide, or the image's name is
+    taken away for as long as nobody has.
+    """
+
+    image: str
+    found: str
+    path: str
+    sentence = "a merge of {image} was not finished: {found}"
+    advice = "run `qmpmerge recover {path}`"
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "path": shlex.quote(self.path)}
+
+
+class NothingThere(Refused):
+    """`recover` finds neither the path nor anything that a merge has left of it."""
+
+    path: str
+    sentence = "nothing is at {path}, and no merge has left anything of it"
+    advice = "name the image that the VM is started from, or its folder"
+
+
+class NoSuchStash(Refused):
+    """`clean` removes what a merge has stashed, and nothing else."""
+
+    path: str
+    sentence = "{path} is no file that a merge has stashed"
+    advice = "name a folder, or a file called NAME.merged"
 
 
 class JobVerb(Refused):
@@ -628,6 +773,14 @@ class JobFailed(Failed):
     advice = "mend the cause, then run the same command again"
 
 
+class OutOfQuota(JobFailed):
+    """The storage of base refused a write because of a quota; unlike a full disk that ends the job."""
+
+    filesystem: str
+    sentence = "job {job} failed: {reason} on {filesystem}; the old chain is in use and nothing is lost"
+    advice = "raise the quota there of the user that QEMU runs as, then run the same command again"
+
+
 class TimedOut(Failed):
     """Offline nothing goes on without us: the merge was cancelled at the time limit, and the old chain is right."""
 
@@ -645,6 +798,15 @@ class NotDurable(Failed):
     advice = "look at the storage's logs; once it is well, run the same command again"
 
 
+class BitmapsNotCarried(Failed):
+    """The dirty bitmaps could not be merged into the base's; the job was cancelled, nothing was switched."""
+
+    base: str
+    reason: str
+    sentence = "the dirty bitmaps could not be carried over to {base}: {reason}; nothing was switched"
+    advice = "the old chain is in use and right; `--bitmaps drop` merges without them"
+
+
 class NotVerified(Failed):
     """What the base shows after the copy is not what the top shows; the job was cancelled, nothing was switched."""
 
@@ -653,6 +815,15 @@ class NotVerified(Failed):
     reason: str
     sentence = "{base} was compared with {top} before the switch: {reason}; nothing was switched"
     advice = "the old chain is in use and right; look at the storage of {base} before you try again"
+
+
+class NotWitnessed(Failed):
+    """What was about to be done could not be written down, so it was not done; the job was cancelled."""
+
+    path: str
+    reason: str
+    sentence = "cannot write {path}: {reason}; nothing was switched, the old chain is in use"
+    advice = "make room for a small file beside the active image, then run the same command again"
 
 
 class NotProven(Unknown):
@@ -726,6 +897,41 @@ class FreezeUnproven(Unknown):
     advice = "the guest is thawed and the snapshot is there, but only crash-consistent; take another one"
 
 
+class PauseUnproven(Unknown):
+    """The guest was paused for the pivot, and neither we nor the guard saw it run again."""
+
+    target: str
+    reason: str
+    sentence = "THE GUEST MAY STILL BE PAUSED: {target} did not confirm `cont`: {reason}"
+    advice = "let it run: send `cont` to its monitor; then run `qmpmerge recover` on the folder of its images"
+
+
+class CannotRecover(Unknown):
+    """What is known to be right cannot be put right: nothing more was done, and it can be tried again."""
+
+    file: str
+    reason: str
+    sentence = "cannot put {file} right: {reason}"
+    advice = "mend the cause, then run the same command again: it goes on from there"
+
+
+class Undecided(Unknown):
+    """Nobody can tell which of two images holds the last writes: the evidence is shown, nothing was changed."""
+
+    base: str
+    top: str
+    evidence: list[str]
+    path: str
+    sentence = "{base} and {top} both may hold the last writes: {evidence}; nothing was changed"
+    advice = (
+        "look into both (read-only), then run `qmpmerge recover {path} --use base` to go on from {base}, "
+        "or `--use top` to go on from {top}"
+    )
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "path": shlex.quote(self.path)}
+
+
 class StillRunning(Error):
     """We stopped waiting; the job belongs to QEMU and goes on."""
 
@@ -737,12 +943,27 @@ class StillRunning(Error):
     advice = "`qmpmerge job {target} {job} follow{option}` waits for it and finishes the merge, `cancel` ends it"
 
 
+class LeftCancelling(StillRunning):
+    """We were told to leave at once while the job was being cancelled."""
+
+    sentence = "left while job {job} was being cancelled, which QEMU does when it gets to it"
+    advice = "where `qmpmerge jobs {target}` still shows it, `qmpmerge job {target} {job} follow{option}` stays with it"
+
+
 class Cancelled(Error):
     """The user cancelled; where a job ran its end was seen: the old chain is in use."""
 
     verdict = "cancelled"
     sentence = "the disks are as they were"
     advice = "run the same command again when you like"
+
+
+class TimeUp(Cancelled):
+    """The time limit passed before anything was started, or the user wants the job cancelled then."""
+
+    seconds: float
+    sentence = "not done within {seconds:g} s; nothing was switched, the disks are as they were"
+    advice = "give it more time (`--timeout`), or let the job go on without us (`--on-timeout leave`)"
 
 
 class CommandError(Exception):

@@ -3,14 +3,17 @@ A host: where the disks are. The doors to it are in `doors`; everything above ta
 of them was used.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from qmpmerge import blockgraph, headers, jobs
+from qmpmerge import blockgraph, headers, jobs, witness
 from qmpmerge.blockgraph import Disk, Layout
 from qmpmerge.chain import Chain, Inode
-from qmpmerge.errors import StreamConcluded
+from qmpmerge.errors import CommandError, StreamConcluded
 from qmpmerge.headers import Oddity
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Monitor
@@ -35,14 +38,35 @@ class Host:
 
     is_live = True
 
-    def __init__(self, session: Monitor, target: str) -> None:
+    def __init__(self, session: Monitor, target: str, connect: Callable[[], Awaitable[Monitor]] | None = None) -> None:
         self.monitor = session
         self.target = target
+        self.opened: Mapping[str, Mapping[str, Any]] = {}
+        """The nodes that we have opened ourselves: their names and options."""
+        self._connect = connect
 
     @property
     def pid(self) -> int | None:
         """The QEMU process, where the kernel tells it."""
         return self.monitor.pid
+
+    @property
+    def can_reconnect(self) -> bool:
+        """Whether the session can be left and made again."""
+        return self._connect is not None
+
+    async def reconnect(self) -> None:
+        """Give up the session, if there still is one, and make a new one. Raises what the door raises."""
+        assert self._connect is not None, "see `can_reconnect`"
+        await self.monitor.close()
+        self.monitor = await self._connect()
+
+    async def guest_runs(self) -> bool:
+        """Whether a guest can write now; a storage daemon does not tell, its clients can."""
+        try:
+            return bool((await self.monitor.execute("query-status"))["running"])
+        except CommandError:
+            return True
 
     async def layout(self) -> Layout:
         """Disks, jobs and nodes as they are now."""
@@ -66,7 +90,7 @@ class Host:
         found = layout.find(disk, self.target)
         assert found.chain is not None, "find() returns disks with an image only"
         written = await headers.read(found.chain)
-        odd = tuple(headers.oddities(found.chain, written))
+        odd = (*headers.oddities(found.chain, written), *_unfinished(found))
         return ChainView(found, headers.as_written(found.chain, written), odd, layout)
 
     async def jobs(self) -> list[Job]:
@@ -77,6 +101,14 @@ class Host:
             return list((await self.layout()).jobs)
         except StreamConcluded:
             return await jobs.query(self.monitor)
+
+    async def close(self, nodes: Sequence[str]) -> None:
+        """Close nodes, top down, that nobody uses any more; those that QEMU has named go by themselves."""
+        present = (await self.layout()).nodes
+        for node in nodes:
+            if node in present and not node.startswith("#"):
+                with contextlib.suppress(CommandError):  # gone with its parent, or in use by somebody else
+                    await self.monitor.execute("blockdev-del", node_name=node)
 
     def _locate(self, name: str) -> tuple[str, Inode | None]:
         """A file name of QEMU's as an absolute path with its inode, or as it is where it is no path."""
@@ -104,6 +136,21 @@ class Host:
         from qmpmerge import processes  # a daemon moved to /: its command line tells more
 
         return processes.start_folder(self.pid) or folder
+
+
+def _unfinished(disk: Disk) -> list[Oddity]:
+    """Merges of the disk that nobody is at work on, neither one of us nor a job."""
+    assert disk.chain is not None
+    left = [told for told in witness.about(disk.chain) if told.is_abandoned]
+    return [
+        Oddity(
+            "unfinished",
+            told.chain.active.file,
+            f"a merge was not finished: `qmpmerge recover {told.chain.active.file}`",
+        )
+        for told in left
+        if disk.job is None or disk.job.id != told.job
+    ]
 
 
 def _plain(name: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from qmpmerge.errors import CommandError, JobVerb, NoSuchJob, QemuRefused, StillRunning
 from qmpmerge.monitor import Doorbell, Monitor
+from qmpmerge.shortage import Shortage
 
 PREFIX = "qmpmerge-"
 LOOK_AGAIN_SECONDS = 0.5
@@ -27,7 +28,7 @@ VERBS = {
     "ready": ("follow", "pivot", "keep", "pause", "speed", "cancel"),
     "standby": ("follow", "resume", "speed", "cancel"),
     "waiting": ("follow", "cancel"),
-    "pending": ("follow", "cancel"),
+    "pending": ("follow", "finalize", "cancel"),
     "aborting": ("follow",),
     "concluded": ("follow", "dismiss"),
     "null": (),
@@ -36,6 +37,9 @@ VERBS = {
 
 FINISHING = frozenset({"follow", "pivot", "keep"})
 """The verbs that `merge.follow` carries out, up to a proved end; the others are `steer`'s."""
+
+CANCELED = "Operation canceled"
+"""The error of a job that somebody has cancelled (strerror of ECANCELED)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Job:
         return self.id.startswith(PREFIX)
 
     @property
+    def has_no_space(self) -> bool:
+        """Whether it stands still because the storage of its target is full."""
+        return self.io_status == "nospace" and self.status in ("paused", "standby")
+
+    @property
     def verbs(self) -> list[str]:
         """The verbs of `qmpmerge job` that are legal now; only commit jobs can be followed to a proved end."""
         return [verb for verb in VERBS.get(self.status, ()) if verb not in FINISHING or self.type == "commit"]
@@ -74,6 +83,9 @@ class Progress:
     How far a merge is. `counts` says what `done` and `total` (bytes) are: an intermediate merge walks the whole virtual
     disk (``scanned``), an active one counts what it has to copy (``copied``), and its total grows while the guest
     writes. `rate` is bytes a second, `eta` seconds; both None while nothing sensible can be said.
+
+    `shortage` is what a job waits for that ran out of space. `note` is a sentence, said once, about a job that was there
+    before us.
     """
 
     disk: str
@@ -84,6 +96,8 @@ class Progress:
     counts: str
     rate: float | None = None
     eta: float | None = None
+    shortage: Shortage | None = None
+    note: str | None = None
 
     @property
     def percent(self) -> float | None:
@@ -142,7 +156,7 @@ class Meter:
         self._clock = clock
         self._sightings: list[tuple[float, int]] = []
 
-    def read(self, job: Job) -> Progress:
+    def read(self, job: Job, shortage: Shortage | None = None) -> Progress:
         """What to tell about this sighting."""
         now = self._clock()
         self._sightings = [seen for seen in self._sightings if now - seen[0] <= self.WINDOW_SECONDS]
@@ -152,12 +166,13 @@ class Meter:
         return Progress(
             disk=self._disk,
             job=job.id,
-            status="no space" if job.io_status == "nospace" else job.status,
+            status=job.status,
             done=job.done,
             total=job.total,
             counts=self._counts,
             rate=rate,
             eta=left / rate if rate else None,
+            shortage=shortage,
         )
 
     def _rate(self) -> float | None:
@@ -192,15 +207,24 @@ async def follow(
         now = time.monotonic()
         if deadline is not None and now >= deadline:
             raise StillRunning(target=monitor.name, job=job_id)
-        if job.io_status == "nospace" and now - resumed >= RESUME_SECONDS:
+        if now - resumed >= RESUME_SECONDS:
             resumed = now
-            await _resume(monitor, job_id)
+            await resume_for_space(monitor, job)
         await doorbell.wait(min(LOOK_AGAIN_SECONDS, deadline - now) if deadline is not None else LOOK_AGAIN_SECONDS)
 
 
-async def _resume(monitor: Monitor, job_id: str) -> None:
-    with contextlib.suppress(CommandError):  # it was resumed or ended meanwhile: the next look tells
-        await monitor.execute("job-resume", id=job_id)
+async def resume_for_space(monitor: Monitor, job: Job) -> None:
+    """Let a job try again that was paused for want of space: nobody tells when there is some."""
+    if job.has_no_space:
+        with contextlib.suppress(CommandError):  # it was resumed or ended meanwhile: the next look tells
+            await monitor.execute("job-resume", id=job.id)
+
+
+async def set_speed(monitor: Monitor, job: Job, speed: int) -> None:
+    """Bytes a second, 0 for no limit; nothing is sent where that is its speed, or where it cannot be told any more."""
+    if speed != job.speed and "speed" in job.verbs:
+        with contextlib.suppress(CommandError):  # it has moved on meanwhile
+            await monitor.execute("block-job-set-speed", device=job.id, speed=speed)
 
 
 async def dismiss(monitor: Monitor, job_id: str) -> None:

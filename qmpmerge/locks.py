@@ -1,16 +1,23 @@
 """
-A lock of our own beside the base, so that two qmpmerge never meet on it.
+A lock of our own beside the base, so that two qmpmerge never meet on it, and the note in it for who comes next.
 
 QEMU's image locks keep other processes from writing; they do not keep two of us from checking at the same time.
+
+The kernel drops the lock with its holder, the file stays: what a holder that was killed, or that left on purpose, wrote
+into it is found by the next one. A note is believed only as far as QEMU's graph and the headers bear it out.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from qmpmerge.chain import Image
 from qmpmerge.errors import Locked
+
+LONGEST_NOTE = 4 * 1024 * 1024
 
 
 def lock_path(base: Image) -> str:
@@ -19,8 +26,31 @@ def lock_path(base: Image) -> str:
     return os.path.join(folder, f".{name}.qmpmerge-lock")
 
 
+class Lock:
+    """A lock that is held. Without a file (see `held`) nothing can be noted."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+        # What an earlier holder left is not ours to drop before its work is done.
+        self.is_noted = descriptor is not None and os.fstat(descriptor).st_size > 0
+
+    def note(self, told: dict[str, Any]) -> None:
+        """Leave this for who comes next, until `clear`; a note that cannot be written is none."""
+        if self._descriptor is None:
+            return
+        self.is_noted = True
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(told).encode(), 0)
+            os.fsync(self._descriptor)
+
+    def clear(self) -> None:
+        """There is nothing to be told any more: the file goes with the lock."""
+        self.is_noted = False
+
+
 @contextlib.contextmanager
-def held(base: Image) -> Iterator[None]:
+def held(base: Image) -> Iterator[Lock]:
     """
     Hold the lock of `base` during the block; the kernel drops it with our process.
 
@@ -29,13 +59,31 @@ def held(base: Image) -> Iterator[None]:
     """
     path = lock_path(base)
     descriptor = _take(path, base) if base.has_path else None
+    lock = Lock(descriptor)
     try:
-        yield
+        yield lock
     finally:
         if descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            if not lock.is_noted:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
             os.close(descriptor)
+
+
+def noted(base: Image) -> dict[str, Any] | None:
+    """What the last holder of the lock of `base` left or, where it is held, has to say; None where that is nothing."""
+    if not base.has_path:
+        return None
+    try:
+        descriptor = os.open(lock_path(base), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            told = json.loads(file.read(LONGEST_NOTE))
+        except (OSError, ValueError, RecursionError):
+            return None
+    return told if isinstance(told, dict) else None
 
 
 def _take(path: str, base: Image) -> int | None:

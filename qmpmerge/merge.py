@@ -2,41 +2,38 @@
 Merging: what to send, in which order.
 
     intermediate    plan -> checks -> block-commit -> PENDING -> flush base -> job-finalize -> flush overlay -> proof
-    active          plan -> checks -> block-commit -> READY -> job-complete -> proof
+    active          plan -> checks -> block-commit -> READY -> pause, job-complete, run -> proof
 
 A plain `block-commit` is not safe; each step here avoids a harm that tests/test_merge.py pins. An intermediate merge
 waits at PENDING until base is durable, since QEMU rewrites the overlay's header first and flushes afterwards. An active
 merge is never held there: it would freeze the guest.
 
 Success is read back: a fresh discovery of the graph and the header on disk must equal `plan.result`, or the outcome is
-*unknown*.
+*unknown*. What an earlier qmpmerge has begun is gone on with from where it stands (`adopting`).
 """
 
 import asyncio
-import time
-from collections.abc import Collection, Coroutine
-from typing import NoReturn
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass
 
-from qmpmerge import checks, jobs, locks, plan, shield, steps, switch
-from qmpmerge.errors import (
-    JobFailed,
-    JobVerb,
-    LiveOnly,
-    NoSuchJob,
-    NotProven,
-    StillRunning,
-    TimedOut,
-    Untouched,
-)
+from qmpmerge import adopting, checks, course, jobs, locks, plan, recovery, steps, switch, witness
+from qmpmerge import bitmaps as dirty
+from qmpmerge.bitmaps import Bitmap, Handling
+from qmpmerge.course import Begun
+from qmpmerge.errors import JobFailed, JobVerb, LiveOnly, NoSuchJob, NoSuchLayer, NotProven, OptionsConflict
 from qmpmerge.hosts import ChainView, Host
-from qmpmerge.jobs import Job, Report
-from qmpmerge.monitor import Doorbell
+from qmpmerge.jobs import Job, Progress, Report
 from qmpmerge.outcome import Ending, Outcome
+from qmpmerge.patience import Patience
 from qmpmerge.plan import CommitPlan
-from qmpmerge.steps import Merge
+from qmpmerge.witness import Policy
 
 LOOKS = 5
 """How often a job to be followed is looked for again when it has moved on between two questions."""
+
+LOOK_AGAIN_SECONDS = 0.2
+"""How long a drain may put a job that is ready into standby (milliseconds) before we take it for a user's pause."""
 
 
 async def commit(
@@ -49,41 +46,170 @@ async def commit(
     ending: Ending = "pivot",
     speed: int = 0,
     verify: bool | None = None,
+    bitmaps: Handling = "refuse",
+    merged_files: Policy = "stash",
+    pause: bool = True,
     force: Collection[str] = (),
     search: Collection[str] = (),
     dry_run: bool = False,
     report: Report = lambda progress: None,
     timeout: float | None = None,
+    patience: Patience | None = None,
+    polite: float | None = None,
 ) -> Outcome:
     """
     Merge the images above `base` up to `top` into `base`; by default the whole chain, the guest moving onto its base.
 
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
-    where it is cheap. An active merge is not compared while a guest can write. `force` and `search` are those of
-    `checks.check`. `speed` is bytes a second, 0 for unlimited; `timeout` seconds, after which StillRunning is raised and
-    the job goes on.
+    where it is cheap, True does so for an active merge while the guest is paused. `merged_files` says what becomes of
+    them; to delete them they must be compared. `pause` lets the guest stand still for the milliseconds of the pivot:
+    without it nobody can tell which image is right if QEMU and we die during it. `bitmaps` says what becomes of the
+    dirty bitmaps of merged images. `force` and `search` are those of `checks.check`. `speed` is bytes a second, 0 for
+    unlimited; `timeout` seconds, after which StillRunning is raised and the job goes on; `patience` says more than that,
+    in its place. With `polite`, the monitor is left to others for so many seconds between two looks at the job.
+
+    A job of an earlier qmpmerge that does this very thing is taken over, and what it has done already is only proved.
 
     Cancelling the task cancels the job and waits until the old chain is back; from the switch to the proof it waits.
 
+    What an earlier merge of the chain left unfinished is put right first, where that is beyond doubt. If that was this
+    very merge, its outcome is returned.
+
     Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome
-    could not be proved.
+    could not be proved, StillRunning, TimeUp.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    view = await host.chain(disk)
-    planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top, shallow=shallow)
+    patience = patience or Patience(timeout)
+    wanted = _Wanted(
+        base,
+        top,
+        shallow,
+        ending,
+        speed,
+        verify,
+        bitmaps,
+        merged_files,
+        pause,
+        force,
+        search,
+        dry_run,
+        report,
+        patience,
+    )
+    with contextlib.ExitStack() as stack:
+        async with course.in_time(patience):
+            view = await host.chain(disk)
+            view = view if dry_run else await adopting.tidied(host, view, report)
+            begun = _ended_unseen(host, view, wanted, stack) or await _settled(host, view, wanted, stack)
+        return begun if isinstance(begun, Outcome) else await course.run(begun, polite=polite)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What `commit` was asked for."""
+
+    base: str | None
+    top: str | None
+    shallow: bool
+    ending: Ending
+    speed: int
+    verify: bool | None
+    bitmaps: Handling
+    merged_files: Policy
+    pause: bool
+    force: Collection[str]
+    search: Collection[str]
+    dry_run: bool
+    report: Report
+    patience: Patience
+
+
+def _ended_unseen(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib.ExitStack) -> Begun | None:
+    """The merge that is asked for, where an earlier qmpmerge has made it and nobody has proved it yet."""
+    earlier = adopting.find(view.chain)
+    if wanted.dry_run or earlier is None or not earlier.is_done(view.chain):
+        return None
+    if not earlier.is_what(base=wanted.base, top=wanted.top, shallow=wanted.shallow):
+        return None
+    lock = stack.enter_context(locks.held(adopting.place(earlier.plan)))
+    revived = adopting.revived(
+        host, view, earlier, ending=wanted.ending, report=wanted.report, patience=wanted.patience
+    )
+    revived.policy = wanted.merged_files
+    return Begun(revived, lock)
+
+
+async def _settled(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib.ExitStack) -> Begun | Outcome:
+    """The merge that is asked for, once what an earlier one left is put right: that may be all there was to do."""
+    if wanted.dry_run or not witness.about(view.chain):
+        return await _begun(host, view, wanted, stack)
+    settled = await recovery.settle(host, view.chain)
+    view = await host.chain(view.disk.name)
+    try:
+        begun = await _begun(host, view, wanted, stack)
+    except NoSuchLayer:
+        if settled is None:
+            raise
+        return settled  # the layer was merged away by what was just finished
+    return settled or begun if isinstance(begun, Outcome) and begun.verdict == "unchanged" else begun
+
+
+async def _begun(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib.ExitStack) -> Begun | Outcome:
+    """The merge that is asked for: taken over where its job is at work, else checked; an outcome where that is all."""
+    planned = plan.commit(view.chain, disk=view.disk.name, base=wanted.base, top=wanted.top, shallow=wanted.shallow)
     if planned.is_empty:
         return Outcome("unchanged", view.disk.name, view.chain, view.chain)
-    if ending == "ready" and not host.is_live:
-        raise LiveOnly(option="--wait-ready")
-    with locks.held(planned.base):
-        await checks.check(host, view, planned, force=force, search=search)
-        if dry_run:
-            return Outcome(
-                "planned", view.disk.name, planned.chain, planned.result, merged=switch.merged_files(planned)
-            )
-        merge = steps.begin(host, view, planned, ending, report, deadline, verify)
-        async with host.monitor.listening() as doorbell:
-            return await _run(merge, doorbell, starting=steps.start(merge, speed))
+    _refuse_to_leave(host, wanted)
+    if wanted.ending == "ready" and wanted.bitmaps == "merge":
+        raise OptionsConflict(options=["--wait-ready", "--bitmaps merge"])
+    lock = stack.enter_context(locks.held(adopting.place(planned)))
+    suspect = adopting.suspicion(planned)
+    job = None if wanted.dry_run else adopting.under_way(view, planned)
+    found = None if job is not None else await _checked(host, view, planned, wanted)
+    if job is None:
+        await adopting.refuse_suspect(host, planned, suspect)
+    else:
+        wanted.report(adopting.found(view, job))
+        await jobs.set_speed(host.monitor, job, wanted.speed)
+    if wanted.dry_run and found is not None:
+        return switch.planned(view.disk.name, planned, wanted.merged_files, found.checks, found.estimate)
+    merge = steps.begin(
+        host,
+        view,
+        planned,
+        wanted.ending,
+        wanted.report,
+        wanted.patience,
+        wanted.verify if suspect is None else True,
+        policy=wanted.merged_files,
+        pauses=wanted.pause,
+    )
+    merge.suspect = suspect
+    merge.bitmaps = found.bitmaps if found is not None else _portable(view, planned, wanted)
+    return Begun(merge, lock, None if job else wanted.speed)
+
+
+def _portable(view: ChainView, planned: CommitPlan, wanted: _Wanted) -> tuple[Bitmap, ...]:
+    """Whoever has started the job was not refused for its bitmaps, so what can come along does."""
+    return () if wanted.bitmaps == "drop" else dirty.portable(view.layout, planned)
+
+
+async def _checked(host: Host, view: ChainView, planned: CommitPlan, wanted: _Wanted) -> checks.Answer:
+    return await checks.check(
+        host,
+        view,
+        planned,
+        ending=wanted.ending,
+        handling=wanted.bitmaps,
+        force=wanted.force,
+        search=wanted.search,
+        speed=wanted.speed,
+    )
+
+
+def _refuse_to_leave(host: Host, wanted: _Wanted) -> None:
+    """Offline nothing goes on without us."""
+    if not host.is_live and (wanted.ending == "ready" or wanted.patience.detach):
+        raise LiveOnly(option="--detach" if wanted.patience.detach else "--wait-ready")
 
 
 async def follow(
@@ -92,39 +218,66 @@ async def follow(
     *,
     ending: Ending = "pivot",
     needs_ready: bool = False,
+    merged_files: Policy = "stash",
+    pause: bool = True,
     report: Report = lambda progress: None,
     timeout: float | None = None,
+    patience: Patience | None = None,
+    polite: float | None = None,
 ) -> Outcome:
     """
     Go on with a commit job that is there already, as if `commit` had started it: the plan is read from the block graph.
+    Dirty bitmaps come along where they can: nobody knows any more what was wanted, and none is lost like that.
 
     `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, and all that
     `commit` raises once its job runs.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    ready_for = ending if needs_ready else None
-    job = await _job_to_follow(host, job_id, ready_for)
+    patience = patience or Patience(timeout)
+    with contextlib.ExitStack() as stack:
+        async with course.in_time(patience):
+            begun = await _found(host, job_id, ending if needs_ready else None, stack, patience)
+        begun.merge.ending = ending
+        begun.merge.report = report
+        begun.merge.policy = merged_files
+        begun.merge.pauses = pause
+        if merged_files == "delete":
+            begun.merge.verify = True
+        return await course.run(begun, polite=polite)
+
+
+async def _found(
+    host: Host, job_id: str, ready_for: Ending | None, stack: contextlib.ExitStack, patience: Patience
+) -> Begun:
+    """The merge that the job carries out, or has carried out."""
     for _ in range(LOOKS):
+        job = await _job_to_follow(host, job_id, ready_for)
         if job.status == "concluded":
-            await _read_concluded(host, job)
+            return await _read_concluded(host, job, stack, patience)
         view = await host.chain(job.disk)
-        planned = _plan_of(view, job)
+        planned = adopting.plan_of(view, job)
         if planned is not None:
             break
-        job = await _job_to_follow(host, job_id, ready_for)
     else:
-        raise JobVerb(job=job.id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
-    merge = steps.begin(host, view, planned, ending, report, deadline)
-    with locks.held(planned.base):
-        async with host.monitor.listening() as doorbell:
-            return await _run(merge, doorbell)
+        raise JobVerb(job=job_id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
+    lock = stack.enter_context(locks.held(adopting.place(planned)))
+    suspect = adopting.suspicion(planned)
+    merge = steps.begin(host, view, planned, "pivot", _silently, patience, None if suspect is None else True)
+    merge.suspect = suspect
+    merge.bitmaps = dirty.portable(view.layout, planned)
+    return Begun(merge, lock)
+
+
+def _silently(progress: Progress) -> None:
+    """Nobody has said yet to whom it is reported."""
 
 
 async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None) -> Job:
-    layout = await host.layout()
-    job = next((job for job in layout.jobs if job.id == job_id), None)
-    if job is None:
-        raise NoSuchJob(job=job_id, target=host.target, known=[job.id for job in layout.jobs])
+    job = await _look(host, job_id)
+    for _ in range(LOOKS):
+        if job.status != "standby" or ready_for is None:
+            break
+        await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)
+        job = await _look(host, job_id)
     if job.type != "commit" or (ready_for is not None and job.status != "ready"):
         raise JobVerb(job=job.id, verb=ready_for or "follow", status=f"{job.status} ({job.type})", verbs=job.verbs)
     if job.disk is None and job.status != "concluded":
@@ -132,74 +285,34 @@ async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None) -> J
     return job
 
 
-def _plan_of(view: ChainView, job: Job) -> CommitPlan | None:
-    """The plan that a running commit job carries out, read from the nodes it holds; None when it has just ended."""
-    edges = view.layout.job_edges.get(job.id, {})
-    if "target" in edges:
-        base, top = edges["target"][0], edges["source"][0]
-    elif "base" in edges:
-        base, top = edges["base"][0], edges["intermediate node"][0]
-    else:
-        return None
-    inside = [image.node for image in view.chain]
-    if base not in inside or top not in inside:
-        return None
-    if "base" in edges:
-        top = next(node for node in reversed(inside) if node in edges["intermediate node"]) or top
-    return plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
+async def _look(host: Host, job_id: str) -> Job:
+    layout = await host.layout()
+    job = next((job for job in layout.jobs if job.id == job_id), None)
+    if job is None:
+        raise NoSuchJob(job=job_id, target=host.target, known=[job.id for job in layout.jobs])
+    return job
 
 
-async def _read_concluded(host: Host, job: Job) -> NoReturn:
+async def _read_concluded(host: Host, job: Job, stack: contextlib.ExitStack, patience: Patience) -> Begun:
     """
-    A job that ended while nobody looked: its error is told, the chain is shown as it is now, nothing is claimed.
+    A job that ended while nobody looked: an error is told; what its note says that it was to do, is proved.
 
-    Without an error it may have switched or been let go, durably or not: what it was to do is not known any more.
+    Without an error and without a note it may have switched or been let go, durably or not: what it was to do is not
+    known any more, so the chain is shown as it is now and nothing is claimed.
     """
     layout = await host.layout()
     disk = next((disk for disk in layout.disks if disk.name == job.disk or jobs.job_id(disk.name) == job.id), None)
-    await jobs.dismiss(host.monitor, job.id)
+    view = await host.chain(disk.name) if disk is not None else None
+    earlier = adopting.find(view.chain) if view is not None else None
+    if view is not None and earlier is not None and earlier.job == job.id and earlier.is_done(view.chain):
+        lock = stack.enter_context(locks.held(adopting.place(earlier.plan)))
+        revived = adopting.revived(host, view, earlier, ending="pivot", report=_silently, patience=patience)
+        return Begun(revived, lock)
+    if view is not None:
+        await adopting.dismiss(host, view.chain, job)
+    else:
+        await jobs.dismiss(host.monitor, job.id)
     if job.error is not None:
         raise JobFailed(job=job.id, reason=job.error)
-    found = f"that it had ended before we looked; the chain now is {disk.chain if disk else 'unknown'}"
+    found = f"that it had ended before we looked; the chain now is {view.chain if view else 'unknown'}"
     raise NotProven(target=host.target, expected=f"job {job.id} at work", found=found)
-
-
-async def _run(merge: Merge, doorbell: Doorbell, *, starting: Coroutine[None, None, None] | None = None) -> Outcome:
-    """
-    From a job that is being started, or runs, to a proved outcome.
-
-    Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits.
-    """
-    mine = starting is not None or merge.job.startswith(jobs.PREFIX)
-    try:
-        if starting is not None:
-            await starting
-        return await _to_the_end(merge, doorbell)
-    except asyncio.CancelledError:
-        if not mine:  # leaving somebody else's job is not ending it
-            raise StillRunning(target=merge.host.target, job=merge.job) from None
-        await shield.finished(steps.take_back(merge, doorbell))
-        raise
-    except StillRunning:
-        if merge.host.is_live:
-            option = {"pivot": "", "keep": " --keep-overlay", "ready": " --wait-ready"}[merge.ending]
-            raise StillRunning(target=merge.host.target, job=merge.job, option=option) from None
-        await shield.finished(steps.take_back(merge, doorbell))
-        raise TimedOut(job=merge.job) from None
-
-
-async def _to_the_end(merge: Merge, doorbell: Doorbell) -> Outcome:
-    """What cannot be looked at once the job was started is not refused, as if nothing had been done: it is unknown."""
-    try:
-        job = await steps.copy(merge, doorbell)
-        if job is not None and job.status == "ready" and merge.ending == "ready":
-            return switch.ready(merge)
-        if job is not None and job.status == "pending":
-            await steps.make_base_durable(merge, doorbell)
-            await steps.verify(merge, doorbell)
-        elif job is not None and steps.is_at_rest(merge, job):
-            await steps.verify(merge, doorbell)  # an active job has flushed base before it says that it is ready
-        return await shield.finished(switch.switch(merge, doorbell, job))
-    except Untouched as error:
-        found = f"no way to look: {error}"
-        raise NotProven(target=merge.host.target, expected=str(merge.plan.result), found=found) from None

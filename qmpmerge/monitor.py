@@ -68,12 +68,20 @@ class Monitor:
     in ``(7, 2, 22)``.
     """
 
-    def __init__(self, client: QMPClient, name: str, pid: int | None, trace: Trace | None) -> None:
+    def __init__(
+        self, client: QMPClient, name: str, pid: int | None, trace: Trace | None, connection: socket.socket
+    ) -> None:
         self._client = client
+        self._connection = connection
         self.name = name
         self.pid = pid
         self._trace = trace
         self.version = _version_of(client)
+
+    @property
+    def descriptor(self) -> int:
+        """The connection, for a process that is to inherit it; -1 once the session has ended."""
+        return self._connection.fileno()
 
     async def execute(self, command: str, *, timeout: float = COMMAND_SECONDS, **arguments: object) -> Any:
         """
@@ -119,6 +127,10 @@ class Monitor:
         with self._client.listener(names=WAKING_EVENTS) as listener:
             yield Doorbell(listener, self._trace)
 
+    async def close(self) -> None:
+        """End the session; what was sent and not answered is not run any more (QEMU drops it with the connection)."""
+        await _disconnect(self._client)
+
 
 def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
     """JSON carries text, a file name may be any bytes: QEMU ends the session over a name that is no UTF-8."""
@@ -157,15 +169,18 @@ async def connected(
 
     Raises a subclass of Unreachable for everything that can go wrong before the session is there.
     """
+    session = await connect(address, timeout=timeout, trace=trace)
+    try:
+        yield session
+    finally:
+        await session.close()
+
+
+async def connect(address: Address, *, timeout: float = GREETING_SECONDS, trace: Trace | None = None) -> Monitor:
+    """The same without a block: whoever connects closes the session."""
     name = address if isinstance(address, str) else f"tcp:{address[0]}:{address[1]}"
     connection = await _connect(address, name, timeout)
-    pid = _peer_pid(connection)
-    client = QMPClient(readbuflen=_LARGEST_REPLY)
-    await _greet(client, connection, name, pid, timeout)
-    try:
-        yield _negotiated(client, name, pid, trace)
-    finally:
-        await _disconnect(client)
+    return await _begun(connection, name, _peer_pid(connection), timeout, trace)
 
 
 @contextlib.asynccontextmanager
@@ -174,12 +189,21 @@ async def opened(
 ) -> AsyncIterator[Monitor]:
     """The same on a connection that is there already, to the process `pid` that we started ourselves."""
     connection.setblocking(False)
-    client = QMPClient(readbuflen=_LARGEST_REPLY)
-    await _greet(client, connection, name, pid, COMMAND_SECONDS)
+    session = await _begun(connection, name, pid, COMMAND_SECONDS, trace)
     try:
-        yield _negotiated(client, name, pid, trace)
+        yield session
     finally:
+        await session.close()
+
+
+async def _begun(connection: socket.socket, name: str, pid: int | None, timeout: float, trace: Trace | None) -> Monitor:
+    client = QMPClient(readbuflen=_LARGEST_REPLY)
+    await _greet(client, connection, name, pid, timeout)
+    try:
+        return Monitor(client, name, pid, trace, connection)
+    except (KeyError, TypeError, ValueError):
         await _disconnect(client)
+        raise NotQmp(address=name, got="it greets, but not as a QEMU does") from None
 
 
 async def _connect(address: Address, name: str, timeout: float) -> socket.socket:
@@ -322,13 +346,6 @@ async def _disconnect(client: QMPClient) -> None:
     with contextlib.suppress(QMPError, OSError, EOFError, ValueError, TypeError, RecursionError):
         async with asyncio.timeout(GREETING_SECONDS):
             await client.disconnect()
-
-
-def _negotiated(client: QMPClient, name: str, pid: int | None, trace: Trace | None) -> Monitor:
-    try:
-        return Monitor(client, name, pid, trace)
-    except (KeyError, TypeError, ValueError):
-        raise NotQmp(address=name, got="it greets, but not as a QEMU does") from None
 
 
 def _version_of(client: QMPClient) -> tuple[int, int, int]:

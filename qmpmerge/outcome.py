@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qmpmerge.chain import Chain
+from qmpmerge.space import Estimate
 
 Ending = Literal["pivot", "keep", "ready"]
 """
@@ -24,13 +25,26 @@ class MergedFile:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """
+    A check by its refusal's name, and what it came to. `forced` refused, and the user wanted to go on all the same;
+    what is not checked could not be, for the `reason`.
+    """
+
+    name: str
+    result: Literal["passed", "forced", "not checked"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """
     What a merge came to; only proved outcomes are made into one.
 
     `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
-    merge counts what it walked). `verified` says that base and top were compared before the switch. `hints` are sentences
-    for the user.
+    merge counts what it walked). `verified` says that base and top were compared before the switch. `paused_ms` is how long
+    the guest stood still for the pivot, None where it was not paused. `hints` are sentences for the user. `checks` and
+    `estimate` are what was found out before: of a plan that was only looked at.
     """
 
     verdict: str
@@ -43,3 +57,6 @@ class Outcome:
     seconds: float = 0.0
     hints: tuple[str, ...] = ()
     verified: bool = False
+    paused_ms: float | None = None
+    checks: tuple[Checked, ...] = ()
+    estimate: Estimate | None = None

@@ -6,11 +6,11 @@ prints it, and after the job a fresh discovery must equal its `result`.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qmpmerge.chain import Chain, Image
-from qmpmerge.errors import BackingString, BaseAboveTop, BaseIsTop, OptionsConflict, ShorterLayer
+from qmpmerge.errors import BackingString, BaseAboveTop, BaseIsTop, OptionsConflict, Refused, ShorterLayer
 
 HEADER_LIMIT = 1023
 """Bytes a qcow2 header has for the backing file name (docs/interop/qcow2.txt: backing_file_size)."""
@@ -23,7 +23,8 @@ class CommitPlan:
 
     `merged` are the images that the chain loses, base first. `pivots` says that top is the active image: then the guest
     moves onto base and nothing is rewritten. Else `overlay` is the image right above top, and `backing_name` is the
-    string its header will get. `result` is the chain afterwards.
+    string its header will get. `result` is the chain afterwards. A plan with `refusals` (ShorterLayer, BackingString) must
+    not be carried out: `checks.check` raises them together with what else it finds.
     """
 
     chain: Chain
@@ -34,6 +35,7 @@ class CommitPlan:
     overlay: Image | None
     backing_name: str | None
     result: Chain
+    refusals: tuple[Refused, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -53,7 +55,7 @@ def commit(
     Plan the merge of `top` (default: the active image) down into `base` (default: the lowest image).
 
     `shallow` merges top into the image right below it. Layers are addressed as `Chain.find` takes them.
-    Raises NoSuchLayer, BaseAboveTop, BaseIsTop, OptionsConflict, ShorterLayer, BackingString.
+    Raises NoSuchLayer, BaseAboveTop, BaseIsTop, OptionsConflict.
     """
     if shallow and base is not None:
         raise OptionsConflict(options=["--shallow", "--base"])
@@ -74,11 +76,14 @@ def _plan(chain: Chain, base_index: int, top_index: int) -> CommitPlan:
         chain.images[top_index:],
     )
     base = below[-1]
-    _refuse_shorter(merged, base)
+    refusals: list[Refused] = [*_shorter(merged, base)]
     overlay = above[0] if above else None
     name = None
     if overlay is not None:
-        name = backing_name(overlay, base, merged[0])
+        try:
+            name = backing_name(overlay, base, merged[0])
+        except BackingString as refusal:
+            refusals.append(refusal)
         rewritten = replace(overlay, backing=name, backing_format=base.format)
         above = (rewritten, *above[1:])
     return CommitPlan(
@@ -90,25 +95,31 @@ def _plan(chain: Chain, base_index: int, top_index: int) -> CommitPlan:
         overlay=overlay,
         backing_name=name,
         result=Chain((*below, *above)),
+        refusals=tuple(refusals),
     )
 
 
-def _refuse_shorter(merged: Sequence[Image], base: Image) -> None:
+def _shorter(merged: Sequence[Image], base: Image) -> Iterator[ShorterLayer]:
     for image in merged:
         if image.virtual_size < base.virtual_size:
-            raise ShorterLayer(image=image.file, size=image.virtual_size, base=base.file, base_size=base.virtual_size)
+            yield ShorterLayer(image=image.file, size=image.virtual_size, base=base.file, base_size=base.virtual_size)
 
 
 def backing_name(overlay: Image, base: Image, child: Image) -> str:
     """
     The string that leads from the overlay's header to `base`.
 
-    Relative stays relative and absolute stays absolute; where base has no path, the string that its present child
-    carries is used again. Never left to QEMU, which would write an absolute path or even a json: name over a relative
-    one. Raises BackingString where qcow2 has no room for it.
+    Relative stays relative and absolute stays absolute. Where base has no path, or its present child names it by a
+    protocol or a ``json:`` name, which may say more than the path does, that string is used again. Never left to QEMU,
+    which would write an absolute path or even a json: name over a relative one. Raises BackingString where qcow2 has no
+    room for it, or the child names a file for what QEMU has from elsewhere.
     """
     if not base.has_path:
         name = child.backing or base.file
+        if is_path(name):
+            raise BackingString(overlay=overlay.file, backing=name, reason=f"QEMU uses {base.file}, which is no path")
+    elif child.backing and not is_path(child.backing):
+        name = child.backing
     elif overlay.has_path and is_relative(overlay.backing):
         name = _relative(base.file, os.path.dirname(overlay.file))
     else:
@@ -121,6 +132,11 @@ def backing_name(overlay: Image, base: Image, child: Image) -> str:
             reason=f"{length} bytes, the header has room for {HEADER_LIMIT}",
         )
     return name
+
+
+def is_path(backing: str) -> bool:
+    """Whether a header's string is a path; ``a:b`` would be read as a protocol name, which ``file:`` is too."""
+    return backing.startswith("file:") or ":" not in backing.split("/", 1)[0]
 
 
 def is_relative(backing: str | None) -> bool:

@@ -383,6 +383,21 @@ def users(files: Sequence[str]) -> tuple[User, ...]:
     return tuple(sorted(found.values(), key=lambda user: (files.index(user.file), user.pid)))
 
 
+def qemu_files() -> list[str]:
+    """The files that the QEMU programs of this host have open, as far as we may see, by their present names."""
+    found: dict[str, None] = {}
+    for pid in filter(_is_likely, psutil.pids()):
+        folder = f"/proc/{pid}/fd"
+        try:
+            links = [_link(f"{folder}/{number}") for number in os.listdir(folder)]
+        except OSError:
+            continue
+        found |= dict.fromkeys(
+            link for link in links if link.startswith("/") and not link.startswith(("/dev/", "/proc/"))
+        )
+    return list(found)
+
+
 # struct flock for F_OFD_GETLK on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
 _F_OFD_GETLK = 36

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAGIC = b"QFI\xfb"
 _FIXED = struct.Struct(">4sIQIIQI")
@@ -19,19 +19,27 @@ _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 0x44415441
 _LONGEST_NAME = 1023
+_EXTENDED_ENTRIES = 1 << 4
+_EXTERNAL_DATA = 1 << 2
 # A header with its extensions fits in the smallest cluster that anybody uses; the name may lie behind it.
 _READ = 65536
 
 
 @dataclass(frozen=True)
 class Qcow2Header:
-    """Names as they are written; `virtual_size` in bytes; `encrypted` also for the old AES method."""
+    """
+    Names as they are written; sizes in bytes; `encrypted` also for the old AES method.
+
+    `entry_size` is that of an entry of the second-level tables, 16 with extended entries.
+    """
 
     virtual_size: int
     backing: str | None
     backing_format: str | None
     data_file: str | None
     encrypted: bool
+    cluster_size: int = field(default=65536, compare=False)
+    entry_size: int = field(default=8, compare=False)
 
 
 def read(path: str) -> Qcow2Header | None:
@@ -56,6 +64,22 @@ def read(path: str) -> Qcow2Header | None:
         os.close(descriptor)
 
 
+def data_path(path: str) -> str | None:
+    """
+    The data file of the image at `path`, its name resolved as QEMU does; None where the image has none.
+
+    Raises OSError, also where the name leads to anything but a regular file: nothing else is to be opened for it.
+    """
+    header = read(path)
+    if header is None or header.data_file is None:
+        return None
+    name = named_path(header.data_file)
+    found = os.path.join(os.path.dirname(path), name) if name is not None else ""
+    if not found or not stat.S_ISREG(os.stat(found).st_mode):
+        raise OSError(errno.EINVAL, f"its data file {header.data_file} is not a regular file")
+    return found
+
+
 def named_path(name: str) -> str | None:
     """The path in a header's name, ``json:`` forms of a local file included; None for all that is no local file."""
     if name.startswith("json:"):
@@ -74,9 +98,12 @@ def decode(data: bytes) -> Qcow2Header | None:
     """Decode the first bytes of a file; None where they are no header, or one that makes no sense."""
     if len(data) < 72 or data[:4] != MAGIC:
         return None
-    _magic, version, offset, length, _bits, size, crypt = _FIXED.unpack_from(data)
+    _magic, version, offset, length, bits, size, crypt = _FIXED.unpack_from(data)
+    features = struct.unpack_from(">Q", data, 72)[0] if version >= 3 and len(data) >= 104 else 0
     header_length = struct.unpack_from(">I", data, 100)[0] if version >= 3 and len(data) >= 104 else 72
     names = _extensions(data, header_length, offset or len(data))
+    if features & _EXTERNAL_DATA and _DATA_FILE not in names:
+        return None  # it has a data file, whose name it hides from us
     backing = None
     if offset:
         if not 0 < length <= _LONGEST_NAME or offset + length > len(data):
@@ -91,6 +118,8 @@ def decode(data: bytes) -> Qcow2Header | None:
         backing_format=names.get(_BACKING_FORMAT),
         data_file=names.get(_DATA_FILE),
         encrypted=crypt != 0,
+        cluster_size=1 << min(bits, 21),  # 2 MiB is the most that QEMU takes
+        entry_size=16 if features & _EXTENDED_ENTRIES else 8,
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qmpmerge import qcow2
 from qmpmerge.chain import Image
 from qmpmerge.errors import ImageUnreadable, ToolMissing
 
@@ -58,6 +59,45 @@ async def chain_info(path: str, format: str | None = None) -> list[Header]:
     return [_header(entry) for entry in reversed(entries)]
 
 
+@dataclass(frozen=True)
+class Extent:
+    """
+    A range of an image's data, in bytes. `zero` says that it is known to read as zeros: by a note in the tables, or from a
+    place in the file where nothing was written yet (`preallocation=metadata`).
+    """
+
+    start: int
+    length: int
+    zero: bool = False
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.start + self.length
+
+
+async def extents(image: Image) -> list[Extent]:
+    """
+    The ranges that `image` itself has allocated, whatever lies below it, in order; nothing below it is opened.
+
+    Read without locks and shared with whoever writes: of an image in use it is what has been written to disk so far.
+    `image` needs a path. Raises ImageUnreadable (encrypted, damaged), ToolMissing.
+    """
+    try:
+        node: dict[str, object] = {"driver": image.format, "file": _file(image)}
+    except OSError as error:
+        raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
+    if image.format not in ("raw", "luks"):
+        node["backing"] = None
+    output = await _run(image.file, "map", "--force-share", "--output=json", f"json:{json.dumps(node)}")
+    # QEMU before 6.1 does not tell zeros that are noted from what is not there.
+    return [
+        Extent(entry["start"], entry["length"], zero=entry["zero"])
+        for entry in json.loads(output)
+        if entry.get("present", entry["data"]) and (entry["data"] or image.format != "raw")
+    ]
+
+
 async def create_overlay(path: str, *, size: int, backing: str, backing_format: str, format: str = "qcow2") -> None:
     """
     Make an overlay of `size` bytes whose header names `backing`, without opening the backing image (`-u`).
@@ -81,15 +121,38 @@ async def create_overlay(path: str, *, size: int, backing: str, backing_format: 
     )
 
 
-async def same(chain: Sequence[Image], other: Sequence[Image]) -> bool:
-    """
-    Whether two chains (base first) show the same data, as read by another process without locks.
+async def repoint(path: str, backing: str, backing_format: str) -> None:
+    """Write another backing name into a qcow2 header; no backing image is opened. Raises ImageUnreadable, ToolMissing."""
+    await _run(path, "rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, os.path.abspath(path))
 
-    Holes cost nothing, all else is read. Nobody may write meanwhile, and what was written must be flushed. Raises
-    ImageUnreadable when either cannot be opened like that (encrypted, a data file, on the network), ToolMissing.
+
+async def held(chain: Sequence[Image], upper: int) -> list[Extent]:
+    """
+    What the uppermost `upper` images of a chain (base first) hold between them, written zeroes included, in order.
+
+    Read as `same` reads. Raises ImageUnreadable, ToolMissing.
     """
     try:
-        sources = [f"json:{json.dumps(_opened(images))}" for images in (chain, other)]
+        code, output, complaints = await _finished("map", "--output=json", _source(chain), seconds=None)
+    except OSError as error:
+        raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
+    if code != 0:
+        raise ImageUnreadable(file=chain[-1].file, reason=_first_line(complaints))
+    # `depth` is that of the topmost image that holds it; `present` came with QEMU 6.1
+    held = [entry for entry in json.loads(output) if entry["depth"] < upper and entry.get("present", True)]
+    return [Extent(entry["start"], entry["length"]) for entry in held]
+
+
+async def same(chain: Sequence[Image], other: Sequence[Image], within: Extent | None = None) -> bool:
+    """
+    Whether two chains (base first) show the same data, `within` a part or all over, as read by another process without
+    locks.
+
+    Holes cost nothing, all else is read. Nobody may write meanwhile, and what was written must be flushed. Raises
+    ImageUnreadable when either cannot be opened like that (encrypted, on the network), ToolMissing.
+    """
+    try:
+        sources = [_source(images, within) for images in (chain, other)]
     except OSError as error:
         raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
     code, _output, complaints = await _finished("compare", "-q", *sources, seconds=None)
@@ -98,18 +161,34 @@ async def same(chain: Sequence[Image], other: Sequence[Image]) -> bool:
     return code == 0
 
 
+def _source(images: Sequence[Image], within: Extent | None = None) -> str:
+    node = _opened(images)
+    if within is not None:
+        # The node in between looks through a whole chain for what is allocated where; `raw` by itself asks the top only.
+        whole = {"driver": "quorum", "vote-threshold": 1, "children": [node]}
+        node = {"driver": "raw", "offset": within.start, "size": within.length, "file": whole}
+    return f"json:{json.dumps(node)}"
+
+
 def _opened(images: Sequence[Image]) -> dict[str, object] | None:
     """A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed."""
     if not images:
         return None
     *below, image = images
     node: dict[str, object] = {"driver": image.format, "file": _file(image)}
-    return {**node, "backing": _opened(below)} if image.format == "qcow2" else node
+    if image.format != "qcow2":
+        return node
+    data = qcow2.data_path(image.file) if image.has_path else None
+    return {**node, "backing": _opened(below), **({} if data is None else {"data-file": _plain_file(data)})}
 
 
 def _file(image: Image) -> dict[str, object]:
     is_device = image.has_path and stat.S_ISBLK(os.stat(image.file).st_mode)
-    return {"driver": "host_device" if is_device else "file", "filename": image.file, "locking": "off"}
+    return {**_plain_file(image.file), "driver": "host_device"} if is_device else _plain_file(image.file)
+
+
+def _plain_file(path: str) -> dict[str, object]:
+    return {"driver": "file", "filename": path, "locking": "off"}
 
 
 def _header(entry: Any) -> Header:

@@ -8,10 +8,10 @@ writes absolute backing names. Then each is opened as a node, and one `transacti
 import contextlib
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 
-from qmpmerge import headers, qemuimg, shield
+from qmpmerge import adopting, headers, qemuimg, shield
 from qmpmerge.blockgraph import Disk, Layout
 from qmpmerge.chain import Image
 from qmpmerge.errors import (
@@ -64,10 +64,20 @@ async def snapshot(
     snapshot. Raises FileExists, CannotCreate, Busy, Temporary, BackingString, QemuRefused, AgentFailed; NotProven when a
     fresh look does not show the overlays.
     """
-    layout = await host.layout()
+    layout = await _without_ended_jobs(host, files)
     orders = [_order(host, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
     _refuse_twice(orders)
     return await shield.finished(_carry_out(host, layout, orders, os.fspath(agent) if agent is not None else None))
+
+
+async def _without_ended_jobs(host: Host, disks: Iterable[str]) -> Layout:
+    """A merge of ours that ended while nobody looked keeps no disk busy."""
+    layout = await host.layout()
+    if not any(job.ours and job.status == "concluded" for job in layout.jobs):
+        return layout
+    for disk in disks:
+        await adopting.tidied(host, await host.chain(disk), lambda progress: None)
+    return await host.layout()
 
 
 def _order(host: Host, layout: Layout, name: str, file: str, relative: bool) -> _Order:

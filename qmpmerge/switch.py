@@ -2,61 +2,58 @@
 The point of no return, and the proof: a fresh discovery must show what was planned, or the outcome is *unknown*.
 """
 
-import contextlib
+import os
 import shlex
 import time
+from collections.abc import Sequence
 
-from qmpmerge import durable, jobs
+from qmpmerge import account, disposal, jobs, pivot
 from qmpmerge.chain import Chain
-from qmpmerge.errors import CommandError, FlushUnavailable, HeaderNotDurable, JobFailed, NotDurable, NotProven
+from qmpmerge.errors import (
+    FlushUnavailable,
+    HeaderNotDurable,
+    NotDurable,
+    NotProven,
+    NotWitnessed,
+)
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Doorbell
-from qmpmerge.outcome import MergedFile, Outcome
+from qmpmerge.outcome import Checked, MergedFile, Outcome
 from qmpmerge.plan import CommitPlan
-from qmpmerge.steps import Merge, prove_old_chain
+from qmpmerge.space import Estimate
+from qmpmerge.steps import Merge, failure, prove_old_chain, take_back, view_after
+from qmpmerge.witness import Policy
 
 
 async def switch(merge: Merge, doorbell: Doorbell, job: Job | None) -> Outcome:
-    """The point of no return, and the proof."""
-    keeps = job is not None and job.status == "ready" and merge.ending == "keep"
+    """The point of no return, and the proof; for an active merge that moved already, the proof."""
+    merge.switching = True
+    merge.let_go = merge.let_go or (job is not None and job.status == "ready" and merge.ending == "keep")
     if job is not None and job.status != "concluded":
-        job = await _end(merge, doorbell, job.status, keeps)
+        if not merge.plan.pivots:
+            await _write_down(merge, doorbell)
+        job = await pivot.end(merge, doorbell, job.status, keeps=merge.let_go)
     if job is not None:
         await jobs.dismiss(merge.host.monitor, merge.job)
         if job.error is not None:
             await prove_old_chain(merge)
-            raise JobFailed(job=merge.job, reason=job.error)
-    if keeps:
+            raise failure(merge, job.error)
+    if merge.let_go:
         return await _prove(merge, "kept", merge.plan.chain)
     if merge.plan.overlay is not None:
         await _make_overlay_durable(merge)
-    await _delete_nodes(merge)
+    await merge.host.close(merge.old_nodes)  # what explicit -blockdev nodes the merge left open
     return await _prove(merge, "pivoted" if merge.plan.pivots else "merged", merge.plan.result)
 
 
-async def _end(merge: Merge, doorbell: Doorbell, status: str, keeps: bool) -> Job | None:
-    """Tell the job to end, and wait until it has."""
-    monitor = merge.host.monitor
-    while True:
-        try:
-            if status == "pending":
-                await monitor.execute("job-finalize", id=merge.job)
-            elif keeps:
-                await monitor.execute("block-job-cancel", device=merge.job, force=False)
-            else:
-                await monitor.execute("job-complete", id=merge.job)
-            # Somebody else's active job may want to be finalized too, and the guest stands still until it is.
-            wanted: tuple[str, ...] = ("concluded", "pending") if status == "ready" else ("concluded",)
-        except CommandError:
-            # A drain by somebody else can put a ready job into standby for a moment: wait for it and say it again.
-            # A pending job of ours is on its way already.
-            wanted = ("concluded", status) if status == "ready" else ("concluded",)
-            await doorbell.wait(jobs.LOOK_AGAIN_SECONDS / 5)
-        deadline = merge.deadline if merge.host.is_live else None
-        job = await jobs.follow(monitor, doorbell, merge.job, wanted, tell=lambda job: None, deadline=deadline)
-        if job is None or job.status == "concluded":
-            return job
-        status = job.status
+async def _write_down(merge: Merge, doorbell: Doorbell) -> None:
+    try:
+        account.note(merge, "switching")
+        account.sync(merge)
+    except OSError as error:
+        await take_back(merge, doorbell)
+        path = merge.witness.path if merge.witness else ""
+        raise NotWitnessed(path=path, reason=error.strerror or str(error)) from None
 
 
 async def _make_overlay_durable(merge: Merge) -> None:
@@ -64,32 +61,27 @@ async def _make_overlay_durable(merge: Merge) -> None:
     assert merge.plan.overlay is not None
     try:
         if not merge.base_is_durable:
-            await durable.flush(merge.host.monitor, merge.plan.base)
-        await durable.flush(merge.host.monitor, merge.plan.overlay)
+            await merge.flush(merge.plan.base)
+        await merge.flush(merge.plan.overlay)
     except (NotDurable, FlushUnavailable) as error:
         raise HeaderNotDurable(target=merge.host.target, overlay=merge.plan.overlay.file, reason=error.reason) from None
 
 
-async def _delete_nodes(merge: Merge) -> None:
-    """Close what explicit -blockdev nodes the merge left open, top down; nodes of -drive are gone by themselves."""
-    named = [node for node in merge.old_nodes if not node.startswith("#")]
-    present = (await merge.host.layout()).nodes if named else {}
-    for node in named:
-        if node in present:
-            with contextlib.suppress(CommandError):  # gone with its parent, or in use by somebody else
-                await merge.host.monitor.execute("blockdev-del", node_name=node)
-
-
 async def _prove(merge: Merge, verdict: str, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
-    view = await merge.host.chain(merge.name_after(expected))
+    view = await view_after(merge, expected)
     if not _is_shown(merge, expected, view.chain):
         raise NotProven(target=merge.host.target, expected=_told(expected), found=_told(view.chain))
+    merged: tuple[MergedFile, ...] = ()
+    if verdict == "kept":
+        account.take_back(merge)
+    else:
+        merged = await account.settle_files(merge)
     left = [node for node in merge.old_nodes if node in view.layout.nodes and verdict != "kept"]
-    hints = [*_advice(merge, verdict)]
+    hints = [*_advice(merge, verdict, merged), *merge.notes]
     if left:
         hints.append(f"still open in QEMU, in use by somebody else: {', '.join(left)}")
-    return _outcome(merge, verdict, view.chain, tuple(hints))
+    return _outcome(merge, verdict, view.chain, tuple(hints), merged)
 
 
 def _is_shown(merge: Merge, expected: Chain, found: Chain) -> bool:
@@ -107,32 +99,65 @@ def _told(chain: Chain) -> str:
     return " <-- ".join(f"{image.file} (backing {image.backing})" if image.backing else image.file for image in chain)
 
 
-def _advice(merge: Merge, verdict: str) -> list[str]:
+def _advice(merge: Merge, verdict: str, merged: tuple[MergedFile, ...]) -> list[str]:
+    base = merge.plan.base.file
     if verdict == "kept":
-        return [f"{merge.plan.base.file} held all data at the moment it was let go; the guest writes to the overlay"]
-    if verdict == "pivoted":
-        base, old = merge.plan.base.file, merge.plan.top.file
-        return [f"start the VM from {base} from now on: {old} opens without a word and shows older data"]
-    return ["the merged files can be deleted once no other image is built on them"]
+        return [f"{base} held all data at the moment it was let go; the guest writes to the overlay"]
+    return [*(launch_advice(base, merged[-1]) if verdict == "pivoted" else []), *files_advice(merged)]
 
 
-def merged_files(planned: CommitPlan) -> tuple[MergedFile, ...]:
-    """The images that the chain loses, base first, each still in its place."""
-    return tuple(MergedFile(image.file, now=image.file) for image in planned.merged)
+def launch_advice(base: str, old: MergedFile) -> list[str]:
+    """What a pivot means for the next start of the VM."""
+    if old.action == "relink":
+        return [f"{old.file} is a new, empty overlay on {base} now: the VM can be started from either"]
+    if old.action == "keep":
+        return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data"]
+    return [f"start the VM from {base} from now on: {old.file} is no more"]
 
 
-def _outcome(merge: Merge, verdict: str, after: Chain, hints: tuple[str, ...]) -> Outcome:
+def files_advice(merged: Sequence[MergedFile]) -> list[str]:
+    """What can be done with the merged files."""
+    folders = dict.fromkeys(
+        os.path.dirname(file.now) for file in merged if file.action in ("stash", "relink") and file.now
+    )
+    if folders:
+        command = " ".join(["qmpmerge clean", *map(shlex.quote, folders)])
+        return [f"`{command}` removes what was stashed, once nobody holds or needs it"]
+    if any(file.action == "keep" for file in merged):
+        return ["the merged files can be deleted once no other image is built on them"]
+    return []
+
+
+def merged_files(planned: CommitPlan, policy: Policy) -> tuple[MergedFile, ...]:
+    """The images that the chain loses, base first, each still in its place, and what is to become of it."""
+    chain = planned.chain
+    able = disposal.names_away(chain, chain.index(planned.base), chain.index(planned.top))
+    return tuple(
+        MergedFile(image.file, policy if chain.index(image) in able else "keep", image.file) for image in planned.merged
+    )
+
+
+def planned(disk: str, plan: CommitPlan, policy: Policy, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:
+    """The outcome of a merge that was only looked at."""
+    merged = merged_files(plan, policy)
+    return Outcome("planned", disk, plan.chain, plan.result, merged=merged, checks=checked, estimate=estimate)
+
+
+def _outcome(
+    merge: Merge, verdict: str, after: Chain, hints: tuple[str, ...], merged: tuple[MergedFile, ...] = ()
+) -> Outcome:
     return Outcome(
         verdict=verdict,
         disk=merge.disk.name,
         before=merge.plan.chain,
         after=after,
         job=merge.job,
-        merged=merged_files(merge.plan) if verdict in ("merged", "pivoted") else (),
+        merged=merged,
         copied=merge.copied if merge.plan.pivots else None,
         seconds=time.monotonic() - merge.started,
         hints=hints,
         verified=merge.verified,
+        paused_ms=merge.paused_ms,
     )
 
 

@@ -3,9 +3,11 @@ The `qmpmerge` command with a killer in it: ``python kills.py NOTES VICTIM MOMEN
 
 Every QMP command that is sent and every reply to one is a moment, and so is every report of progress on the way, each
 with its number: ``-> job-finalize #1`` is before the first job-finalize leaves us, ``<- job-finalize #1`` is when we have
-its reply, ``progress #2`` is at the second report. ``-> job-finalize #1 +0.5`` is half a millisecond after it. At MOMENT
-the victim, which is ``tool``, ``daemon`` or ``both``, dies of SIGKILL. Moments, and the daemon's pid, are noted in the
-file NOTES as they come; a MOMENT that does not come is a run without a kill.
+its reply, ``progress #2`` is at the second report. What is done with names and with the witness are moments too: ``=> rename
+#1`` is before the first rename, ``<= rename #1`` after it. ``-> job-finalize #1 +0.5`` is half a millisecond after it. At
+MOMENT the victim, which is ``tool``, ``daemon`` or ``both``, dies of SIGKILL; the daemon is the private one, or the QEMU
+whose pid is in QMPMERGE_VICTIM. Moments, and the daemon's pid, are noted in the file NOTES as they come; a MOMENT that does
+not come is a run without a kill.
 
 It is the real command in all else: the renderer's `trace`, where ``-v`` shows the traffic, is what the killer hangs on.
 """
@@ -21,12 +23,16 @@ from typing import Any
 
 import psutil
 
+from qmpmerge import files, witness
 from qmpmerge.cli import main
 from qmpmerge.cli.json_output import JsonOutput
 from qmpmerge.jobs import Progress
 
 DAEMON = "daemon"
 KILLED = "killed"
+VICTIM = os.environ.get("QMPMERGE_VICTIM")
+MARKS = ("->", "<-", "=>", "<=", "pr")
+"""What the notes of moments begin with."""
 
 
 class Killer:
@@ -52,6 +58,18 @@ class Killer:
         if 0 < told.done < told.total:
             self._come("progress")
 
+    def around(self, module: Any, name: str) -> None:
+        """Strike before and after a function."""
+        function = getattr(module, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self._come(f"=> {name}")
+            result = function(*arguments, **options)
+            self._come(f"<= {name}")
+            return result
+
+        setattr(module, name, watched)
+
     def _come(self, what: str) -> None:
         if not self._seen:
             self._note(f"{DAEMON} {' '.join(str(daemon.pid) for daemon in daemons())}")
@@ -70,6 +88,8 @@ class Killer:
         if self._victim != "tool":
             for daemon in daemons():
                 kill(daemon.pid)
+            if VICTIM is not None:
+                os.kill(int(VICTIM), signal.SIGKILL)
         if self._victim != "daemon":
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -95,6 +115,9 @@ def run(notes: str, victim: str, moment: str, *arguments: str) -> None:
     renderer: Any = JsonOutput
     renderer.trace = lambda output, direction, text: killer.trace(output, direction, text)
     renderer.progress = lambda output, told: killer.progress(output, told)
+    for name in ("rename", "remove", "sync", "sync_folder", "write"):
+        killer.around(files, name)
+    killer.around(witness, "mark")
     sys.argv = ["qmpmerge", *arguments, "--json", "-v"]
     main()
 

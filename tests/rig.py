@@ -27,6 +27,7 @@ class Session:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._stream = connection.makefile("rwb")
+        self.events: list[Any] = []
         self.greeting = json.loads(self._stream.readline())
         self.execute("qmp_capabilities")
 
@@ -45,6 +46,7 @@ class Session:
             reply = json.loads(self._stream.readline())
             if "event" not in reply:
                 return reply
+            self.events.append(reply)
 
     def close(self) -> None:
         self._stream.close()

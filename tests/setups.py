@@ -166,6 +166,13 @@ def nodes(images: Sequence[Path]) -> list[str]:
     return arguments
 
 
+def remove(outcome: qmpmerge.Outcome) -> None:
+    """Delete what a merge left over: it would be built on what the next one writes to."""
+    for merged in outcome.merged:
+        if merged.now is not None:
+            os.unlink(merged.now)
+
+
 def form(image: Path) -> str:
     """The format, which our file names end with."""
     return image.suffix.removeprefix(".")

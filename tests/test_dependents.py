@@ -11,7 +11,7 @@ from test_cli import qmpmerge as command
 from test_qcow2 import raw_header
 
 import qmpmerge
-from qmpmerge import dependents, qcow2
+from qmpmerge import backingnames, dependents
 from qmpmerge.chain import Chain, Image
 from qmpmerge.errors import Dependents
 
@@ -155,14 +155,14 @@ def test_what_cannot_be_read_is_passed_over(images: list[Path], monkeypatch: pyt
     (folder / "short.qcow2").write_bytes(b"QFI\xfb")
     sibling(folder / "secret.qcow2", "a.qcow2")
     sibling(folder / "seen.qcow2", "a.qcow2")
-    really = qcow2.read
+    really = backingnames.read
 
-    def read(path: str) -> object:
+    def read(path: str) -> str | None:
         if path.endswith("secret.qcow2"):
             raise PermissionError(13, "Permission denied")  # root, as whom tests may run, is never refused
         return really(path)
 
-    monkeypatch.setattr(qcow2, "read", read)
+    monkeypatch.setattr(backingnames, "read", read)
     assert found(images) == {"seen.qcow2": "a.qcow2"}
 
 
@@ -247,7 +247,6 @@ async def test_dependents_of_images_outside_the_range_do_not_matter(images: list
     content.check(images[3])
 
 
-@pytest.mark.xfail(strict=True, reason="checks: an image built on the base is not looked for, and the merge ruins it")
 async def test_an_image_that_is_built_on_the_base_is_protected(
     images: list[Path], content: Content, tmp_path: Path
 ) -> None:
@@ -261,14 +260,9 @@ async def test_an_image_that_is_built_on_the_base_is_protected(
     assert view(other, tmp_path) == before
 
 
-async def test_what_an_earlier_merge_left_over_on_the_base_is_no_obstacle_that_lasts(
-    images: list[Path], content: Content
-) -> None:
-    """Its files may be deleted, as the hint says; then the rest is merged."""
+async def test_what_an_earlier_merge_has_stashed_is_no_obstacle(images: list[Path], content: Content) -> None:
     async with qmpmerge.offline(images[3]) as host:
-        outcome = await qmpmerge.commit(host, top="[3]")
-    for merged in outcome.merged:
-        os.unlink(merged.file)
+        await qmpmerge.commit(host, top="[3]")
     async with qmpmerge.offline(images[3]) as host:
         assert (await qmpmerge.commit(host)).verdict == "pivoted"
     content.check(images[0])

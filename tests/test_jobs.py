@@ -88,9 +88,12 @@ def test_nothing_of_nothing_is_no_percentage() -> None:
     assert told.percent is None and told.eta is None
 
 
-def test_a_job_without_space_says_so_instead_of_paused() -> None:
-    assert Bench().see(0, 0, status="paused", io_status="nospace").status == "no space"
-    assert Bench().see(0, 0, status="paused").status == "paused"
+def test_only_a_job_that_stands_still_has_no_space() -> None:
+    """QEMU keeps the I/O status until the job is resumed."""
+    assert Job("j", "commit", "paused", 0, 0, io_status="nospace").has_no_space
+    assert Job("j", "commit", "standby", 0, 0, io_status="nospace").has_no_space
+    assert not Job("j", "commit", "running", 0, 0, io_status="nospace").has_no_space
+    assert not Job("j", "commit", "paused", 0, 0).has_no_space
 
 
 def test_what_is_told_names_disk_job_and_what_is_counted() -> None:

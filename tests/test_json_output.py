@@ -123,6 +123,7 @@ def test_chain(streams: Streams) -> None:
             },
         ],
         "oddities": [{"name": "no-format", "file": "/vm/a.qcow2", "message": "its header records no backing format"}],
+        "job": None,
     }
 
 
@@ -152,7 +153,10 @@ def test_commit(streams: Streams) -> None:
         "copied": GIB,
         "seconds": 1.235,
         "verified": False,  # not in DESIGN.md yet
+        "paused_ms": None,
         "hints": ["a hint"],
+        "checks": [],
+        "estimate": None,
     }
 
 
@@ -162,6 +166,7 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
     document = streams.document()
     assert document.pop("verdict") == verdict
     shape = {"schema", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
+    shape |= {"checks", "estimate", "paused_ms"}
     assert set(document) == shape
     assert (document["job"], document["copied"], document["merged"], document["hints"]) == (None, None, [], [])
 
@@ -291,6 +296,8 @@ def test_progress_is_one_object_a_line_on_stderr(streams: Streams) -> None:
         "counts": "copied",  # not in DESIGN.md yet
         "rate": 1e8,
         "eta": 30.0,
+        "shortage": None,
+        "note": None,
     }
     assert first == {**second, "rate": None, "eta": None}
 

@@ -225,8 +225,10 @@ def ending(path: Path) -> Iterator[None]:
             yield
         finally:
             os.kill(peer_pid(connection), signal.SIGKILL)
-            while connection.recv(4096):
-                pass
+            # A connection that was never accepted is reset, one that was is closed.
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(4096):
+                    pass
 
 
 def peer_pid(connection: socket.socket) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rig import MIB, SIZE, Content, Machine, machine, run
-from setups import Setup, device, drive
+from setups import Setup, device, drive, remove
 
 import qmpmerge
 from qmpmerge import snapshots
@@ -196,7 +196,9 @@ async def test_odd_names(setup: Setup, tmp_path: Path, name: str) -> None:
             [str(tmp_path / part) for part in ("base.raw", name, f"2{name}")],
             (),
         )
-        assert (await qmpmerge.commit(host, "vda", top="[2]")).verdict == "merged"
+        outcome = await qmpmerge.commit(host, "vda", top="[2]")
+        assert outcome.verdict == "merged"
+        remove(outcome)
         assert (await qmpmerge.commit(host, "vda")).verdict == "pivoted"
     setup.check()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from rig import MIB, SIZE, Content, fill, make_chain, run
-from setups import WAYS, drive, nbd_server
+from setups import WAYS, drive, nbd_server, remove
 
 import qmpmerge
 
@@ -43,6 +43,7 @@ async def test_the_classic_story(kind: str, tmp_path: Path) -> None:
             outcome = await qmpmerge.commit(host, top="[3]", base="[1]")
         assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
         assert outcome.after.active.backing == "base.raw"
+        remove(outcome)
         setup.write(0x20, 5 * MIB, MIB)
         setup.check()
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from qmpmerge.cli import words
 from qmpmerge.jobs import Progress
+from qmpmerge.outcome import Checked
+from qmpmerge.space import Estimate
 
 KIB, MIB, GIB, TIB, PIB = (1024**power for power in range(1, 6))
 
@@ -155,3 +157,19 @@ def test_a_percentage_is_never_over_a_hundred(done: int, total: int) -> None:
     percent = replace(COPYING, done=done, total=total).percent
     assert (percent is None) == (total == 0)
     assert percent is None or 0 <= percent <= 100
+
+
+# --- what was found out before a merge -------------------------------------------------------------------------------
+
+
+def test_an_estimate_says_what_is_sure() -> None:
+    sure = Estimate(copy=5000 * MIB, growth=2 * MIB, free=3 * MIB, rate=100 * MIB, rate_given=True)
+    assert (
+        words.estimate(sure)
+        == "copies 4.9 GiB, the base grows by up to 2 MiB of 3 MiB free; 50 s at 100 MiB/s (as given)"
+    )
+    assert words.estimate(Estimate(copy=0, at_least=True)) == (
+        "copies at least 0 B, and what the guest writes meanwhile; less than 1 s at 200 MiB/s (assumed)"
+    )
+    assert words.estimate(Estimate(reason="it is\tfar")) == "what would be copied cannot be told: it is\\x09far"
+    assert words.checked(Checked("in-use", "not checked", "unseen")) == "in-use (unseen)"

@@ -6,20 +6,26 @@ command needs are made where it runs: start-up time is a feature.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qmpmerge import __version__
 from qmpmerge.cli import completing
-from qmpmerge.cli.options import Assignment, Options, Size, for_images, shared
+from qmpmerge.cli.options import Assignment, Options, Size, for_images, for_jobs, shared
 from qmpmerge.cli.running import on_host, run
 
 if TYPE_CHECKING:
+    from qmpmerge.bitmaps import Handling
     from qmpmerge.cli.output import Output
+    from qmpmerge.evidence import Use
     from qmpmerge.hosts import Host
     from qmpmerge.outcome import Ending
+    from qmpmerge.witness import Policy
+
+POLITE_SECONDS = 5.0
+"""How long `--polite` leaves the monitor to others."""
 
 ENDINGS: dict[str, str] = {
     "--pivot": "Active merge: move the guest onto the base (default).",
@@ -41,6 +47,26 @@ def endings(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare what becomes of the merged files, and whether the guest may be paused."""
+    policies = click.Choice(["stash", "relink", "delete", "keep"])
+    files = click.option(
+        "--merged-files",
+        type=policies,
+        default="stash",
+        show_default=True,
+        help="stash: rename to NAME.merged; relink: that, and a new overlay takes the active image's name; "
+        "delete: compare, then remove; keep: leave alone.",
+    )
+    pause = click.option(
+        "--pause/--no-pause",
+        default=True,
+        help="Pause the guest for the milliseconds of the pivot (default). Without, a crash during it may leave two images "
+        "of which nobody can tell which holds the last writes.",
+    )
+    return files(pause(function))
+
+
 class StoryOrder(click.Group):
     """Lists the commands in the order in which one needs them."""
 
@@ -52,7 +78,7 @@ class StoryOrder(click.Group):
 @click.group(
     cls=StoryOrder,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, or pid:N.",
+    epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, pid:N, or an image file.",
 )
 @click.version_option(__version__, prog_name="qmpmerge", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -222,9 +248,18 @@ def snapshot(
     help="Compare base and top before the switch (default: where it is cheap).",
 )
 @click.option(
-    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the merged ones."
+    "--bitmaps",
+    type=click.Choice(["refuse", "merge", "drop"]),
+    default="refuse",
+    show_default=True,
+    help="Dirty bitmaps of merged images: do not merge, carry them over to the base, or let them go.",
 )
+@click.option(
+    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on those of the chain."
+)
+@finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
+@for_jobs
 @for_images
 @shared
 def commit(
@@ -236,8 +271,12 @@ def commit(
     ending: "Ending",
     speed: int,
     verify: bool | None,
+    bitmaps: "Handling",
     search: tuple[str, ...],
+    merged_files: "Policy",
+    pause: bool,
     dry_run: bool,
+    polite: bool,
     options: Options,
 ) -> int:
     """
@@ -256,6 +295,9 @@ def commit(
       qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run    look first
       qmpmerge commit vm1 vda --shallow --speed 100M          the top layer only, gently
 
+    A job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
+    the same command again goes on from where it stands.
+
     \b
     Exit codes:
       0    merged, pivoted, kept, ready, planned, unchanged
@@ -263,8 +305,8 @@ def commit(
       4    no session with TARGET: the disks are untouched
       5    the job failed: the old chain is in use and right
       6    unknown: the outcome is not proven
-      7    the job goes on in QEMU: --timeout passed
-      130  cancelled by Ctrl-C: the old chain is in use
+      7    the job goes on in QEMU: --timeout passed, or we have left it
+      130  cancelled by Ctrl-C, or at --timeout: the old chain is in use
     """
 
     async def work(host: "Host", output: "Output") -> str:
@@ -279,16 +321,113 @@ def commit(
             ending=ending,
             speed=speed,
             verify=verify,
+            bitmaps=bitmaps,
             force=options.force,
             search=search,
             dry_run=dry_run,
+            merged_files=merged_files,
+            pause=pause,
             report=output.progress,
-            timeout=options.timeout,
+            patience=options.patience,
+            polite=POLITE_SECONDS if polite else None,
         )
         output.commit(outcome)
         return outcome.verdict
 
-    return run(options, on_host(target, options, work, write=True))
+    begun = on_host(target, options, work, write=True)
+    return run(options, begun if dry_run else resuming(target, options, begun))
+
+
+def resuming(
+    target: str, options: Options, begun: "Callable[[Output], Awaitable[str]]"
+) -> "Callable[[Output], Awaitable[str]]":
+    """The same work, after what an earlier run left of the image TARGET was put right, where that is beyond doubt."""
+
+    async def resumed(output: "Output") -> str:
+        from qmpmerge.errors import Unfinished
+
+        try:
+            return await begun(output)
+        except Unfinished as error:
+            from qmpmerge import recovery
+
+            if error.path != target:
+                raise
+            outcome = await recovery.resume(target, trace=output.trace if options.verbose else None)
+        if outcome is None:
+            return await begun(output)
+        output.commit(outcome)
+        return outcome.verdict
+
+    return resumed
+
+
+@cli.command()
+@click.argument("path", type=click.Path())
+@click.option(
+    "--use",
+    type=click.Choice(["base", "top"]),
+    help="Where the evidence does not decide: you have looked, and this one holds the last writes.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, change nothing.")
+@shared
+def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> int:
+    """
+    Put names and headers right after a merge was left in the middle.
+
+    PATH is the image that the VM is started from, even if it is not there any more, another image of its chain, or a
+    folder. The witness that the merge has left, QEMU where it still runs, the headers and the contents tell which image
+    is right; where they do not, nothing is changed and the evidence is shown. Can be run again at any time.
+
+    \b
+    Examples:
+      qmpmerge recover /vm/c.qcow2 --dry-run
+      qmpmerge recover /vm
+
+    \b
+    Exit codes:
+      0    done, planned, unchanged
+      3    refused: another qmpmerge is at work
+      4    no session with the QEMU that carried the merge out, and which still runs
+      6    unknown: the evidence does not decide, see --use
+      7    a job is at work: the command to follow it is printed
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge import recovery
+
+        trace = output.trace if options.verbose else None
+        found = await recovery.recover(path, use=use, dry_run=dry_run, trace=trace)
+        output.recovered(found)
+        return recovery.verdict_of(found)
+
+    return run(options, work)
+
+
+@cli.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, change nothing.")
+@shared
+def clean(paths: tuple[str, ...], dry_run: bool, options: Options) -> int:
+    """
+    Remove merged files that were stashed, once nobody holds or needs them.
+
+    PATH is a folder, or a file called NAME.merged. What a process has open, what another image is built on, and what a
+    merge that was not finished may need, stays.
+
+    \b
+    Exit codes: 0 done, planned, unchanged; 3 refused; 6 a file could not be removed.
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge import cleaning
+        from qmpmerge.cli.words import cleaned_verdict
+
+        found = cleaning.clean(paths, dry_run=dry_run)
+        output.cleaned(found, dry_run=dry_run)
+        return cleaned_verdict(found, dry_run=dry_run)
+
+    return run(options, work)
 
 
 @cli.command()
@@ -311,7 +450,7 @@ def jobs(target: str, options: Options) -> int:
     return run(options, on_host(target, options, work, live=True))
 
 
-VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismiss")
+VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
 
 
 @cli.command()
@@ -320,18 +459,34 @@ VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "dismi
 @click.argument("verb", type=click.Choice(VERBS), metavar="VERB")
 @click.argument("speed", type=Size(), required=False, metavar="[SIZE]")
 @endings
+@finishing
+@for_jobs
 @shared
-def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending", options: Options) -> int:
+def job(
+    target: str,
+    job_id: str,
+    verb: str,
+    speed: int | None,
+    ending: "Ending",
+    merged_files: "Policy",
+    pause: bool,
+    polite: bool,
+    options: Options,
+) -> int:
     """
     Steer a block job, or go on with a merge that was left.
 
     \b
-    follow   go on with a commit job as if `commit` had started it, to its proved end
-    pivot    move the guest onto the base, from a job that is ready
-    keep     let the guest keep its overlay, from a job that is ready
-    cancel   end the job; the old chain stays in use
-    speed    limit it to SIZE bytes a second, 0 for no limit
-    dismiss  take an ended job out of QEMU's list
+    follow    go on with a commit job as if `commit` had started it, to its proved end
+    pivot     move the guest onto the base, from a job that is ready
+    keep      let the guest keep its overlay, from a job that is ready
+    cancel    end the job; the old chain stays in use
+    pause     have it stand still, until `resume`
+    speed     limit it to SIZE bytes a second, 0 for no limit
+    finalize  have a pending job take its last step; a merge is flushed first, as by `follow`
+    dismiss   take an ended job out of QEMU's list
+
+    What a job's state does not allow is refused, with what it does allow.
 
     \b
     Examples:
@@ -345,21 +500,26 @@ def job(target: str, job_id: str, verb: str, speed: int | None, ending: "Ending"
         raise click.UsageError("`speed` takes a SIZE, as in `speed 50M`; the other verbs take none")
 
     async def work(host: "Host", output: "Output") -> str:
-        from qmpmerge import jobs, merge
+        from qmpmerge import verbs
+        from qmpmerge.outcome import Outcome
 
-        if verb not in ("follow", "pivot", "keep"):
-            output.steered(job_id, await jobs.steer(host.monitor, job_id, verb, speed or 0))
-            return "done"
-        outcome = await merge.follow(
+        done = await verbs.steer(
             host,
             job_id,
-            ending=ending if verb == "follow" else "pivot" if verb == "pivot" else "keep",
-            needs_ready=verb != "follow",
+            verb,
+            speed=speed or 0,
+            ending=ending,
+            merged_files=merged_files,
+            pause=pause,
             report=output.progress,
-            timeout=options.timeout,
+            patience=options.patience,
+            polite=POLITE_SECONDS if polite else None,
         )
-        output.commit(outcome)
-        return outcome.verdict
+        if not isinstance(done, Outcome):
+            output.steered(job_id, done)
+            return "done"
+        output.commit(done)
+        return done.verdict
 
     return run(options, on_host(target, options, work, live=True))
 

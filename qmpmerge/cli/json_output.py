@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
+    from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
-    from qmpmerge.outcome import Outcome
+    from qmpmerge.outcome import MergedFile, Outcome
     from qmpmerge.processes import Vm
+    from qmpmerge.recovery import Recovery
     from qmpmerge.snapshots import Overlay
+    from qmpmerge.space import Estimate
+
+from qmpmerge.cli.words import cleaned_verdict
 
 SCHEMA = 1
 
@@ -51,7 +56,8 @@ class JsonOutput:
             for index, image in enumerate(view.chain, 1)
         ]
         oddities = [{"name": odd.name, "file": odd.file, "message": odd.message} for odd in view.oddities]
-        self._print({"disk": view.disk.name, "images": images, "oddities": oddities})
+        job = _job(view.disk.job) if view.disk.job else None
+        self._print({"disk": view.disk.name, "images": images, "oddities": oddities, "job": job})
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
@@ -67,15 +73,31 @@ class JsonOutput:
                 "job": outcome.job,
                 "before": outcome.before.files,
                 "after": outcome.after.files,
-                "merged": [
-                    {"file": merged.file, "action": merged.action, "now": merged.now} for merged in outcome.merged
-                ],
+                "merged": _merged(outcome.merged),
                 "copied": outcome.copied,
                 "seconds": round(outcome.seconds, 3),
                 "verified": outcome.verified,
+                "paused_ms": None if outcome.paused_ms is None else round(outcome.paused_ms, 1),
                 "hints": list(outcome.hints),
+                "checks": [
+                    {"name": check.name, "result": check.result, "reason": check.reason} for check in outcome.checks
+                ],
+                "estimate": _estimate(outcome.estimate) if outcome.estimate is not None else None,
             }
         )
+
+    def recovered(self, found: "Sequence[Recovery]") -> None:
+        """One entry for each merge."""
+        from qmpmerge.recovery import verdict_of  # imported already by who has found something
+
+        keys = ("verdict", "image", "right", "action", "reasons", "hints")
+        merges = [{**{key: getattr(one, key) for key in keys}, "merged": _merged(one.merged)} for one in found]
+        self._print({"verdict": verdict_of(found), "merges": merges})
+
+    def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
+        """One entry for each stashed file; `kept` is null where it was removed."""
+        stashed = [{"file": one.file, "size": one.size, "kept": one.kept} for one in found]
+        self._print({"verdict": cleaned_verdict(found, dry_run=dry_run), "stashed": stashed})
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs."""
@@ -87,14 +109,15 @@ class JsonOutput:
 
     def failure(self, error: "Error") -> None:
         """The error with its facts."""
-        told = {"name": error.name, "message": str(error), "hint": error.hint, "facts": error.facts}
-        self._print({"verdict": error.verdict, "error": told})
+        self._print({"verdict": error.verdict, "error": error.told})
 
     def progress(self, told: "Progress") -> None:
         """One object a line on stderr."""
         keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta")
+        lack = {"filesystem": told.shortage.filesystem, "needed": told.shortage.needed} if told.shortage else None
         if not self._quiet:
-            self._line({"event": "progress", **{key: getattr(told, key) for key in keys}})
+            more = {"shortage": lack, "note": told.note}
+            self._line({"event": "progress", **{key: getattr(told, key) for key in keys}, **more})
 
     def note(self, text: str) -> None:
         """One object a line on stderr."""
@@ -109,12 +132,21 @@ class JsonOutput:
         """Nothing is redrawn."""
 
     def _print(self, document: Mapping[str, object]) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
 
     def _line(self, document: Mapping[str, object]) -> None:
         with contextlib.suppress(OSError):  # nobody may be there to read it any more
             self._err.write(json.dumps(document) + "\n")
+
+
+def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
+    return [{"file": merged.file, "action": merged.action, "now": merged.now} for merged in files]
+
+
+def _estimate(estimate: "Estimate") -> dict[str, object]:
+    keys = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
+    return {key: getattr(estimate, key) for key in keys}
 
 
 def _disk(disk: "Disk") -> dict[str, object]:

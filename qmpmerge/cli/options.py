@@ -3,10 +3,13 @@
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
+
+from qmpmerge.errors import FORCEABLE
+from qmpmerge.patience import Patience
 
 if TYPE_CHECKING:
     from qmpmerge.cli.output import Output
@@ -16,7 +19,10 @@ UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 @dataclass(frozen=True)
 class Options:
-    """What the shared options say. `timeout` is in seconds, None for no limit of the user's."""
+    """
+    What the shared options say. `timeout` is in seconds, None for no limit of the user's; `patience` says what becomes
+    of a job then, and is told when a signal wants us to leave at once.
+    """
 
     json: bool
     verbose: bool
@@ -25,6 +31,7 @@ class Options:
     force: frozenset[str]
     allow: tuple[str, ...] = ()
     secret: str | None = None
+    patience: Patience = field(default_factory=Patience)
 
     def output(self) -> "Output":
         """The renderer they ask for, on this process's streams."""
@@ -52,7 +59,7 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--force",
             multiple=True,
-            type=click.Choice(["libvirt", "dependents"]),
+            type=click.Choice(FORCEABLE),
             help="Go on although qmpmerge refuses for this reason.",
         ),
     )
@@ -66,9 +73,12 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         force: tuple[str, ...],
         allow: tuple[str, ...] = (),
         secret: str | None = None,
+        detach: bool = False,
+        on_timeout: Literal["leave", "cancel"] = "leave",
         **rest: object,
     ) -> Any:
-        options = Options(json, verbose, quiet, timeout, frozenset(force), allow, secret)
+        patience = Patience(timeout, on_timeout, detach)
+        options = Options(json, verbose, quiet, timeout, frozenset(force), allow, secret, patience)
         return function(options=options, **rest)
 
     gather.__name__ = function.__name__
@@ -89,6 +99,23 @@ def for_images(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     secret = click.option("--secret", metavar="FILE", help="Image as TARGET: the passphrase of encrypted images.")
     return allow(secret(function))
+
+
+def for_jobs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare how one leaves a job; ``--polite`` comes by itself, the others in ``options``."""
+    declared = (
+        click.option("--detach", is_flag=True, help="Leave once the job has been started (exit code 7)."),
+        click.option(
+            "--on-timeout",
+            type=click.Choice(["leave", "cancel"]),
+            default="leave",
+            help="What becomes of the job at --timeout: it goes on (default), or is cancelled.",
+        ),
+        click.option("--polite", is_flag=True, help="Leave the monitor to others between two looks at the job."),
+    )
+    for option in reversed(declared):
+        function = option(function)
+    return function
 
 
 class Size(click.ParamType[int]):

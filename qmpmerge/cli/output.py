@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
+    from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import Outcome
     from qmpmerge.processes import Vm
+    from qmpmerge.recovery import Recovery
     from qmpmerge.snapshots import Overlay
 
 
@@ -35,6 +37,12 @@ class Output(Protocol):
 
     def commit(self, outcome: "Outcome") -> None:
         """What a merge came to."""
+
+    def recovered(self, found: "Sequence[Recovery]") -> None:
+        """What became of merges that were not finished."""
+
+    def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
+        """Which stashed files were removed, and why the others were not."""
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs of a target."""

@@ -1,8 +1,8 @@
 """
 The process edge: one coroutine, its errors, its signals, its exit code.
 
-The first Ctrl-C (or SIGTERM) cancels and waits until the old chain is back; a second one leaves at once, and the job, which is
-QEMU's, goes on.
+The first Ctrl-C (or SIGTERM) cancels and waits until the old chain is back; a second one, and a terminal that is closed
+(SIGHUP), leave at once: the job, which is QEMU's, goes on. From the switch to the proof all of them wait.
 """
 
 import os
@@ -15,6 +15,7 @@ import click
 
 from qmpmerge.cli.options import Options
 from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, Offline, SecretUnreadable
+from qmpmerge.patience import Patience
 
 if TYPE_CHECKING:
     from qmpmerge.cli.output import Output
@@ -29,20 +30,20 @@ def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     code = 1
     try:
         try:
-            code = EXIT_CODES[asyncio.run(_interruptible(work, output))]
+            code = EXIT_CODES[asyncio.run(_interruptible(work, output, options.patience))]
         except Error as error:
             code = error.exit_code
             output.failure(error)
         finally:
             output.close()
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         # Whoever read our output has gone; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 
-async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Output") -> str:
+async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Output", patience: Patience) -> str:
     import asyncio
 
     task = asyncio.ensure_future(work(output))
@@ -51,16 +52,22 @@ async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Ou
     def interrupt() -> None:
         nonlocal asked
         asked += 1
-        if asked > 1:
-            output.note("left at once: a job that was started goes on, see `qmpmerge jobs`")
-            sys.stderr.flush()
-            os._exit(EXIT_CODES["running"])
-        output.note("cancelling: waiting until the old chain is back (once more to leave at once)")
+        if asked == 1:
+            output.note("cancelling: waiting until the old chain is back (once more to leave at once)")
+        else:
+            output.note("leaving at once; only what must be proved first is waited for")
+            patience.leave()
+        task.cancel()
+
+    def hang_up() -> None:
+        patience.leave()
         task.cancel()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants us to stay
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:
         return await task
     except asyncio.CancelledError:

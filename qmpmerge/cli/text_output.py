@@ -1,6 +1,7 @@
 """Text for people."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -11,11 +12,14 @@ from qmpmerge.cli.words import visible
 
 if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
+    from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
-    from qmpmerge.outcome import Outcome
+    from qmpmerge.outcome import MergedFile, Outcome
     from qmpmerge.processes import Vm
+    from qmpmerge.recovery import Recovery
+    from qmpmerge.shortage import Shortage
     from qmpmerge.snapshots import Overlay
 
 DRAW_AFTER_SECONDS = 0.5
@@ -38,6 +42,7 @@ class TextOutput:
         self._clock = clock
         self._begun: float | None = None
         self._tenth = 0
+        self._shortage: Shortage | None = None
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
 
@@ -64,7 +69,7 @@ class TextOutput:
         )
 
     def chain(self, view: "ChainView") -> None:
-        """The drawing, the table base first, the oddities."""
+        """The drawing, the job that is on it, the table base first, the oddities."""
         self._say(f"{visible(view.disk.name)}: {visible(view.chain)}")
         rows = [
             (
@@ -79,6 +84,10 @@ class TextOutput:
             for index, image in enumerate(view.chain, 1)
         ]
         columns = ("INDEX", "FORMAT", "SIZE", "ALLOCATED", "NODE", "FILE (* active)", "BACKING AS WRITTEN")
+        job = view.disk.job
+        if job is not None:
+            of = f", {words.size(job.done)} of {words.size(job.total)}" if job.total else ""
+            self._say(f"job {visible(job.id)} ({job.type}): {job.status}{of}; possible now: {', '.join(job.verbs)}")
         self._table(columns, rows, "")
         for odd in view.oddities:
             self._say(f"odd: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
@@ -99,9 +108,36 @@ class TextOutput:
         self._say(f"  {'after ' if outcome.verdict != 'planned' else 'result'}  {visible(draw(outcome.after.images))}")
         for merged in outcome.merged:
             word = "would no longer be part of it" if outcome.verdict == "planned" else "no longer part of it"
-            self._say(f"  {word}: {visible(merged.file)}")
+            self._say(f"  {word}: {visible(merged.file)}{visible(_fate(merged, planned=outcome.verdict == 'planned'))}")
+        if outcome.estimate is not None:
+            self._say(f"  {words.estimate(outcome.estimate)}")
+        for result in ("passed", "forced", "not checked"):
+            names = [words.checked(check) for check in outcome.checks if check.result == result]
+            if names:
+                self._say(f"  {result}: {', '.join(names)}")
         for hint in outcome.hints:
             self._hint(hint)
+
+    def recovered(self, found: "Sequence[Recovery]") -> None:
+        """For each merge what was done, why, and from which image the VM is started now."""
+        for one in found:
+            self._say(f"{visible(one.image)}: {one.verdict}, {visible(one.action)}")
+            for reason in one.reasons:
+                self._say(f"  because  {visible(reason)}")
+            if one.right is not None:
+                self._say(f"  right is {visible(one.right)}")
+            for merged in one.merged:
+                self._say(f"  no longer part of it: {visible(merged.file)}{visible(_fate(merged, planned=False))}")
+            for hint in one.hints:
+                self._hint(hint)
+
+    def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
+        """A line for each stashed file."""
+        for one in found:
+            fate = f"stays, {one.kept}" if one.kept else "would be removed" if dry_run else "removed"
+            self._say(f"{visible(one.file)}: {visible(fate)} ({words.size(one.size)})")
+        if not found:
+            self._say("nothing is stashed here")
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """A table, with what can be done with each job."""
@@ -126,15 +162,18 @@ class TextOutput:
         self._say(f"{visible(job_id)}: {'gone' if job is None else job.status}")
 
     def failure(self, error: "Error") -> None:
-        """The sentence, and the hint on a line of its own, both on stderr."""
+        """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
         self.close()
-        self._tell(f"{error.verdict}: {visible(error)}\n")
-        if error.hint:
-            self._hint(error.hint)
+        for part in error.parts:
+            self._tell(f"{part.verdict}: {visible(part)}\n")
+            if part.hint:
+                self._hint(part.hint)
 
     def progress(self, told: "Progress") -> None:
         """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
         now = self._clock()
+        if told.note is not None:
+            self.note(told.note)
         if self._begun is None:
             self._begun = now
         if self._quiet or now - self._begun < DRAW_AFTER_SECONDS:
@@ -142,6 +181,9 @@ class TextOutput:
         if self._err.isatty():
             self._redraw(told)
             return
+        if (told.shortage is None) != (self._shortage is None):
+            self._shortage = told.shortage
+            self._tell(words.progress(told) + "\n")
         tenth = int((told.percent or 0) // 10)
         if tenth > self._tenth:
             self._tenth = tenth
@@ -183,7 +225,7 @@ class TextOutput:
 
     def _say(self, line: str) -> None:
         self.close()
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._out.write(line + "\n")
 
     def _tell(self, text: str) -> None:
@@ -225,4 +267,19 @@ def _cost(outcome: "Outcome") -> str:
     if outcome.verdict == "planned":
         return ", nothing was changed"
     copied = f", {words.size(outcome.copied)} copied" if outcome.copied is not None else ""
-    return f" in {outcome.seconds:.2f} s{copied}" if outcome.seconds else ""
+    paused = f", guest paused for {outcome.paused_ms:.0f} ms" if outcome.paused_ms is not None else ""
+    return f" in {outcome.seconds:.2f} s{copied}{paused}" if outcome.seconds else ""
+
+
+def _fate(merged: "MergedFile", *, planned: bool) -> str:
+    """What was done with a merged file, or would be."""
+    if planned:
+        return {"keep": "", "gone": ""}.get(merged.action, f", {merged.action}")
+    place = os.path.basename(merged.now or "")
+    fates = {
+        "stash": f", renamed to {place}",
+        "relink": f", renamed to {place}; a new overlay has its name",
+        "delete": ", deleted",
+        "gone": ", gone already",
+    }
+    return fates.get(merged.action, "")

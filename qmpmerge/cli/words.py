@@ -1,6 +1,14 @@
 """Numbers and names in words, as people read them on a terminal."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from qmpmerge.jobs import Progress
+
+if TYPE_CHECKING:
+    from qmpmerge.cleaning import Cleaned
+    from qmpmerge.outcome import Checked
+    from qmpmerge.space import Estimate
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -47,6 +55,34 @@ def progress(told: Progress) -> str:
         parts.append(f"{size(told.rate)}/s")
     if told.eta is not None and told.done < told.total:
         parts.append(f"{duration(told.eta)} left")
-    if told.status not in ("running", "created"):
+    if told.shortage is not None:
+        missing = f"{size(told.shortage.needed)} more needed"
+        parts.append(f"{told.status}: no space on {visible(told.shortage.filesystem)}, {missing}")
+    elif told.status not in ("running", "created"):
         parts.append(told.status)
     return f"{visible(told.disk)}: {', '.join(parts)}"
+
+
+def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
+    """What `clean` came to."""
+    if not any(one.kept is None for one in found):
+        return "unchanged"
+    return "planned" if dry_run else "done"
+
+
+def checked(told: "Checked") -> str:
+    """The check's name, and why it could not be made."""
+    return f"{told.name} ({visible(told.reason)})" if told.reason else told.name
+
+
+def estimate(told: "Estimate") -> str:
+    """``copies at least 3 GiB, the base grows by up to 2 GiB of 70 GiB free, about 15 s at 200 MiB/s (assumed)``."""
+    if told.copy is None or told.seconds is None:
+        return f"what would be copied cannot be told: {visible(told.reason)}"
+    free = "" if told.free is None else f" of {size(told.free)} free"
+    grows = "" if told.growth is None else f", the base grows by up to {size(told.growth)}{free}"
+    if told.at_least:
+        grows += ", and what the guest writes meanwhile"
+    rate = f"{size(told.rate)}/s ({'as given' if told.rate_given else 'assumed'})"
+    takes = duration(told.seconds) if told.seconds >= 1 else "less than 1 s"
+    return f"copies {'at least ' if told.at_least else ''}{size(told.copy)}{grows}; {takes} at {rate}"

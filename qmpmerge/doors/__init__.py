@@ -7,6 +7,8 @@ import os
 import stat
 from collections.abc import AsyncIterator, Collection
 
+from qmpmerge import witness
+from qmpmerge.errors import Unfinished
 from qmpmerge.hosts import Host
 from qmpmerge.monitor import GREETING_SECONDS, Trace
 
@@ -25,9 +27,11 @@ async def opened(
     """
     The door that `target` calls for: an image file or a block device is opened offline, all else is live.
 
-    `write`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors raise.
+    `write`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors raise,
+    and Unfinished for an image whose name was taken away by a merge that was not finished.
     """
     target = os.fspath(target)
+    _refuse_taken_away(target)
     if is_image(target):
         from qmpmerge.doors.offline import offline
 
@@ -38,6 +42,16 @@ async def opened(
 
         async with live(target, timeout=timeout, force=frozenset(force), trace=trace) as host:
             yield host
+
+
+def _refuse_taken_away(target: str) -> None:
+    """An image that lost its name to a merge that was not finished is no misspelt VM."""
+    if os.path.lexists(target):
+        return
+    told = witness.beside(target)
+    if told is not None:
+        place = told.place(len(told.chain)) or "not there"
+        raise Unfinished(image=target, found=f"its file is {place} now", path=target)
 
 
 def is_image(target: str) -> bool:

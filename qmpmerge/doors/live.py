@@ -33,14 +33,18 @@ async def live(
     if "libvirt" not in force:
         _refuse_libvirt(pid, target)
     try:
-        async with monitor.connected(address, timeout=timeout, trace=trace) as session:
-            if pid is not None and session.pid not in (None, pid):
-                raise MonitorTaken(target=target, pid=pid, other=session.pid)
-            if "libvirt" not in force:
-                _refuse_libvirt(session.pid, target)
-            yield Host(session, target)
+        session = await monitor.connect(address, timeout=timeout, trace=trace)
     except MonitorSilent as error:
         raise await _with_holder(error, address) from None
+    host = Host(session, target, lambda: monitor.connect(address, timeout=timeout, trace=trace))
+    try:
+        if pid is not None and session.pid not in (None, pid):
+            raise MonitorTaken(target=target, pid=pid, other=session.pid)
+        if "libvirt" not in force:
+            _refuse_libvirt(session.pid, target)
+        yield host
+    finally:
+        await host.monitor.close()
 
 
 def find(target: str) -> tuple[Address, int | None]:

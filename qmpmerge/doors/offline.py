@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +31,11 @@ class OfflineHost(Host):
 
     is_live = False
 
-    def __init__(self, session: Monitor, target: str, users: tuple[User, ...]) -> None:
+    def __init__(
+        self, session: Monitor, target: str, users: tuple[User, ...], opened: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         super().__init__(session, target)
+        self.opened = opened
         self._name = os.path.basename(target)
         self._users = users
 
@@ -79,8 +82,8 @@ async def offline(
     if write:
         _refuse_used(layers, users)
     async with storagedaemon.running(trace=trace) as session:
-        await _open(session, layers, write=write, secret=secret)
-        yield OfflineHost(session, image, users)
+        opened = await _open(session, layers, write=write, secret=secret)
+        yield OfflineHost(session, image, users, opened)
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
@@ -103,55 +106,46 @@ def _instead(user: User) -> str:
     return "shut that VM down first, or start it with a QMP monitor and merge live"
 
 
-async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, secret: str | None) -> None:
-    """Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing."""
+async def _open(
+    session: Monitor, layers: tuple[Layer, ...], *, write: bool, secret: str | None
+) -> dict[str, Mapping[str, Any]]:
+    """
+    Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing.
+
+    Returns the options of the images' nodes by their names.
+    """
     encrypted = next((layer for layer in layers if layer.encrypted), None)
     if encrypted is not None:
         if secret is None:
             raise NeedsSecret(image=encrypted.file)
         await session.execute("object-add", qom_type="secret", id=SECRET, data=secret)
     below: str | None = None
+    opened: dict[str, Mapping[str, Any]] = {}
     for number, layer in enumerate(layers, 1):
         node = f"layer{number}"
-        options = _image(layer, node, below, write=write, writable=write and layer is layers[-1])
         try:
-            await session.execute("blockdev-add", **options)
+            await _add_file(session, layer.file, f"{node}-file", is_device=layer.is_device, write=write)
+            if layer.data_file is not None:
+                await _add_file(session, layer.data_file, f"{node}-data", write=write)
+            opened[node] = _image_options(layer, node, below, writable=write and layer is layers[-1], shared=not write)
+            await session.execute("blockdev-add", **opened[node])
         except CommandError as error:
             if re.search(r"Failed to get .*lock", error.description):
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait") from None
             raise ImageUnreadable(file=layer.file, reason=error.description) from None
         below = node
+    return opened
 
 
-def _image(layer: Layer, node: str, below: str | None, *, write: bool, writable: bool) -> dict[str, Any]:
-    """An image's node together with that of its file, which goes with it."""
-    options: dict[str, Any] = {
-        "driver": layer.format,
-        "node-name": node,
-        "read-only": not writable,
-        "discard": "unmap",
-        "file": _file(layer.file, f"{node}-file", is_device=layer.is_device, write=write),
-        **_key(layer),
-    }
-    if layer.format == "qcow2":
-        options["backing"] = below
-    if layer.data_file is not None:
-        options["data-file"] = _file(layer.data_file, f"{node}-data", write=write)
-    if not write:
-        options["force-share"] = True
-    return options
-
-
-def _file(file: str, node: str, *, is_device: bool = False, write: bool) -> dict[str, Any]:
+async def _add_file(session: Monitor, file: str, node: str, *, is_device: bool = False, write: bool) -> None:
     """
     The node of the file, by threads through the host's cache, which is QEMU's default.
 
     io_uring is no faster for certain on two processors, and the one of QEMU 7.2 and 10.0 hangs on compressed clusters;
     past the cache (`cache.direct`) a merge takes twice as long.
     """
-    return {
+    options: dict[str, Any] = {
         "driver": "host_device" if is_device else "file",
-        "node-name": node,
         "filename": file,
         "read-only": not write,
         "auto-read-only": True,
@@ -159,6 +153,25 @@ def _file(file: str, node: str, *, is_device: bool = False, write: bool) -> dict
         # A reader takes no locks: while an image is merged not even `force-share` would let it in.
         **({} if write else {"force-share": True, "locking": "off"}),
     }
+    await session.execute("blockdev-add", **options, node_name=node)
+
+
+def _image_options(layer: Layer, node: str, below: str | None, *, writable: bool, shared: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "driver": layer.format,
+        "node-name": node,
+        "file": f"{node}-file",
+        "read-only": not writable,
+        "discard": "unmap",
+        **_key(layer),
+    }
+    if layer.format == "qcow2":
+        options["backing"] = below
+    if layer.data_file is not None:
+        options["data-file"] = f"{node}-data"
+    if shared:
+        options["force-share"] = True
+    return options
 
 
 def _key(layer: Layer) -> dict[str, Any]:

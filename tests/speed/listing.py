@@ -79,3 +79,14 @@ def vms(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None:
             for _ in range(runs):
                 figures.add(SECTION, f"vms, {count} QEMUs", OURS, ours("vms").milliseconds)
             figures.add(SECTION, f"vms, {count} QEMUs: memory", OURS, memory("vms"), "MiB")
+
+
+def checks_of_a_merge(figures: Figures, folder: Path, runs: int, images: int) -> None:
+    """All checks of a merge of ten layers in a folder of so many images, whose headers are all read."""
+    chain = empty_chain(folder / f"checks-{images}", 10)
+    for number in range(len(chain), images):
+        (chain[0].parent / f"other{number}.qcow2").write_bytes(chain[0].read_bytes())
+    with machine(chain[0].parent, "-drive", f"file={chain[-1]},if=none,id=vda", *device("vda")) as vm:
+        for _ in range(runs):
+            took = ours("commit", vm.target, "--dry-run").milliseconds
+            figures.add(SECTION, f"commit --dry-run, 10 layers, {images} images in the folder", OURS, took)

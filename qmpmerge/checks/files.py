@@ -1,0 +1,93 @@
+"""
+Checks of the files, of their filesystems and of the processes that hold them, each an async generator of refusals.
+"""
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from qmpmerge import dependents as others
+from qmpmerge import permissions
+from qmpmerge.checks.question import Question, identity
+from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotWritable, Refused, Replaced
+
+if TYPE_CHECKING:
+    from qmpmerge.processes import User
+
+
+async def replaced(question: Question) -> AsyncIterator[Refused]:
+    """
+    QEMU opens base and overlay again by name: the name must still lead to the file it has open.
+
+    Not checked where the kernel does not let us see what QEMU has open. A merged image whose name is gone is merged all
+    the same: nothing else can save its data.
+    """
+    for image in question.touched:
+        found = identity(image.file) if image.has_path else None
+        if question.pid is not None and question.opened and found is not None and found not in question.opened:
+            yield Replaced(file=image.file, pid=question.pid)
+
+
+async def in_use(question: Question) -> AsyncIterator[Refused]:
+    """Of a running VM: at the offline door nobody may hold anything. One with ``locking=off`` is seen too."""
+    from qmpmerge import processes
+
+    pid = question.pid
+    if pid is None or not question.host.is_live:
+        return
+    users = processes.users([image.file for image in question.touched if image.has_path])
+    for file in dict.fromkeys(user.file for user in users if user.pid != pid):
+        holders = [user for user in users if user.file == file and user.pid != pid]
+        yield InUse(file=file, holders=[_told(user) for user in holders], command=_instead(holders))
+
+
+def _told(user: "User") -> str:
+    monitor = user.vm.monitor if user.vm is not None else ""
+    return f"{user}, monitor {monitor}" if monitor else str(user)
+
+
+def _instead(users: "list[User]") -> str:
+    if any(user.vm is not None for user in users):
+        return "shut that VM down, or give it a copy of the image"
+    return "end it, or wait until it has let go; `--force in-use` goes on if it may see the image change"
+
+
+async def dependents(question: Question) -> AsyncIterator[Refused]:
+    """
+    The merged images leave the chain, and base, which what is built on them would still look through to, changes.
+
+    Looked for in folders, and among what the QEMUs of this host have open, this one and its other disks included.
+    """
+    from qmpmerge import processes
+
+    plan = question.plan
+    found = others.find([plan.base, *plan.merged], plan.chain, question.search, processes.qemu_files())
+    if found:
+        images = list(dict.fromkeys(dependent.image for dependent in found))
+        yield Dependents(images=images, dependents=[dependent.file for dependent in found])
+
+
+async def no_space(question: Question) -> AsyncIterator[Refused]:
+    """Where it cannot be told nothing is refused: a job that runs out of space waits for it."""
+    estimate = question.estimate
+    if not estimate.is_enough and estimate.growth is not None and estimate.free is not None:
+        yield NoSpace(base=question.plan.base.file, growth=estimate.growth, free=estimate.free)
+
+
+async def device_too_small(question: Question) -> AsyncIterator[Refused]:
+    """QEMU grows a file, and fails on a device with nothing better than `Invalid argument`."""
+    base, needed = question.plan.base, question.plan.top.virtual_size
+    if base.has_path and base.format == "raw" and needed > base.virtual_size and _is_device(base.file):
+        yield DeviceTooSmall(base=base.file, size=base.virtual_size, needed=needed)
+
+
+def _is_device(path: str) -> bool:
+    found = identity(path)
+    return found is not None and found[0] == "device"
+
+
+async def not_writable(question: Question) -> AsyncIterator[Refused]:
+    """Base and overlay, by whom QEMU runs as; QEMU itself is asked last, see `check`."""
+    for image in question.written:
+        obstacle = permissions.obstacle(image.file, question.pid) if image.has_path else None
+        if obstacle is not None:
+            yield NotWritable(file=image.file, reason=obstacle)

@@ -1,0 +1,177 @@
+"""
+The course of a merge: from a job that is to be started, or is there, to a proved outcome; and the ways to leave it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+from qmpmerge import account, adopting, jobs, pausing, pivot, sessions, shield, steps, switch
+from qmpmerge.errors import (
+    Cancelled,
+    Failed,
+    JobFailed,
+    LeftCancelling,
+    NotProven,
+    NotVerified,
+    StillRunning,
+    TimedOut,
+    TimeUp,
+    Untouched,
+)
+from qmpmerge.locks import Lock
+from qmpmerge.monitor import Doorbell
+from qmpmerge.outcome import Outcome
+from qmpmerge.patience import Patience
+from qmpmerge.steps import Merge
+
+
+@dataclass
+class Begun:
+    """A merge to be run, under its lock. `speed` is None where its job is there already."""
+
+    merge: Merge
+    lock: Lock
+    speed: int | None = None
+
+
+@contextlib.asynccontextmanager
+async def in_time(patience: Patience) -> AsyncIterator[None]:
+    """What comes before the job's start, within the time limit. Raises TimeUp."""
+    try:
+        async with asyncio.timeout(patience.left):
+            yield
+    except TimeoutError:
+        raise TimeUp(seconds=patience.timeout or 0.0) from None
+
+
+async def run(begun: Begun, *, polite: float | None = None) -> Outcome:
+    """
+    From a job that is to be started, or runs, to a proved outcome, with a witness: that goes when the outcome is known,
+    and stays when it is not, or the job goes on.
+
+    Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits.
+    """
+    merge = begun.merge
+    account.begin(merge, resumed=begun.speed is None)
+    try:
+        return await _run(begun, polite)
+    except (Untouched, Failed, Cancelled, asyncio.CancelledError):  # the old chain was proved to be in use
+        account.take_back(merge)
+        raise
+    finally:
+        account.leave(merge)
+
+
+async def _run(begun: Begun, polite: float | None) -> Outcome:
+    merge = begun.merge
+    with adopting.noted(begun.lock, merge):
+        try:
+            async with asyncio.timeout(merge.patience.left):
+                outcome = await _followed(begun, polite)
+        except asyncio.CancelledError:
+            mine = begun.speed is not None or merge.job.startswith(jobs.PREFIX)
+            if not mine or (merge.patience.leaving and merge.host.is_live):
+                raise left(merge) from None  # leaving somebody else's job is not ending it
+            await _take_back(merge)
+            raise
+        except (StillRunning, TimeoutError):
+            return await _stop_waiting(merge)
+        if outcome.verdict != "ready":
+            begun.lock.clear()  # all is proved: there is nothing to be told to who comes next
+        return outcome
+
+
+async def _stop_waiting(merge: Merge) -> NoReturn:
+    """At the time limit, or where we are to leave at once."""
+    patience = merge.patience
+    if merge.host.is_live and (patience.then == "leave" or patience.detach or merge.switching):
+        raise left(merge)
+    await _take_back(merge)
+    if merge.host.is_live:
+        raise TimeUp(seconds=patience.timeout or 0.0)
+    raise TimedOut(job=merge.job)
+
+
+def left(merge: Merge) -> StillRunning:
+    """The error that says how to come back to the job."""
+    option = {"pivot": "", "keep": " --keep-overlay", "ready": " --wait-ready"}[merge.ending]
+    return StillRunning(target=merge.host.target, job=merge.job, option=option)
+
+
+async def _take_back(merge: Merge) -> None:
+    """Cancel the job and see that the old chain is in use; given up only where we are told to leave at once."""
+    work = sessions.through(merge, lambda doorbell: steps.take_back(merge, doorbell))
+    try:
+        await shield.finished(work, unless=merge.patience.is_leaving)
+    except asyncio.CancelledError:
+        raise LeftCancelling(target=merge.host.target, job=merge.job) from None
+
+
+async def _followed(begun: Begun, polite: float | None) -> Outcome:
+    merge = begun.merge
+    is_polite = polite is not None and merge.host.can_reconnect and not merge.patience.detach
+    merge.is_started = begun.speed is None
+    is_sent = merge.is_started
+
+    async def work(doorbell: Doorbell) -> Outcome | None:
+        nonlocal is_sent
+        if not is_sent:
+            is_sent = True  # whatever becomes of it: it is never sent twice
+            await steps.start(merge, begun.speed or 0)
+            merge.is_started = True
+        if merge.patience.detach:
+            raise left(merge)
+        return None if is_polite else await _to_the_end(merge, doorbell)
+
+    outcome = await sessions.through(merge, work)
+    if outcome is None:
+        assert polite is not None
+        await sessions.follow_politely(merge, polite)
+        outcome = await sessions.through(merge, lambda doorbell: _to_the_end(merge, doorbell))
+    return outcome
+
+
+async def _to_the_end(merge: Merge, doorbell: Doorbell) -> Outcome:
+    """What cannot be looked at once the job was started is not refused, as if nothing had been done: it is unknown."""
+    try:
+        if (
+            merge.guard is None
+            and merge.plan.pivots
+            and merge.host.is_live
+            and merge.pauses
+            and merge.ending == "pivot"
+        ):
+            merge.guard = pausing.Guard.start(merge.host.monitor)
+        job = await steps.copy(merge, doorbell)
+        if job is None and not merge.is_started:
+            await steps.prove_old_chain(merge)
+            raise JobFailed(job=merge.job, reason="the session was lost before QEMU had started it")
+        if job is not None and job.status == "ready" and merge.ending == "ready":
+            return switch.ready(merge)
+        if job is not None and job.status == "pending":
+            await steps.make_base_durable(merge, doorbell)
+            await steps.verify(merge, doorbell)
+        elif job is not None and await steps.is_at_rest(merge, job):
+            await steps.verify(merge, doorbell)  # an active job has flushed base before it says that it is ready
+        if job is not None and job.status != "concluded":
+            await _see_that_it_is_compared(merge, doorbell)
+        if job is not None and job.status in ("pending", "ready"):
+            await steps.carry_bitmaps(merge, doorbell)
+        if job is not None and job.status == "ready" and merge.ending == "pivot" and merge.plan.pivots:
+            job = await pivot.pivot(merge, doorbell, job.status)
+        return await shield.finished(switch.switch(merge, doorbell, job))
+    except Untouched as error:
+        found = f"no way to look: {error}"
+        raise NotProven(target=merge.host.target, expected=str(merge.plan.result), found=found) from None
+
+
+async def _see_that_it_is_compared(merge: Merge, doorbell: Doorbell) -> None:
+    """Where an earlier failure makes the comparison compulsory, nothing is switched without it."""
+    if merge.suspect is None or merge.verified:
+        return
+    await shield.finished(steps.take_back(merge, doorbell))
+    reason = f"the guest writes, so what an earlier failure left cannot be seen ({merge.suspect})"
+    raise NotVerified(base=merge.plan.base.file, top=merge.plan.top.file, reason=reason)

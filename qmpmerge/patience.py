@@ -1,0 +1,37 @@
+"""How long we stay with a job that belongs to QEMU, and what becomes of it when we go."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Patience:
+    """
+    `timeout` seconds from now on, None for no limit. When they have passed, the job goes on without us (``leave``) or is
+    cancelled (``cancel``); with `detach` we leave as soon as it has been started.
+
+    To leave at any other time, call `leave` and cancel the task: without `leave` a cancelled task cancels the job.
+    """
+
+    timeout: float | None = None
+    then: Literal["leave", "cancel"] = "leave"
+    detach: bool = False
+    leaving: bool = False
+    deadline: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deadline = None if self.timeout is None else time.monotonic() + self.timeout
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the limit, None where there is none."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def leave(self) -> None:
+        """From now on a cancelled task leaves the job to QEMU."""
+        self.leaving = True
+
+    def is_leaving(self) -> bool:
+        """Whether somebody wants us to leave at once, even where a job is just being taken back."""
+        return self.leaving

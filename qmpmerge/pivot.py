@@ -1,0 +1,145 @@
+"""
+The pivot: the device moves onto the base, while nobody writes.
+
+The guest is paused once the job is ready. While it stands still base and top are equal; that is written down, top's name
+is taken away, and only then the job is completed: whatever dies from here on, at no instant can a start from the old
+name show older data without a word. The guest runs again when QEMU's graph has been read.
+"""
+
+import asyncio
+import contextlib
+import time
+from dataclasses import replace
+
+from qmpmerge import account, disposal, evidence, files, jobs, pausing, shield, steps, witness
+from qmpmerge.errors import CommandError, NotWitnessed
+from qmpmerge.jobs import Job
+from qmpmerge.monitor import Doorbell
+from qmpmerge.steps import Merge
+
+CLEAN_SECONDS = 2.0
+
+
+async def pivot(merge: Merge, doorbell: Doorbell, status: str) -> Job | None:
+    """
+    Move the device onto the base; returns the job as it ended. Until the name is taken away it can be cancelled.
+
+    Raises NotVerified, NotWitnessed with the job taken back; PauseUnproven; what a lost session raises.
+    """
+    exported = await _is_exported(merge)
+    async with pausing.paused(merge.host.monitor, merge.guard) as pause:
+        rests = (pause.guest_rests or not merge.host.is_live) and not exported and await _is_clean(merge)
+        if merge.verify is True and rests and not merge.verified:
+            async with merge.guard.patient() if merge.guard else contextlib.nullcontext():
+                await steps.verify(merge, doorbell)
+        job = await shield.finished(_move(merge, doorbell, status, rests))
+    merge.paused_ms = pause.milliseconds
+    if pause.is_unguarded:
+        merge.notes.append(
+            "the guest was not paused for the pivot: the process that was to guard the pause did not start"
+        )
+    return job
+
+
+async def _move(merge: Merge, doorbell: Doorbell, status: str, rests: bool) -> Job | None:
+    merge.switching = True
+    try:
+        _write_down(merge, rests)
+        _take_name_away(merge)
+        syncing = asyncio.ensure_future(asyncio.to_thread(account.sync, merge))
+        if not rests:  # else nothing will be written to the base before we have waited for it
+            await syncing
+    except OSError as error:
+        await steps.take_back(merge, doorbell)
+        path = merge.witness.path if merge.witness else merge.plan.top.file
+        raise NotWitnessed(path=path, reason=error.strerror or str(error)) from None
+    job = await end(merge, doorbell, status)
+    moved = await _has_moved(merge, job)
+    if merge.witness is not None and moved is not None:
+        with contextlib.suppress(OSError):  # what was written before tells enough, and the guest waits
+            if not moved:
+                disposal.give_back(merge.witness, merge.witness.top)
+            account.note(merge, "switched" if moved else "copying")
+    try:
+        await syncing
+    except OSError as error:
+        merge.notes.append(f"the storage did not make the new names durable: {error.strerror or error}")
+    return job
+
+
+def _write_down(merge: Merge, rests: bool) -> None:
+    """With what both files look like while nobody writes; a device, or a disk on the network, has no such evidence."""
+    told = merge.witness
+    if told is None:
+        return
+    places = {index: place for index in (told.base, told.top) if (place := told.place(index)) is not None}
+    evident = rests and len(places) == 2 and all(map(files.is_regular, places.values()))
+    seen = {index: disposal.seen(place) for index, place in places.items()} if evident else {}
+    account.note(merge, "switching", seen=seen)
+
+
+def _take_name_away(merge: Merge) -> None:
+    """Where that is not allowed the merge goes on, and says so."""
+    told = merge.witness
+    if told is None or told.top not in told.away or told.place(told.top) == told.away[told.top]:
+        return
+    try:
+        disposal.take_away(told, told.top)
+    except OSError as error:
+        away = {index: name for index, name in told.away.items() if index != told.top}
+        merge.witness = witness.write(replace(told, away=away))
+        merge.notes.append(f"{told.chain.active.file} could not be renamed: {error.strerror or error}")
+
+
+async def _is_clean(merge: Merge) -> bool:
+    """Wait until the job has nothing left to copy; a writer that does not rest is not waited for for ever."""
+    deadline = time.monotonic() + CLEAN_SECONDS
+    while time.monotonic() < deadline:
+        told = await merge.host.monitor.execute("query-block-jobs")
+        job = next((job for job in told if job["device"] == merge.job), None)
+        if job is None:
+            return False
+        if job["offset"] == job["len"] and not job["busy"]:
+            return True
+    return False
+
+
+async def _is_exported(merge: Merge) -> bool:
+    """Whether somebody can write past the guest."""
+    try:
+        return bool(await merge.host.monitor.execute("query-block-exports"))
+    except CommandError:
+        return True
+
+
+async def _has_moved(merge: Merge, job: Job | None) -> bool | None:
+    """As the graph tells it; a disk that nobody uses has no device to look at, and nobody who could write."""
+    layout = await merge.host.layout()
+    moved = evidence.has_moved(layout, merge.disk.drive or merge.disk.qdev, merge.plan)
+    is_used = bool(merge.disk.drive or merge.disk.qdev or layout.exported)
+    return moved if is_used else job is not None and job.error is None
+
+
+async def end(merge: Merge, doorbell: Doorbell, status: str, *, keeps: bool = False) -> Job | None:
+    """Tell the job to end, and wait until it has."""
+    monitor = merge.host.monitor
+    while True:
+        try:
+            if status == "pending":
+                await monitor.execute("job-finalize", id=merge.job)
+            elif keeps:
+                await monitor.execute("block-job-cancel", device=merge.job, force=False)
+            else:
+                await monitor.execute("job-complete", id=merge.job)
+            # Somebody else's active job may want to be finalized too, and the guest stands still until it is.
+            wanted: tuple[str, ...] = ("concluded", "pending") if status == "ready" else ("concluded",)
+        except CommandError:
+            # A drain by somebody else can put a ready job into standby for a moment: wait for it and say it again.
+            # A pending job of ours is on its way already.
+            wanted = ("concluded", status) if status == "ready" else ("concluded",)
+            await doorbell.wait(jobs.LOOK_AGAIN_SECONDS / 5)
+        deadline = merge.deadline if merge.host.is_live else None
+        job = await jobs.follow(monitor, doorbell, merge.job, wanted, tell=lambda job: None, deadline=deadline)
+        if job is None or job.status == "concluded":
+            return job
+        status = job.status
