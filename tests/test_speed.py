@@ -36,6 +36,7 @@ def test_every_section_measures_every_peer(tmp_path: Path) -> None:
     offline.measure(figures, tmp_path, 1, [4])
     listing.start(figures, 1)
     listing.chains(figures, tmp_path, 1, [3])
+    listing.checks_of_a_merge(figures, tmp_path, 1, 12)
     listing.vms(figures, tmp_path, 1, [1])
     growth.layers(figures, tmp_path, 1, [3])
     growth.disks(figures, tmp_path, 1, [2])

@@ -31,7 +31,7 @@ Section = Callable[[Figures, Path, int, Libvirt | None], None]
 def look(figures: Figures, folder: Path, runs: int, _peer: Libvirt | None) -> None:
     listing.start(figures, runs)
     listing.chains(figures, folder, runs, [3, 30, 200, 1000])
-    listing.checks(figures, folder, runs, 1000)
+    listing.checks_of_a_merge(figures, folder, runs, 1000)
     listing.vms(figures, folder, runs, [1, 10, 50])
 
 

@@ -9,7 +9,7 @@ from setups import device
 
 from speed import live
 from speed.figures import BARE, OURS, Figures, alternating
-from speed.images import DataChain, data_chain
+from speed.images import DataChain, data_chain, remove
 from speed.peers import bare, ours
 
 SECTION = "growth"
@@ -33,7 +33,7 @@ def data(figures: Figures, folder: Path, runs: int, sizes: list[int]) -> None:
             chain.put_back()
             live.merge_once(figures, SECTION, f"intermediate, {megabytes} MiB", who, chain, active=False)
         for image in chain.images:
-            image.unlink()
+            remove(image)
 
 
 def disks(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None:

@@ -21,6 +21,7 @@ from guests import Guest, Ports, Writer, guest
 from rig import MIB, run
 
 from speed.figures import BARE, OURS, VIRSH, Figures, alternating
+from speed.images import remove
 from speed.peers import COMMAND, Libvirt
 
 SECTION = "guest"
@@ -55,6 +56,8 @@ async def _cycle(figures: Figures, who: str, vm: "Direct") -> None:
         begun, first = time.monotonic(), len(writer.times)
         await vm.merge(who, top)
         took = time.monotonic() - begun
+        for overlay in overlays[:-1] if top else overlays[-1:]:
+            remove(overlay)
         await writer.advance(20)
         figures.add(SECTION, f"{kind}: whole merge", who, took * 1000)
         # The gap that the merge began in counts from its last acknowledgement before.
@@ -70,8 +73,6 @@ async def _cycle(figures: Figures, who: str, vm: "Direct") -> None:
     verdict = await vm.guest.check("/dev/vda", SEED, vm.last, issued=vm.last)
     if not verdict.clean:
         raise SystemExit(f"bench: {who} lost data: {verdict.said}")
-    for overlay in overlays:
-        overlay.unlink()
 
 
 class Direct:

@@ -19,7 +19,7 @@ class DataChain:
     ``base.raw <-- layer1.qcow2 <-- ... <-- active.qcow2``: the layers hold the data, in equal parts; base is empty, and so
     is the active image.
 
-    A merge writes to the first and the last of them only, so putting those back is enough.
+    A merge writes to the first and the last of them only, so putting those back is enough; we rename the others.
     """
 
     images: Sequence[Path]
@@ -39,8 +39,12 @@ class DataChain:
 
     def put_back(self) -> None:
         """As if nothing had been merged; on the disk, so that no run pays for another's writes."""
+        for image in self.images:
+            stashed = Path(f"{image}.merged")
+            if stashed.exists():
+                stashed.rename(image)
         for image in (self.base, self.active):
-            image.unlink()
+            image.unlink(missing_ok=True)
             _copy_sparse(_kept(image), image)
         os.sync()
 
@@ -88,3 +92,9 @@ def empty_chain(folder: Path, layers: int) -> list[Path]:
             continue
         name.write_bytes(names[1].read_bytes().replace(names[0].name.encode(), below.encode(), 1))
     return names
+
+
+def remove(image: Path) -> None:
+    """Delete an image that a merge left over, whatever it is called now."""
+    image.unlink(missing_ok=True)
+    Path(f"{image}.merged").unlink(missing_ok=True)

@@ -85,7 +85,7 @@ def vms(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None:
             figures.add(SECTION, f"vms, {count} QEMUs: memory", OURS, memory("vms"), "MiB")
 
 
-def checks(figures: Figures, folder: Path, runs: int, crowd: int) -> None:
+def checks_of_a_merge(figures: Figures, folder: Path, runs: int, crowd: int) -> None:
     """All checks of a merge, on a chain of ten images in a folder of `crowd`: in a session, and as a whole command."""
     images = empty_chain(folder / f"checks-{crowd}", 10)
     template = images[0].read_bytes()

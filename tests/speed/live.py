@@ -8,7 +8,7 @@ from rig import machine
 from setups import device
 
 from speed.figures import BARE, OURS, VIRSH, Figures, alternating
-from speed.images import DataChain, data_chain
+from speed.images import DataChain, data_chain, remove
 from speed.peers import Libvirt, bare, ours, timed
 
 LAYERS = 3
@@ -25,7 +25,7 @@ def measure(figures: Figures, folder: Path, runs: int, peer: Libvirt | None, siz
                 chain.put_back()
                 merge_once(figures, "live merge", name, who, chain, active=active, peer=peer)
         for image in chain.images:
-            image.unlink()
+            remove(image)
 
 
 def merge_once(

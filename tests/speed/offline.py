@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from speed.figures import OURS, QEMU_IMG, Figures, alternating
-from speed.images import DataChain, data_chain
+from speed.images import DataChain, data_chain, remove
 from speed.peers import ours, timed
 
 
@@ -27,7 +27,7 @@ def measure(figures: Figures, folder: Path, runs: int, sizes: list[int]) -> None
                     _sync(chain)
                     figures.add("offline merge", name, who, (time.perf_counter() - begun) * 1000)
             for image in chain.images:
-                image.unlink()
+                remove(image)
 
 
 def _merge(chain: DataChain, who: str, *, whole: bool) -> None:
@@ -42,7 +42,8 @@ def _merge(chain: DataChain, who: str, *, whole: bool) -> None:
 
 
 def _sync(chain: DataChain) -> None:
-    for place in (chain.base, chain.active, chain.base.parent):
+    active = [chain.active] if chain.active.exists() else []  # ours has given it another name
+    for place in (chain.base, *active, chain.base.parent):
         descriptor = os.open(place, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
