@@ -51,7 +51,8 @@ class Session:
             self.events.append(reply)
 
     def close(self) -> None:
-        self._stream.close()
+        with contextlib.suppress(OSError):  # what was on its way to a machine that has been killed
+            self._stream.close()
         self._connection.close()
 
 
@@ -83,14 +84,18 @@ class Machine:
 
 @contextlib.contextmanager
 def machine(
-    folder: Path, *arguments: str, program: str = "qemu-system-x86_64", cwd: Path | None = None
+    folder: Path,
+    *arguments: str,
+    program: str = "qemu-system-x86_64",
+    cwd: Path | None = None,
+    before: Sequence[str] = (),
 ) -> Iterator[Machine]:
-    """Start a QEMU with the given disks and wait until its monitors answer."""
+    """Start a QEMU with the given disks, by the command `before` where there is one, and wait for its monitors."""
     ours, theirs = socket.socketpair()
     path = str(folder / "monitor")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    command = [program, *arguments, *_monitors(program, path, theirs.fileno())]
+    command = [*before, program, *arguments, *_monitors(program, path, theirs.fileno())]
     with open(folder / "stderr", "wb") as complaints:
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=complaints, cwd=cwd or folder)
     theirs.close()
