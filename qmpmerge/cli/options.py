@@ -146,24 +146,24 @@ def converging(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--converge", is_flag=True, help="Slow down a guest that writes as fast as is copied."),
         click.option(
             "--converge-floor",
-            "floor",
             type=Size(),
             metavar="SIZE",
             help="Let it write so much a second (default: 1M).",
         ),
         click.option(
             "--converge-pause",
-            "pause",
             type=click.FloatRange(min=0),
             metavar="SECONDS",
             help="And pause it, for so long at the most (default: never).",
         ),
     )
 
-    def gather(*, converge: bool, floor: int | None, pause: float | None, **rest: object) -> Any:
-        if not converge and (floor is not None or pause is not None):
+    def gather(*, converge: bool, converge_floor: int | None, converge_pause: float | None, **rest: object) -> Any:
+        if not converge and (converge_floor is not None or converge_pause is not None):
             raise click.UsageError("--converge-floor and --converge-pause go with --converge")
-        wanted = Help(UNITS["M"] if floor is None else floor, pause or 0.0) if converge else None
+        wanted = (
+            Help(UNITS["M"] if converge_floor is None else converge_floor, converge_pause or 0.0) if converge else None
+        )
         return function(converge=wanted, **rest)
 
     return _declared(gather, function, declared)
