@@ -17,8 +17,8 @@ from typing import Literal
 Kind = Literal["write", "zero", "discard", "allocate", "truncate", "flush", "create", "rename", "unlink", "link"]
 DEATH_SECONDS = 20
 
-Victims = Literal["actor", "all"]
-"""Who dies at a kill: the process whose operation it is, or all whose operations are seen."""
+Victims = Literal["actor", "all", "server"]
+"""Who dies at a kill: the process whose operation it is, all whose operations are seen, or the server of the images."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Log:
     fault: Fault | None = None
     operations: list[Operation] = field(default_factory=list)
     known: set[int] = field(default_factory=set)
+    server_dies: Callable[[], None] = lambda: None
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -111,7 +112,10 @@ class Log:
 
     def _strike(self, fault: Fault, operation: Operation) -> None:
         fault.reached = operation
-        kill([operation.pid] if fault.victims == "actor" else self.known | {operation.pid})
+        if fault.victims == "server":
+            self.server_dies()
+        else:
+            kill([operation.pid] if fault.victims == "actor" else self.known | {operation.pid})
 
 
 def kill(pids: Iterable[int]) -> None:

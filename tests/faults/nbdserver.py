@@ -16,6 +16,8 @@ from types import TracebackType
 
 from rig import MIB
 
+from faults import cuts
+from faults.cuts import State
 from faults.log import Log, Operation
 
 _MAGIC, _OPTION, _OPTION_REPLY = b"NBDMAGIC", 0x49484156454F5054, 0x3E889045565A9
@@ -32,16 +34,24 @@ ROOM = 8 * MIB
 
 
 class NbdServer:
-    """Serves the files of `folder`, each as an export of its own name, at the socket `path`."""
+    """
+    Serves the files of `folder`, each as an export of its own name, at the socket `path`.
 
-    def __init__(self, folder: Path, path: Path, log: Log) -> None:
-        self._folder, self.path, self._log = folder, path, log
+    When the log has it die, all connections end, and what no flush has covered is lost. Where it `comes_back` it lets
+    clients in again at once.
+    """
+
+    def __init__(self, folder: Path, path: Path, log: Log, *, comes_back: bool = False) -> None:
+        self._folder, self.path, self._log, self._comes_back = folder, path, log, comes_back
+        self._connections: list[socket.socket] = []
+        log.server_dies = self._die
         self._threads: list[threading.Thread] = []
         self.problems: list[BaseException] = []
 
     def __enter__(self) -> "NbdServer":
         for file in self._folder.iterdir():
             os.truncate(file, file.stat().st_size + ROOM)
+        self._first = {file.name: file.read_bytes() for file in self._folder.iterdir()}
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(self.path))
         self._server.listen()
@@ -51,7 +61,8 @@ class NbdServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it has died
+            self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
         for thread in self._threads:
             thread.join(20)
@@ -70,7 +81,20 @@ class NbdServer:
                 connection, _address = self._server.accept()
             except OSError:
                 return
+            self._connections.append(connection)
             self._run(self._serve, connection)
+
+    def _die(self) -> None:
+        """Called in the log's turn: no operation is under way."""
+        done = self._log.operations
+        lost = State(len(done), tuple(cuts.unflushed(done)))
+        for name, data in cuts.after(self._first, done, lost).items():
+            (self._folder / name).write_bytes(data)
+        if not self._comes_back:
+            self._server.shutdown(socket.SHUT_RDWR)
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _serve(self, connection: socket.socket) -> None:
         try:

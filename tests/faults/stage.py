@@ -3,6 +3,7 @@ The stage: images, a guest that writes, and one merge under observation, by us o
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -39,13 +40,14 @@ Doer = Literal["qmpmerge", "block-commit"]
 class Story:
     """
     A merge of `base <- mid <- top`: of mid into base, or of all (`pivots`), under a machine or `offline`. `writes`: the
-    guest writes all the while; `network`: the images come over NBD.
+    guest writes all the while; `network`: the images come over NBD; `reconnects`: from a server that comes back.
     """
 
     pivots: bool = False
     offline: bool = False
     writes: bool = False
     network: bool = False
+    reconnects: bool = False
 
     def __str__(self) -> str:
         where = "offline" if self.offline else "network" if self.network else "live"
@@ -241,11 +243,18 @@ def play(
 def storage(case: Case, story: Story) -> Iterator[list[str]]:
     """Whoever sees the operations; yields what is written in front of a command that is to be seen."""
     if story.network:
-        with NbdServer(case.images, case.socket, case.log):
+        name_absolutely(case)
+        with NbdServer(case.images, case.socket, case.log, comes_back=story.reconnects):
             yield []
     else:
         with Gate(case.images, case.log) as gate:
             yield gate.before()
+
+
+def name_absolutely(case: Case) -> None:
+    """A relative name leads nowhere from an image on a network, and QEMU refuses to open it with one."""
+    for below, image in itertools.pairwise(case.paths):
+        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", below, "-F", form(below), image)
 
 
 @contextlib.contextmanager
@@ -254,7 +263,7 @@ def started(case: Case, story: Story, before: Sequence[str]) -> Iterator[Machine
     program = "qemu-storage-daemon" if story.offline else "qemu-system-x86_64"
     arguments = nodes(case.paths)
     if story.network:
-        arguments = [over_network(part, case) for part in arguments]
+        arguments = [over_network(part, case, story) for part in arguments]
     if story.offline:
         arguments = [part.replace("-blockdev", "--blockdev") for part in arguments]
     else:
@@ -263,9 +272,10 @@ def started(case: Case, story: Story, before: Sequence[str]) -> Iterator[Machine
         yield vm
 
 
-def over_network(part: str, case: Case) -> str:
+def over_network(part: str, case: Case, story: Story) -> str:
     """The same node, its storage an export of the same name."""
-    server = f"nbd,node-name=\\1,server.type=unix,server.path={case.socket},export=\\2,"
+    patience = "reconnect-delay=10," if story.reconnects else ""
+    server = f"nbd,node-name=\\1,server.type=unix,server.path={case.socket},export=\\2,{patience}"
     return re.sub(r"^file,node-name=(\S+?),filename=.*/(.*?),", server, part)
 
 
@@ -326,7 +336,8 @@ def plain(vm: Machine, story: Story, played: Played) -> None:
     """The conversation that a script would have: block-commit, wait, and believe the job."""
     arguments: dict[str, object] = {"device": "top", "base_node": "base", "top_node": "top" if story.pivots else "mid"}
     if not story.pivots:
-        arguments["backing_file"] = next((vm.folder / "images").glob("base.*")).name
+        base = next((vm.folder / "images").glob("base.*"))
+        arguments["backing_file"] = str(base) if story.network else base.name
     try:
         with connect(vm.target) as connection, contextlib.closing(Session(connection)) as session:
             reply = session.ask("block-commit", job_id="plain", auto_dismiss=False, **arguments)
