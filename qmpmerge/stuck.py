@@ -113,11 +113,12 @@ def _finding(host: Host, job: Job, meaning: Meaning) -> Finding:
 
 
 def _command(host: Host, job: Job, verb: str) -> str:
-    """The verb of ours; for types of jobs that we do not follow, QEMU's own command."""
+    """The verb of ours; for types of jobs that we do not follow, QEMU's own command, but for what only their owner knows."""
     if verb in job.verbs:
         return _verb(host, job, verb)
-    own = {"pivot": "job-complete", "follow": "job-finalize" if job.status == "pending" else "job-resume"}
-    return qmp(host.monitor.name, (own.get(verb, f"job-{verb}"), {"id": job.id}))
+    if verb == "pivot":
+        return ""
+    return qmp(host.monitor.name, ("job-finalize" if job.status == "pending" else "job-resume", {"id": job.id}))
 
 
 def _verb(host: Host, job: Job, verb: str) -> str:

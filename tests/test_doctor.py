@@ -168,6 +168,32 @@ async def test_a_job_without_space(tmp_path: Path, images: list[Path], content: 
         assert (found.severity, found.command) == ("care", f"qmpmerge job {vm.target} j follow")
 
 
+async def test_jobs_of_types_that_we_do_not_follow(tmp_path: Path, images: list[Path], content: Content) -> None:
+    run("qemu-img", "create", "-q", "-f", "raw", "target", "8M", cwd=tmp_path)
+    with blockdev(tmp_path, images, content) as setup:
+        vm = setup.machine
+        vm.session.execute("blockdev-add", driver="file", node_name="t", filename=str(tmp_path / "target"))
+        job = {
+            "job_id": "j",
+            "device": "c",
+            "target": "t",
+            "sync": "full",
+            "auto_finalize": False,
+            "auto_dismiss": False,
+        }
+        vm.session.execute("blockdev-mirror", **job)
+        wait_for(vm, "ready")
+        found = await examined(vm)
+        assert (set(found), found["job-ready"].command) == ({"job-ready"}, "")  # only its owner knows what for
+        vm.session.execute("job-cancel", id="j")
+        wait_for(vm, "concluded")
+        vm.session.execute("job-dismiss", id="j")
+        vm.session.execute("blockdev-backup", **job)
+        wait_for(vm, "pending")
+        mend(vm, (await examined(vm))["job-pending"])
+        wait_for(vm, "concluded")
+
+
 async def test_a_stream_that_was_not_dismissed_is_all_that_is_said(
     tmp_path: Path, images: list[Path], content: Content
 ) -> None:
