@@ -52,7 +52,7 @@ async def run(begun: Begun, *, polite: float | None = None) -> Outcome:
     Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits.
     """
     merge = begun.merge
-    with adopting.noted(begun.lock, merge):
+    with adopting.noted(begun.lock, merge, is_new=begun.speed is not None):
         try:
             async with asyncio.timeout(merge.patience.left):
                 outcome = await _followed(begun, polite)
