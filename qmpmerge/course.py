@@ -69,7 +69,7 @@ async def run(begun: Begun, *, polite: float | None = None, converge: Converge |
 
 async def _run(begun: Begun, polite: float | None) -> Outcome:
     merge = begun.merge
-    with adopting.noted(begun.lock, merge):
+    with adopting.noted(begun.lock, merge, is_new=begun.speed is not None):
         try:
             async with asyncio.timeout(merge.patience.left):
                 outcome = await _followed(begun, polite)

@@ -59,7 +59,10 @@ async def steer(
     if verb == "dismiss":
         await _dismiss(host, job)
         return await jobs.look(host.monitor, job_id)
-    return await jobs.steer(host.monitor, job_id, verb, speed)
+    steered = await jobs.steer(host.monitor, job_id, verb, speed)
+    if verb == "cancel" and job.ours:
+        await adopting.forget(host, job_id)
+    return steered
 
 
 async def _look(host: Host, job_id: str) -> Job:

@@ -66,10 +66,19 @@ class Machine:
     folder: Path
 
     def io(self, device: str, command: str) -> None:
-        """Do guest I/O on a drive id, a node, or a device by its QOM path."""
+        """
+        Do guest I/O on a drive id, a node, or a device by its QOM path.
+
+        What came of it QEMU prints on its own standard output, which is kept in the file ``stdout``.
+        """
         flag = "-d " if device.startswith("/") else ""
         line = f'qemu-io {flag}{device} "{command}"'
+        said = self.folder / "stdout"
+        before = said.stat().st_size
         answer = self.session.execute("human-monitor-command", command_line=line)
+        with said.open() as file:
+            file.seek(before)
+            answer += file.read()
         assert "rror" not in answer and "failed" not in answer, f"{line}: {answer}"
 
     def stop(self) -> None:
@@ -95,9 +104,11 @@ def machine(
     path = str(folder / "monitor")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    command = [*before, program, *arguments, *_monitors(program, path, theirs.fileno())]
-    with open(folder / "stderr", "wb") as complaints:
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=complaints, cwd=cwd or folder)
+    command = [*before, "stdbuf", "-oL", program, *arguments, *_monitors(program, path, theirs.fileno())]
+    with open(folder / "stderr", "wb") as complaints, open(folder / "stdout", "wb") as output:
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdout=output, stderr=complaints, cwd=cwd or folder
+        )
     theirs.close()
     ours.settimeout(60)
     try:

@@ -60,8 +60,7 @@ def nothing_is_left_behind(setup: Setup) -> None:
 # --- signals -----------------------------------------------------------------------------------------------------------
 
 
-@ALL_TOPS
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("top", "number"), [("[3]", signal.SIGINT), ("[4]", signal.SIGTERM)])
 def test_the_first_signal_cancels_and_waits_for_the_old_chain(setup: Setup, top: str, number: signal.Signals) -> None:
     begun = Begun("commit", setup.machine.target, "--top", top, *FOREVER)
     begun.process.send_signal(number)
