@@ -596,6 +596,20 @@ class Unfinished(Refused):
         return {**super()._words(), "path": shlex.quote(self.path)}
 
 
+class Stashed(Refused):
+    """TARGET is the old name of an image that a merge has stashed: no misspelt VM."""
+
+    image: str
+    now: str
+    sentence = "{image} was merged away, and its file is {now} now"
+    advice = (
+        "name the image that the VM is started from since then; `qmpmerge recover {image}` says what it was built on"
+    )
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "image": shlex.quote(self.image)}
+
+
 class NothingThere(Refused):
     """`recover` finds neither the path nor anything that a merge has left of it."""
 

@@ -6,7 +6,6 @@ here raises OSError; nothing overwrites what it does not know.
 """
 
 import contextlib
-import ctypes
 import errno
 import os
 import stat
@@ -37,6 +36,8 @@ def is_regular(path: str) -> bool:
 
 def rename(old: str, new: str) -> None:
     """Give the name `old` to `new`, which must not exist: FileExistsError. Not durable before `sync_folder`."""
+    import ctypes  # 6 ms, and most commands rename nothing
+
     libc = ctypes.CDLL(None, use_errno=True)
     rename_at: object = getattr(libc, "renameat2", None)
     if callable(rename_at):

@@ -2,6 +2,9 @@
 What a merge came to.
 """
 
+import os
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,3 +65,25 @@ class Outcome:
     checks: tuple[Checked, ...] = ()
     estimate: Estimate | None = None
     rungs: tuple[str, ...] = ()
+
+
+def launch_advice(base: str, old: MergedFile) -> list[str]:
+    """What a pivot means for the next start of the VM."""
+    if old.action == "relink":
+        return [f"{old.file} is a new, empty overlay on {base} now: the VM can be started from either"]
+    if old.action == "keep":
+        return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data"]
+    return [f"start the VM from {base} from now on: {old.file} is no more"]
+
+
+def files_advice(merged: Sequence[MergedFile]) -> list[str]:
+    """What can be done with the merged files."""
+    folders = dict.fromkeys(
+        os.path.dirname(file.now) for file in merged if file.action in ("stash", "relink") and file.now
+    )
+    if folders:
+        command = " ".join(["qmpmerge clean", *map(shlex.quote, folders)])
+        return [f"`{command}` removes what was stashed, once nobody holds or needs it"]
+    if any(file.action == "keep" for file in merged):
+        return ["the merged files can be deleted once no other image is built on them"]
+    return []

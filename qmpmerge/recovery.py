@@ -28,7 +28,7 @@ from qmpmerge.evidence import Judgement, Use
 from qmpmerge.hosts import Host
 from qmpmerge.locks import Lock
 from qmpmerge.monitor import Trace
-from qmpmerge.outcome import MergedFile, Outcome
+from qmpmerge.outcome import MergedFile, Outcome, files_advice, launch_advice
 from qmpmerge.witness import Witness
 
 
@@ -125,6 +125,7 @@ async def _put_right(told: Witness, judged: Judgement, host: Host | None) -> Rec
             hints.append(f"`qmpmerge job {told.target} {told.job} follow` goes on with it")
         elif judged.way == "finish":
             merged, hints = await finish(told, host)
+            hints = [*_advice(told, merged), *hints]
         else:
             await undo(told, judged)
     except OSError as error:
@@ -140,11 +141,17 @@ def _clear(lock: Lock, told: Witness, judged: Judgement) -> None:
         lock.clear()
 
 
+def _advice(told: Witness, merged: list[MergedFile]) -> list[str]:
+    launch = launch_advice(told.plan.base.file, merged[-1]) if told.plan.pivots else []
+    return [*launch, *files_advice(merged)]
+
+
 def _words(judged: Judgement, told: Witness) -> str:
+    """For what was done, and for what would be."""
     return {
-        "back": "the merge did not happen: the old chain is as it was",
-        "finish": "the merge had happened: what remained to be done with its files is done",
-        "repoint": f"the header of {told.chain[min(told.top + 1, len(told.chain))].name} names its old backing file again",
+        "back": "the merge did not happen, the old chain keeps its names",
+        "finish": "the merge had happened, what was left over is its files",
+        "repoint": f"{told.chain[min(told.top + 1, len(told.chain))].name} goes back to its old backing file",
         "leave": "a job is at work",
     }[judged.way]
 

@@ -2,10 +2,8 @@
 The point of no return, and the proof: a fresh discovery must show what was planned, or the outcome is *unknown*.
 """
 
-import os
 import shlex
 import time
-from collections.abc import Sequence
 
 from qmpmerge import account, disposal, jobs, pivot
 from qmpmerge.chain import Chain
@@ -18,7 +16,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Doorbell
-from qmpmerge.outcome import Checked, MergedFile, Outcome
+from qmpmerge.outcome import Checked, MergedFile, Outcome, files_advice, launch_advice
 from qmpmerge.plan import CommitPlan
 from qmpmerge.space import Estimate
 from qmpmerge.steps import Merge, failure, prove_old_chain, take_back, view_after
@@ -104,28 +102,6 @@ def _advice(merge: Merge, verdict: str, merged: tuple[MergedFile, ...]) -> list[
     if verdict == "kept":
         return [f"{base} held all data at the moment it was let go; the guest writes to the overlay"]
     return [*(launch_advice(base, merged[-1]) if verdict == "pivoted" else []), *files_advice(merged)]
-
-
-def launch_advice(base: str, old: MergedFile) -> list[str]:
-    """What a pivot means for the next start of the VM."""
-    if old.action == "relink":
-        return [f"{old.file} is a new, empty overlay on {base} now: the VM can be started from either"]
-    if old.action == "keep":
-        return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data"]
-    return [f"start the VM from {base} from now on: {old.file} is no more"]
-
-
-def files_advice(merged: Sequence[MergedFile]) -> list[str]:
-    """What can be done with the merged files."""
-    folders = dict.fromkeys(
-        os.path.dirname(file.now) for file in merged if file.action in ("stash", "relink") and file.now
-    )
-    if folders:
-        command = " ".join(["qmpmerge clean", *map(shlex.quote, folders)])
-        return [f"`{command}` removes what was stashed, once nobody holds or needs it"]
-    if any(file.action == "keep" for file in merged):
-        return ["the merged files can be deleted once no other image is built on them"]
-    return []
 
 
 def merged_files(planned: CommitPlan, policy: Policy) -> tuple[MergedFile, ...]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qmpmerge.blockgraph import Disk, Layout
 from qmpmerge.chain import Chain, Image
+from qmpmerge.cleaning import Cleaned
 from qmpmerge.cli.json_output import JsonOutput
 from qmpmerge.errors import AmbiguousName, Cancelled, NoReply, NoSuchLayer, ShorterLayer
 from qmpmerge.headers import Oddity
@@ -18,6 +19,7 @@ from qmpmerge.hosts import ChainView
 from qmpmerge.jobs import Job, Progress
 from qmpmerge.outcome import MergedFile, Outcome
 from qmpmerge.processes import Vm
+from qmpmerge.recovery import Recovery
 from qmpmerge.snapshots import Overlay
 
 GIB = 1024**3
@@ -364,3 +366,31 @@ def test_any_name_in_a_failure_or_in_progress_comes_back_as_it_was(name: str) ->
     assert failed.document()["error"]["facts"] == {"layer": name, "disk": name, "known": [name]}
     assert [line.get("disk", line.get("text")) for line in told.lines()] == [name] * 3
     assert told.err.getvalue().isascii()
+
+
+def test_recoveries_and_what_was_cleaned() -> None:
+    merged = (MergedFile("/vm/a.qcow2", "stash", "/vm/a.qcow2.merged"),)
+    found = [
+        Recovery("unchanged", "/vm/x", None, "nothing"),
+        Recovery("done", "/vm/a", "/vm/b", "done", ("why",), merged),
+    ]
+    streams = Streams()
+    streams.output.recovered(found)
+    document = streams.document()
+    assert document["verdict"] == "done"
+    assert document["merges"][1] == {
+        "verdict": "done",
+        "image": "/vm/a",
+        "right": "/vm/b",
+        "action": "done",
+        "reasons": ["why"],
+        "hints": [],
+        "merged": [{"file": "/vm/a.qcow2", "action": "stash", "now": "/vm/a.qcow2.merged"}],
+    }
+    streams = Streams()
+    streams.output.cleaned([Cleaned("/vm/a.merged", 1, "in use")], dry_run=False)
+    assert streams.document() == {
+        "schema": 1,
+        "verdict": "unchanged",
+        "stashed": [{"file": "/vm/a.merged", "size": 1, "kept": "in use"}],
+    }

@@ -71,7 +71,7 @@ SLOWLY = ("--speed", "1M" if ALL else "2M")
 """A merge of two seconds or more."""
 
 FINISHED = {"merged", "pivoted"}
-DONE_ALREADY = ("refused: no-such-layer", "unreachable: no-such-target")
+DONE_ALREADY = ("refused: no-such-layer", "refused: stashed")
 """What a second run says where the first one had done all its work: the layer, or the image, that it names is gone."""
 
 

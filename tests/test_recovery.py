@@ -15,7 +15,16 @@ from test_disposal import live, names
 
 import qmpmerge
 from qmpmerge import disposal, files, jobs, locks, pivot, plan, recovery, witness
-from qmpmerge.errors import CannotRecover, Locked, NothingThere, SessionLost, StillRunning, Undecided, Unfinished
+from qmpmerge.errors import (
+    CannotRecover,
+    Locked,
+    NothingThere,
+    SessionLost,
+    Stashed,
+    StillRunning,
+    Undecided,
+    Unfinished,
+)
 from qmpmerge.recovery import Recovery
 from qmpmerge.witness import Policy, Witness
 
@@ -341,6 +350,16 @@ async def test_an_image_whose_name_was_taken_away_is_no_misspelt_vm(left: Left) 
         async with qmpmerge.opened(left.images[3]):
             pass
     assert unfinished.value.hint == f"run `qmpmerge recover {left.images[3]}`"
+
+
+async def test_a_stashed_image_is_no_misspelt_vm(left: Left) -> None:
+    equal(left)
+    await qmpmerge.recover(left.folder)
+    with pytest.raises(Stashed, match=r"c\.qcow2\.merged now"):
+        async with qmpmerge.opened(left.images[3]):
+            pass
+    (told,) = await qmpmerge.recover(left.images[3])
+    assert told.verdict == "unchanged" and "b.qcow2" in told.reasons[0]
 
 
 async def test_the_next_merge_puts_it_right_first(left: Left) -> None:

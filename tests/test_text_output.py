@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from qmpmerge.blockgraph import Disk, Layout
 from qmpmerge.chain import Chain, Image
+from qmpmerge.cleaning import Cleaned
 from qmpmerge.cli.text_output import TextOutput
+from qmpmerge.cli.words import visible
 from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, ShorterLayer, StillRunning
 from qmpmerge.headers import Oddity
 from qmpmerge.hosts import ChainView
 from qmpmerge.jobs import Job, Progress
 from qmpmerge.outcome import MergedFile, Outcome
 from qmpmerge.processes import Vm
+from qmpmerge.recovery import Recovery
 from qmpmerge.snapshots import Overlay
 
 GIB = 1024**3
@@ -536,3 +539,47 @@ def test_a_name_with_a_line_break_does_not_make_lines_of_its_own() -> None:
     everything(wild.output, "v\nd\r\n\u2028a")
     for one, other in ((tame.out, wild.out), (tame.err, wild.err)):
         assert len(one.getvalue().splitlines()) == len(other.getvalue().splitlines())
+
+
+# --- after a crash ------------------------------------------------------------------------------------------------------
+
+STASHED = MergedFile("/vm/a.qcow2", "stash", "/vm/a.qcow2.merged")
+
+
+def test_a_pivot_tells_the_pause_and_what_became_of_the_files() -> None:
+    screen = Screen()
+    merged = (STASHED, MergedFile("/vm/b.qcow2", "delete"), MergedFile("/vm/c.qcow2", "relink", "/vm/c.qcow2.merged"))
+    screen.output.commit(Outcome("pivoted", "vda", THREE, THREE, JOB.id, merged, seconds=1, paused_ms=7.4))
+    assert screen.says(
+        "vda: pivoted in 1.00 s, guest paused for 7 ms",
+        "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+        "  after   base.raw <-- a.qcow2 <-- b.qcow2",
+        "  no longer part of it: /vm/a.qcow2, renamed to a.qcow2.merged",
+        "  no longer part of it: /vm/b.qcow2, deleted",
+        "  no longer part of it: /vm/c.qcow2, renamed to c.qcow2.merged; a new overlay has its name",
+    )
+
+
+def test_a_recovery() -> None:
+    screen = Screen()
+    screen.output.recovered([Recovery("done", "/vm/a.qcow2", "/vm/base.raw", "it had happened", (EVIL,), (STASHED,))])
+    assert screen.says(
+        "/vm/a.qcow2: done, it had happened",
+        f"  because  {visible(EVIL)}",
+        "  right is /vm/base.raw",
+        "  no longer part of it: /vm/a.qcow2, renamed to a.qcow2.merged",
+    )
+
+
+def test_what_was_cleaned() -> None:
+    screen = Screen()
+    found = [Cleaned("/vm/a.merged", 4096, None), Cleaned("/vm/b.merged", 0, "in use")]
+    screen.output.cleaned(found, dry_run=False)
+    screen.output.cleaned(found[:1], dry_run=True)
+    screen.output.cleaned([], dry_run=True)
+    assert screen.says(
+        "/vm/a.merged: removed (4 KiB)",
+        "/vm/b.merged: stays, in use (0 B)",
+        "/vm/a.merged: would be removed (4 KiB)",
+        "nothing is stashed here",
+    )

@@ -8,7 +8,7 @@ import stat
 from collections.abc import AsyncIterator, Collection
 
 from qmpmerge import witness
-from qmpmerge.errors import Unfinished
+from qmpmerge.errors import Stashed, Unfinished
 from qmpmerge.hosts import Host
 from qmpmerge.monitor import GREETING_SECONDS, Trace
 
@@ -28,7 +28,7 @@ async def opened(
     The door that `target` calls for: an image file or a block device is opened offline, all else is live.
 
     `write`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors raise,
-    and Unfinished for an image whose name was taken away by a merge that was not finished.
+    and Unfinished or Stashed for an image whose name was taken away by a merge.
     """
     target = os.fspath(target)
     _refuse_taken_away(target)
@@ -45,13 +45,15 @@ async def opened(
 
 
 def _refuse_taken_away(target: str) -> None:
-    """An image that lost its name to a merge that was not finished is no misspelt VM."""
+    """An image that lost its name to a merge is no misspelt VM."""
     if os.path.lexists(target):
         return
     told = witness.beside(target)
     if told is not None:
         place = told.place(len(told.chain)) or "not there"
         raise Unfinished(image=target, found=f"its file is {place} now", path=target)
+    if os.path.lexists(f"{target}{witness.STASHED}"):
+        raise Stashed(image=target, now=f"{target}{witness.STASHED}")
 
 
 def is_image(target: str) -> bool:
