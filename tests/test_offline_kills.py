@@ -32,6 +32,8 @@ import kills
 import pytest
 from rig import Content, fill, make_chain, run
 
+from qmpmerge.errors import EXIT_CODES
+
 ALL = bool(os.environ.get("QMPMERGE_ALL_KILLS"))
 LOG = os.environ.get("QMPMERGE_KILLS_LOG")
 VICTIMS = ("tool", "daemon", "both")
@@ -262,7 +264,8 @@ def look_after_kill(case: Case, first: Run, result: Killed) -> None:
     litter = case.litter()
     result.lock = litter in [[f".{name}.qmpmerge-lock"] for name in NAMES]
     result.private = case.left_in_tmp()
-    if first.code != -9 or not result.lock:
+    # Where the outcome is not proved, the lock stays too, with its note for who comes next.
+    if first.code not in (-9, EXIT_CODES["unknown"]) or not result.lock:
         result.wrong += [f"after the kill: litter {name}" for name in litter]
     if first.code != -9:
         result.wrong += [f"after the kill: {name} in /tmp" for name in result.private]
