@@ -9,7 +9,7 @@ must be compared before anything is switched (QEMU's cache may believe what the 
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qmpmerge import jobs, locks, plan
@@ -228,18 +228,30 @@ def _since(view: ChainView, job: Job) -> str:
 def revived(
     host: Host, view: ChainView, earlier: Earlier, *, ending: Ending, report: Report, patience: Patience
 ) -> Merge:
-    """A merge whose end nobody saw, to be proved as if it had just been made."""
+    """
+    A merge whose end nobody saw, to be proved as if it had just been made.
+
+    Images are known by their files: the QEMU that has them now may have been started since, and call its nodes otherwise.
+    """
+    there = set(view.layout.subtree(view.disk.root))
     return Merge(
         host=host,
         disk=view.disk,
-        plan=earlier.plan,
+        plan=_as_called_now(earlier.plan, view.chain),
         ending=ending,
         report=report,
         patience=patience,
-        old_nodes=earlier.old_nodes,
+        old_nodes=[node for node in earlier.old_nodes if node not in there],
         base_driver=earlier.base_driver,
         job=earlier.job,
     )
+
+
+def _as_called_now(planned: CommitPlan, chain: Chain) -> CommitPlan:
+    nodes = [next((now.node for now in chain if now.same_as(image)), None) for image in planned.chain]
+    images = tuple(replace(image, node=node) for image, node in zip(planned.chain, nodes, strict=True))
+    base, top = planned.chain.index(planned.base), planned.chain.index(planned.top)
+    return plan.commit(Chain(images), base=f"[{base}]", top=f"[{top}]")
 
 
 async def refuse_suspect(host: Host, planned: CommitPlan, suspect: str | None) -> None:

@@ -270,7 +270,8 @@ def look_after_kill(case: Case, first: Run, result: Killed) -> None:
     result.lock = any(name.endswith("-lock") for name in litter)
     result.private = case.left_in_tmp()
     if first.code != -9:
-        known = (".merged", *(("-witness",) if first.verdict.startswith("unknown") else ()))
+        # Where the outcome is not proved, the witness stays, and the lock with its note for who comes next.
+        known = (".merged", *(("-witness", "-lock") if first.verdict.startswith("unknown") else ()))
         result.wrong += [f"after the kill: litter {name}" for name in litter if not name.endswith(known)]
         result.wrong += [f"after the kill: {name} in /tmp" for name in result.private]
 
