@@ -16,6 +16,7 @@ from faults.stage import LAYOUTS, make_stock
 from faults.sweeps import Bench
 
 SAMPLE = 4
+ABOUT = "Run the cases, print what came of them beside a plain block-commit. Exit 1 if anything was lost or wrong."
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def benches(layouts: Collection[str], seed: int, sample: int | None) -> Iterator
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/faults", description=ABOUT)
     parser.add_argument("--seed", type=int, default=0, help="of the samples where all are too many (default: 0)")
     parser.add_argument(
         "--quick", action="store_true", help=f"{SAMPLE} points of each sweep, none of the suite's tests"

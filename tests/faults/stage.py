@@ -3,7 +3,6 @@ The stage: images, a guest that writes, and one merge under observation, by us o
 """
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -243,18 +242,11 @@ def play(
 def storage(case: Case, story: Story) -> Iterator[list[str]]:
     """Whoever sees the operations; yields what is written in front of a command that is to be seen."""
     if story.network:
-        name_absolutely(case)
         with NbdServer(case.images, case.socket, case.log, comes_back=story.reconnects):
             yield []
     else:
         with Gate(case.images, case.log) as gate:
             yield gate.before()
-
-
-def name_absolutely(case: Case) -> None:
-    """A relative name leads nowhere from an image on a network, and QEMU refuses to open it with one."""
-    for below, image in itertools.pairwise(case.paths):
-        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", below, "-F", form(below), image)
 
 
 @contextlib.contextmanager
@@ -336,8 +328,7 @@ def plain(vm: Machine, story: Story, played: Played) -> None:
     """The conversation that a script would have: block-commit, wait, and believe the job."""
     arguments: dict[str, object] = {"device": "top", "base_node": "base", "top_node": "top" if story.pivots else "mid"}
     if not story.pivots:
-        base = next((vm.folder / "images").glob("base.*"))
-        arguments["backing_file"] = str(base) if story.network else base.name
+        arguments["backing_file"] = next((vm.folder / "images").glob("base.*")).name
     try:
         with connect(vm.target) as connection, contextlib.closing(Session(connection)) as session:
             reply = session.ask("block-commit", job_id="plain", auto_dismiss=False, **arguments)
