@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
     from qmpmerge.chain import Chain, Image
     from qmpmerge.cleaning import Cleaned, clean
+    from qmpmerge.converge import Converge
+    from qmpmerge.diskdoctor import examine_path
+    from qmpmerge.doctor import examine
     from qmpmerge.doors import opened
     from qmpmerge.doors.live import live
     from qmpmerge.doors.offline import offline
     from qmpmerge.errors import Error
+    from qmpmerge.findings import Finding
     from qmpmerge.hosts import ChainView, Host
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.merge import commit, follow
@@ -37,8 +41,10 @@ _HOME = {
     "ChainView": "hosts",
     "Cleaned": "cleaning",
     "CommitPlan": "plan",
+    "Converge": "converge",
     "Disk": "blockgraph",
     "Error": "errors",
+    "Finding": "findings",
     "Host": "hosts",
     "Image": "chain",
     "Job": "jobs",
@@ -50,6 +56,8 @@ _HOME = {
     "Vm": "processes",
     "clean": "cleaning",
     "commit": "merge",
+    "examine": "doctor",
+    "examine_path": "diskdoctor",
     "follow": "merge",
     "live": "doors.live",
     "offline": "doors.offline",
@@ -65,8 +73,10 @@ __all__ = [
     "ChainView",
     "Cleaned",
     "CommitPlan",
+    "Converge",
     "Disk",
     "Error",
+    "Finding",
     "Host",
     "Image",
     "Job",
@@ -79,6 +89,8 @@ __all__ = [
     "clean",
     "commit",
     "errors",
+    "examine",
+    "examine_path",
     "follow",
     "live",
     "offline",

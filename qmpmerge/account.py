@@ -21,7 +21,8 @@ def begin(merge: Merge, *, resumed: bool) -> None:
     if resumed and known is not None and _is_of_this(known, told):
         # It knows the files by their inodes. Where the job was told to complete, maybe, the name stays away until it is
         # known what came of it.
-        told = replace(told, chain=known.chain, away={**told.away, **known.away}, phase=known.phase, seen=known.seen)
+        away, before = {**told.away, **known.away}, {**told.before, **known.before}
+        told = replace(told, chain=known.chain, away=away, before=before, phase=known.phase, seen=known.seen)
     try:
         if not files.is_regular(told.place(len(told.chain)) or told.chain.active.file):
             raise OSError("it is no regular file")
@@ -39,10 +40,10 @@ def _is_of_this(known: Witness, told: Witness) -> bool:
 def _plain(merge: Merge) -> Witness:
     host, planned = merge.host, merge.plan
     base, top = planned.chain.index(planned.base), planned.chain.index(planned.top)
-    address = host.target if "/" not in host.target or host.target.startswith("unix:") else os.path.abspath(host.target)
+    others = range(base + 1, top if planned.pivots else top + 1)
     return Witness(
         path=witness.path_of(planned.chain.active.file),
-        target=address,
+        target=_address(host.target),
         disk=merge.disk.name,
         device=merge.disk.drive or merge.disk.qdev,
         job=merge.job,
@@ -54,7 +55,14 @@ def _plain(merge: Merge) -> Witness:
         tool=witness.process(os.getpid()),
         is_live=host.is_live,
         away={} if merge.policy == "keep" else disposal.names_away(planned.chain, base, top),
+        before=disposal.looks(planned.chain, others),
     )
+
+
+def _address(target: str) -> str:
+    """What the user called the host, so that it means the same from every folder."""
+    path = target.removeprefix("unix:")
+    return os.path.abspath(path) if os.path.lexists(path) else target
 
 
 def _without(merge: Merge, error: OSError) -> str:

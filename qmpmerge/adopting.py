@@ -91,29 +91,32 @@ def suspicion(planned: CommitPlan) -> str | None:
     return str(told["suspect"]) if told.get("suspect") else None
 
 
-def _note(merge: Merge, suspect: str | None) -> dict[str, Any]:
+def _note(merge: Merge, since: float) -> dict[str, Any]:
     chain = merge.plan.chain
     return {
         "schema": SCHEMA,
         "job": merge.job,
         "target": merge.host.target,
-        "since": time.time(),
+        "since": since,
         "images": [asdict(image) for image in chain],
         "base": chain.index(merge.plan.base),
         "top": chain.index(merge.plan.top),
         "old_nodes": merge.old_nodes,
         "base_driver": merge.base_driver,
-        "suspect": suspect,
+        "suspect": merge.suspect,
     }
 
 
 @contextlib.contextmanager
-def noted(lock: Lock, merge: Merge) -> Iterator[None]:
+def noted(lock: Lock, merge: Merge, *, is_new: bool) -> Iterator[None]:
     """
     Keep a note for who comes next while the merge is under way, and after it where there is something to be known: the
-    job goes on, the outcome is not proved, or base could not be written as it should.
+    job goes on, the outcome is not proved, or base could not be written as it should. One that is not new keeps the time
+    at which it was begun.
     """
-    lock.note(_note(merge, merge.suspect))
+    earlier = None if is_new else find(Chain((place(merge.plan),)))
+    note = _note(merge, earlier.since if earlier and earlier.job == merge.job else time.time())
+    lock.note(note)
     try:
         yield
     except (Unknown, StillRunning):
@@ -122,7 +125,7 @@ def noted(lock: Lock, merge: Merge) -> Iterator[None]:
         if merge.suspect is None and not is_suspicious(error):
             lock.clear()
         else:
-            lock.note(_note(merge, merge.suspect or str(error.facts["reason"])))
+            lock.note({**note, "suspect": merge.suspect or str(error.facts["reason"])})
         raise
     except BaseException:
         if merge.suspect is None:
@@ -191,6 +194,15 @@ async def dismiss(host: Host, chain: Chain, job: Job) -> None:
         with contextlib.suppress(Locked), locks.held(beside) as lock:
             lock.note({**(locks.noted(beside) or {}), "suspect": job.error})
     await jobs.dismiss(host.monitor, job.id)
+
+
+async def forget(host: Host, job_id: str) -> None:
+    """A job that was cancelled has left everything as it was: its note goes, but for an earlier failure."""
+    for disk in await host.disks():
+        earlier = find(disk.chain) if disk.chain is not None else None
+        if earlier is not None and earlier.job == job_id and suspicion(earlier.plan) is None:
+            with contextlib.suppress(Locked), locks.held(place(earlier.plan)) as lock:
+                lock.clear()
 
 
 def told(view: ChainView, job: Job, note: str) -> Progress:

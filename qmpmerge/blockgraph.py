@@ -110,6 +110,7 @@ class Layout:
 
     `job_edges` maps a job's id and an edge's name (``base``, ``source``, ``target``, ``intermediate node``) to nodes.
     `exported` are the nodes that something without a name uses: an export, or a job's target while it runs.
+    `held` are the nodes that a device, an export or a job has for its root.
     """
 
     disks: tuple[Disk, ...]
@@ -117,6 +118,7 @@ class Layout:
     nodes: Mapping[str, Node]
     job_edges: Mapping[str, Mapping[str, list[str]]]
     exported: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
 
     def find(self, name: str | None, target: str) -> Disk:
         """
@@ -243,6 +245,7 @@ class _Decoder:
             if node["type"] == "block-driver"
         }
         self._parents: set[str] = set()
+        self._held: set[str] = set()
         self._job_edges: dict[str, dict[str, list[str]]] = {}
         self._read_edges()
 
@@ -253,6 +256,8 @@ class _Decoder:
             if kind == "block-driver":
                 self._nodes[parent].children[edge["name"]] = child
                 self._parents.add(child)
+            elif kind == "block-backend":
+                self._held.add(child)
             elif kind == "block-job":
                 self._job_edges.setdefault(parent, {}).setdefault(edge["name"], []).append(child)
 
@@ -267,6 +272,7 @@ class _Decoder:
             nodes=self._nodes,
             job_edges=self._job_edges,
             exported=tuple(self._exported()),
+            held=frozenset(self._held),
         )
 
     def _attached(self) -> Iterator[Disk]:
@@ -282,11 +288,11 @@ class _Decoder:
                 continue  # an export's or a job's backend, not a device's
             # Where the devices were not asked for, only a QOM path is surely no drive id.
             drive = name if name in self._drives or not (self._devices_known or name.startswith("/")) else ""
-            yield self._disk(root, drive=drive, qdev=_qdev_id(self._drives.get(drive, name)))
+            yield self._disk(root, drive=drive, qdev=qdev_id(self._drives.get(drive, name)))
 
     def _empty_drives(self) -> Iterator[Disk]:
         for entry in self._empty:
-            drive, qdev = entry["device"], _qdev_id(entry.get("qdev", ""))
+            drive, qdev = entry["device"], qdev_id(entry.get("qdev", ""))
             yield Disk(name=drive or qdev, drive=drive, qdev=qdev, root="", chain=None, nodes=())
 
     def _unattached(self) -> Iterator[Disk]:
@@ -369,7 +375,7 @@ def _told_apart(images: list[Image]) -> list[Image]:
     ]
 
 
-def _qdev_id(path: str) -> str:
+def qdev_id(path: str) -> str:
     """``/machine/peripheral/vd0/virtio-backend`` is what the user called ``vd0``; other paths stay as they are."""
     match = re.match(r"/machine/peripheral/([^/]+)", path)
     return match[1] if match else path

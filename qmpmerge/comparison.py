@@ -25,7 +25,7 @@ async def same(planned: CommitPlan) -> bool:
     """
     upto = planned.chain.images[: planned.chain.index(planned.top)]
     below = planned.chain.images[: planned.chain.index(planned.base)]
-    held = await qemuimg.held(upto, len(planned.merged))
+    held = await qemuimg.held(planned.merged)
     try:
         for part in parts(held, planned.top.virtual_size):
             if not await qemuimg.same(upto, below, part):

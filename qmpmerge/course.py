@@ -5,10 +5,11 @@ The course of a merge: from a job that is to be started, or is there, to a prove
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from qmpmerge import account, adopting, jobs, pausing, pivot, sessions, shield, steps, switch
+from qmpmerge.converge import Converge, Ladder, climbing
 from qmpmerge.errors import (
     Cancelled,
     Failed,
@@ -47,7 +48,7 @@ async def in_time(patience: Patience) -> AsyncIterator[None]:
         raise TimeUp(seconds=patience.timeout or 0.0) from None
 
 
-async def run(begun: Begun, *, polite: float | None = None) -> Outcome:
+async def run(begun: Begun, *, polite: float | None = None, converge: Converge | None = None) -> Outcome:
     """
     From a job that is to be started, or runs, to a proved outcome, with a witness: that goes when the outcome is known,
     and stays when it is not, or the job goes on.
@@ -55,6 +56,7 @@ async def run(begun: Begun, *, polite: float | None = None) -> Outcome:
     Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits.
     """
     merge = begun.merge
+    merge.converge = converge
     account.begin(merge, resumed=begun.speed is None)
     try:
         return await _run(begun, polite)
@@ -67,7 +69,7 @@ async def run(begun: Begun, *, polite: float | None = None) -> Outcome:
 
 async def _run(begun: Begun, polite: float | None) -> Outcome:
     merge = begun.merge
-    with adopting.noted(begun.lock, merge):
+    with adopting.noted(begun.lock, merge, is_new=begun.speed is not None):
         try:
             async with asyncio.timeout(merge.patience.left):
                 outcome = await _followed(begun, polite)
@@ -124,17 +126,23 @@ async def _followed(begun: Begun, polite: float | None) -> Outcome:
             merge.is_started = True
         if merge.patience.detach:
             raise left(merge)
-        return None if is_polite else await _to_the_end(merge, doorbell)
+        return None if is_polite else await _helped_to_the_end(merge, doorbell)
 
     outcome = await sessions.through(merge, work)
     if outcome is None:
         assert polite is not None
         await sessions.follow_politely(merge, polite)
-        outcome = await sessions.through(merge, lambda doorbell: _to_the_end(merge, doorbell))
+        outcome = await sessions.through(merge, lambda doorbell: _helped_to_the_end(merge, doorbell))
     return outcome
 
 
-async def _to_the_end(merge: Merge, doorbell: Doorbell) -> Outcome:
+async def _helped_to_the_end(merge: Merge, doorbell: Doorbell) -> Outcome:
+    async with climbing(merge.host.monitor, merge.disk, merge.job, merge.watch, merge.converge) as ladder:
+        outcome = await _to_the_end(merge, doorbell, ladder)
+    return replace(outcome, rungs=tuple(ladder.rungs))
+
+
+async def _to_the_end(merge: Merge, doorbell: Doorbell, ladder: Ladder) -> Outcome:
     """What cannot be looked at once the job was started is not refused, as if nothing had been done: it is unknown."""
     try:
         if (
@@ -146,6 +154,7 @@ async def _to_the_end(merge: Merge, doorbell: Doorbell) -> Outcome:
         ):
             merge.guard = pausing.Guard.start(merge.host.monitor)
         job = await steps.copy(merge, doorbell)
+        await ladder.stop()  # the guest goes on before it is paused for the pivot, if it was paused to get here
         if job is None and not merge.is_started:
             await steps.prove_old_chain(merge)
             raise JobFailed(job=merge.job, reason="the session was lost before QEMU had started it")

@@ -51,7 +51,7 @@ def find(
 
 def _scanned(chain: Chain, search: Collection[str]) -> Iterator[str]:
     for folder in _folders(chain, search):
-        for entry in _files(folder):
+        for entry in files(folder):
             if not entry.name.endswith(STASHED):
                 yield entry.path
 
@@ -62,7 +62,8 @@ def _folders(chain: Chain, search: Collection[str]) -> list[str]:
     return list(dict.fromkeys(map(os.path.realpath, folders)))
 
 
-def _files(folder: str) -> list["os.DirEntry[str]"]:
+def files(folder: str) -> list["os.DirEntry[str]"]:
+    """The regular files of a folder, symlinks to some included; none where it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if _is_file(entry)]

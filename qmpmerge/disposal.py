@@ -8,7 +8,7 @@ witness lists are touched, and only while they lead to the very files that it me
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from qmpmerge import dependents, files, plan, qemuimg, witness
 from qmpmerge.chain import Chain
@@ -22,6 +22,15 @@ def names_away(chain: Chain, base: int, top: int) -> dict[int, str]:
     merged = range(base + 1, top + 1)
     able = {index: chain[index] for index in merged if chain[index].inode is not None}
     return {index: witness.stash_of(image.file) for index, image in able.items() if files.is_regular(image.file)}
+
+
+def looks(chain: Chain, indexes: Iterable[int]) -> dict[int, witness.Seen]:
+    """What files look like that nobody writes to, by index."""
+    found = {}
+    for index in indexes:
+        with contextlib.suppress(OSError):
+            found[index] = seen(chain[index].file)
+    return found
 
 
 def take_away(told: Witness, index: int) -> str:
@@ -67,46 +76,55 @@ async def finish(told: Witness) -> tuple[list[MergedFile], list[str]]:
 
 def deal_with(told: Witness) -> tuple[list[MergedFile], list[str]]:
     """`finish` without what comes in the place of the active image."""
-    needed = {found.image: found.file for found in dependents.find(told.plan.merged, told.chain)}
-    done, hints = [], []
+    needed, user = _needed(told)
+    done: list[MergedFile] = []
+    hints: list[str] = []
     for index in range(told.base + 1, told.top + 1):
         image = told.chain[index]
-        refusal = f"{needed[image.file]} is built on it" if image.file in needed else None
         try:
-            done.append(_dealt_with(told, index, refusal))
+            if index <= needed and not (told.plan.pivots and index == told.top):
+                hints.append(f"{image.file} stays where it is: {user} is built on it")
+                done.append(MergedFile(image.file, "keep", told.place(index) or image.file))
+            else:
+                done.append(_dealt_with(told, index, hints))
         except OSError as error:
             done.append(MergedFile(image.file, "keep", told.place(index)))
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
-            continue
-        if refusal is not None:
-            hints.append(f"{image.file} stays where it is: {refusal}")
     return done, hints
 
 
-def _dealt_with(told: Witness, index: int, refusal: str | None) -> MergedFile:
+def _needed(told: Witness) -> tuple[int, str]:
+    """Up to which index the merged images are needed by an image outside the chain, and by which; 0 for none of them."""
+    users = {found.image: found.file for found in dependents.find(told.plan.merged, told.chain)}
+    indexes = [index for index, image in enumerate(told.chain, 1) if image.file in users]
+    return (max(indexes), users[told.chain[max(indexes)].file]) if indexes else (0, "")
+
+
+def _dealt_with(told: Witness, index: int, hints: list[str]) -> MergedFile:
     image = told.chain[index]
     place = told.place(index)
-    if told.policy == "keep" or index not in told.away or refusal is not None:
-        if refusal is not None:
-            give_back(told, index)
-        return MergedFile(image.file, "keep", told.place(index) or image.file)
+    if told.policy == "keep" or index not in told.away:
+        return MergedFile(image.file, "keep", place or image.file)
     if place is None:
         return MergedFile(image.file, "gone", None)
     if place == image.file:
         place = take_away(told, index)
         files.sync_folder(place)
-    if told.policy == "delete" and why_not_delete(told, index, place) is None:
+    reason = why_not_delete(told, index, place) if told.policy == "delete" else "it is to be stashed"
+    if reason is None:
         files.remove(place)
         files.sync_folder(place)
         return MergedFile(image.file, "delete", None)
+    if told.policy == "delete":
+        hints.append(f"{place} was not deleted: {reason}")
     return MergedFile(image.file, "stash", place)
 
 
 def why_not_delete(told: Witness, index: int, place: str) -> str | None:
-    """Why the stashed file at `place` must not be removed yet; None where nothing speaks against it."""
+    """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
     if not told.verified:
         return "it was not compared with the base"
-    if index in told.seen and seen(place) != told.seen[index]:
+    if seen(place) != told.seen.get(index, told.before.get(index)):
         return "it was changed since it was merged"
     return in_use(place)
 

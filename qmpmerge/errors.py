@@ -143,7 +143,7 @@ class Unknown(Error):
     """
 
     verdict = "unknown"
-    advice = "run `qmpmerge jobs {target}` and `qmpmerge chain {target}`: QEMU knows what happened"
+    advice = "run `qmpmerge doctor {target}`: QEMU knows what happened, and what is left to do"
 
 
 class Failed(Error):

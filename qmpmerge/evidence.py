@@ -15,6 +15,7 @@ from qmpmerge.blockgraph import Layout
 from qmpmerge.chain import Image
 from qmpmerge.errors import CommandError, ImageUnreadable, NoDisk, NoSuchDisk, Undecided
 from qmpmerge.hosts import Host
+from qmpmerge.jobs import Job
 from qmpmerge.plan import CommitPlan
 from qmpmerge.witness import Witness
 
@@ -43,9 +44,14 @@ async def judge(told: Witness, host: Host | None, use: Use | None = None) -> Jud
 
     Raises Undecided, and what asking the host raises.
     """
-    moved = None if host is None else has_moved(await host.layout(), told.device, told.plan)
-    if host is not None and moved is False:
-        return await _judge_old(told, host)
+    moved = None
+    if host is not None:
+        job = await jobs.look(
+            host.monitor, told.job
+        )  # first: a job that is over by now moves nothing after the next look
+        moved = has_moved(await host.layout(), told.device, told.plan)
+        if moved is False:
+            return _judge_old(told, job)
     if told.plan.pivots:
         return await _judge_pivot(told, moved, use)
     return await _judge_header(told, moved, use)
@@ -59,11 +65,10 @@ def _finish(told: Witness, *reasons: str) -> Judgement:
     return Judgement("finish", told.plan.result.active.file, reasons)
 
 
-async def _judge_old(told: Witness, host: Host) -> Judgement:
+def _judge_old(told: Witness, job: Job | None) -> Judgement:
     """QEMU shows the chain as it was."""
     if told.phase in ("switched", "proved"):
         raise _undecided(told, "the witness says that the merge was done, QEMU shows the old chain")
-    job = await jobs.look(host.monitor, told.job)
     if job is not None and job.status not in ("concluded", "null"):
         return Judgement("leave", told.chain.active.file, (f"job {job.id} is {job.status}",))
     return _back(told, f"QEMU uses {told.chain.active.name} on the old chain")
@@ -83,18 +88,20 @@ async def _judge_pivot(told: Witness, moved: bool | None, use: Use | None) -> Ju
     if told.top in told.away and told.place(told.top) == top.file:
         return _back(told, f"the move is asked for once {top.name} has lost its name, and it has it still")
     reasons: list[str] = []
-    if await same(told, reasons):
+    equal = await same(told, reasons)
+    if equal:
         return _finish(told, *reasons)
-    return _by_times(told, reasons) or _by_user(told, use, reasons)
+    return _by_times(told, equal, reasons) or _by_user(told, use, reasons)
 
 
-def _by_times(told: Witness, reasons: list[str]) -> Judgement | None:
+def _by_times(told: Witness, equal: bool | None, reasons: list[str]) -> Judgement | None:
     """Which of the two was written to since both were equal and nobody wrote; None where that does not decide."""
     changed = {index: _was_changed(told, index) for index in (told.base, told.top)}
     base, top = told.chain[told.base], told.chain.active
     words = {True: "was written to since both were equal", False: "was not", None: "is not known"}
     reasons += [f"{base.name} {words[changed[told.base]]}", f"{top.name} {words[changed[told.top]]}"]
-    if changed[told.top] is False and changed[told.base] is not None:
+    untouched = changed[told.base] is False and equal is None  # it could not be seen that both are equal still
+    if changed[told.top] is False and (changed[told.base] or untouched):
         return _finish(told, *reasons)
     if changed[told.base] is False and changed[told.top]:
         return _back(told, *reasons)
@@ -124,10 +131,10 @@ def _by_user(told: Witness, use: Use | None, reasons: Sequence[str]) -> Judgemen
 async def _judge_header(told: Witness, moved: bool | None, use: Use | None) -> Judgement:
     overlay = told.plan.overlay
     assert overlay is not None
-    points = "base" if moved else _points_to(told, overlay)
+    points = _points_to(told, overlay)
     if points == "old":
-        if told.phase == "proved":
-            raise _undecided(told, f"the header of {overlay.name} is the old one, although it was made durable")
+        if moved or told.phase == "proved":
+            raise _undecided(told, f"the merge was seen to be done, and the header of {overlay.name} is the old one")
         return _back(told, f"the header of {overlay.name} is the old one")
     if points is None:
         raise _undecided(told, f"the header of {overlay.name} names neither its old backing file nor the new one")
@@ -150,13 +157,11 @@ def _points_to(told: Witness, overlay: Image) -> Literal["base", "old"] | None:
         header = None
     if header is None or header.backing is None:
         return None
-    for image, answer in ((told.chain[told.base], "base"), (told.plan.top, "old")):
-        folder = os.path.dirname(overlay.file)
-        if header.backing == (told.plan.backing_name if answer == "base" else overlay.backing) or headers.leads_from(
-            folder, header.backing, image
-        ):
-            return "base" if answer == "base" else "old"
-    return None
+    folder = os.path.dirname(overlay.file)
+    if header.backing == told.plan.backing_name or headers.leads_from(folder, header.backing, told.chain[told.base]):
+        return "base"
+    is_old = header.backing == overlay.backing or headers.leads_from(folder, header.backing, told.plan.top)
+    return "old" if is_old else None
 
 
 # --- what all of it rests on -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ of them was used.
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from qmpmerge.errors import CommandError, StreamConcluded
 from qmpmerge.headers import Oddity
 from qmpmerge.jobs import Job
 from qmpmerge.monitor import Monitor
+from qmpmerge.witness import Witness
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ class Host:
 
     async def close(self, nodes: Sequence[str]) -> None:
         """Close nodes, top down, that nobody uses any more; those that QEMU has named go by themselves."""
-        present = (await self.layout()).nodes
-        for node in nodes:
-            if node in present and not node.startswith("#"):
+        named = [node for node in nodes if not node.startswith("#")]
+        present = (await self.layout()).nodes if named else {}
+        for node in named:
+            if node in present:
                 with contextlib.suppress(CommandError):  # gone with its parent, or in use by somebody else
                     await self.monitor.execute("blockdev-del", node_name=node)
 
@@ -141,16 +144,23 @@ class Host:
 def _unfinished(disk: Disk) -> list[Oddity]:
     """Merges of the disk that nobody is at work on, neither one of us nor a job."""
     assert disk.chain is not None
-    left = [told for told in witness.about(disk.chain) if told.is_abandoned]
-    return [
-        Oddity(
-            "unfinished",
-            told.chain.active.file,
-            f"a merge was not finished: `qmpmerge recover {told.chain.active.file}`",
-        )
-        for told in left
-        if disk.job is None or disk.job.id != told.job
+    names = [
+        told.chain.active.file
+        for told in witness.about(disk.chain)
+        if told.is_abandoned and not _is_harmless(told, disk)
     ]
+    return [
+        Oddity("unfinished", name, f"a merge was not finished: `qmpmerge recover {shlex.quote(name)}`")
+        for name in names
+    ]
+
+
+def _is_harmless(told: Witness, disk: Disk) -> bool:
+    """Its job is there to be followed; or it was cancelled, and the chain is what it was."""
+    assert disk.chain is not None
+    if disk.job is not None and disk.job.id == told.job:
+        return True
+    return told.phase == "copying" and told.chain.same_files(disk.chain)
 
 
 def _plain(name: str) -> str | None:

@@ -86,6 +86,8 @@ class Progress:
 
     `shortage` is what a job waits for that ran out of space. `note` is a sentence, said once, about a job that was there
     before us.
+    Of an active merge `dirty_rate` is what the guest writes again, in bytes a second, and `converging` whether it gets
+    ready like this; None while nobody can say. `hint` is a sentence for the user, said once.
     """
 
     disk: str
@@ -98,6 +100,9 @@ class Progress:
     eta: float | None = None
     shortage: Shortage | None = None
     note: str | None = None
+    dirty_rate: float | None = None
+    converging: bool | None = None
+    hint: str | None = None
 
     @property
     def percent(self) -> float | None:

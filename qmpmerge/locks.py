@@ -71,7 +71,10 @@ def held(base: Image) -> Iterator[Lock]:
 
 
 def noted(base: Image) -> dict[str, Any] | None:
-    """What the last holder of the lock of `base` left or, where it is held, has to say; None where that is nothing."""
+    """
+    What the last holder of the lock of `base` left or, where it is held, has to say; None where that is nothing, or
+    where it was written by somebody who is neither we, nor root, nor the owner of the base.
+    """
     if not base.has_path:
         return None
     try:
@@ -79,11 +82,20 @@ def noted(base: Image) -> dict[str, Any] | None:
     except OSError:
         return None
     with os.fdopen(descriptor, "rb") as file:
+        if os.fstat(descriptor).st_uid not in (0, os.geteuid(), _owner(base.file)):
+            return None
         try:
             told = json.loads(file.read(LONGEST_NOTE))
         except (OSError, ValueError, RecursionError):
             return None
     return told if isinstance(told, dict) else None
+
+
+def _owner(path: str) -> int | None:
+    try:
+        return os.stat(path).st_uid
+    except OSError:
+        return None
 
 
 def _take(path: str, base: Image) -> int | None:

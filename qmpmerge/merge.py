@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from qmpmerge import adopting, checks, course, jobs, locks, plan, recovery, steps, switch, witness
 from qmpmerge import bitmaps as dirty
 from qmpmerge.bitmaps import Bitmap, Handling
+from qmpmerge.converge import Converge
 from qmpmerge.course import Begun
 from qmpmerge.errors import JobFailed, JobVerb, LiveOnly, NoSuchJob, NoSuchLayer, NotProven, OptionsConflict
 from qmpmerge.hosts import ChainView, Host
@@ -52,6 +53,7 @@ async def commit(
     force: Collection[str] = (),
     search: Collection[str] = (),
     dry_run: bool = False,
+    converge: Converge | None = None,
     report: Report = lambda progress: None,
     timeout: float | None = None,
     patience: Patience | None = None,
@@ -66,7 +68,8 @@ async def commit(
     without it nobody can tell which image is right if QEMU and we die during it. `bitmaps` says what becomes of the
     dirty bitmaps of merged images. `force` and `search` are those of `checks.check`. `speed` is bytes a second, 0 for
     unlimited; `timeout` seconds, after which StillRunning is raised and the job goes on; `patience` says more than that,
-    in its place. With `polite`, the monitor is left to others for so many seconds between two looks at the job.
+    in its place. `converge` allows to slow down or pause a guest that writes as fast as is copied. With `polite`, the
+    monitor is left to others for so many seconds between two looks at the job; the two do not go together.
 
     A job of an earlier qmpmerge that does this very thing is taken over, and what it has done already is only proved.
 
@@ -78,6 +81,7 @@ async def commit(
     Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome
     could not be proved, StillRunning, TimeUp.
     """
+    _refuse_both(converge, polite)
     patience = patience or Patience(timeout)
     wanted = _Wanted(
         base,
@@ -100,7 +104,13 @@ async def commit(
             view = await host.chain(disk)
             view = view if dry_run else await adopting.tidied(host, view, report)
             begun = _ended_unseen(host, view, wanted, stack) or await _settled(host, view, wanted, stack)
-        return begun if isinstance(begun, Outcome) else await course.run(begun, polite=polite)
+        return begun if isinstance(begun, Outcome) else await course.run(begun, polite=polite, converge=converge)
+
+
+def _refuse_both(converge: Converge | None, polite: float | None) -> None:
+    """Whoever helps a guest must have the monitor at hand."""
+    if converge is not None and polite is not None:
+        raise OptionsConflict(options=["--converge", "--polite"])
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,8 @@ async def _begun(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib
     if planned.is_empty:
         return Outcome("unchanged", view.disk.name, view.chain, view.chain)
     _refuse_to_leave(host, wanted)
+    if wanted.verify is True and not wanted.pause and planned.pivots and host.is_live:
+        raise OptionsConflict(options=["--verify", "--no-pause"])
     if wanted.ending == "ready" and wanted.bitmaps == "merge":
         raise OptionsConflict(options=["--wait-ready", "--bitmaps merge"])
     lock = stack.enter_context(locks.held(adopting.place(planned)))
@@ -221,6 +233,7 @@ async def follow(
     needs_ready: bool = False,
     merged_files: Policy = "stash",
     pause: bool = True,
+    converge: Converge | None = None,
     report: Report = lambda progress: None,
     timeout: float | None = None,
     patience: Patience | None = None,
@@ -233,6 +246,7 @@ async def follow(
     `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, and all that
     `commit` raises once its job runs.
     """
+    _refuse_both(converge, polite)
     patience = patience or Patience(timeout)
     with contextlib.ExitStack() as stack:
         async with course.in_time(patience):
@@ -243,7 +257,7 @@ async def follow(
         begun.merge.pauses = pause
         if merged_files == "delete":
             begun.merge.verify = True
-        return await course.run(begun, polite=polite)
+        return await course.run(begun, polite=polite, converge=converge)
 
 
 async def _found(

@@ -56,6 +56,9 @@ WAKING_EVENTS = {
 # 10 MB would end the session.
 _LARGEST_REPLY = 256 * 1024 * 1024
 
+# Their arguments have underscores, as before QMP had rules.
+_OLD = frozenset({"block_set_io_throttle"})
+
 # qemu.qmp logs what it raises; people see our errors instead.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
@@ -85,12 +88,12 @@ class Monitor:
 
     async def execute(self, command: str, *, timeout: float = COMMAND_SECONDS, **arguments: object) -> Any:
         """
-        Run one QMP command and return its value; underscores in argument names become hyphens.
+        Run one QMP command and return its value; underscores in argument names become hyphens, but for `_OLD` commands.
 
         Raises CommandError when QEMU says no, SessionLost when the session ended before the reply, NoReply when none
         came in time. After the last two nobody knows whether the command ran or still will: ask, never send it again.
         """
-        sent = {key.replace("_", "-"): value for key, value in arguments.items()}
+        sent = {key if command in _OLD else key.replace("_", "-"): value for key, value in arguments.items()}
         shown = {**sent, "data": "(not shown)"} if command == "object-add" else sent
         self._tell("->", {"execute": command, "arguments": shown} if sent else {"execute": command})
         _refuse_broken_text(command, sent)

@@ -43,8 +43,9 @@ class Outcome:
 
     `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
     merge counts what it walked). `verified` says that base and top were compared before the switch. `paused_ms` is how long
-    the guest stood still for the pivot, None where it was not paused. `hints` are sentences for the user. `checks` and
-    `estimate` are what was found out before: of a plan that was only looked at.
+    the guest stood still for the pivot, None where it was not paused. `hints` are sentences for the user, `rungs` those
+    about what was done to a guest that wrote as fast as was copied (`converge`). `checks` and `estimate` are what was
+    found out before: of a plan that was only looked at.
     """
 
     verdict: str
@@ -60,3 +61,4 @@ class Outcome:
     paused_ms: float | None = None
     checks: tuple[Checked, ...] = ()
     estimate: Estimate | None = None
+    rungs: tuple[str, ...] = ()

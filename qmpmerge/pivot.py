@@ -8,6 +8,7 @@ name show older data without a word. The guest runs again when QEMU's graph has 
 
 import asyncio
 import contextlib
+import os
 import time
 from dataclasses import replace
 
@@ -29,9 +30,12 @@ async def pivot(merge: Merge, doorbell: Doorbell, status: str) -> Job | None:
     exported = await _is_exported(merge)
     async with pausing.paused(merge.host.monitor, merge.guard) as pause:
         rests = (pause.guest_rests or not merge.host.is_live) and not exported and await _is_clean(merge)
-        if merge.verify is True and rests and not merge.verified:
+        if merge.verify is True and rests and not merge.verified and os.path.exists(merge.plan.top.file):
             async with merge.guard.patient() if merge.guard else contextlib.nullcontext():
                 await steps.verify(merge, doorbell)
+        elif merge.verify is True and not merge.verified:
+            reason = "somebody could write to the disk at any time" if not rests else "top has lost its name already"
+            merge.notes.append(f"base and top were not compared: {reason}")
         job = await shield.finished(_move(merge, doorbell, status, rests))
     merge.paused_ms = pause.milliseconds
     if pause.is_unguarded:

@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import subprocess
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +24,20 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Header:
-    """What an image's own header says. `backing` is the string as written; sizes in bytes."""
+    """
+    What an image's own header says. `backing` is the string as written; sizes in bytes.
+
+    `open_bitmaps` are the dirty bitmaps that are marked as in use: where nobody has the image open, they are of no use
+    any more. `corrupt` is QEMU's own mark.
+    """
 
     file: str
     format: str
     virtual_size: int
     backing: str | None
     backing_format: str | None
+    open_bitmaps: tuple[str, ...] = ()
+    corrupt: bool = False
 
 
 async def info(path: str, format: str | None = None) -> Header:
@@ -126,33 +134,32 @@ async def repoint(path: str, backing: str, backing_format: str) -> None:
     await _run(path, "rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, os.path.abspath(path))
 
 
-async def held(chain: Sequence[Image], upper: int) -> list[Extent]:
+async def held(images: Sequence[Image]) -> list[Extent]:
     """
-    What the uppermost `upper` images of a chain (base first) hold between them, written zeroes included, in order.
+    What these images (each standing on the one before) hold between them, written zeroes included, in order.
 
-    Read as `same` reads. Raises ImageUnreadable, ToolMissing.
+    What is below them is not opened. Read as `same` reads. Raises ImageUnreadable, ToolMissing.
     """
     try:
-        code, output, complaints = await _finished("map", "--output=json", _source(chain), seconds=None)
+        code, output, complaints = await _finished("map", "--output=json", _source(_opened(images)), seconds=None)
     except OSError as error:
-        raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
+        raise ImageUnreadable(file=images[-1].file, reason=error.strerror or str(error)) from None
     if code != 0:
-        raise ImageUnreadable(file=chain[-1].file, reason=_first_line(complaints))
-    # `depth` is that of the topmost image that holds it; `present` came with QEMU 6.1
-    held = [entry for entry in json.loads(output) if entry["depth"] < upper and entry.get("present", True)]
-    return [Extent(entry["start"], entry["length"]) for entry in held]
+        raise ImageUnreadable(file=images[-1].file, reason=_first_line(complaints))
+    # `present` came with QEMU 6.1
+    return [Extent(entry["start"], entry["length"]) for entry in json.loads(output) if entry.get("present", True)]
 
 
 async def same(chain: Sequence[Image], other: Sequence[Image], within: Extent | None = None) -> bool:
     """
-    Whether two chains (base first) show the same data, `within` a part or all over, as read by another process without
-    locks.
+    Whether a chain (base first) and a lower part of it show the same data, `within` a part or all over, as read by
+    another process without locks.
 
     Holes cost nothing, all else is read. Nobody may write meanwhile, and what was written must be flushed. Raises
-    ImageUnreadable when either cannot be opened like that (encrypted, on the network), ToolMissing.
+    ImageUnreadable when either cannot be opened like that (encrypted, on other networks than NBD), ToolMissing.
     """
     try:
-        sources = [_source(images, within) for images in (chain, other)]
+        sources = [_source(node, within) for node in _both(chain, other)]
     except OSError as error:
         raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
     code, _output, complaints = await _finished("compare", "-q", *sources, seconds=None)
@@ -161,8 +168,17 @@ async def same(chain: Sequence[Image], other: Sequence[Image], within: Extent | 
     return code == 0
 
 
-def _source(images: Sequence[Image], within: Extent | None = None) -> str:
-    node = _opened(images)
+def _both(chain: Sequence[Image], other: Sequence[Image]) -> tuple[dict[str, object], dict[str, object]]:
+    """The lower part, and the whole chain."""
+    lower = _opened(other)
+    if all(image.has_path for image in other):
+        return lower, _opened(chain)
+    # Below an image only a file can be described anew: QEMU would mix all else with what the header names.
+    # So the lower part gets a name, is opened first, and is referred to.
+    return {**lower, "node-name": "lower"}, _opened(chain[len(other) :], "lower")
+
+
+def _source(node: dict[str, object], within: Extent | None = None) -> str:
     if within is not None:
         # The node in between looks through a whole chain for what is allocated where; `raw` by itself asks the top only.
         whole = {"driver": "quorum", "vote-threshold": 1, "children": [node]}
@@ -170,19 +186,23 @@ def _source(images: Sequence[Image], within: Extent | None = None) -> str:
     return f"json:{json.dumps(node)}"
 
 
-def _opened(images: Sequence[Image]) -> dict[str, object] | None:
-    """A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed."""
-    if not images:
-        return None
+def _opened(images: Sequence[Image], lowest: str | None = None) -> dict[str, object]:
+    """
+    A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed; `lowest` is the node that
+    it stands on.
+    """
     *below, image = images
     node: dict[str, object] = {"driver": image.format, "file": _file(image)}
     if image.format != "qcow2":
         return node
     data = qcow2.data_path(image.file) if image.has_path else None
-    return {**node, "backing": _opened(below), **({} if data is None else {"data-file": _plain_file(data)})}
+    node["backing"] = _opened(below, lowest) if below else lowest
+    return node if data is None else {**node, "data-file": _plain_file(data)}
 
 
 def _file(image: Image) -> dict[str, object]:
+    if image.file.startswith("nbd"):
+        return _nbd(image.file)
     is_device = image.has_path and stat.S_ISBLK(os.stat(image.file).st_mode)
     return {**_plain_file(image.file), "driver": "host_device"} if is_device else _plain_file(image.file)
 
@@ -191,13 +211,25 @@ def _plain_file(path: str) -> dict[str, object]:
     return {"driver": "file", "filename": path, "locking": "off"}
 
 
+def _nbd(uri: str) -> dict[str, object]:
+    """``nbd://HOST:PORT/NAME`` and ``nbd+unix:///NAME?socket=PATH``, as QEMU spells them."""
+    parts = urllib.parse.urlsplit(uri)
+    path = urllib.parse.parse_qs(parts.query).get("socket")
+    inet: dict[str, object] = {"type": "inet", "host": parts.hostname or "", "port": str(parts.port or 10809)}
+    server = {"type": "unix", "path": path[0]} if path else inet
+    return {"driver": "nbd", "server": server, "export": urllib.parse.unquote(parts.path.removeprefix("/"))}
+
+
 def _header(entry: Any) -> Header:
+    own = entry.get("format-specific", {}).get("data", {})
     return Header(
         file=entry["filename"],
         format=entry["format"],
         virtual_size=entry["virtual-size"],
         backing=entry.get("backing-filename"),
         backing_format=entry.get("backing-filename-format"),
+        open_bitmaps=tuple(bitmap["name"] for bitmap in own.get("bitmaps", ()) if "in-use" in bitmap["flags"]),
+        corrupt=own.get("corrupt", False),
     )
 
 

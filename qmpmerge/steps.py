@@ -13,6 +13,7 @@ from qmpmerge import bitmaps, comparison, durable, jobs, shield, shortage
 from qmpmerge.bitmaps import Bitmap
 from qmpmerge.blockgraph import Disk
 from qmpmerge.chain import Chain, Image
+from qmpmerge.converge import Converge
 from qmpmerge.errors import (
     BitmapsNotCarried,
     CommandError,
@@ -35,6 +36,7 @@ from qmpmerge.outcome import Ending
 from qmpmerge.patience import Patience
 from qmpmerge.pausing import Guard
 from qmpmerge.plan import CommitPlan
+from qmpmerge.rates import Watch
 from qmpmerge.shortage import Shortage
 from qmpmerge.witness import Policy, Witness
 
@@ -78,6 +80,8 @@ class Merge:
     guard: Guard | None = None
     paused_ms: float | None = None
     notes: list[str] = field(default_factory=list)
+    converge: Converge | None = None
+    watch: Watch = field(default_factory=Watch)
     copied: int | None = None
     bitmaps: tuple[Bitmap, ...] = ()
     started: float = field(default_factory=time.monotonic)
@@ -171,7 +175,8 @@ def counts(merge: Merge) -> str:
 def tell(merge: Merge, meter: Meter, job: Job) -> None:
     """Report a sighting of the job."""
     merge.copied = job.done
-    merge.report(meter.read(job, _shortage(merge, job)))
+    told = meter.read(job, _shortage(merge, job))
+    merge.report(merge.watch.read(job, told) if merge.plan.pivots else told)
 
 
 def _shortage(merge: Merge, job: Job) -> Shortage | None:
@@ -237,9 +242,10 @@ async def verify(merge: Merge, doorbell: Doorbell) -> None:
 
 
 def _is_cheap(planned: CommitPlan) -> bool:
-    """Whether what the comparison has to read is little, and quickly opened."""
+    """Whether what the comparison has to open and to read is little."""
     sizes = [image.allocated for image in planned.merged]
-    return len(planned.chain) <= CHEAP_LAYERS and None not in sizes and sum(size or 0 for size in sizes) <= CHEAP_BYTES
+    few = len(planned.chain) <= CHEAP_LAYERS
+    return few and None not in sizes and sum(size or 0 for size in sizes) <= CHEAP_BYTES
 
 
 async def take_back(merge: Merge, doorbell: Doorbell) -> None:

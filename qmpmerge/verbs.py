@@ -3,6 +3,7 @@ What can be done with a block job that is there, whoever has started it: one cal
 """
 
 from qmpmerge import adopting, jobs, merge
+from qmpmerge.converge import Converge
 from qmpmerge.errors import JobVerb, NoSuchJob
 from qmpmerge.hosts import Host
 from qmpmerge.jobs import Job, Report
@@ -22,6 +23,7 @@ async def steer(
     ending: Ending = "pivot",
     merged_files: Policy = "stash",
     pause: bool = True,
+    converge: Converge | None = None,
     report: Report = lambda progress: None,
     patience: Patience | None = None,
     polite: float | None = None,
@@ -31,8 +33,8 @@ async def steer(
 
     ``follow``, ``pivot`` and ``keep`` bring a commit job to a proved end, and so does ``finalize``: base is flushed and
     compared first, which a plain `job-finalize` would leave out. They return an Outcome; the others return the job as it
-    is then, None when it is gone. `speed` is for ``speed``, `ending` for ``follow``, `merged_files` and `pause` are as
-    for `merge.commit`.
+    is then, None when it is gone. `speed` is for ``speed``, `ending` for ``follow``, `merged_files`, `pause` and
+    `converge` are as for `merge.commit`.
 
     Raises NoSuchJob, JobVerb, QemuRefused, and what `merge.follow` raises.
     """
@@ -49,6 +51,7 @@ async def steer(
             needs_ready=ready_for,
             merged_files=merged_files,
             pause=pause,
+            converge=converge,
             report=report,
             patience=patience,
             polite=polite,
@@ -56,7 +59,10 @@ async def steer(
     if verb == "dismiss":
         await _dismiss(host, job)
         return await jobs.look(host.monitor, job_id)
-    return await jobs.steer(host.monitor, job_id, verb, speed)
+    steered = await jobs.steer(host.monitor, job_id, verb, speed)
+    if verb == "cancel" and job.ours:
+        await adopting.forget(host, job_id)
+    return steered
 
 
 async def _look(host: Host, job_id: str) -> Job:

@@ -67,7 +67,7 @@ class Witness:
     no name but its nodes'.
 
     `seen` is what base and top looked like while nothing was dirty and nobody wrote, by index; empty where that was not
-    so. `path` is where the witness lies.
+    so. `before` is what the other merged images looked like, which nobody writes to. `path` is where the witness lies.
     """
 
     path: str
@@ -86,6 +86,7 @@ class Witness:
     verified: bool = False
     away: dict[int, str] = field(default_factory=dict)
     seen: dict[int, Seen] = field(default_factory=dict)
+    before: dict[int, Seen] = field(default_factory=dict)
 
     @property
     def plan(self) -> CommitPlan:
@@ -115,8 +116,8 @@ class Witness:
         return self.tool is not None and self.tool.boot != _boot()
 
     def concerns(self, inodes: "set[Inode]") -> bool:
-        """Whether one of these files is part of the merge."""
-        return any(image.inode in inodes for image in self.chain if image.inode is not None)
+        """Whether one of these files is part of the merge; what lies below its base may be shared by many."""
+        return any(image.inode in inodes for image in self.chain.images[self.base - 1 :] if image.inode is not None)
 
 
 def process(pid: int) -> Process | None:
@@ -230,8 +231,7 @@ _IMAGE = ("file", "format", "virtual_size", "backing", "backing_format", "inode"
 
 def _state(told: Witness) -> bytes:
     """The first line, of a fixed length."""
-    seen = [[index, seen.size, seen.changed] for index, seen in told.seen.items()]
-    line = json.dumps({"phase": told.phase, "verified": told.verified, "seen": seen})
+    line = json.dumps({"phase": told.phase, "verified": told.verified, "seen": _listed(told.seen)})
     return line.ljust(_STATE_BYTES - 1).encode() + b"\n"
 
 
@@ -245,7 +245,16 @@ def _encoded(told: Witness) -> dict[str, Any]:
         "tool": vars(told.tool) if told.tool else None,
         "images": [{key: getattr(image, key) for key in _IMAGE} for image in told.chain],
         "away": [[index, name] for index, name in told.away.items()],
+        "before": _listed(told.before),
     }
+
+
+def _listed(seen: dict[int, Seen]) -> list[list[int]]:
+    return [[index, one.size, one.changed] for index, one in seen.items()]
+
+
+def _looks(entries: Any) -> dict[int, Seen]:
+    return {int(index): Seen(int(size), int(changed)) for index, size, changed in entries}
 
 
 def _decoded(path: str, entry: Any) -> Witness:
@@ -266,7 +275,8 @@ def _decoded(path: str, entry: Any) -> Witness:
         is_live=bool(entry["is_live"]),
         verified=bool(entry["verified"]),
         away={int(index): str(name) for index, name in entry["away"]},
-        seen={int(index): Seen(int(size), int(changed)) for index, size, changed in entry["seen"]},
+        seen=_looks(entry["seen"]),
+        before=_looks(entry["before"]),
     )
     if told.phase not in get_args(Phase) or told.policy not in get_args(Policy) or told.plan.is_empty:
         raise ValueError(told.phase)

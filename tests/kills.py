@@ -28,6 +28,9 @@ from qmpmerge.cli import main
 from qmpmerge.cli.json_output import JsonOutput
 from qmpmerge.jobs import Progress
 
+ALSO = "QMPMERGE_KILL_ALSO"
+"""The variable with the pid of a process that is a victim as the daemon is: a machine that somebody else has started."""
+
 DAEMON = "daemon"
 KILLED = "killed"
 VICTIM = os.environ.get("QMPMERGE_VICTIM")
@@ -98,8 +101,9 @@ class Killer:
 
 
 def daemons() -> list[psutil.Process]:
-    """The storage daemon that we have started."""
-    return [child for child in psutil.Process().children() if child.name().startswith("qemu-storage")]
+    """The storage daemon that we have started, and the machine of `ALSO`."""
+    also = [psutil.Process(int(os.environ[ALSO]))] if os.environ.get(ALSO) else []
+    return also + [child for child in psutil.Process().children() if child.name().startswith("qemu-storage")]
 
 
 def kill(pid: int) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 MIB = 1024 * 1024
 SIZE = 8 * MIB
+OLD = {"block_set_io_throttle"}
+"""Commands whose arguments have underscores."""
 CPU = ["-M", "q35", "-accel", "tcg", "-S", "-display", "none", "-nodefaults", "-no-user-config"]
 
 
@@ -39,7 +41,7 @@ class Session:
 
     def ask(self, command: str, **arguments: object) -> Any:
         """Run a command and return the whole reply."""
-        sent = {key.replace("_", "-"): value for key, value in arguments.items()}
+        sent = {key if command in OLD else key.replace("_", "-"): value for key, value in arguments.items()}
         self._stream.write(json.dumps({"execute": command, "arguments": sent}).encode() + b"\n")
         self._stream.flush()
         while True:
@@ -49,7 +51,8 @@ class Session:
             self.events.append(reply)
 
     def close(self) -> None:
-        self._stream.close()
+        with contextlib.suppress(OSError):  # what was on its way to a machine that has been killed
+            self._stream.close()
         self._connection.close()
 
 
@@ -63,10 +66,19 @@ class Machine:
     folder: Path
 
     def io(self, device: str, command: str) -> None:
-        """Do guest I/O on a drive id, a node, or a device by its QOM path."""
+        """
+        Do guest I/O on a drive id, a node, or a device by its QOM path.
+
+        What came of it QEMU prints on its own standard output, which is kept in the file ``stdout``.
+        """
         flag = "-d " if device.startswith("/") else ""
         line = f'qemu-io {flag}{device} "{command}"'
+        said = self.folder / "stdout"
+        before = said.stat().st_size
         answer = self.session.execute("human-monitor-command", command_line=line)
+        with said.open() as file:
+            file.seek(before)
+            answer += file.read()
         assert "rror" not in answer and "failed" not in answer, f"{line}: {answer}"
 
     def stop(self) -> None:
@@ -81,16 +93,22 @@ class Machine:
 
 @contextlib.contextmanager
 def machine(
-    folder: Path, *arguments: str, program: str = "qemu-system-x86_64", cwd: Path | None = None
+    folder: Path,
+    *arguments: str,
+    program: str = "qemu-system-x86_64",
+    cwd: Path | None = None,
+    before: Sequence[str] = (),
 ) -> Iterator[Machine]:
-    """Start a QEMU with the given disks and wait until its monitors answer."""
+    """Start a QEMU with the given disks, by the command `before` where there is one, and wait for its monitors."""
     ours, theirs = socket.socketpair()
     path = str(folder / "monitor")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    command = [program, *arguments, *_monitors(program, path, theirs.fileno())]
-    with open(folder / "stderr", "wb") as complaints:
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=complaints, cwd=cwd or folder)
+    command = [*before, "stdbuf", "-oL", program, *arguments, *_monitors(program, path, theirs.fileno())]
+    with open(folder / "stderr", "wb") as complaints, open(folder / "stdout", "wb") as output:
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdout=output, stderr=complaints, cwd=cwd or folder
+        )
     theirs.close()
     ours.settimeout(60)
     try:

@@ -79,6 +79,23 @@ async def test_the_same_merge_in_other_words_is_the_same_merge(setup: Setup, ima
     assert outcome.verdict == "merged"
 
 
+async def test_since_when_is_since_it_was_begun(setup: Setup, images: list[Path]) -> None:
+    lock = images[0].parent / ".base.raw.qmpmerge-lock"
+    await leave(setup, "[3]")
+    begun = json.loads(lock.read_text())["since"]
+    async with setup.host() as host:
+        with pytest.raises(StillRunning):
+            await qmpmerge.follow(host, JOB, patience=qmpmerge.Patience(detach=True))
+    assert json.loads(lock.read_text())["since"] == begun
+
+
+async def test_a_job_that_is_cancelled_by_its_verb_leaves_no_note(setup: Setup, images: list[Path]) -> None:
+    await leave(setup, "[3]")
+    async with setup.host() as host:
+        await qmpmerge.steer(host, JOB, "cancel")
+    assert beside(images) == []
+
+
 @pytest.mark.parametrize(("top", "base"), [("[3]", "[2]"), ("[4]", None), (None, None)])
 async def test_another_range_is_busy_and_leaves_the_job_alone(setup: Setup, top: str | None, base: str | None) -> None:
     await leave(setup, "[3]")

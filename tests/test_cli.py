@@ -372,7 +372,7 @@ def test_no_jobs(vm: str) -> None:
 
 # --- help and completion -----------------------------------------------------------------------------------------------
 
-NAMES = ("vms", "disks", "chain", "snapshot", "commit", "recover", "clean", "jobs", "job", "completion")
+NAMES = ("vms", "disks", "chain", "snapshot", "commit", "recover", "clean", "jobs", "job", "doctor", "completion")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from test_merge import header
 
 import qmpmerge
 from qmpmerge import files, qemuimg, witness
-from qmpmerge.errors import NoSuchStash, NotVerified, NotWitnessed
+from qmpmerge.errors import NoSuchStash, NotVerified, NotWitnessed, OptionsConflict
 from qmpmerge.outcome import Outcome
 
 
@@ -90,6 +90,8 @@ async def test_a_paused_guest_stays_paused(setup: Setup) -> None:
 
 
 async def test_without_a_pause(setup: Setup) -> None:
+    with pytest.raises(OptionsConflict):
+        await live(setup, pause=False, verify=True)
     outcome = await live(setup, pause=False)
     assert (outcome.verdict, outcome.paused_ms, told(outcome)) == ("pivoted", None, STASHED)
 
@@ -125,7 +127,20 @@ async def test_deleted_files_were_compared(top: str, setup: Setup, tmp_path: Pat
 async def test_what_cannot_be_compared_is_not_deleted(tmp_path: Path, images: list[Path], content: Content) -> None:
     """Who exports the disk can write at any time."""
     with KINDS["storage-daemon"](tmp_path, images, content) as setup:
-        assert told(await live(setup, merged_files="delete")) == STASHED
+        outcome = await live(setup, merged_files="delete")
+    assert told(outcome) == STASHED
+    assert sum("was not compared" in hint for hint in outcome.hints) == 3
+
+
+async def test_what_was_changed_since_is_not_deleted(setup: Setup, images: list[Path]) -> None:
+    def touch(direction: str, text: str) -> None:
+        if direction == "->" and "job-finalize" in text:
+            os.utime(images[1])
+
+    async with qmpmerge.live(setup.machine.target, trace=touch) as host:
+        outcome = await qmpmerge.commit(host, top="[3]", merged_files="delete")
+    assert [action for _, action, _ in told(outcome)] == ["stash", "delete"]
+    assert any("was changed since" in hint for hint in outcome.hints)
 
 
 async def test_a_difference_while_the_guest_is_paused_stops_the_pivot(
@@ -256,8 +271,9 @@ async def test_a_witness_that_cannot_be_marked_stops_the_pivot(
 async def test_an_image_that_another_is_built_on_stays(tmp_path: Path, images: list[Path], content: Content) -> None:
     run("qemu-img", "create", "-qf", "qcow2", "-b", "b.qcow2", "-F", "qcow2", "other.qcow2", cwd=tmp_path)
     outcome = await offline(images[3], force=["dependents"])
-    assert told(outcome) == [STASHED[0], ("b.qcow2", "keep", "b.qcow2"), STASHED[2]]
-    assert any("other.qcow2 is built on it" in hint for hint in outcome.hints)
+    assert told(outcome) == [("a.qcow2", "keep", "a.qcow2"), ("b.qcow2", "keep", "b.qcow2"), STASHED[2]]
+    assert sum("other.qcow2 is built on it" in hint for hint in outcome.hints) == 2
+    run("qemu-img", "check", tmp_path / "other.qcow2")
 
 
 async def test_a_base_on_the_network(tmp_path: Path, images: list[Path], content: Content) -> None:

@@ -141,7 +141,9 @@ def test_snapshot(streams: Streams) -> None:
 
 def test_commit(streams: Streams) -> None:
     merged = (MergedFile("/vm/a.qcow2", action="stash", now="/vm/a.qcow2.merged"),)
-    streams.output.commit(Outcome("pivoted", "vda", CHAIN, RESULT, JOB.id, merged, GIB, 1.23456, ("a hint",)))
+    streams.output.commit(
+        Outcome("pivoted", "vda", CHAIN, RESULT, JOB.id, merged, GIB, 1.23456, ("a hint",), rungs=("paused",))
+    )
     assert streams.document() == {
         "schema": 1,
         "verdict": "pivoted",
@@ -157,6 +159,7 @@ def test_commit(streams: Streams) -> None:
         "hints": ["a hint"],
         "checks": [],
         "estimate": None,
+        "converge": ["paused"],
     }
 
 
@@ -166,7 +169,7 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
     document = streams.document()
     assert document.pop("verdict") == verdict
     shape = {"schema", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
-    shape |= {"checks", "estimate", "paused_ms"}
+    shape |= {"checks", "estimate", "paused_ms", "converge"}
     assert set(document) == shape
     assert (document["job"], document["copied"], document["merged"], document["hints"]) == (None, None, [], [])
 
@@ -298,6 +301,9 @@ def test_progress_is_one_object_a_line_on_stderr(streams: Streams) -> None:
         "eta": 30.0,
         "shortage": None,
         "note": None,
+        "dirty_rate": None,
+        "converging": None,
+        "hint": None,
     }
     assert first == {**second, "rate": None, "eta": None}
 

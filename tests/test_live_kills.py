@@ -218,8 +218,14 @@ def placed(image: Path) -> Path:
 
 
 def sweep(before: tuple[Path, bytes], folder: Path, cases: list[tuple[str, str]], results: list[Killed]) -> None:
+    def struck(case: tuple[str, str]) -> Killed:
+        try:
+            return strike(before, folder, *case)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            return Killed(*case, wrong=[str(error)])
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda case: strike(before, folder, *case), cases))
+        found = list(pool.map(struck, cases))
     results += found
     assert not [str(result) for result in found if result.wrong]
     assert sum(result.reached for result in found) >= len(found) * 0.6, [str(one) for one in found if not one.reached]

@@ -1,6 +1,7 @@
 """Which image is right after a crash, and what `recover` does about it: one test for each state that a merge can be left in."""
 
 import contextlib
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from setups import KINDS, drive
 from test_disposal import live, names
 
 import qmpmerge
-from qmpmerge import disposal, files, locks, pivot, plan, recovery, witness
+from qmpmerge import disposal, files, jobs, locks, pivot, plan, recovery, witness
 from qmpmerge.errors import CannotRecover, Locked, NothingThere, SessionLost, StillRunning, Undecided, Unfinished
 from qmpmerge.recovery import Recovery
 from qmpmerge.witness import Policy, Witness
@@ -22,12 +23,23 @@ BASE, C = "base.raw", "c.qcow2"
 STASHED = [f"{name}.qcow2.merged" for name in "abc"]
 
 
+class Template:
+    """A chain of four with data in each, and what its upper two show."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images, content = make_chain(folder), Content()
+        fill(self.images[:3], content)
+        self.views = {3: bytes(content.data)}
+        fill(self.images[3:], content)
+        self.views[4] = bytes(content.data)
+
+
 class Left:
     """A folder of a chain of four, as a merge has left it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.images, self.content = folder, make_chain(folder), Content()
-        fill(self.images, self.content)
+    def __init__(self, folder: Path, template: "Template") -> None:
+        self.folder, self.template, self.content = folder, template, Content(bytearray(template.views[4]))
+        self.images = [Path(shutil.copy(image, folder)) for image in template.images]
 
     def merge(self, top: str = "[4]", policy: Policy = "stash") -> Witness:
         """A witness of somebody who is dead by now; base holds all data, and nothing was switched."""
@@ -55,11 +67,8 @@ class Left:
 
     def commit_data(self, top: int) -> None:
         """What the job does: base shows what the image at `top` shows, the images above are as they were."""
-        view = self.folder / "view"
-        run("qemu-img", "convert", "-O", "raw", self.images[top - 1], view)
         with open(self.images[0], "r+b") as base:
-            base.write(view.read_bytes())
-        view.unlink()
+            base.write(self.template.views[top])
 
     def switching(self, told: Witness) -> Witness:
         seen = {index: disposal.seen(str(self.images[index - 1])) for index in (told.base, told.top)}
@@ -102,9 +111,14 @@ def read(images: list[Path]) -> qmpmerge.Chain:
     return qmpmerge.Chain(tuple(found))
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
+    return Template(tmp_path_factory.mktemp("template"))
+
+
 @pytest.fixture
-def left(tmp_path: Path) -> Left:
-    return Left(tmp_path)
+def left(tmp_path: Path, template: Template) -> Left:
+    return Left(tmp_path, template)
 
 
 def copying(left: Left) -> None:
@@ -222,14 +236,14 @@ class Death(BaseException):
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
 async def test_recover_can_be_killed_before_each_step(
-    state: Callable[[Left], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: Callable[[Left], None], tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps_done, step = 1, 0
     while steps_done:
         step += 1
         folder = tmp_path / str(step)
         folder.mkdir()
-        left = Left(folder)
+        left = Left(folder, template)
         state(left)
         with monkeypatch.context() as patch:
             countdown = Countdown(step)
@@ -425,4 +439,25 @@ async def test_a_job_is_followed_though_the_name_is_away(tmp_path: Path, monkeyp
             outcome = await qmpmerge.follow(host, "qmpmerge-commit-vda")
         assert (outcome.verdict, names(tmp_path)) == ("pivoted", [*STASHED[:2], BASE, STASHED[2]])
         setup.check()
+    assert not witness.found(str(tmp_path))
+
+
+async def test_a_shared_image_below_the_base_is_no_part_of_the_merge(left: Left) -> None:
+    """Another VM on the same golden image has nothing to do with it."""
+    told = left.merge()
+    witness.write(replace(told, base=2, top=3, away={}))
+    assert not witness.about(qmpmerge.Chain((told.chain.base,)))
+    assert witness.about(qmpmerge.Chain(told.chain.images[:2]))
+
+
+async def test_a_cancelled_job_leaves_nothing_odd(tmp_path: Path) -> None:
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    with drive(tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            with contextlib.suppress(StillRunning):
+                await qmpmerge.commit(host, "vda", speed=1, timeout=0.2)
+            await jobs.steer(host.monitor, "qmpmerge-commit-vda", "cancel")
+            assert (await host.chain()).oddities == ()
+            assert (await qmpmerge.commit(host, "vda")).verdict == "pivoted"
     assert not witness.found(str(tmp_path))

@@ -214,6 +214,16 @@ PIVOTED = Outcome(
             ["hint: start the VM from /vm/base.raw"],
         ),
         (
+            Outcome("pivoted", "vda", THREE, ONE, rungs=("the guest was paused",)),
+            [
+                "vda: pivoted",
+                "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+                "  after   base.raw",
+                "  to get it ready: the guest was paused",
+            ],
+            [],
+        ),
+        (
             Outcome("kept", "vda", THREE, THREE, JOB.id, copied=0, seconds=2, hints=("base held all data",)),
             [
                 "vda: kept in 2.00 s, 0 B copied",
@@ -351,6 +361,17 @@ def test_a_progress_line_says_what_was_copied(screen: Screen) -> None:
     screen.clock.now += 1
     screen.output.progress(dataclasses.replace(told(50), rate=128 * 1024**2, eta=4.0))
     assert screen.complains("vda: 50 %, copied 512 MiB of 1 GiB, 128 MiB/s, 4 s left")
+
+
+def test_a_guest_that_outruns_the_copy_is_told_at_once_and_what_helps(screen: Screen) -> None:
+    outrun = dataclasses.replace(told(50), rate=8 * 1024**2, dirty_rate=9 * 1024**2, converging=False)
+    screen.output.progress(dataclasses.replace(outrun, hint="less work"))
+    screen.clock.now += 1
+    screen.output.progress(outrun)
+    assert screen.complains(
+        "hint: vda: less work",
+        "vda: 50 %, copied 512 MiB of 1 GiB, 8 MiB/s, the guest writes 9 MiB/s, never ready like this",
+    )
 
 
 def test_what_is_over_within_half_a_second_shows_no_progress(screen: Screen) -> None:

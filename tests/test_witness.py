@@ -37,6 +37,7 @@ def told(tmp_path: Path) -> Witness:
         tool=witness.process(os.getpid()),
         away={index: witness.stash_of(chain[index].file) for index in (2, 3)},
         seen={1: Seen(2**63, 2**62), 3: Seen(0, 1)},
+        before={2: Seen(1, 2)},
     )
 
 

@@ -5,6 +5,7 @@ Whatever a user can do here, `import qmpmerge` can do, with the same values and 
 command needs are made where it runs: start-up time is a feature.
 """
 
+import os
 import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import click
 
 from qmpmerge import __version__
 from qmpmerge.cli import completing
-from qmpmerge.cli.options import Assignment, Options, Size, for_images, for_jobs, shared
+from qmpmerge.cli.options import Assignment, Help, Options, Size, converging, for_images, for_jobs, shared
 from qmpmerge.cli.running import on_host, run
 
 if TYPE_CHECKING:
@@ -260,6 +261,7 @@ def snapshot(
 @finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
 @for_jobs
+@converging
 @for_images
 @shared
 def commit(
@@ -277,6 +279,7 @@ def commit(
     pause: bool,
     dry_run: bool,
     polite: bool,
+    converge: Help | None,
     options: Options,
 ) -> int:
     """
@@ -285,6 +288,10 @@ def commit(
     The images above --base up to and including --top go into --base. By default that is the whole chain, and the guest
     moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
     to the base.
+
+    A guest that writes as fast as is copied keeps an active merge from ever being ready. With --converge the job's speed limit
+    is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all that is undone
+    at the end, even if qmpmerge is killed.
 
     LAYER is a path, an index as `qmpmerge chain` shows it (`vda[2]` or `[2]`, 1 is the base), or a node name.
 
@@ -327,6 +334,7 @@ def commit(
             dry_run=dry_run,
             merged_files=merged_files,
             pause=pause,
+            converge=converge.told_to(output) if converge else None,
             report=output.progress,
             patience=options.patience,
             polite=POLITE_SECONDS if polite else None,
@@ -461,6 +469,7 @@ VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "final
 @endings
 @finishing
 @for_jobs
+@converging
 @shared
 def job(
     target: str,
@@ -471,6 +480,7 @@ def job(
     merged_files: "Policy",
     pause: bool,
     polite: bool,
+    converge: Help | None,
     options: Options,
 ) -> int:
     """
@@ -511,6 +521,7 @@ def job(
             ending=ending,
             merged_files=merged_files,
             pause=pause,
+            converge=converge.told_to(output) if converge else None,
             report=output.progress,
             patience=options.patience,
             polite=POLITE_SECONDS if polite else None,
@@ -522,6 +533,48 @@ def job(
         return done.verdict
 
     return run(options, on_host(target, options, work, live=True))
+
+
+@cli.command()
+@target
+@click.option(
+    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the chain's."
+)
+@for_images
+@shared
+def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
+    """
+    Tell everything that is odd about the chains and jobs of TARGET, and the command that mends each.
+
+    TARGET may also be a folder of images. Nothing is changed. The worst comes first: `harm` is for data or a guest that
+    suffer now or at the next start, `care` for what somebody has to decide, `note` for what only takes up room.
+
+    \b
+    Examples:
+      qmpmerge doctor vm1
+      qmpmerge doctor /vm
+      qmpmerge doctor vm1 --json | jq -e '.findings == []'
+
+    \b
+    Exit codes: 0 whatever is found, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge import diskdoctor
+
+        output.doctor(target, await diskdoctor.examine_path(target, allow=options.allow, search=search))
+        return "done"
+
+    async def on_live(host: "Host", output: "Output") -> str:
+        from qmpmerge import doctor
+
+        output.doctor(target, await doctor.examine(host, search=search))
+        return "done"
+
+    from qmpmerge.doors import is_image
+
+    is_path = is_image(target) or os.path.isdir(target)
+    return run(options, work if is_path else on_host(target, options, on_live))
 
 
 @cli.command()

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
     from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
+    from qmpmerge.findings import Finding
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import MergedFile, Outcome
@@ -83,6 +84,7 @@ class JsonOutput:
                     {"name": check.name, "result": check.result, "reason": check.reason} for check in outcome.checks
                 ],
                 "estimate": _estimate(outcome.estimate) if outcome.estimate is not None else None,
+                "converge": list(outcome.rungs),
             }
         )
 
@@ -107,13 +109,19 @@ class JsonOutput:
         """The job as it is now, null when it is gone."""
         self._print({"verdict": "done", "id": job_id, "job": _job(job) if job else None})
 
+    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
+        """The findings, the worst first; an empty list is a clean bill of health."""
+        keys = ("name", "severity", "where", "what", "why", "command")
+        told = [{key: getattr(finding, key) for key in keys} for finding in findings]
+        self._print({"verdict": "done", "target": target, "findings": told})
+
     def failure(self, error: "Error") -> None:
         """The error with its facts."""
         self._print({"verdict": error.verdict, "error": error.told})
 
     def progress(self, told: "Progress") -> None:
         """One object a line on stderr."""
-        keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta")
+        keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta", "dirty_rate", "converging", "hint")
         lack = {"filesystem": told.shortage.filesystem, "needed": told.shortage.needed} if told.shortage else None
         if not self._quiet:
             more = {"shortage": lack, "note": told.note}

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from qmpmerge.patience import Patience
 
 if TYPE_CHECKING:
     from qmpmerge.cli.output import Output
+    from qmpmerge.converge import Converge
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
@@ -81,10 +82,17 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         options = Options(json, verbose, quiet, timeout, frozenset(force), allow, secret, patience)
         return function(options=options, **rest)
 
+    return _declared(gather, function, declared)
+
+
+def _declared(
+    gather: Callable[..., Any], function: Callable[..., Any], options: Sequence[Callable[..., Any]]
+) -> Callable[..., Any]:
+    """`gather` in the place of the command `function`, with these options and those that it has already."""
     gather.__name__ = function.__name__
     gather.__doc__ = function.__doc__
     gather.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-    for option in reversed(declared):
+    for option in reversed(options):
         gather = option(gather)
     return gather
 
@@ -118,6 +126,49 @@ def for_jobs(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+@dataclass(frozen=True)
+class Help:
+    """What may be done to a guest that writes as fast as is copied, as `converge.Converge` takes it."""
+
+    floor: int
+    pause: float
+
+    def told_to(self, output: "Output") -> "Converge":
+        """The same, with each rung noted."""
+        from qmpmerge.converge import Converge
+
+        return Converge(self.floor, self.pause, output.note)
+
+
+def converging(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare what may be done to a guest that writes as fast as is copied; the command gets one value, ``converge``."""
+    declared = (
+        click.option("--converge", is_flag=True, help="Slow down a guest that writes as fast as is copied."),
+        click.option(
+            "--converge-floor",
+            type=Size(),
+            metavar="SIZE",
+            help="Let it write so much a second (default: 1M).",
+        ),
+        click.option(
+            "--converge-pause",
+            type=click.FloatRange(min=0),
+            metavar="SECONDS",
+            help="And pause it, for so long at the most (default: never).",
+        ),
+    )
+
+    def gather(*, converge: bool, converge_floor: int | None, converge_pause: float | None, **rest: object) -> Any:
+        if not converge and (converge_floor is not None or converge_pause is not None):
+            raise click.UsageError("--converge-floor and --converge-pause go with --converge")
+        wanted = (
+            Help(UNITS["M"] if converge_floor is None else converge_floor, converge_pause or 0.0) if converge else None
+        )
+        return function(converge=wanted, **rest)
+
+    return _declared(gather, function, declared)
+
+
 class Size(click.ParamType[int]):
     """Bytes, with an optional K, M, G or T (powers of 1024)."""
 
@@ -130,7 +181,8 @@ class Size(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?", str(value), re.IGNORECASE)
         if match is None:
             self.fail(f"{value!r} is no size: write bytes, or a number with K, M, G or T, as in 64M", param, ctx)
-        return int(float(match[1]) * UNITS[match[2].upper()])
+        number = float(match[1]) if "." in match[1] else int(match[1])
+        return int(number * UNITS[match[2].upper()])
 
 
 class Assignment(click.ParamType[tuple[str, str]]):

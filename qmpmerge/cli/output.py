@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
     from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
+    from qmpmerge.findings import Finding
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import Outcome
@@ -49,6 +50,9 @@ class Output(Protocol):
 
     def steered(self, job_id: str, job: "Job | None") -> None:
         """A job after a verb was sent to it; None when it is gone."""
+
+    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
+        """What is odd about a target, the worst first."""
 
     def failure(self, error: "Error") -> None:
         """Why a command did not do what was asked."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qmpmerge.blockgraph import Disk
     from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
+    from qmpmerge.findings import Finding
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import MergedFile, Outcome
@@ -115,6 +116,8 @@ class TextOutput:
             names = [words.checked(check) for check in outcome.checks if check.result == result]
             if names:
                 self._say(f"  {result}: {', '.join(names)}")
+        for rung in outcome.rungs:
+            self._say(f"  to get it ready: {visible(rung)}")
         for hint in outcome.hints:
             self._hint(hint)
 
@@ -161,6 +164,16 @@ class TextOutput:
         """One line."""
         self._say(f"{visible(job_id)}: {'gone' if job is None else job.status}")
 
+    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
+        """Each finding in four lines: how bad and where, what, why, and the command that mends it."""
+        if not findings:
+            self._say(f"{visible(target)}: nothing odd was found")
+        for finding in findings:
+            self._say(f"{finding.severity}: {visible(finding.where)} ({finding.name})")
+            self._say(f"  what  {visible(finding.what)}")
+            self._say(f"  why   {visible(finding.why)}")
+            self._say(f"  mend  {visible(finding.command) or 'nothing to run'}")
+
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
         self.close()
@@ -171,6 +184,9 @@ class TextOutput:
 
     def progress(self, told: "Progress") -> None:
         """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
+        if told.hint and not self._quiet:
+            self.close()
+            self._hint(f"{told.disk}: {told.hint}")
         now = self._clock()
         if told.note is not None:
             self.note(told.note)

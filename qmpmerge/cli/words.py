@@ -53,6 +53,10 @@ def progress(told: Progress) -> str:
     parts = [f"{percent}{told.counts} {size(told.done)} of {size(told.total)}"]
     if told.rate is not None:
         parts.append(f"{size(told.rate)}/s")
+    if told.dirty_rate and told.converging is not None:
+        parts.append(f"the guest writes {size(told.dirty_rate)}/s")
+    if told.converging is False:
+        parts.append("never ready like this")
     if told.eta is not None and told.done < told.total:
         parts.append(f"{duration(told.eta)} left")
     if told.shortage is not None:

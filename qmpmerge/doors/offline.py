@@ -123,12 +123,10 @@ async def _open(
     opened: dict[str, Mapping[str, Any]] = {}
     for number, layer in enumerate(layers, 1):
         node = f"layer{number}"
+        options = _image(layer, node, below, write=write, writable=write and layer is layers[-1])
         try:
-            await _add_file(session, layer.file, f"{node}-file", is_device=layer.is_device, write=write)
-            if layer.data_file is not None:
-                await _add_file(session, layer.data_file, f"{node}-data", write=write)
-            opened[node] = _image_options(layer, node, below, writable=write and layer is layers[-1], shared=not write)
-            await session.execute("blockdev-add", **opened[node])
+            await session.execute("blockdev-add", **options)
+            opened[node] = _by_name(options)
         except CommandError as error:
             if re.search(r"Failed to get .*lock", error.description):
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait") from None
@@ -137,15 +135,35 @@ async def _open(
     return opened
 
 
-async def _add_file(session: Monitor, file: str, node: str, *, is_device: bool = False, write: bool) -> None:
+def _image(layer: Layer, node: str, below: str | None, *, write: bool, writable: bool) -> dict[str, Any]:
+    """An image's node together with that of its file, which goes with it."""
+    options: dict[str, Any] = {
+        "driver": layer.format,
+        "node-name": node,
+        "read-only": not writable,
+        "discard": "unmap",
+        "file": _file(layer.file, f"{node}-file", is_device=layer.is_device, write=write),
+        **_key(layer),
+    }
+    if layer.format == "qcow2":
+        options["backing"] = below
+    if layer.data_file is not None:
+        options["data-file"] = _file(layer.data_file, f"{node}-data", write=write)
+    if not write:
+        options["force-share"] = True
+    return options
+
+
+def _file(file: str, node: str, *, is_device: bool = False, write: bool) -> dict[str, Any]:
     """
     The node of the file, by threads through the host's cache, which is QEMU's default.
 
     io_uring is no faster for certain on two processors, and the one of QEMU 7.2 and 10.0 hangs on compressed clusters;
     past the cache (`cache.direct`) a merge takes twice as long.
     """
-    options: dict[str, Any] = {
+    return {
         "driver": "host_device" if is_device else "file",
+        "node-name": node,
         "filename": file,
         "read-only": not write,
         "auto-read-only": True,
@@ -153,25 +171,12 @@ async def _add_file(session: Monitor, file: str, node: str, *, is_device: bool =
         # A reader takes no locks: while an image is merged not even `force-share` would let it in.
         **({} if write else {"force-share": True, "locking": "off"}),
     }
-    await session.execute("blockdev-add", **options, node_name=node)
 
 
-def _image_options(layer: Layer, node: str, below: str | None, *, writable: bool, shared: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "driver": layer.format,
-        "node-name": node,
-        "file": f"{node}-file",
-        "read-only": not writable,
-        "discard": "unmap",
-        **_key(layer),
-    }
-    if layer.format == "qcow2":
-        options["backing"] = below
-    if layer.data_file is not None:
-        options["data-file"] = f"{node}-data"
-    if shared:
-        options["force-share"] = True
-    return options
+def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an image's node, with the nodes below it by their names, as they are asked for once it is there."""
+    files = {key: options[key]["node-name"] for key in ("file", "data-file") if key in options}
+    return {**options, **files}
 
 
 def _key(layer: Layer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 Commands that look and change nothing, on ever longer chains and ever more VMs; and what it costs to start at all.
 """
 
+import asyncio
 import contextlib
 import sys
 import time
@@ -10,7 +11,10 @@ from pathlib import Path
 from rig import Session, machine
 from setups import device
 
+import qmpmerge
+from qmpmerge import plan
 from qmpmerge.blockgraph import DEEP
+from qmpmerge.checks import check
 from speed.figures import BARE, OURS, QEMU_IMG, Figures
 from speed.images import empty_chain
 from speed.peers import memory, ours, timed
@@ -81,12 +85,22 @@ def vms(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None:
             figures.add(SECTION, f"vms, {count} QEMUs: memory", OURS, memory("vms"), "MiB")
 
 
-def checks_of_a_merge(figures: Figures, folder: Path, runs: int, images: int) -> None:
-    """All checks of a merge of ten layers in a folder of so many images, whose headers are all read."""
-    chain = empty_chain(folder / f"checks-{images}", 10)
-    for number in range(len(chain), images):
-        (chain[0].parent / f"other{number}.qcow2").write_bytes(chain[0].read_bytes())
-    with machine(chain[0].parent, "-drive", f"file={chain[-1]},if=none,id=vda", *device("vda")) as vm:
+def checks_of_a_merge(figures: Figures, folder: Path, runs: int, crowd: int) -> None:
+    """All checks of a merge, on a chain of ten images in a folder of `crowd`: in a session, and as a whole command."""
+    images = empty_chain(folder / f"checks-{crowd}", 10)
+    template = images[0].read_bytes()
+    for number in range(len(images), crowd):
+        (images[0].parent / f"other{number}.qcow2").write_bytes(template)
+    name = f"10 layers among {crowd} images"
+    with machine(images[0].parent, "-drive", f"file={images[-1]},format=qcow2,if=none,id=vda", *device("vda")) as vm:
         for _ in range(runs):
-            took = ours("commit", vm.target, "--dry-run").milliseconds
-            figures.add(SECTION, f"commit --dry-run, 10 layers, {images} images in the folder", OURS, took)
+            figures.add(SECTION, f"commit --dry-run, {name}", OURS, ours("commit", vm.target, "--dry-run").milliseconds)
+            figures.add(SECTION, f"all checks of it, {name}", OURS, asyncio.run(_checked(vm.target)))
+
+
+async def _checked(target: str) -> float:
+    async with qmpmerge.live(target) as host:
+        view = await host.chain()
+        begun = time.perf_counter()
+        await check(host, view, plan.commit(view.chain, top="[9]"))
+        return (time.perf_counter() - begun) * 1000

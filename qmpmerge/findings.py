@@ -1,0 +1,46 @@
+"""
+What the doctor has to say: one value for each thing that is odd, worst first.
+"""
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["harm", "care", "note"]
+"""
+How bad it is. ``harm``: data or the guest suffers, now or at the next start. ``care``: somebody has to decide or tidy up
+before it does. ``note``: it only takes up room.
+"""
+
+SEVERITIES: tuple[Severity, ...] = ("harm", "care", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    Something odd: `where` is a disk, a job, a node or a file, `what` a sentence about it, `why` it matters.
+
+    `command` is one line for a shell that mends it, "" where there is nothing to run; then `why` says what else to do.
+    """
+
+    name: str
+    severity: Severity
+    where: str
+    what: str
+    why: str
+    command: str = ""
+
+
+def sort(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The worst first, else in the order in which they were found; nothing is said twice."""
+    return tuple(sorted(dict.fromkeys(found), key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def qmp(monitor: str, *commands: tuple[str, Mapping[str, object]]) -> str:
+    """A line for the shell that sends QMP commands to the monitor of this name, for what no command of ours does."""
+    where = f"TCP:{monitor.removeprefix('tcp:')}" if monitor.startswith("tcp:") else f"UNIX-CONNECT:{monitor}"
+    sent: list[tuple[str, Mapping[str, object]]] = [("qmp_capabilities", {}), *commands]
+    lines = [json.dumps({"execute": name, **({"arguments": given} if given else {})}) for name, given in sent]
+    return f"printf '%s\\n' {shlex.join(lines)} | socat -t5 - {shlex.quote(where)}"
