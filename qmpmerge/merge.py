@@ -215,6 +215,7 @@ async def _checked(host: Host, view: ChainView, planned: CommitPlan, wanted: _Wa
         force=wanted.force,
         search=wanted.search,
         speed=wanted.speed,
+        closely=wanted.dry_run,
     )
 
 

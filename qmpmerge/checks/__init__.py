@@ -39,15 +39,17 @@ async def check(
     force: Collection[str] = (),
     search: Collection[str] = (),
     speed: int = 0,
+    closely: bool = True,
 ) -> Answer:
     """
     Refuse what would do harm, but for what `force` names (of `errors.FORCEABLE`). Changes nothing that anyone could see.
 
     `handling` is of the dirty bitmaps of merged images, `search` are more folders in which images may be built on those of
-    the chain, `speed` is for the estimate. Raises one of the refusals of `CHECKS`, or SeveralRefusals with all of them.
+    the chain, `speed` and `closely` are for the estimate (`space.estimate`). Raises one of the refusals of `CHECKS`, or
+    SeveralRefusals with all of them.
     """
     pid, opened = process(host, plan)
-    estimate = await space.estimate(plan, live=host.is_live, pid=pid, speed=speed)
+    estimate = await space.estimate(plan, live=host.is_live, pid=pid, speed=speed, closely=closely)
     question = Question(host, pid, opened, view, plan, ending, handling, search, estimate)
     checked: list[Checked] = []
     refusals: list[Refused] = []
