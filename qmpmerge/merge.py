@@ -171,8 +171,6 @@ async def _begun(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib
     _refuse_to_leave(host, wanted)
     if wanted.verify is True and not wanted.pause and planned.pivots and host.is_live:
         raise OptionsConflict(options=["--verify", "--no-pause"])
-    if wanted.ending == "ready" and wanted.bitmaps == "merge":
-        raise OptionsConflict(options=["--wait-ready", "--bitmaps merge"])
     lock = stack.enter_context(locks.held(adopting.place(planned)))
     suspect = adopting.suspicion(planned)
     job = None if wanted.dry_run else adopting.under_way(view, planned)

@@ -212,7 +212,7 @@ def test_plain_commit_changes_what_another_vm_reads(vm: Machine, images: list[Pa
     with neighbour(tmp_path, images[0]) as other:
         other.io("vda", f"read -P 0 {3 * MIB} 1M")
         assert "error" not in plain(vm)
-        other.io("vda", f"read -P 0x12 {3 * MIB} 64k")
+        other.io("vda", f"read -P 0x13 {3 * MIB} 64k")
 
 
 async def test_a_vm_without_locks_is_found(vm: Machine, images: list[Path], tmp_path: Path) -> None:
