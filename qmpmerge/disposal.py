@@ -7,7 +7,7 @@ witness lists are touched, and only while they lead to the very files that it me
 
 import contextlib
 import os
-import shutil
+import stat
 from collections.abc import Callable, Iterable
 
 from qmpmerge import dependents, files, plan, qemuimg, witness
@@ -131,7 +131,7 @@ def why_not_delete(told: Witness, index: int, place: str) -> str | None:
 
 def in_use(place: str) -> str | None:
     """Who holds the file, None where nobody does as far as we can see."""
-    from qmpmerge import processes  # psutil, which only a deletion needs
+    from qmpmerge import processes  # only a deletion needs to know
 
     users = processes.users([place])
     if users:
@@ -176,8 +176,8 @@ async def relink(told: Witness) -> str | None:
 
 def _like(old: str, new: str) -> None:
     """Owner and mode of the old image, as far as we may."""
-    shutil.copymode(old, new)
     status = os.stat(old)
+    os.chmod(new, stat.S_IMODE(status.st_mode))
     _quietly(lambda: os.chown(new, status.st_uid, status.st_gid))
 
 

@@ -13,13 +13,15 @@ import struct
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-
-import psutil
+from typing import TYPE_CHECKING
 
 from qmpmerge import commandline
 from qmpmerge.chain import Inode
 from qmpmerge.commandline import CommandLine
 from qmpmerge.errors import AmbiguousName, NoMonitor, NoSuchTarget
+
+if TYPE_CHECKING:
+    import psutil  # takes 20 ms, and is needed only where a QEMU is looked at closely
 
 # What /proc/PID/comm starts with; it has 15 bytes.
 _LIKELY = ("qemu-", ".qemu-", "kvm", "ld-", "ld.", "ld64")
@@ -65,8 +67,13 @@ class Holder:
 
 def vms() -> list[Vm]:
     """Every QEMU and qemu-storage-daemon that we can see, by name, then pid."""
-    found = [process for process in map(_read, filter(_is_likely, psutil.pids())) if process is not None]
+    found = [process for process in map(_read, filter(_is_likely, pids())) if process is not None]
     return sorted((process.vm for process in _without_forks(found)), key=lambda vm: (vm.name, vm.pid))
+
+
+def pids() -> list[int]:
+    """All processes that /proc shows us."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def vm_of(pid: int) -> Vm | None:
@@ -131,6 +138,8 @@ def _is_likely(pid: int) -> bool:
 
 
 def _read(pid: int) -> _Process | None:
+    import psutil
+
     if pid < 1:
         return None
     try:
@@ -154,7 +163,7 @@ def start_folder(pid: int) -> str | None:
     return next((word[4:] for word in environment if word.startswith("PWD=/")), None)
 
 
-def _vm(process: psutil.Process, line: CommandLine) -> Vm:
+def _vm(process: "psutil.Process", line: CommandLine) -> Vm:
     addresses = [_resolved(address, process.pid) for address in line.monitors]
     by_libvirt = line.libvirt or any(map(_is_libvirts, addresses)) or _comm(process.ppid()) in _LIBVIRT_DAEMONS
     return Vm(
@@ -191,6 +200,8 @@ def _launcher(pid: int) -> int:
 
     Between the two was a process that became QEMU's session leader and ended; the parent does not reap it.
     """
+    import psutil
+
     try:
         return psutil.Process(os.getsid(pid)).ppid()
     except (psutil.Error, OSError):
@@ -324,6 +335,8 @@ def _resolved(address: str, pid: int) -> str:
 
 def listening(pid: int) -> list[str]:
     """The UNIX sockets, by path, and TCP ports (``tcp:HOST:PORT``) on which a process listens, as far as we may see."""
+    import psutil
+
     folder = f"/proc/{pid}/fd"
     try:
         held = {_link(f"{folder}/{number}") for number in os.listdir(folder)}
@@ -375,7 +388,7 @@ def users(files: Sequence[str]) -> tuple[User, ...]:
     """
     wanted = {inode: file for file in files if (inode := _inode(file)) is not None}
     found: dict[tuple[int, str], User] = {}
-    for pid in psutil.pids():
+    for pid in pids():
         if pid == os.getpid():
             continue
         for inode in (open_files(pid) or set()) & set(wanted):
@@ -386,7 +399,7 @@ def users(files: Sequence[str]) -> tuple[User, ...]:
 def qemu_files() -> list[str]:
     """The files that the QEMU programs of this host have open, as far as we may see, by their present names."""
     found: dict[str, None] = {}
-    for pid in filter(_is_likely, psutil.pids()):
+    for pid in filter(_is_likely, pids()):
         folder = f"/proc/{pid}/fd"
         try:
             links = [_link(f"{folder}/{number}") for number in os.listdir(folder)]

@@ -56,7 +56,7 @@ class Question:
 
 def process(host: Host, plan: CommitPlan) -> tuple[int | None, set[Identity]]:
     """QEMU's pid and what it has open; what answers on the monitor may be a relay, such as ssh, which is not QEMU."""
-    from qmpmerge import processes  # psutil is a third of our start-up time
+    from qmpmerge import processes
 
     opened = _open_files(host.pid) if host.pid is not None else set()
     ours = {identity(image.file) for image in plan.chain if image.has_path}

@@ -61,7 +61,7 @@ def find(target: str) -> tuple[Address, int | None]:
         return target, None
     if "/" in target:
         raise NoSuchTarget(target=target)
-    from qmpmerge import processes  # only names need psutil
+    from qmpmerge import processes  # only names need it
 
     by_pid = target.startswith("pid:") and target[4:].isdigit()
     vm = processes.find_pid(int(target[4:])) if by_pid else processes.find(target)
