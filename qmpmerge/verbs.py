@@ -2,9 +2,11 @@
 What can be done with a block job that is there, whoever has started it: one call for every verb.
 """
 
-from qmpmerge import adopting, jobs, merge
+import contextlib
+
+from qmpmerge import adopting, jobs, merge, recovery, witness
 from qmpmerge.converge import Converge
-from qmpmerge.errors import JobVerb, NoSuchJob
+from qmpmerge.errors import JobVerb, NoSuchJob, Unfinished
 from qmpmerge.hosts import Host
 from qmpmerge.jobs import Job, Report
 from qmpmerge.outcome import Ending, Outcome
@@ -61,8 +63,17 @@ async def steer(
         return await jobs.look(host.monitor, job_id)
     steered = await jobs.steer(host.monitor, job_id, verb, speed)
     if verb == "cancel" and job.ours:
+        await _settle(host, job_id)
         await adopting.forget(host, job_id)
     return steered
+
+
+async def _settle(host: Host, job_id: str) -> None:
+    """What was written down about a job that was cancelled goes, and names that it had taken away come back."""
+    for disk in await host.disks():
+        if disk.chain is not None and any(told.job == job_id for told in witness.about(disk.chain)):
+            with contextlib.suppress(Unfinished):  # for `recover` to look at
+                await recovery.settle(host, disk.chain)
 
 
 async def _look(host: Host, job_id: str) -> Job:
