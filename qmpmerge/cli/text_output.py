@@ -290,7 +290,12 @@ def _cost(outcome: "Outcome") -> str:
 def _fate(merged: "MergedFile", *, planned: bool) -> str:
     """What was done with a merged file, or would be."""
     if planned:
-        return {"keep": "", "gone": ""}.get(merged.action, f", {merged.action}")
+        plans = {
+            "stash": ", and be renamed to NAME.merged",
+            "relink": ", and be renamed to NAME.merged; a new overlay would have the active image's name",
+            "delete": ", and be deleted",
+        }
+        return plans.get(merged.action, "")
     place = os.path.basename(merged.now or "")
     fates = {
         "stash": f", renamed to {place}",
