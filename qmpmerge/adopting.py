@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qmpmerge import jobs, locks, plan
+from qmpmerge import jobs, locks, plan, steps
 from qmpmerge.chain import Chain, Image
 from qmpmerge.errors import (
     Error,
@@ -134,8 +134,12 @@ def noted(lock: Lock, merge: Merge, *, is_new: bool) -> Iterator[None]:
 
 
 def is_suspicious(error: Error) -> bool:
-    """Whether after this failure base may not hold what QEMU believes; not where somebody cancelled the job."""
-    return error.facts["reason"] != jobs.CANCELED
+    """
+    Whether after this failure base may not hold what QEMU believes: not where somebody cancelled the job, or where base
+    and top could not be compared.
+    """
+    reason = error.facts["reason"]
+    return reason == steps.DIFFERENT if isinstance(error, NotVerified) else reason != jobs.CANCELED
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------

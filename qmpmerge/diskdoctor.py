@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import Collection, Iterator
 
-from qmpmerge import dependents, diskwalk, doctor, leftovers, processes, qcow2, qemuimg
+from qmpmerge import dependents, diskwalk, doctor, leftovers, processes, qcow2, qemuimg, witness
 from qmpmerge.chain import Chain, Image
 from qmpmerge.diskwalk import Layer
 from qmpmerge.errors import ImageUnreadable, Refused
@@ -124,7 +124,7 @@ def _overlays(folder: str) -> dict[str, str | None]:
     images: dict[str, str | None] = {}
     for entry in dependents.files(folder):
         try:
-            header = qcow2.read(entry.path) if not entry.name.endswith(leftovers.STASHED) else None
+            header = qcow2.read(entry.path) if not entry.name.endswith(witness.STASHED) else None
         except OSError:
             continue
         if header is not None:

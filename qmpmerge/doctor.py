@@ -42,12 +42,13 @@ async def examine(host: Host, *, search: Collection[str] = ()) -> tuple[Finding,
     if crashing:
         return sort(crashing)
     layout = await host.layout()
+    at_work = [job.id for job in known]
     found = [*stuck.examine(host, layout, known), *_filters(layout), *_unneeded(host, layout), *_bitmaps(host, layout)]
     found += [*await _exports(host), *await _server(host), *await _guest(host, layout)]
     for disk in layout.disks:
         if disk.chain is not None and disk.root in layout.held:
             found += await _chain(host, disk)
-            found += leftovers.beside(disk.chain, search, pid=host.pid)
+            found += leftovers.beside(disk.chain, search, pid=host.pid, jobs=at_work)
     return sort(found)
 
 

@@ -14,21 +14,20 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from qmpmerge import dependents, processes
+from qmpmerge import dependents, processes, witness
 from qmpmerge.chain import Chain, Image
 from qmpmerge.dependents import Dependent
 from qmpmerge.findings import Finding, Severity
 
-STASHED = ".merged"
 _WITNESS = re.compile(r"\.(?P<image>.+)\.qmpmerge-witness", re.DOTALL)
 _LOCK = re.compile(r"\.(?P<image>.+)\.qmpmerge-lock", re.DOTALL)
 _OWNED = re.compile(r"qmpmerge-(?:[a-z]+-)?(\d+)-")
-_LARGEST_WITNESS = 1024 * 1024
+_LARGEST_NOTE = 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Witness:
-    """The note that a merge wrote before its switch: `image` is the active image of then; None is what it does not tell."""
+class Account:
+    """What a witness file says: `image` is the active image of then; None is what it does not tell."""
 
     file: str
     image: str
@@ -36,23 +35,26 @@ class Witness:
     job: str | None
 
 
-def beside(chain: Chain, search: Collection[str] = (), *, pid: int | None = None) -> list[Finding]:
+def beside(
+    chain: Chain, search: Collection[str] = (), *, pid: int | None = None, jobs: Collection[str] = ()
+) -> list[Finding]:
     """
     All of it, in the folders of the chain's files and in those of `search`.
 
-    Images that the process `pid`, which has the chain, has open besides are left out: its nodes tell more.
+    What was noted about one of `jobs`, which are there still, is left out, and so are images that the process `pid`, which
+    has the chain, has open besides: the jobs and its nodes tell more.
     """
     found: list[Finding] = []
     for folder in folders(chain, search):
-        found += in_folder(folder)
+        found += in_folder(folder, jobs)
     return [*found, *_built_on(chain, search, pid)]
 
 
-def in_folder(folder: str) -> list[Finding]:
+def in_folder(folder: str, jobs: Collection[str] = ()) -> list[Finding]:
     """What the names in one folder tell. The witness of a merge that is under way, as its lock shows, is no finding."""
     at_work = any(is_held(path) for path, _image in _named(folder, _LOCK))
-    unsettled = [] if at_work else map(_unsettled, witnesses(folder))
-    return [*unsettled, *_old_locks(folder), *_stashed(folder)]
+    unsettled = [] if at_work else [_unsettled(told) for told in witnesses(folder) if told.job not in jobs]
+    return [*unsettled, *_old_locks(folder, jobs), *_stashed(folder)]
 
 
 def folders(chain: Chain, search: Collection[str] = ()) -> list[str]:
@@ -71,15 +73,15 @@ def is_orphan(name: str) -> bool:
 # --- witnesses ----------------------------------------------------------------------------------------------------
 
 
-def witnesses(folder: str) -> list[Witness]:
+def witnesses(folder: str) -> list[Account]:
     """The witness files of a folder; one that cannot be read is there all the same, and says so by its silence."""
-    return [_witness(path, image) for path, image in _named(folder, _WITNESS)]
+    return [_account(path, image) for path, image in _named(folder, _WITNESS)]
 
 
-def _witness(path: str, image: str) -> Witness:
-    fields = _told(path)
-    phase, job = (str(fields[key]) if fields.get(key) is not None else None for key in ("phase", "job"))
-    return Witness(path, os.path.join(os.path.dirname(path), image), phase, job)
+def _account(path: str, image: str) -> Account:
+    told = witness.read(path)
+    place = os.path.join(os.path.dirname(path), image)
+    return Account(path, place, told.phase if told else None, told.job if told else None)
 
 
 def _told(path: str) -> dict[str, object]:
@@ -93,7 +95,7 @@ def _told(path: str) -> dict[str, object]:
 def _read(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
-        return file.read(_LARGEST_WITNESS) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+        return file.read(_LARGEST_NOTE) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
 
 
 _PHASES: dict[str | None, tuple[Severity, str]] = {
@@ -106,12 +108,12 @@ _UNSETTLED: tuple[Severity, str] = (
 )
 
 
-def _unsettled(witness: Witness) -> Finding:
-    phase = f"in phase {witness.phase}" if witness.phase else "in a phase that it does not tell"
-    job = f" (job {witness.job})" if witness.job else ""
-    severity, why = _PHASES.get(witness.phase, _UNSETTLED)
-    what = f"a merge of {witness.image}{job} was left or cut off {phase}"
-    return Finding("unsettled", severity, witness.file, what, why, shlex.join(["qmpmerge", "recover", witness.image]))
+def _unsettled(told: Account) -> Finding:
+    phase = f"in phase {told.phase}" if told.phase else "in a phase that it does not tell"
+    job = f" (job {told.job})" if told.job else ""
+    severity, why = _PHASES.get(told.phase, _UNSETTLED)
+    what = f"a merge of {told.image}{job} was left or cut off {phase}"
+    return Finding("unsettled", severity, told.file, what, why, shlex.join(["qmpmerge", "recover", told.image]))
 
 
 # --- locks --------------------------------------------------------------------------------------------------------
@@ -128,11 +130,12 @@ def is_held(lock: str) -> bool:
     return any("FLOCK" in row and any(word.endswith(f":{inode}") for word in row) for row in rows)
 
 
-def _old_locks(folder: str) -> Iterator[Finding]:
+def _old_locks(folder: str, jobs: Collection[str]) -> Iterator[Finding]:
     for path, image in _named(folder, _LOCK):
-        if is_held(path):
+        note = _told(path)
+        if is_held(path) or note.get("job") in jobs:
             continue
-        if _told(path):
+        if note:
             what = f"the note of a merge into {image} that was left or killed"
             why = "the next merge into it reads the note: it goes on with its job, or looks closer"
             yield Finding("unfinished", "note", path, what, why)
@@ -145,11 +148,13 @@ def _old_locks(folder: str) -> Iterator[Finding]:
 
 
 def _stashed(folder: str) -> Iterator[Finding]:
-    paths = [path for path, _image in _named(folder, re.compile(r"(?P<image>.+)" + re.escape(STASHED), re.DOTALL))]
+    paths = [
+        path for path, _image in _named(folder, re.compile(r"(?P<image>.+)" + re.escape(witness.STASHED), re.DOTALL))
+    ]
     users = {user.file: user for user in processes.users(paths)} if paths else {}
     for path in paths:
         why = "it takes up room" + (f", and {users[path]} has it open still" if path in users else "")
-        command = "" if path in users else shlex.join(["rm", "--", path])
+        command = "" if path in users else shlex.join(["qmpmerge", "clean", path])
         yield Finding("stashed", "note", path, "an image that a merge put aside", why, command)
 
 
@@ -170,7 +175,7 @@ def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterato
                 "if an earlier merge left it, it opens without a word and shows older data: put it out of reach; if "
                 f"somebody wants it, it is ruined by every write to {dependent.image}"
             )
-            stash = shlex.join(["mv", "-n", "--", dependent.file, dependent.file + STASHED])
+            stash = shlex.join(["mv", "-n", "--", dependent.file, dependent.file + witness.STASHED])
             yield Finding("stale-image", "care", dependent.file, what, why, stash)
 
 
@@ -180,7 +185,7 @@ def _above(chain: Chain, search: Collection[str]) -> Iterator[Dependent]:
     while wanted:
         new = [found for found in dependents.find(wanted, chain, search) if found.file not in seen]
         seen |= {found.file for found in new}
-        yield from (found for found in new if not found.file.endswith(STASHED))
+        yield from (found for found in new if not found.file.endswith(witness.STASHED))
         wanted = [image_at(found.file) for found in new]
 
 

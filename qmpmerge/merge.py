@@ -103,7 +103,7 @@ async def commit(
         async with course.in_time(patience):
             view = await host.chain(disk)
             view = view if dry_run else await adopting.tidied(host, view, report)
-            begun = _ended_unseen(host, view, wanted, stack) or await _settled(host, view, wanted, stack)
+            begun = _ended_unseen(host, view, wanted, stack) or await _settled(host, view, disk, wanted, stack)
         return begun if isinstance(begun, Outcome) else await course.run(begun, polite=polite, converge=converge)
 
 
@@ -148,12 +148,14 @@ def _ended_unseen(host: Host, view: ChainView, wanted: _Wanted, stack: contextli
     return Begun(revived, lock)
 
 
-async def _settled(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib.ExitStack) -> Begun | Outcome:
+async def _settled(
+    host: Host, view: ChainView, disk: str | None, wanted: _Wanted, stack: contextlib.ExitStack
+) -> Begun | Outcome:
     """The merge that is asked for, once what an earlier one left is put right: that may be all there was to do."""
     if wanted.dry_run or not witness.about(view.chain):
         return await _begun(host, view, wanted, stack)
     settled = await recovery.settle(host, view.chain)
-    view = await host.chain(view.disk.name)
+    view = await host.chain(disk)
     try:
         begun = await _begun(host, view, wanted, stack)
     except NoSuchLayer:

@@ -112,11 +112,12 @@ def backing_name(overlay: Image, base: Image, child: Image) -> str:
     Relative stays relative and absolute stays absolute. Where base has no path, or its present child names it by a
     protocol or a ``json:`` name, which may say more than the path does, that string is used again. Never left to QEMU,
     which would write an absolute path or even a json: name over a relative one. Raises BackingString where qcow2 has no
-    room for it, or the child names a file for what QEMU has from elsewhere.
+    room for it, or the child names a file for what QEMU has from elsewhere: the next start would take that file. An
+    overlay that has no path either is never opened by what its header says.
     """
     if not base.has_path:
         name = child.backing or base.file
-        if is_path(name):
+        if is_path(name) and overlay.has_path:
             raise BackingString(overlay=overlay.file, backing=name, reason=f"QEMU uses {base.file}, which is no path")
     elif child.backing and not is_path(child.backing):
         name = child.backing

@@ -41,6 +41,8 @@ from qmpmerge.shortage import Shortage
 from qmpmerge.witness import Policy, Witness
 
 CANCEL_SECONDS = 60.0
+DIFFERENT = "they show different data"
+"""What is wrong with a base that was compared; all else is a comparison that could not be made."""
 DECISIONS = ("ready", "pending", "concluded")
 """The states of a job in which it is for us to say what comes next."""
 CHEAP_BYTES = 256 * 1024 * 1024
@@ -234,7 +236,7 @@ async def verify(merge: Merge, doorbell: Doorbell) -> None:
             return
         same, reason = False, error.reason
     else:
-        reason = "they show different data"
+        reason = DIFFERENT
     if not same:
         await shield.finished(take_back(merge, doorbell))
         raise NotVerified(base=merge.plan.base.file, top=merge.plan.top.file, reason=reason)

@@ -20,9 +20,10 @@ from setups import KINDS, blockdev, device, drive, nodes
 from test_merge import digests, injecting
 
 import qmpmerge
-from qmpmerge import doctor, leftovers, locks
-from qmpmerge.chain import Image
+from qmpmerge import doctor, leftovers, locks, witness
+from qmpmerge.chain import Chain, Image
 from qmpmerge.findings import Finding
+from qmpmerge.witness import Witness
 
 DEAD = 2**22 + 1
 """No process has this pid: it is past what the kernel gives."""
@@ -404,8 +405,9 @@ def leave(folder: Path) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2.merged", cwd=folder)
     (folder / ".base.raw.qmpmerge-lock").touch()
     (folder / ".a.qcow2.qmpmerge-lock").write_text('{"job": "qmpmerge-commit-vda"}')
-    told = {"phase": "switching", "job": "qmpmerge-commit-vda"}
-    (folder / ".c.qcow2.qmpmerge-witness").write_text(json.dumps(told))
+    images = (Image(str(folder / "base.raw"), "raw", 1), Image(str(folder / "c.qcow2"), "qcow2", 1))
+    path, job = str(folder / ".c.qcow2.qmpmerge-witness"), "qmpmerge-commit-vda"
+    witness.write(Witness(path, "vm1", "vda", job, Chain(images), base=1, top=2, phase="switching"))
 
 
 LEFT = {
@@ -467,7 +469,7 @@ def test_a_witness_that_makes_no_sense_is_still_one(tmp_path: Path) -> None:
         (tmp_path / f".{name}.qmpmerge-witness").write_text(text)
     os.symlink("/etc/passwd", tmp_path / ".d.qmpmerge-witness")
     found = leftovers.witnesses(str(tmp_path))
-    assert [(witness.image, witness.phase, witness.job) for witness in found] == [
+    assert [(told.image, told.phase, told.job) for told in found] == [
         (str(tmp_path / name), None, None) for name in "abc"
     ]
 

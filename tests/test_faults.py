@@ -61,7 +61,10 @@ async def begun(target: str, top: str = "[3]", speed: int = 1) -> AsyncIterator[
     seen = asyncio.Event()
     async with library.live(target) as host:
         merge = asyncio.ensure_future(library.commit(host, top=top, speed=speed, report=lambda told: seen.set()))
-        await seen.wait()
+        waiting = asyncio.ensure_future(seen.wait())
+        await asyncio.wait({merge, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        assert not merge.done(), merge.exception()
         yield merge
 
 
@@ -113,7 +116,7 @@ async def test_a_full_disk_is_told_and_waited_for(
 
     with drive(tmp_path, images, content) as setup:
         async with setup.host() as host:
-            outcome = await library.commit(host, "vda", top=top, report=make_room)
+            outcome = await library.commit(host, "vda", top=top, force=["no-space"], report=make_room)
         assert outcome.verdict in ("merged", "pivoted")
         setup.check()
     short = next(told for told in seen if told.shortage is not None)
@@ -126,7 +129,7 @@ def test_a_full_disk_in_text_and_json_and_ctrl_c(small: Path, tmp_path: Path) ->
     images, content = crowded(tmp_path, small)
     with drive(tmp_path, images, content) as setup:
         for options, mark in (([], "no space"), (["--json"], '"needed"')):
-            line = [COMMAND, "commit", setup.machine.target, "--top", "[3]", *options]
+            line = [COMMAND, "commit", setup.machine.target, "--top", "[3]", "--force", "no-space", *options]
             tool = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             assert tool.stderr is not None
             told = next((line for line in tool.stderr if mark in line), "")
@@ -243,6 +246,7 @@ async def test_a_server_that_went_away_and_came_back(tmp_path: Path, images: lis
         first = stack.enter_context(contextlib.ExitStack())
         uri = first.enter_context(nbd_server(tmp_path / "server", images[0]))
         path = uri.partition("socket=")[2]
+        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", uri, "-F", "raw", images[1])
         arguments = nodes(images)
         arguments[1] = f"nbd,node-name=base-file,server.type=unix,server.path={path}"
         vm = stack.enter_context(machine(tmp_path, *arguments, *device("c")))
@@ -258,7 +262,7 @@ async def test_a_server_that_went_away_and_came_back(tmp_path: Path, images: lis
             outcome = await again(host)
         assert (outcome.verdict, outcome.verified) == ("merged", True)
         vm.stop()
-    content.check(images[3])
+        content.check(images[3])
 
 
 async def again(host: library.Host) -> library.Outcome:

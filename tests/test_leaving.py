@@ -312,7 +312,7 @@ async def test_a_monitor_that_never_answers_again_is_an_unknown_outcome(
         stop(setup.machine)
         with pytest.raises(NoReply) as lost:
             await merge
-    assert lost.value.verdict == "unknown" and "qmpmerge jobs" in lost.value.hint
+    assert lost.value.verdict == "unknown" and "qmpmerge doctor" in lost.value.hint
     setup.machine.process.send_signal(signal.SIGCONT)
     monkeypatch.undo()
     assert (await followed(setup)).verdict == "merged"

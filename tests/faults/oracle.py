@@ -16,10 +16,10 @@ from pathlib import Path
 from rig import run
 from setups import form
 
-from faults.stage import Case, Guest, Played
+from faults.stage import Case, Guest, Played, recover
 
-DONE_ALREADY = "refused: no-such-layer"
-"""What is said where the layer that was named is no part of the chain any more."""
+DONE_ALREADY = ("refused: no-such-layer", "refused: stashed")
+"""What is said where the layer or the image that was named is no part of the chain any more."""
 
 SOUND, LEAKS = 0, 3
 """Exit codes of `qemu-img check`: leaked clusters cost space and no data."""
@@ -57,22 +57,27 @@ def judge_data(case: Case, played: Played, found: Judgement, at: int | None) -> 
     """The image that the machine is to be started from shows every byte that it must."""
     base, _mid, top = case.paths
     claimed = played.done and (at is None or at >= played.count_at_end)
-    losses = {
-        path: losses_of(case, played, path, at, found) for path in ((top, base) if played.story.pivots else (top,))
-    }
-    if not played.story.pivots:
-        must = losses[top]
-    elif claimed:  # the guest lives on base, and base is what the verdict names
-        must = losses[base]
-        found.stale = losses[top] != 0
-    elif played.story.writes:  # it may have been moved, and no word of it was said
-        must = min(losses.values())
-        found.stale = losses[top] != 0
+    if played.story.pivots and not top.exists():  # a start from there fails, loudly
+        must = losses_of(case, played, right_by_recover(case, found) or base, at, found)
+    elif played.story.pivots:
+        losses = {path: losses_of(case, played, path, at, found) for path in (top, base)}
+        # With a claim the guest lives on base; while it wrote it may have been moved without a word.
+        must = losses[base] if claimed else min(losses.values()) if played.story.writes else losses[top]
+        found.stale = (claimed or played.story.writes) and losses[top] != 0
     else:
-        must = losses[top]
+        must = losses_of(case, played, top, at, found)
     if must:
         found.lost = max(must, 0)
         found.wrong.append(f"{'does not open' if must < 0 else f'{must} blocks wrong'} after {played.verdict}")
+
+
+def right_by_recover(case: Case, found: Judgement) -> Path | None:
+    """The image that `recover` names as the one to start from; None where nothing was left to be put right."""
+    told = recover(case)
+    if told.code not in (0, 6):
+        found.wrong.append(f"recover: {told.verdict}, exit code {told.code}, {told.complaints[-500:]}")
+    named = [merge["right"] for merge in told.document.get("merges", []) if merge["right"]]
+    return Path(named[-1]) if named else None
 
 
 def losses_of(case: Case, played: Played, image: Path, at: int | None, found: Judgement) -> int:
@@ -132,6 +137,8 @@ def judge_words(case: Case, played: Played, found: Judgement) -> None:
         found.wrong.append(f"a traceback: {played.complaints[-1000:]}")
     if played.code != -9 and not played.document:
         found.wrong.append(f"no verdict: {played.verdict}, exit code {played.code}, {played.complaints[-500:]}")
+    if played.story.pivots and not case.paths[-1].exists():
+        return  # its name is gone, and so is what its header tells
     told = chain(case.paths[-1])
     old, new = list(case.names), [case.names[0], case.names[-1]]
     if told not in (old, new):
@@ -140,7 +147,7 @@ def judge_words(case: Case, played: Played, found: Judgement) -> None:
     verdict = played.document.get("verdict")
     if verdict == "merged" and not switched:
         found.wrong.append("merged, and the header tells the old chain")
-    if verdict in ("refused", "unreachable", "failed", "cancelled") and switched and played.verdict != DONE_ALREADY:
+    if verdict in ("refused", "unreachable", "failed", "cancelled") and switched and played.verdict not in DONE_ALREADY:
         found.wrong.append(f"{verdict}, and the header tells the new chain")
 
 

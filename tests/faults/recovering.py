@@ -10,7 +10,7 @@ from functools import cache
 from faults import oracle
 from faults.gate import Gate
 from faults.log import Fault, Log
-from faults.stage import Case, Played, Story, ended, play, qmpmerge
+from faults.stage import Story, play, recover
 from faults.sweeps import Bench, Point, Sweep, each
 
 ENTRIES = 4
@@ -22,13 +22,6 @@ def is_there() -> bool:
     """Whether this qmpmerge has the command."""
     line = [sys.executable, "-m", "qmpmerge", "recover", "--help"]
     return subprocess.run(line, capture_output=True).returncode == 0
-
-
-def recover(case: Case, before: list[str] | None = None) -> Played:
-    """Run it on the folder of the images; what it says is no verdict on a merge, so only its manners are judged."""
-    told = Played(Story(offline=True), "qmpmerge")
-    ended(qmpmerge(case, "recover", str(case.images), before=before or []), told)
-    return told
 
 
 def sweep(bench: Bench, story: Story, _doer: str) -> Sweep:
@@ -51,7 +44,7 @@ def killed(bench: Bench, story: Story, number: int, step: int) -> Point:
         first = play(case, story, "qmpmerge", Fault(number, victims="all"), gated="names")
         log = Log(Fault(step, victims="all"))
         with Gate(case.images, log) as gate:
-            recover(case, gate.before("names"))
+            recover(case, before=gate.before("names"))
         assert log.fault is not None
         told = recover(case)
         found = oracle.judge(case, first)

@@ -299,6 +299,13 @@ def qmpmerge(case: Case, *words: str, before: Sequence[str] = ()) -> "subprocess
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(case))
 
 
+def recover(case: Case, *, before: Sequence[str] = ()) -> Played:
+    """`qmpmerge recover` on the folder of the images; what it says is no verdict on a merge."""
+    told = Played(Story(offline=True), "qmpmerge")
+    ended(qmpmerge(case, "recover", str(case.images), before=before), told)
+    return told
+
+
 def environment(case: Case) -> dict[str, str]:
     """Temporary files beside the images and not among them."""
     temporary = case.folder / "tmp"
