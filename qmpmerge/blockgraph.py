@@ -122,7 +122,8 @@ class Layout:
 
     def find(self, name: str | None, target: str) -> Disk:
         """
-        The disk that a user means; without a name the only one with a backing chain, or the only one at all.
+        The disk that a user means; without a name the only one with a backing chain, or the only one at all, of those
+        that anybody uses.
 
         Raises NoSuchDisk, DiskNeeded, NoDisk.
         """
@@ -133,7 +134,8 @@ class Layout:
                     if role(disk, name):
                         return disk
             raise NoSuchDisk(disk=name, target=target, known=[disk.name for disk in filled])
-        choices = [disk for disk in filled if disk.is_chain] or filled
+        used = [disk for disk in filled if disk.root in self.held] or filled  # nodes left over look like disks too
+        choices = [disk for disk in used if disk.is_chain] or used
         if not choices:
             raise NoDisk(target=target)
         if len(choices) > 1:
