@@ -265,6 +265,12 @@ async def steer(monitor: Monitor, job_id: str, verb: str, speed: int = 0) -> Job
     return await look(monitor, job_id)
 
 
+async def ended(monitor: Monitor, job_id: str, deadline: float | None) -> None:
+    """Wait until a job that is ending has ended. Raises StillRunning at `deadline` (`time.monotonic` seconds)."""
+    async with monitor.listening() as doorbell:
+        await follow(monitor, doorbell, job_id, ("concluded",), tell=lambda job: None, deadline=deadline)
+
+
 async def _wait_for_end(monitor: Monitor, job_id: str) -> None:
     async with monitor.listening() as doorbell:
         deadline = time.monotonic() + END_SECONDS

@@ -265,13 +265,14 @@ async def _found(
 ) -> Begun:
     """The merge that the job carries out, or has carried out."""
     for _ in range(LOOKS):
-        job = await _job_to_follow(host, job_id, ready_for)
+        job = await _job_to_follow(host, job_id, ready_for, patience)
         if job.status == "concluded":
             return await _read_concluded(host, job, stack, patience)
         view = await host.chain(job.disk)
         planned = adopting.plan_of(view, job)
         if planned is not None:
             break
+        await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)  # it is on its way to another state
     else:
         raise JobVerb(job=job_id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
     lock = stack.enter_context(locks.held(adopting.place(planned)))
@@ -286,10 +287,15 @@ def _silently(progress: Progress) -> None:
     """Nobody has said yet to whom it is reported."""
 
 
-async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None) -> Job:
+async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None, patience: Patience) -> Job:
     job = await _look(host, job_id)
+    if job.status == "aborting":  # it holds no nodes any more, so whose it was cannot be told before it has ended
+        await jobs.ended(host.monitor, job_id, patience.deadline)
+        job = await _look(host, job_id)
     for _ in range(LOOKS):
-        if job.status != "standby" or ready_for is None:
+        in_standby = job.status == "standby" and ready_for is not None
+        has_just_ended = job.disk is None and job.status != "concluded"  # QEMU told of it, and then of no nodes of it
+        if not (in_standby or has_just_ended):
             break
         await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)
         job = await _look(host, job_id)

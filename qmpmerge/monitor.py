@@ -21,6 +21,7 @@ from typing import Any
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import ConnectError
+from qemu.qmp.qmp_client import NegotiationError
 
 from qmpmerge.errors import (
     CannotConnect,
@@ -42,6 +43,11 @@ Trace = Callable[[str, str], None]
 """Told of the traffic: direction (``->`` sent, ``<-`` received, ``<!`` event) and the text."""
 
 GREETING_SECONDS = 5.0
+TRIES = 3
+"""
+How often a session is begun. Who comes right after somebody else can be given what was meant for that one: QEMU 7.2 sent an
+event before the reply, once in some hundred times.
+"""
 COMMAND_SECONDS = 60.0
 WAKING_EVENTS = {
     "JOB_STATUS_CHANGE",
@@ -182,8 +188,19 @@ async def connected(
 async def connect(address: Address, *, timeout: float = GREETING_SECONDS, trace: Trace | None = None) -> Monitor:
     """The same without a block: whoever connects closes the session."""
     name = address if isinstance(address, str) else f"tcp:{address[0]}:{address[1]}"
-    connection = await _connect(address, name, timeout)
-    return await _begun(connection, name, _peer_pid(connection), timeout, trace)
+    tries = 0
+    while True:
+        connection = await _connect(address, name, timeout)
+        try:
+            return await _begun(connection, name, _peer_pid(connection), timeout, trace)
+        except _Overtaken:
+            tries += 1
+            if tries == TRIES:
+                raise NotQmp(address=name, got="an answer, but not to what was asked") from None
+
+
+class _Overtaken(Exception):
+    """Something else came before the reply to the very first command."""
 
 
 @contextlib.asynccontextmanager
@@ -192,7 +209,10 @@ async def opened(
 ) -> AsyncIterator[Monitor]:
     """The same on a connection that is there already, to the process `pid` that we started ourselves."""
     connection.setblocking(False)
-    session = await _begun(connection, name, pid, COMMAND_SECONDS, trace)
+    try:
+        session = await _begun(connection, name, pid, COMMAND_SECONDS, trace)
+    except _Overtaken:
+        raise NotQmp(address=name, got="an answer, but not to what was asked") from None
     try:
         yield session
     finally:
@@ -315,6 +335,8 @@ async def _greet(client: QMPClient, connection: socket.socket, name: str, pid: i
         why = f"QEMU (pid {pid}) is stopped" if stopped else "another client holds it, or it is no QMP monitor"
         raise MonitorSilent(address=name, seconds=timeout, holder=why, stopped=stopped) from None
     except ConnectError as error:
+        if isinstance(error.exc, NegotiationError):
+            raise _Overtaken from None
         raise NotQmp(address=name, got=_what_came(error)) from None
     finally:
         if client.runstate.name == "IDLE":
