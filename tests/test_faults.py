@@ -283,8 +283,7 @@ async def test_a_guest_may_be_stopped_go_on_and_be_reset_meanwhile(setup: Setup,
     async with begun(setup.machine.target, top) as merge:
         for command in ("stop", "cont", "system_reset", "system_powerdown"):
             ask(command)
-        if top == "[3]":
-            ask("block-job-set-speed", device=JOB, speed=0)
+        setup.machine.session.ask("block-job-set-speed", device=JOB, speed=0)  # an active one may have ended already
         outcome = await merge
     assert outcome.verdict in ("merged", "pivoted")
     assert ask("query-status")["running"]
