@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from qmpmerge import guard
+from qmpmerge import guard, shield
 from qmpmerge.errors import CommandError, NoReply, PauseUnproven, SessionLost
 from qmpmerge.monitor import Monitor
 
@@ -133,7 +133,8 @@ async def paused(monitor: Monitor, guarded: Guard | None) -> AsyncIterator[Pause
         await monitor.execute("stop")
         yield pause
     finally:
-        await _resume(monitor, guarded)
+        # A signal that comes now waits: between the move and its proof nobody may leave, nor with a guest that stands still.
+        await shield.finished(_resume(monitor, guarded))
         pause.milliseconds = (time.monotonic() - began) * 1000
 
 
