@@ -172,3 +172,31 @@ async def test_a_session_that_ends_in_the_pause_is_taken_over(vm: Machine) -> No
         assert guarded is not None
         guarded.reap()
     assert becomes(vm, "running")
+
+
+async def test_a_cancellation_that_comes_as_the_guest_is_let_run_again_is_taken_back(vm: Machine) -> None:
+    """The block is over by then: what it did is proved before anybody leaves."""
+    came_to_the_end = False
+
+    async def work() -> None:
+        nonlocal came_to_the_end
+        async with qmpmerge.live(vm.target) as host:
+            execute = host.monitor.execute
+
+            async def interrupted(command: str, **arguments: object) -> object:
+                if command == "cont":
+                    task.cancel()
+                return await execute(command, **arguments)  # type: ignore[arg-type]
+
+            host.monitor.execute = interrupted  # type: ignore[method-assign]
+            guarded = Guard.start(host.monitor)
+            async with pausing.paused(host.monitor, guarded):
+                assert status(vm) == "paused"
+            came_to_the_end = True
+            assert guarded is not None
+            guarded.reap()
+
+    task = asyncio.ensure_future(work())
+    await task
+    assert came_to_the_end
+    assert status(vm) == "running"
