@@ -29,6 +29,8 @@ FOLDER = "qmpmerge-"
 SECONDS = 60.0
 GREETING_SECONDS = 1.0
 TRIES = 100
+UNSEEN = 20
+"""How often a server may be running, and be gone when it is looked for: several merges of one QEMU end at once."""
 
 # docs/interop/nbd.txt of QEMU, and the NBD project's doc/proto.md
 _MAGIC = b"NBDMAGICIHAVEOPT"
@@ -166,12 +168,20 @@ async def _started(monitor: Monitor, path: str) -> tuple[Address, bool]:
     The server of another qmpmerge will be gone in a moment; one that a killed qmpmerge left, which its folder's name
     tells, or that we left ourselves when our session was lost, with its folder, is stopped.
     """
+    unseen = 0
     for _ in range(TRIES):
         try:
             await monitor.execute("nbd-server-start", addr={"type": "unix", "data": {"path": path}}, max_connections=1)
             return path, True
         except CommandError as error:
-            address = await _running_server(monitor, error.description)
+            reason = error.description
+        address = await _running_server(monitor)
+        if address is None:  # it has been stopped since, or cannot be seen from here
+            unseen += 1
+            if unseen == UNSEEN:
+                raise FlushUnavailable(reason=f"{reason}, and it cannot be reached from here")
+            await asyncio.sleep(GREETING_SECONDS / 100)
+            continue
         owner = _owner(address)
         if owner is None:
             return address, False
@@ -191,33 +201,44 @@ def _owner(address: Address) -> int | None:
     return int(match[1]) if match else None
 
 
-async def _running_server(monitor: Monitor, reason: str) -> Address:
-    """The NBD server's address is not told, so the sockets on which the process listens are tried."""
+async def _running_server(monitor: Monitor) -> Address | None:
+    """The NBD server's address is not told, so the sockets on which the process listens are tried; None if none is one."""
     from qmpmerge import processes  # only here psutil is needed
 
     for socket in processes.listening(monitor.pid) if monitor.pid is not None else ():
         host, _, port = socket.removeprefix("tcp:").rpartition(":")
         address: Address = (host.strip("[]"), int(port)) if socket.startswith("tcp:") else socket
-        if _owner(address) is not None and not os.path.exists(socket):
-            return address
+        if _owner(address) is not None:
+            return address  # one client is all that a server of ours lets in, so it is not tried
         with contextlib.suppress(OSError, EOFError, TimeoutError):
             async with asyncio.timeout(GREETING_SECONDS):
                 await _greet(address)
                 return address
-    raise FlushUnavailable(reason=f"{reason}, and it cannot be reached from here")
+    return None
 
 
 @contextlib.contextmanager
 def _private_folder(pid: int | None) -> Iterator[str]:
-    import tempfile  # 8 ms, and most commands need no folder
-
-    with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-") as folder:
+    """For QEMU's socket. Made here since `tempfile` takes 8 ms to import. Raises FlushUnavailable."""
+    folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"{FOLDER}{os.getpid()}-{os.urandom(8).hex()}")  # noqa: S108
+    try:
+        os.mkdir(folder, 0o700)
+    except OSError as error:
+        raise FlushUnavailable(
+            reason=f"no folder can be made for its socket: {folder}: {error.strerror or error}"
+        ) from None
+    try:
         if os.geteuid() == 0 and pid is not None:
             # QEMU makes the socket and may have dropped its privileges.
             with contextlib.suppress(OSError):
                 owner = os.stat(f"/proc/{pid}")
                 os.chown(folder, owner.st_uid, owner.st_gid)
         yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder):
+                os.unlink(os.path.join(folder, name))
+            os.rmdir(folder)
 
 
 async def _greet(address: Address) -> None:

@@ -210,6 +210,27 @@ async def test_a_server_that_a_killed_qmpmerge_left_is_stopped(setup: Setup, tmp
     assert "not running" in setup.machine.session.ask("nbd-server-stop")["error"]["desc"]
 
 
+async def test_a_server_that_is_gone_when_it_is_looked_for(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another merge of the same QEMU has just ended its flush."""
+    session = setup.machine.session
+    address = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    session.execute("nbd-server-start", addr=address)
+    looks = 0
+
+    def listening(pid: int) -> list[str]:
+        nonlocal looks
+        looks += 1
+        session.execute("nbd-server-stop")
+        return []
+
+    monkeypatch.setattr(processes, "listening", listening)
+    async with qmpmerge.live(setup.machine.target) as host:
+        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+    assert looks == 1
+
+
 # --- errors of the job ------------------------------------------------------------------------------------------------
 
 
