@@ -10,7 +10,6 @@ import json
 import os
 import stat
 import subprocess
-import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +180,8 @@ def _both(chain: Sequence[Image], other: Sequence[Image]) -> tuple[dict[str, obj
 def _source(node: dict[str, object], within: Extent | None = None) -> str:
     if within is not None:
         # The node in between looks through a whole chain for what is allocated where; `raw` by itself asks the top only.
-        whole = {"driver": "quorum", "vote-threshold": 1, "children": [node]}
+        # "fifo": it hands on what its only child says, while a vote, even of one, takes four times as long.
+        whole = {"driver": "quorum", "read-pattern": "fifo", "vote-threshold": 1, "children": [node]}
         node = {"driver": "raw", "offset": within.start, "size": within.length, "file": whole}
     return f"json:{json.dumps(node)}"
 
@@ -213,6 +213,8 @@ def _plain_file(path: str) -> dict[str, object]:
 
 def _nbd(uri: str) -> dict[str, object]:
     """``nbd://HOST:PORT/NAME`` and ``nbd+unix:///NAME?socket=PATH``, as QEMU spells them."""
+    import urllib.parse  # 3 ms, and only such images need it
+
     parts = urllib.parse.urlsplit(uri)
     path = urllib.parse.parse_qs(parts.query).get("socket")
     inet: dict[str, object] = {"type": "inet", "host": parts.hostname or "", "port": str(parts.port or 10809)}
