@@ -29,9 +29,10 @@ async def read(chain: Chain) -> tuple[Header | None, ...]:
     The header of every image of the chain, base first; None for an image without a path, or one we cannot read.
 
     One `qemu-img info --backing-chain` reads them all, but only where our own look at the headers has shown that it will
-    open nothing else and guess no format: it opens whatever they name. Else each image is read alone. Raises ToolMissing.
+    open nothing else and guess no format: it opens whatever they name. Else, and where a raw image is all there is, each
+    image is read alone. Raises ToolMissing.
     """
-    if _names_are_harmless(chain):
+    if chain.active.format != "raw" and _names_are_harmless(chain):
         try:
             found = await qemuimg.chain_info(chain.active.file, chain.active.format)
         except ImageUnreadable:

@@ -3,7 +3,6 @@ A host: where the disks are. The doors to it are in `doors`; everything above ta
 of them was used.
 """
 
-import contextlib
 import json
 import os
 import shlex
@@ -107,11 +106,8 @@ class Host:
     async def close(self, nodes: Sequence[str]) -> None:
         """Close nodes, top down, that nobody uses any more; those that QEMU has named go by themselves."""
         named = [node for node in nodes if not node.startswith("#")]
-        present = (await self.layout()).nodes if named else {}
-        for node in named:
-            if node in present:
-                with contextlib.suppress(CommandError):  # gone with its parent, or in use by somebody else
-                    await self.monitor.execute("blockdev-del", node_name=node)
+        # All are sent before the first is answered. One that went with its parent, or that is in use, is an error to QEMU.
+        await self.monitor.execute_all([("blockdev-del", {"node_name": node}) for node in named])
 
     def _locate(self, name: str) -> tuple[str, Inode | None]:
         """A file name of QEMU's as an absolute path with its inode, or as it is where it is no path."""

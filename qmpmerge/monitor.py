@@ -16,7 +16,7 @@ import pwd
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
@@ -101,8 +101,8 @@ class Monitor:
         """
         sent = {key if command in _OLD else key.replace("_", "-"): value for key, value in arguments.items()}
         shown = {**sent, "data": "(not shown)"} if command == "object-add" else sent
-        self._tell("->", {"execute": command, "arguments": shown} if sent else {"execute": command})
         _refuse_broken_text(command, sent)
+        self._tell("->", {"execute": command, "arguments": shown} if sent else {"execute": command})
         try:
             async with asyncio.timeout(timeout):
                 value = await self._client.execute(command, sent or None)
@@ -115,6 +115,19 @@ class Monitor:
             raise SessionLost(target=self.name, command=command, reason=_reason(error)) from None
         self._tell("<-", {"return": value})
         return value
+
+    async def execute_all(self, commands: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Any]:
+        """
+        Send commands one after the other without waiting in between; QEMU runs them in their order.
+
+        Returns the value or the CommandError of each. Raises SessionLost and NoReply as `execute` does.
+        """
+        sent = (self.execute(command, **arguments) for command, arguments in commands)
+        told = await asyncio.gather(*sent, return_exceptions=True)
+        for value in told:
+            if isinstance(value, BaseException) and not isinstance(value, CommandError):
+                raise value
+        return told
 
     def _tell(self, direction: str, message: object) -> None:
         if self._trace is not None:  # a long chain is a megabyte to write out

@@ -9,6 +9,7 @@ run is left as it is, and a guest that somebody stops later is not ours to resum
 import asyncio
 import contextlib
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ class Guard:
     def __init__(self, process: "subprocess.Popen[bytes]", control: socket.socket) -> None:
         self._process = process
         self._control = control
+        self._is_used = False
 
     @classmethod
     def start(cls, monitor: Monitor, limit: float = LIMIT_SECONDS) -> "Guard | None":
@@ -75,6 +77,7 @@ class Guard:
 
     def say(self, word: bytes) -> None:
         """Tell it that the guest is about to be stopped, or runs again; a guard that is gone cannot be told."""
+        self._is_used = True
         with contextlib.suppress(OSError):
             self._control.send(word)
 
@@ -106,8 +109,14 @@ class Guard:
         self._control.close()
 
     def reap(self) -> None:
-        """Wait for its end, so that no zombie is left of it."""
+        """Wait for its end, so that no zombie is left of it. One that was not needed may still be starting."""
         self.end()
+        if not self._is_used:
+            self._process.kill()
+        with contextlib.suppress(OSError), os.fdopen(os.pidfd_open(self._process.pid)) as descriptor:
+            watch = select.poll()  # which returns at once, while `wait` looks every few milliseconds
+            watch.register(descriptor, select.POLLIN)
+            watch.poll(START_SECONDS * 1000)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(START_SECONDS)
 
@@ -148,6 +157,7 @@ async def _resume(monitor: Monitor, guarded: Guard) -> None:
         raise PauseUnproven(target=monitor.name, reason=str(error)) from None
     else:
         guarded.say(guard.DISARMED)
+        guarded.end()
 
 
 async def _is_running(monitor: Monitor) -> bool | None:

@@ -109,7 +109,9 @@ async def _is_clean(merge: Merge) -> bool:
 
 
 async def _is_exported(merge: Merge) -> bool:
-    """Whether somebody can write past the guest."""
+    """Whether somebody can write past the guest; what we have opened ourselves we have not exported."""
+    if not merge.host.is_live:
+        return False
     try:
         return bool(await merge.host.monitor.execute("query-block-exports"))
     except CommandError:
@@ -118,6 +120,8 @@ async def _is_exported(merge: Merge) -> bool:
 
 async def _has_moved(merge: Merge, job: Job | None) -> bool | None:
     """As the graph tells it; a disk that nobody uses has no device to look at, and nobody who could write."""
+    if not merge.host.is_live:
+        return job is not None and job.error is None
     layout = await merge.host.layout()
     moved = evidence.has_moved(layout, merge.disk.drive or merge.disk.qdev, merge.plan)
     is_used = bool(merge.disk.drive or merge.disk.qdev or layout.exported)

@@ -380,16 +380,17 @@ class User:
         return f"VM {self.vm.name} ({self.name}, pid {self.pid})"
 
 
-def users(files: Sequence[str]) -> tuple[User, ...]:
+def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:
     """
-    All processes but ours that have one of the files open, as far as we may see; a VM with ``locking=off`` too.
+    All processes but ours, and those `excluding`, that have one of the files open, as far as we may see; a VM with
+    ``locking=off`` too.
 
     Looked at are the descriptors of all processes, so hard links and other names do not hide anybody.
     """
     wanted = {inode: file for file in files if (inode := _inode(file)) is not None}
     found: dict[tuple[int, str], User] = {}
     for pid in pids():
-        if pid == os.getpid():
+        if pid == os.getpid() or pid in excluding:
             continue
         for inode in (open_files(pid) or set()) & set(wanted):
             found[pid, wanted[inode]] = User(wanted[inode], pid, _comm(pid), vm_of(pid))

@@ -9,16 +9,17 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
 from qmpmerge import monitor
 from qmpmerge.errors import SessionLost, ToolMissing
 from qmpmerge.monitor import Monitor, Trace
 
+DAEMON = "qemu-storage-daemon"
 END_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1
 
@@ -30,50 +31,67 @@ async def running(*, trace: Trace | None = None) -> AsyncIterator[Monitor]:
 
     Raises ToolMissing.
     """
+    async with started() as daemon, daemon.session(trace=trace) as session:
+        yield session
+
+
+@contextlib.asynccontextmanager
+async def started() -> AsyncIterator["Daemon"]:
+    """The same before it can be spoken to: there are some milliseconds for other work while it starts."""
     ours, theirs = socket.socketpair()
-    with theirs:
+    with ours, theirs:
+        process = _start(theirs.fileno())
+        theirs.close()
         try:
-            process = _start(theirs)
-        except BaseException:
-            ours.close()
-            raise
-    try:
-        async with monitor.opened(ours, name="qemu-storage-daemon", pid=process.pid, trace=trace) as session:
+            yield Daemon(process.pid, ours)
+        finally:
+            await _end(process)
+
+
+@dataclass
+class Daemon:
+    """A daemon that has been started, and our end of the connection to it."""
+
+    pid: int
+    connection: socket.socket
+
+    @contextlib.asynccontextmanager
+    async def session(self, *, trace: Trace | None = None) -> AsyncIterator[Monitor]:
+        """The session, once it answers."""
+        async with monitor.opened(self.connection, name=DAEMON, pid=self.pid, trace=trace) as session:
             yield session
             with contextlib.suppress(SessionLost):  # it closes the session as it goes
                 await session.execute("quit")
-    finally:
-        await _end(process)
 
 
-def _start(connection: socket.socket) -> "subprocess.Popen[bytes]":
+def _start(descriptor: int) -> "subprocess.Popen[bytes]":
     libc = ctypes.CDLL(None, use_errno=True)
 
     def die_with_us() -> None:
         # A daemon that hangs would not hear SIGTERM, and SIGKILL leaves the chain as right as it was.
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    return subprocess.Popen(  # a session of its own: Ctrl-C is for us
-        _command(connection.fileno()),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[connection.fileno()],
-        start_new_session=True,
-        preexec_fn=die_with_us,
-    )
+    for command in _commands(descriptor):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            return subprocess.Popen(  # a session of its own: Ctrl-C is for us
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[descriptor],
+                start_new_session=True,
+                preexec_fn=die_with_us,
+            )
+    raise ToolMissing(program=DAEMON, package="qemu-system-common")
 
 
-def _command(descriptor: int) -> list[str]:
+def _commands(descriptor: int) -> Iterator[list[str]]:
+    """What does, best first."""
     chardev = f"socket,id=m,fd={descriptor},server=off"
-    daemon = shutil.which("qemu-storage-daemon")
-    if daemon is not None:
-        return [daemon, "--chardev", chardev, "--monitor", "m"]
-    system = shutil.which(f"qemu-system-{os.uname().machine}") or shutil.which("qemu-system-x86_64")
-    if system is None:
-        raise ToolMissing(program="qemu-storage-daemon", package="qemu-system-common")
+    yield [DAEMON, "--chardev", chardev, "--monitor", "m"]
     machine = ["-M", "none", "-S", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
-    return [system, *machine, "-chardev", chardev, "-mon", "m,mode=control"]
+    for system in dict.fromkeys((f"qemu-system-{os.uname().machine}", "qemu-system-x86_64")):
+        yield [system, *machine, "-chardev", chardev, "-mon", "m,mode=control"]
 
 
 async def _end(process: "subprocess.Popen[bytes]") -> None:

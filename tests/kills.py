@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import psutil
@@ -47,14 +47,15 @@ class Killer:
         self._moment, _, delay = moment.partition(" +")
         self._milliseconds = float(delay or 0)
         self._seen: Counter[str] = Counter()
-        self._command = ""
+        self._unanswered: deque[str] = deque()
 
     def trace(self, _output: JsonOutput, direction: str, text: str) -> None:
         """Stands in for the renderer's."""
         if direction == "->":
-            self._command = json.loads(text)["execute"]
-        if direction in ("->", "<-"):
-            self._come(f"{direction} {self._command}")
+            self._unanswered.append(json.loads(text)["execute"])
+            self._come(f"-> {self._unanswered[-1]}")
+        elif direction == "<-":
+            self._come(f"<- {self._unanswered.popleft()}")
 
     def progress(self, _output: JsonOutput, told: Progress) -> None:
         """Stands in for the renderer's. What counts is a part of the data copied, and a part not."""

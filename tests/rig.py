@@ -50,6 +50,12 @@ class Session:
                 return reply
             self.events.append(reply)
 
+    def event(self) -> Any:
+        """The next event, waited for."""
+        if not self.events:
+            self.events.append(json.loads(self._stream.readline()))
+        return self.events.pop(0)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what was on its way to a machine that has been killed
             self._stream.close()

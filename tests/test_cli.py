@@ -455,3 +455,21 @@ print(json.dumps([name for name in ("asyncio", "qemu.qmp", "rich", "psutil") if 
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == []
+
+
+def test_a_command_loads_neither_openssl_nor_psutil(images: list[Path]) -> None:
+    """They take longer to load than a short command to run; who wants TLS beside us still gets it."""
+    program = f"""
+import json, os, sys
+os._exit = lambda code: None
+sys.argv = ["qmpmerge", "chain", {str(images[3])!r}, "--json"]
+from qmpmerge.cli import main
+main()
+print(json.dumps([name for name in ("ssl", "_ssl", "psutil") if name in sys.modules]))
+import ssl
+print(bool(ssl.create_default_context().cert_store_stats()))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    shown, loaded, has_tls = run.stdout.splitlines()
+    assert json.loads(shown)["schema"] == 1
+    assert (json.loads(loaded), has_tls) == ([], "True")

@@ -34,9 +34,9 @@ async def in_use(question: Question) -> AsyncIterator[Refused]:
     pid = question.pid
     if pid is None or not question.host.is_live:
         return
-    users = processes.users([image.file for image in question.touched if image.has_path])
-    for file in dict.fromkeys(user.file for user in users if user.pid != pid):
-        holders = [user for user in users if user.file == file and user.pid != pid]
+    users = processes.users([image.file for image in question.touched if image.has_path], excluding=[pid])
+    for file in dict.fromkeys(user.file for user in users):
+        holders = [user for user in users if user.file == file]
         yield InUse(file=file, holders=[_told(user) for user in holders], command=_instead(holders))
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     """Run `work`, which returns its verdict, and return the exit code; every Error is rendered."""
-    import asyncio  # 60 ms that `--version` and `--help` need not wait for
+    import_asyncio()  # `--version` and `--help` need not wait for it
+    import asyncio
 
     output = options.output()
     code = 1
@@ -41,6 +43,24 @@ def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
         # Whoever read our output has gone; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def import_asyncio() -> None:
+    """
+    Import asyncio as where Python was built without TLS, which no monitor speaks: loading OpenSSL takes a tenth of the time of
+    a short command.
+    """
+    if "asyncio" in sys.modules or "ssl" in sys.modules:
+        return
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # which makes its import fail
+    import asyncio  # noqa: F401
+
+    stand_in = ModuleType("ssl")
+    stand_in.SSLContext = object  # type: ignore[attr-defined]  # all that qemu.qmp wants of it is the type of an argument
+    sys.modules["ssl"] = stand_in
+    import qmpmerge.monitor  # noqa: F401
+
+    del sys.modules["ssl"]
 
 
 async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Output", patience: Patience) -> str:

@@ -77,13 +77,14 @@ async def offline(
     Raises InUse, NeedsSecret, what `diskwalk.walk` raises, ToolMissing.
     """
     image = os.fspath(image)
-    layers = diskwalk.walk(image, allow=allow)
-    users = processes.users([layer.file for layer in layers])
-    if write:
-        _refuse_used(layers, users)
-    async with storagedaemon.running(trace=trace) as session:
-        opened = await _open(session, layers, write=write, secret=secret)
-        yield OfflineHost(session, image, users, opened)
+    async with storagedaemon.started() as daemon:
+        layers = diskwalk.walk(image, allow=allow)
+        users = processes.users([layer.file for layer in layers])
+        if write:
+            _refuse_used(layers, users)
+        async with daemon.session(trace=trace) as session:
+            opened = await _open(session, layers, write=write, secret=secret)
+            yield OfflineHost(session, image, users, opened)
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:

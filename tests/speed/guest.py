@@ -118,7 +118,7 @@ class Direct:
             elif job["status"] == "concluded":
                 break
             else:
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.01)
         await self.guest.qmp("job-dismiss", id="bare")
 
 

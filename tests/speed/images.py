@@ -48,6 +48,14 @@ class DataChain:
             _copy_sparse(_kept(image), image)
         os.sync()
 
+    def sync(self) -> None:
+        """See that all that was merged is on the disk, and the names; ours gives the active image another one."""
+        active = [self.active] if self.active.exists() else []
+        for place in (self.base, *active, self.base.parent):
+            descriptor = os.open(place, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
 
 def data_chain(folder: Path, layers: int, megabytes: int, *, size: int = SIZE) -> DataChain:
     """Make one; `layers` are those that hold data."""

@@ -4,7 +4,6 @@ Images that nobody holds: qmpmerge against `qemu-img commit`, and `qemu-img reba
 Durable at the end on both sides: the clock stops when all images are synced.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def measure(figures: Figures, folder: Path, runs: int, sizes: list[int]) -> None
                     chain.put_back()
                     begun = time.perf_counter()
                     _merge(chain, who, whole=whole)
-                    _sync(chain)
+                    chain.sync()
                     figures.add("offline merge", name, who, (time.perf_counter() - begun) * 1000)
             for image in chain.images:
                 remove(image)
@@ -39,11 +38,3 @@ def _merge(chain: DataChain, who: str, *, whole: bool) -> None:
     timed("qemu-img", "commit", "-q", "-b", chain.base, chain.active if whole else chain.top)
     if not whole:
         timed("qemu-img", "rebase", "-u", "-b", chain.base.name, "-F", "raw", chain.active)
-
-
-def _sync(chain: DataChain) -> None:
-    active = [chain.active] if chain.active.exists() else []  # ours has given it another name
-    for place in (chain.base, *active, chain.base.parent):
-        descriptor = os.open(place, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -72,22 +72,20 @@ def bare(session: Session, base: Path, top: Path, *, active: bool) -> float:
     """
     Merge by the shortest QMP conversation that does it, safe or not; returns its milliseconds.
 
-    It runs in a session that is there already, and looks at the job every millisecond.
+    It runs in a session that is there already, and waits for events: asked every millisecond QEMU takes half as long again.
     """
     nodes = {"top_node": node_of(session, top), "base_node": node_of(session, base)}
     extra = {} if active else {"backing_file": str(base)}
+    session.events.clear()
     begun = time.perf_counter()
     session.execute("block-commit", job_id="bare", device="vda", auto_dismiss=False, **nodes, **extra)
-    completing = False
-    while True:
-        (job,) = session.execute("query-jobs")
-        if job["status"] == "ready" and not completing:
-            session.execute("job-complete", id="bare")
-            completing = True
-        elif job["status"] == "concluded":
-            break
-        else:
-            time.sleep(0.001)
+    status = ""
+    while status != "concluded":
+        event = session.event()
+        if event["event"] == "JOB_STATUS_CHANGE":
+            status = event["data"]["status"]
+            if status == "ready":
+                session.execute("job-complete", id="bare")
     session.execute("job-dismiss", id="bare")
     return (time.perf_counter() - begun) * 1000
 
