@@ -1,8 +1,35 @@
-"""What holds for the whole run."""
+"""What holds for the whole run, and the disk that most tests begin with; a module that wants another one defines its own."""
 
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rig import Content, fill, make_chain
+from setups import Setup, drive
 
 # Whoever runs the tests in the background or without a terminal may have them ignore these, and so would every command that
 # the tests start, which heeds that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """``base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2``."""
+    return make_chain(tmp_path)
+
+
+@pytest.fixture
+def content(images: list[Path]) -> Content:
+    """Data in each of them, and what the disk shows."""
+    content = Content()
+    fill(images, content)
+    return content
+
+
+@pytest.fixture
+def setup(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Setup]:
+    """That chain as a -drive disk of a QEMU that stands still."""
+    with drive(tmp_path, images, content) as setup:
+        yield setup

@@ -3,12 +3,11 @@ What an earlier qmpmerge has begun: taken over, read, proved, or told; and the n
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import Content, fill, make_chain
-from setups import KINDS, Setup, drive
+from rig import Content
+from setups import KINDS, Setup
 
 import qmpmerge
 from qmpmerge import locks
@@ -16,24 +15,6 @@ from qmpmerge.errors import Busy, JobFailed, NoSuchLayer, StillRunning
 from qmpmerge.jobs import Progress
 
 JOB = "qmpmerge-commit-vda"
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    return make_chain(tmp_path)
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
-
-
-@pytest.fixture
-def setup(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Setup]:
-    with drive(tmp_path, images, content) as setup:
-        yield setup
 
 
 async def leave(setup: Setup, top: str) -> None:

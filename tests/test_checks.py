@@ -20,7 +20,7 @@ import pytest
 import test_guest_story  # noqa: F401 - its harm
 import test_merge  # noqa: F401 - its harms
 from harms import HARMS, harm
-from rig import MIB, SIZE, Content, Machine, fill, machine, make_chain, run
+from rig import MIB, SIZE, Content, Machine, machine, make_chain, run
 from setups import BACKEND, blockdev, device, drive, nodes
 from test_cli import qmpmerge as command
 from test_headers import may_trace
@@ -60,13 +60,6 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may do this
 def images(tmp_path: Path) -> list[Path]:
     (tmp_path / "vm").mkdir()
     return make_chain(tmp_path / "vm")
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import Content, fill, machine, make_chain
-from setups import Setup, device, drive
+from rig import Content, machine, make_chain
+from setups import Setup, device
 from test_merge import injecting
 
 from qmpmerge.errors import EXIT_CODES
@@ -59,24 +59,6 @@ class Begun:
     def end(self) -> Run:
         out, err = self.process.communicate(timeout=60)
         return Run(self.process.returncode, out.decode(), err.decode())
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    return make_chain(tmp_path)
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
-
-
-@pytest.fixture
-def setup(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Setup]:
-    with drive(tmp_path, images, content) as setup:
-        yield setup
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from rig import Content, fill, make_chain, run
+from rig import Content, make_chain, run
 from setups import drive
 from test_cli import qmpmerge as command
 from test_qcow2 import raw_header
@@ -20,13 +20,6 @@ from qmpmerge.errors import Dependents
 def images(tmp_path: Path) -> list[Path]:
     (tmp_path / "vm").mkdir()
     return make_chain(tmp_path / "vm")
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
 
 
 def sibling(path: Path, backing: Path | str, form: str = "qcow2") -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import Content, fill, make_chain, run
+from rig import Content, run
 from setups import KINDS, Setup, drive, nbd_server
 from test_merge import header
 
@@ -16,18 +16,6 @@ import qmpmerge
 from qmpmerge import files, qemuimg, witness
 from qmpmerge.errors import NoSuchStash, NotVerified, NotWitnessed, OptionsConflict
 from qmpmerge.outcome import Outcome
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    return make_chain(tmp_path)
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
 
 
 @pytest.fixture

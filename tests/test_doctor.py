@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import MIB, Content, Machine, machine, make_chain, run
+from rig import MIB, Content, Machine, machine, run
 from setups import KINDS, blockdev, device, drive, nodes
 from test_merge import digests, injecting
 
@@ -27,11 +27,6 @@ from qmpmerge.witness import Witness
 
 DEAD = 2**22 + 1
 """No process has this pid: it is past what the kernel gives."""
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    return make_chain(tmp_path)
 
 
 @pytest.fixture

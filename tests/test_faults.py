@@ -28,24 +28,6 @@ TOPS = pytest.mark.parametrize("top", ["[3]", "[4]"])
 OLD = "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2"
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    return make_chain(tmp_path)
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
-
-
-@pytest.fixture
-def setup(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Setup]:
-    with drive(tmp_path, images, content) as setup:
-        yield setup
-
-
 def failing(kind: str, number: int, once: bool = False) -> str:
     rule = f"inject-error.0.event=none,inject-error.0.iotype={kind},inject-error.0.errno={number}"
     return f"{rule},inject-error.0.once=on" if once else rule

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from rig import Content, Machine, fill, make_chain
+from rig import Content, Machine
 from setups import Images, Setup, drive
 from test_cli import COMMAND, JOB, Begun, qmpmerge
 from test_monitor import CLIENT, stop
@@ -23,24 +23,6 @@ from qmpmerge.errors import JobFailed, LiveOnly, NoReply, SessionLost, StillRunn
 
 FOREVER = ("--speed", "1")
 ALL_TOPS = pytest.mark.parametrize("top", ["[3]", "[4]"])
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    return make_chain(tmp_path)
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
-
-
-@pytest.fixture
-def setup(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Setup]:
-    with drive(tmp_path, images, content) as setup:
-        yield setup
 
 
 def job_now(setup: Setup) -> str | None:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -41,25 +41,6 @@ from qmpmerge.jobs import Progress
 from qmpmerge.shortage import mount_point
 
 JOB = "qmpmerge-commit-vda"
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    return make_chain(tmp_path)
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
-
-
-@pytest.fixture
-def setup(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Setup]:
-    """A -drive disk with a chain of four and data in each."""
-    with drive(tmp_path, images, content) as setup:
-        yield setup
 
 
 def injecting(images: list[Path], name: str, error: str) -> list[str]:

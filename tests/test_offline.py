@@ -58,13 +58,6 @@ def images(folder: Path) -> list[Path]:
     return make_chain(folder)
 
 
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
-
-
 async def merged(image: Path | str, *, allow: Sequence[str] = (), secret: str | None = None, **rest: Any) -> Outcome:
     """The merged files keep their names: what becomes of them is test_disposal's matter."""
     async with qmpmerge.offline(image, allow=allow, secret=secret) as host:

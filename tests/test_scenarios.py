@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import MIB, Content, fill, machine, make_chain, run
+from rig import MIB, Content, machine, make_chain, run
 from setups import BACKEND, KINDS, Setup, device, filters, nodes
 from test_cli import JOB, Begun, Run, qmpmerge
 
@@ -52,13 +52,6 @@ TWO = pytest.mark.parametrize("kind", ["drive", "blockdev"])
 @pytest.fixture
 def images(tmp_path: Path) -> list[Path]:
     return make_chain(tmp_path, NAMES)
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rig import Content, fill, make_chain
+from rig import Content
 from test_cli import Begun
 from test_cli import qmpmerge as command
 
@@ -21,18 +21,6 @@ from qmpmerge import storagedaemon
 from qmpmerge.errors import SessionLost
 
 SYSTEM = "qemu-system-x86_64"
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    return make_chain(tmp_path)
-
-
-@pytest.fixture
-def content(images: list[Path]) -> Content:
-    content = Content()
-    fill(images, content)
-    return content
 
 
 @pytest.fixture(autouse=True)
