@@ -25,7 +25,7 @@ from setups import BACKEND, device, storage_daemon
 import qmpmerge
 from qmpmerge import rates
 from qmpmerge.converge import Converge, Ladder
-from qmpmerge.errors import CommandError, JobFailed
+from qmpmerge.errors import CommandError, JobFailed, StillRunning
 from qmpmerge.jobs import Job, Progress
 from qmpmerge.rates import Rates, Watch
 from qmpmerge.throttle import Throttle
@@ -260,6 +260,27 @@ async def test_a_job_that_fails_leaves_no_limit(guest: Guest) -> None:
                 await qmpmerge.commit(host, converge=Converge(tell=cancel))
     assert [limits["bps_wr"] > 0 for limits in during] == [True]
     assert guest.limits() == SIX
+
+
+async def test_who_leaves_the_job_takes_the_limit_along(guest: Guest) -> None:
+    """As after `--timeout`: nobody is there any more who would take it off later."""
+    patience = qmpmerge.Patience()
+    during: list[dict[str, Any]] = []
+
+    def leave(rung: str) -> None:
+        during.append(guest.limits())
+        patience.leave()
+        merge.cancel()
+
+    with guest.writing():
+        async with qmpmerge.live(guest.vm.target) as host:
+            work = qmpmerge.commit(host, converge=Converge(tell=leave), patience=patience)
+            merge = asyncio.ensure_future(work)
+            with pytest.raises(StillRunning):
+                await merge
+        assert [limits["bps_wr"] > 0 for limits in during] == [True]
+        assert guest.limits() == SIX
+        assert guest.ask("query-jobs")
 
 
 # --- when we are stopped ------------------------------------------------------------------------------------------
