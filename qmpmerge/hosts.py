@@ -91,7 +91,7 @@ class Host:
         found = layout.find(disk, self.target)
         assert found.chain is not None, "find() returns disks with an image only"
         written = await headers.read(found.chain)
-        odd = (*headers.oddities(found.chain, written), *_unfinished(found))
+        odd = (*headers.oddities(found.chain, written), *unfinished(found))
         return ChainView(found, headers.as_written(found.chain, written), odd, layout)
 
     async def jobs(self) -> list[Job]:
@@ -137,9 +137,10 @@ class Host:
         return processes.start_folder(self.pid) or folder
 
 
-def _unfinished(disk: Disk) -> list[Oddity]:
+def unfinished(disk: Disk) -> list[Oddity]:
     """Merges of the disk that nobody is at work on, neither one of us nor a job."""
-    assert disk.chain is not None
+    if disk.chain is None:
+        return []
     names = [
         told.chain.active.file
         for told in witness.about(disk.chain)

@@ -62,7 +62,8 @@ def disk(name: str = "vda", chain: Chain | None = CHAIN, job: Job | None = None)
 
 
 def test_disks(streams: Streams) -> None:
-    streams.output.disks([disk(job=JOB), dataclasses.replace(disk("cd0", None), qdev="")])
+    odd = Oddity("unfinished", "/vm/a.qcow2", "a merge was not finished")
+    streams.output.disks([disk(job=JOB), dataclasses.replace(disk("cd0", None), qdev="")], [odd])
     assert streams.document() == {
         "schema": 1,
         "disks": [
@@ -91,6 +92,7 @@ def test_disks(streams: Streams) -> None:
                 "job": None,
             },
         ],
+        "oddities": [{"name": "unfinished", "file": "/vm/a.qcow2", "message": "a merge was not finished"}],
     }
 
 
@@ -238,7 +240,8 @@ def test_vms(streams: Streams) -> None:
 @pytest.mark.parametrize("kind", ["disks", "jobs", "vms"])
 def test_an_empty_list_is_still_an_object(streams: Streams, kind: str) -> None:
     getattr(streams.output, kind)([])
-    assert streams.document() == {"schema": 1, kind: []}
+    also = {"oddities": []} if kind == "disks" else {}
+    assert streams.document() == {"schema": 1, kind: [], **also}
 
 
 # --- failures -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from setups import KINDS, drive
 from test_disposal import live, names
 
 import qmpmerge
-from qmpmerge import disposal, files, jobs, locks, pivot, plan, recovery, witness
+from qmpmerge import disposal, files, hosts, jobs, locks, pivot, plan, recovery, witness
 from qmpmerge.errors import (
     CannotRecover,
     Locked,
@@ -366,6 +366,7 @@ async def test_the_next_merge_puts_it_right_first(left: Left) -> None:
     header_new(left)
     async with qmpmerge.offline(left.images[3]) as host:
         assert [odd.name for odd in (await host.chain()).oddities] == ["unfinished"]
+        assert [odd.name for odd in hosts.unfinished(await host.disk())] == ["unfinished"]
         outcome = await qmpmerge.commit(host, top=str(left.images[2]))
         assert (outcome.verdict, outcome.after.files) == ("merged", [str(left.images[0]), str(left.images[3])])
         assert names(left.folder) == [*STASHED[:2], BASE, C]

@@ -102,10 +102,11 @@ def test_disks_are_a_table_with_an_image_a_line(screen: Screen) -> None:
 
 
 def test_a_column_that_nobody_fills_is_left_out(screen: Screen) -> None:
-    screen.output.disks([disk()])
+    screen.output.disks([disk()], [Oddity("unfinished", "/vm/b.qcow2", "a merge was not finished")])
     assert screen.says(
         "DISK  FORMAT  DEPTH  SIZE    ALLOCATED  ACTIVE IMAGE",
         "vda   qcow2   3      10 GiB  192 KiB    /vm/b.qcow2",
+        "odd: /vm/b.qcow2: a merge was not finished (unfinished)",
     )
 
 

@@ -135,7 +135,10 @@ def disks(target: str, options: Options) -> int:
     """
 
     async def work(host: "Host", output: "Output") -> str:
-        output.disks(await host.disks())
+        from qmpmerge.hosts import unfinished
+
+        found = await host.disks()
+        output.disks(found, [odd for disk in found for odd in unfinished(disk)])
         return "done"
 
     return run(options, on_host(target, options, work))

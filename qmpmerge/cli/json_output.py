@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
     from qmpmerge.findings import Finding
+    from qmpmerge.headers import Oddity
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import MergedFile, Outcome
@@ -36,9 +37,9 @@ class JsonOutput:
         keys = ("name", "pid", "user", "monitors", "libvirt")
         self._print({"vms": [{key: getattr(vm, key) for key in keys} for vm in found]})
 
-    def disks(self, found: "Sequence[Disk]") -> None:
+    def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
         """The disks; an empty drive has no file."""
-        self._print({"disks": [_disk(disk) for disk in found]})
+        self._print({"disks": [_disk(disk) for disk in found], "oddities": _oddities(oddities)})
 
     def chain(self, view: "ChainView") -> None:
         """The images, base first."""
@@ -56,9 +57,8 @@ class JsonOutput:
             }
             for index, image in enumerate(view.chain, 1)
         ]
-        oddities = [{"name": odd.name, "file": odd.file, "message": odd.message} for odd in view.oddities]
         job = _job(view.disk.job) if view.disk.job else None
-        self._print({"disk": view.disk.name, "images": images, "oddities": oddities, "job": job})
+        self._print({"disk": view.disk.name, "images": images, "oddities": _oddities(view.oddities), "job": job})
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
@@ -155,6 +155,10 @@ def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
 def _estimate(estimate: "Estimate") -> dict[str, object]:
     keys = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
     return {key: getattr(estimate, key) for key in keys}
+
+
+def _oddities(found: "Sequence[Oddity]") -> list[dict[str, object]]:
+    return [{"name": odd.name, "file": odd.file, "message": odd.message} for odd in found]
 
 
 def _disk(disk: "Disk") -> dict[str, object]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
     from qmpmerge.findings import Finding
+    from qmpmerge.headers import Oddity
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import Outcome
@@ -27,8 +28,8 @@ class Output(Protocol):
     def vms(self, found: "Sequence[Vm]") -> None:
         """The running QEMUs of this host."""
 
-    def disks(self, found: "Sequence[Disk]") -> None:
-        """The disks of a target."""
+    def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
+        """The disks of a target, and what about them deserves a look."""
 
     def chain(self, view: "ChainView") -> None:
         """The chain of a disk and what is odd about it."""

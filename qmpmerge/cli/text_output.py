@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qmpmerge.cleaning import Cleaned
     from qmpmerge.errors import Error
     from qmpmerge.findings import Finding
+    from qmpmerge.headers import Oddity
     from qmpmerge.hosts import ChainView
     from qmpmerge.jobs import Job, Progress
     from qmpmerge.outcome import MergedFile, Outcome
@@ -61,13 +62,14 @@ class TextOutput:
         ]
         self._table(("NAME", "PID", "USER", "", "MONITOR"), rows, "no running QEMU found")
 
-    def disks(self, found: "Sequence[Disk]") -> None:
-        """A table, one disk a line."""
+    def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
+        """A table, one disk a line; the oddities."""
         self._table(
             ("DISK", "FORMAT", "DEPTH", "SIZE", "ALLOCATED", "JOB", "ACTIVE IMAGE"),
             [_disk_row(disk) for disk in found],
             "no disks",
         )
+        self._oddities(oddities)
 
     def chain(self, view: "ChainView") -> None:
         """The drawing, the job that is on it, the table base first, the oddities."""
@@ -90,8 +92,7 @@ class TextOutput:
             of = f", {words.size(job.done)} of {words.size(job.total)}" if job.total else ""
             self._say(f"job {visible(job.id)} ({job.type}): {job.status}{of}; possible now: {', '.join(job.verbs)}")
         self._table(columns, rows, "")
-        for odd in view.oddities:
-            self._say(f"odd: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
+        self._oddities(view.oddities)
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """A line for each overlay."""
@@ -238,6 +239,10 @@ class TextOutput:
         self._bar.update(
             self._tasks[told.disk], total=told.total or None, completed=told.done, line=words.progress(told)
         )
+
+    def _oddities(self, oddities: "Sequence[Oddity]") -> None:
+        for odd in oddities:
+            self._say(f"odd: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
 
     def _say(self, line: str) -> None:
         self.close()
