@@ -174,8 +174,8 @@ def remove(outcome: qmpmerge.Outcome) -> None:
 
 
 def form(image: Path) -> str:
-    """The format, which our file names end with."""
-    return image.suffix.removeprefix(".")
+    """The format, which our file names end with, those of stashed images too."""
+    return image.name.removesuffix(".merged").rpartition(".")[2]
 
 
 @contextlib.contextmanager

@@ -29,12 +29,14 @@ SOUND, LEAKS = 0, 3
 class Judgement:
     """
     `lost` counts the 4 KiB blocks that show other data than they must, in the image that has to be right; `wrong` are
-    sentences. `stale` says that the image the machine was launched from opens and shows old data; `left` is what a dead
-    qmpmerge has left in QEMU, which its next flush takes away.
+    sentences. `asked` says that `recover` left it to the user, who is told which two it may be. `stale` says that the image
+    the machine was launched from opens and shows old data; `left` is what a dead qmpmerge has left in QEMU, which its next
+    flush takes away.
     """
 
     lost: int = 0
     wrong: list[str] = field(default_factory=list)
+    asked: bool = False
     stale: bool = False
     leaks: bool = False
     left: list[str] = field(default_factory=list)
@@ -58,7 +60,8 @@ def judge_data(case: Case, played: Played, found: Judgement, at: int | None) -> 
     base, _mid, top = case.paths
     claimed = played.done and (at is None or at >= played.count_at_end)
     if played.story.pivots and not top.exists():  # a start from there fails, loudly
-        must = losses_of(case, played, right_by_recover(case, found) or base, at, found)
+        lost = [losses_of(case, played, image, at, found) for image in right_by_recover(case, found) or [base]]
+        must = 0 if 0 in lost else lost[0]
     elif played.story.pivots:
         losses = {path: losses_of(case, played, path, at, found) for path in (top, base)}
         # With a claim the guest lives on base; while it wrote it may have been moved without a word.
@@ -71,13 +74,18 @@ def judge_data(case: Case, played: Played, found: Judgement, at: int | None) -> 
         found.wrong.append(f"{'does not open' if must < 0 else f'{must} blocks wrong'} after {played.verdict}")
 
 
-def right_by_recover(case: Case, found: Judgement) -> Path | None:
-    """The image that `recover` names as the one to start from; None where nothing was left to be put right."""
+def right_by_recover(case: Case, found: Judgement) -> list[Path]:
+    """
+    The image that `recover` names as the one to start from; none where nothing was left to be put right, and both where
+    it asks which one: here somebody writes past the guest that stands still, of whom a merge does not know.
+    """
     told = recover(case)
+    if told.verdict == "unknown: undecided":
+        found.asked = True
+        return [Path(told.document["error"]["facts"][which]) for which in ("base", "top")]
     if told.code not in (0, 6):
         found.wrong.append(f"recover: {told.verdict}, exit code {told.code}, {told.complaints[-500:]}")
-    named = [merge["right"] for merge in told.document.get("merges", []) if merge["right"]]
-    return Path(named[-1]) if named else None
+    return [Path(merge["right"]) for merge in told.document.get("merges", []) if merge["right"]][-1:]
 
 
 def losses_of(case: Case, played: Played, image: Path, at: int | None, found: Judgement) -> int:

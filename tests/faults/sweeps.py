@@ -80,6 +80,7 @@ class Sweep:
             "blocks_lost": sum(point.found.lost for point in self.points),
             "writes_acknowledged": sum(len(point.played.acknowledged) for point in self.points),
             "machine_died": sum("error" in point.fault and not point.played.alive for point in self.points),
+            "asked": sum(point.found.asked for point in self.points),
             "stale_launch_path": sum(point.found.stale for point in self.points),
             "leaks": sum(point.found.leaks for point in self.points),
             "left": sum(bool(point.found.left) for point in self.points),

@@ -108,6 +108,7 @@ def counted(case: Tested, outcomes: Mapping[str, list[tuple[str, str]]]) -> dict
         "blocks_lost": 0,
         "writes_acknowledged": 0,
         "machine_died": 0,
+        "asked": 0,
         "stale_launch_path": 0,
         "leaks": 0,
         "left": 0,
@@ -141,6 +142,7 @@ COUNTS = {
     "blocks_lost": "blocks lost (4 KiB)",
     "wrong": "faults with a wrong disk or verdict",
     "machine_died": "machines that died of an error",
+    "asked": "left to the user to decide",
     "stale_launch_path": "old image still opens, stale",
     "left": "a flush's export left in QEMU",
 }
