@@ -240,7 +240,7 @@ def test_vms(streams: Streams) -> None:
 @pytest.mark.parametrize("kind", ["disks", "jobs", "vms"])
 def test_an_empty_list_is_still_an_object(streams: Streams, kind: str) -> None:
     getattr(streams.output, kind)([])
-    also = {"oddities": []} if kind == "disks" else {}
+    also: dict[str, list[object]] = {"oddities": []} if kind == "disks" else {}
     assert streams.document() == {"schema": 1, kind: [], **also}
 
 
