@@ -22,6 +22,7 @@ from qmpmerge.errors import (
     TimeUp,
     Untouched,
 )
+from qmpmerge.jobs import Job
 from qmpmerge.locks import Lock
 from qmpmerge.monitor import Doorbell
 from qmpmerge.outcome import Outcome
@@ -145,14 +146,7 @@ async def _helped_to_the_end(merge: Merge, doorbell: Doorbell) -> Outcome:
 async def _to_the_end(merge: Merge, doorbell: Doorbell, ladder: Ladder) -> Outcome:
     """What cannot be looked at once the job was started is not refused, as if nothing had been done: it is unknown."""
     try:
-        if (
-            merge.guard is None
-            and merge.plan.pivots
-            and merge.host.is_live
-            and merge.pauses
-            and merge.ending == "pivot"
-        ):
-            merge.guard = pausing.Guard.start(merge.host.monitor)
+        _put_on_guard(merge)
         job = await steps.copy(merge, doorbell)
         await ladder.stop()  # the guest goes on before it is paused for the pivot, if it was paused to get here
         if job is None and not merge.is_started:
@@ -160,21 +154,34 @@ async def _to_the_end(merge: Merge, doorbell: Doorbell, ladder: Ladder) -> Outco
             raise JobFailed(job=merge.job, reason="the session was lost before QEMU had started it")
         if job is not None and job.status == "ready" and merge.ending == "ready":
             return switch.ready(merge)
-        if job is not None and job.status == "pending":
-            await steps.make_base_durable(merge, doorbell)
-            await steps.verify(merge, doorbell)
-        elif job is not None and await steps.is_at_rest(merge, job):
-            await steps.verify(merge, doorbell)  # an active job has flushed base before it says that it is ready
-        if job is not None and job.status != "concluded":
-            await _see_that_it_is_compared(merge, doorbell)
-        if job is not None and job.status in ("pending", "ready"):
-            await steps.carry_bitmaps(merge, doorbell)
+        if job is not None:
+            await _make_sure(merge, doorbell, job)
         if job is not None and job.status == "ready" and merge.ending == "pivot" and merge.plan.pivots:
             job = await pivot.pivot(merge, doorbell, job.status)
         return await shield.finished(switch.switch(merge, doorbell, job))
     except Untouched as error:
         found = f"no way to look: {error}"
         raise NotProven(target=merge.host.target, expected=str(merge.plan.result), found=found) from None
+
+
+def _put_on_guard(merge: Merge) -> None:
+    """Early, so that nobody waits for it when the guest is to be paused."""
+    will_pause = merge.plan.pivots and merge.host.is_live and merge.pauses and merge.ending == "pivot"
+    if will_pause and merge.guard is None:
+        merge.guard = pausing.Guard.start(merge.host.monitor)
+
+
+async def _make_sure(merge: Merge, doorbell: Doorbell, job: Job) -> None:
+    """All that must be so before anything is switched; where it is not, the job is taken back."""
+    if job.status == "pending":
+        await steps.make_base_durable(merge, doorbell)
+        await steps.verify(merge, doorbell)
+    elif await steps.is_at_rest(merge, job):
+        await steps.verify(merge, doorbell)  # an active job has flushed base before it says that it is ready
+    if job.status != "concluded":
+        await _see_that_it_is_compared(merge, doorbell)
+    if job.status in ("pending", "ready"):
+        await steps.carry_bitmaps(merge, doorbell)
 
 
 async def _see_that_it_is_compared(merge: Merge, doorbell: Doorbell) -> None:
