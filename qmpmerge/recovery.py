@@ -74,15 +74,25 @@ async def recover(
 
 
 def concerned(path: str) -> list[Witness]:
-    """The witnesses of a folder, or those that tell of the image at `path`."""
+    """The witnesses of a folder, or those that tell of the image at `path`; they lie beside the active image."""
     if os.path.isdir(path):
         return witness.found(path)
     inode = files.inode(path)
+    folders = dict.fromkeys((os.path.dirname(path), *_active_folder(path)))
     return [
         told
-        for told in witness.found(os.path.dirname(path))
+        for folder in folders
+        for told in witness.found(folder)
         if path in (*told.chain.files, *told.away.values()) or (inode is not None and told.concerns({inode}))
     ]
+
+
+def _active_folder(base: str) -> list[str]:
+    """Where the note beside a base says that the active image is: a golden image may lie far from what is built on it."""
+    told = locks.noted(Image(base, "raw", 0)) or {}
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        return [os.path.dirname(str(told["images"][-1]["file"]))]
+    return []
 
 
 async def _recovered(told: Witness, use: Use | None, *, dry_run: bool, trace: Trace | None) -> Recovery:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from rig import MIB, Content, fill, make_chain, run
 from setups import KINDS, drive
+from test_cli import Begun
+from test_cli import qmpmerge as command
 from test_disposal import live, names
 
 import qmpmerge
@@ -339,6 +341,22 @@ async def test_somebody_at_work_is_not_disturbed(left: Left) -> None:
     told = left.merge()
     with locks.held(told.chain.base), pytest.raises(Locked):
         await qmpmerge.recover(left.folder)
+
+
+def test_a_golden_base_in_another_folder_tells_of_the_merge(tmp_path: Path) -> None:
+    (tmp_path / "golden").mkdir()
+    images = make_chain(tmp_path, ("golden/base.raw", "a.qcow2", "b.qcow2"))
+    content = Content()
+    fill(images, content)
+    with drive(tmp_path, images, content) as setup:
+        begun = Begun("commit", setup.machine.target, "--speed", "1")
+        begun.process.kill()
+        begun.end()
+        told = command("recover", str(images[0]), "--json")
+        (merge,) = told.document["merges"]
+        assert (told.document["verdict"], merge["image"]) == ("running", str(images[-1]))
+        assert command("commit", setup.machine.target, "--speed", "1G").code == 0
+    assert command("recover", str(images[0]), "--json").document["verdict"] == "unchanged"
 
 
 # --- the next merge finds it -------------------------------------------------------------------------------------------
