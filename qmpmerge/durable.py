@@ -13,10 +13,14 @@ A node that we have opened ourselves is reopened instead, with the very options 
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import re
+import socket
 import struct
+import time
+import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
@@ -151,14 +155,38 @@ async def _server(monitor: Monitor) -> AsyncIterator[Address]:
     """
     Where QEMU's NBD server listens. QEMU has a single one: we start it and stop it again, or use the one that runs.
     """
-    with _private_folder(monitor.pid) as folder:
-        address, ours = await _started(monitor, f"{folder}/nbd")
-        try:
-            yield address
-        finally:
-            if ours:
-                with contextlib.suppress(CommandError):  # stopped by somebody else
-                    await monitor.execute("nbd-server-stop")
+    async with _our_turn(monitor):
+        with _private_folder(monitor.pid) as folder:
+            address, ours = await _started(monitor, f"{folder}/nbd")
+            try:
+                yield address
+            finally:
+                if ours:
+                    with contextlib.suppress(CommandError):  # stopped by somebody else
+                        await monitor.execute("nbd-server-stop")
+
+
+@contextlib.asynccontextmanager
+async def _our_turn(monitor: Monitor) -> AsyncIterator[None]:
+    """
+    One of us at a time, of all merges of this QEMU: a server that is stopped under a client hangs QEMU 7.2 with its guest.
+
+    The kernel frees the name with its holder. Raises FlushUnavailable.
+    """
+    name = f"\0qmpmerge-flush-{monitor.pid or zlib.crc32(monitor.name.encode(errors='surrogatepass'))}"
+    deadline = time.monotonic() + SECONDS
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mutex:
+        while True:
+            try:
+                mutex.bind(name)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise FlushUnavailable(
+                        reason=f"another merge does not let go of its NBD server ({error})"
+                    ) from None
+            await asyncio.sleep(GREETING_SECONDS / 100)
+        yield
 
 
 async def _started(monitor: Monitor, path: str) -> tuple[Address, bool]:
@@ -205,9 +233,9 @@ async def _running_server(monitor: Monitor) -> Address | None:
     """The NBD server's address is not told, so the sockets on which the process listens are tried; None if none is one."""
     from qmpmerge import processes  # only here psutil is needed
 
-    for socket in processes.listening(monitor.pid) if monitor.pid is not None else ():
-        host, _, port = socket.removeprefix("tcp:").rpartition(":")
-        address: Address = (host.strip("[]"), int(port)) if socket.startswith("tcp:") else socket
+    for place in processes.listening(monitor.pid) if monitor.pid is not None else ():
+        host, _, port = place.removeprefix("tcp:").rpartition(":")
+        address: Address = (host.strip("[]"), int(port)) if place.startswith("tcp:") else place
         if _owner(address) is not None:
             return address  # one client is all that a server of ours lets in, so it is not tried
         with contextlib.suppress(OSError, EOFError, TimeoutError):
