@@ -1,5 +1,6 @@
 """Flushes whose error is seen, where a job has grown its base and no export is let in."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,28 @@ async def test_on_a_running_vm_base_and_top_are_compared(top: str, tmp_path: Pat
         setup.check()
         setup.off()
     content.check(outcome.after.active.file)
+
+
+async def test_merges_of_one_qemu_take_turns_at_its_nbd_server(tmp_path: Path) -> None:
+    """One that stopped the server of another would hang QEMU 7.2 with its guest."""
+    folders = [tmp_path / name for name in ("one", "two", "three", "four")]
+    for folder in folders:
+        folder.mkdir()
+    chains = [make_chain(folder) for folder in folders]
+    contents = [Content() for _ in chains]
+    arguments: list[str] = []
+    for images, content in zip(chains, contents, strict=True):
+        fill(images, content)
+        name = images[0].parent.name
+        arguments += ["-drive", f"file={images[-1]},if=none,id={name}", "-device", f"virtio-blk-pci,drive={name}"]
+    heard: list[str] = []
+    with machine(tmp_path, *arguments) as vm:
+        async with qmpmerge.live(vm.target, trace=lambda direction, text: heard.append(f"{direction} {text}")) as host:
+            merges = [qmpmerge.commit(host, images[0].parent.name, top="[3]") for images in chains]
+            outcomes = await asyncio.gather(*merges)
+        vm.stop()
+    assert [outcome.verdict for outcome in outcomes] == ["merged"] * len(chains)
+    assert len([line for line in heard if line.startswith('-> {"execute": "nbd-server-start"')]) >= 2 * len(chains)
+    assert not [line for line in heard if "already running" in line]
+    for images, content in zip(chains, contents, strict=True):
+        content.check(images[-1])
