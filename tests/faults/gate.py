@@ -24,6 +24,7 @@ from types import TracebackType
 
 from faults import behind_gate
 from faults.log import Kind, Log, Operation
+from qmpmerge.witness import STASHED
 
 _names = itertools.count(1)
 _kernel = ctypes.CDLL(None, use_errno=True)
@@ -184,8 +185,11 @@ class Gate:
         if not name.startswith(self._folder):
             return None
         descriptor = call.borrow()
+        file = name.removeprefix(self._folder).removesuffix(
+            STASHED
+        )  # whatever it is called by now, it is the same file
         try:
-            operation, work = _storage(call, name.removeprefix(self._folder), descriptor)
+            operation, work = _storage(call, file, descriptor)
             return self._log.perform(operation, work)
         finally:
             os.close(descriptor)

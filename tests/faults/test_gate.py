@@ -53,6 +53,17 @@ def test_without_names_only_storage_is_seen(tmp_path: Path) -> None:
     assert [one.kind for one in log.operations] == ["write", "write", "flush", "truncate"]
 
 
+def test_a_stashed_file_is_the_same_file(tmp_path: Path) -> None:
+    log = Log()
+    stashing = CHANGES.replace("os.fsync(file)", 'os.rename("one", "one.merged"); os.fsync(file)').replace(
+        '"one", "two"', '"one.merged", "two"'
+    )
+    with Gate(tmp_path, log) as watched:
+        line = [*watched.before("storage"), sys.executable, "-c", stashing, str(tmp_path)]
+        subprocess.run(line, check=True)
+    assert [(one.kind, one.file) for one in log.operations[-2:]] == [("flush", "one"), ("truncate", "one")]
+
+
 @pytest.mark.parametrize("for_ever", [False, True])
 def test_an_operation_fails_with_the_errno_that_was_asked_for(for_ever: bool, tmp_path: Path) -> None:
     log = Log(Fault(5, errno=errno.EDQUOT, for_ever=for_ever))
