@@ -5,7 +5,7 @@ Base and top compared while both still exist, for what was copied and not for th
 import itertools
 from collections.abc import Sequence
 
-from qmpmerge import qemuimg
+from qmpmerge import qemuimg, servers
 from qmpmerge.errors import ImageUnreadable
 from qmpmerge.plan import CommitPlan
 from qmpmerge.qemuimg import Extent
@@ -25,6 +25,7 @@ async def same(planned: CommitPlan) -> bool:
     """
     upto = planned.chain.images[: planned.chain.index(planned.top)]
     below = planned.chain.images[: planned.chain.index(planned.base)]
+    await servers.see_that_they_answer(upto)
     held = await qemuimg.held(planned.merged)
     try:
         for part in parts(held, planned.top.virtual_size):

@@ -59,7 +59,7 @@ async def check(monitor: Monitor, image: Image) -> None:
     async with _server(monitor) as address:
         try:
             async with asyncio.timeout(SECONDS):
-                await _greet(address)
+                await greet(address)
         except (OSError, EOFError, TimeoutError) as error:
             raise FlushUnavailable(reason=f"its NBD server cannot be reached ({error})") from None
 
@@ -240,7 +240,7 @@ async def _running_server(monitor: Monitor) -> Address | None:
             return address  # one client is all that a server of ours lets in, so it is not tried
         with contextlib.suppress(OSError, EOFError, TimeoutError):
             async with asyncio.timeout(GREETING_SECONDS):
-                await _greet(address)
+                await greet(address)
                 return address
     return None
 
@@ -269,8 +269,12 @@ def _private_folder(pid: int | None) -> Iterator[str]:
             os.rmdir(folder)
 
 
-async def _greet(address: Address) -> None:
-    """See that an NBD server answers, and say goodbye: else QEMU complains on its stderr."""
+async def greet(address: Address) -> None:
+    """
+    See that an NBD server answers, and say goodbye: else QEMU complains on its stderr.
+
+    Raises OSError, EOFError. A server that lets in one client at a time does not answer the second.
+    """
     async with _session(address) as (reader, writer):
         writer.write(struct.pack(">QII", _OPTION_MAGIC, _OPTION_ABORT, 0))
         await _until_closed(reader)

@@ -30,12 +30,16 @@ async def pivot(merge: Merge, doorbell: Doorbell, status: str) -> Job | None:
     exported = await _is_exported(merge)
     async with pausing.paused(merge.host.monitor, merge.guard) as pause:
         rests = (pause.guest_rests or not merge.host.is_live) and not exported and await _is_clean(merge)
-        if merge.verify is True and rests and not merge.verified and os.path.exists(merge.plan.top.file):
+        top = merge.plan.top
+        is_there = not top.has_path or os.path.exists(top.file)
+        if merge.verify is True and rests and not merge.verified and is_there:
             async with merge.guard.patient() if merge.guard else contextlib.nullcontext():
                 await steps.verify(merge, doorbell)
         elif merge.verify is True and not merge.verified:
             reason = "somebody could write to the disk at any time" if not rests else "top has lost its name already"
             merge.notes.append(f"base and top were not compared: {reason}")
+        elif merge.verify is None and not merge.plan.base.has_path and not merge.verified:
+            merge.notes.append(steps.not_compared(merge.plan, "`--verify` does so while the guest is paused"))
         job = await shield.finished(_move(merge, doorbell, status, rests))
     merge.paused_ms = pause.milliseconds
     if pause.is_unguarded:

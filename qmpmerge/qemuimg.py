@@ -52,6 +52,16 @@ async def info(path: str, format: str | None = None) -> Header:
     return _header(json.loads(await _run(path, *arguments, os.path.abspath(path))))
 
 
+async def info_of(image: Image) -> Header:
+    """The same for an image that may be on an NBD server; ours is another connection than QEMU's."""
+    try:
+        node = {"driver": image.format, "file": _file(image)}
+    except OSError as error:
+        raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
+    told = await _run(image.file, "info", "--force-share", "--output=json", f"json:{json.dumps(node)}")
+    return _header(json.loads(told))
+
+
 async def chain_info(path: str, format: str | None = None) -> list[Header]:
     """
     The headers of a whole chain, base first, as `qemu-img info --backing-chain` tells them.
@@ -215,11 +225,23 @@ def _nbd(uri: str) -> dict[str, object]:
     """``nbd://HOST:PORT/NAME`` and ``nbd+unix:///NAME?socket=PATH``, as QEMU spells them."""
     import urllib.parse  # 3 ms, and only such images need it
 
+    address = nbd_address(uri)
+    server: dict[str, object] = (
+        {"type": "unix", "path": address}
+        if isinstance(address, str)
+        else {"type": "inet", "host": address[0], "port": str(address[1])}
+    )
+    export = urllib.parse.unquote(urllib.parse.urlsplit(uri).path.removeprefix("/"))
+    return {"driver": "nbd", "server": server, "export": export}
+
+
+def nbd_address(uri: str) -> str | tuple[str, int]:
+    """The server in such a URI: the path of a UNIX socket, or host and port."""
+    import urllib.parse
+
     parts = urllib.parse.urlsplit(uri)
     path = urllib.parse.parse_qs(parts.query).get("socket")
-    inet: dict[str, object] = {"type": "inet", "host": parts.hostname or "", "port": str(parts.port or 10809)}
-    server = {"type": "unix", "path": path[0]} if path else inet
-    return {"driver": "nbd", "server": server, "export": urllib.parse.unquote(parts.path.removeprefix("/"))}
+    return path[0] if path else (parts.hostname or "", parts.port or 10809)
 
 
 def _header(entry: Any) -> Header:

@@ -226,13 +226,20 @@ async def is_at_rest(merge: Merge, job: Job) -> bool:
 
 
 async def verify(merge: Merge, doorbell: Doorbell) -> None:
-    """Compare what top shows with what base shows, while both still exist; a difference takes the job back."""
-    if merge.verify is False or (merge.verify is None and not _is_cheap(merge.plan)):
+    """
+    Compare what top shows with what base shows, while both still exist; a difference takes the job back.
+
+    Unless the user says no, a base on the network is compared whatever it costs: where its server was started again and
+    QEMU found it again (`reconnect-delay`), what was not flushed is lost without an error.
+    """
+    is_remote = not merge.plan.base.has_path
+    if merge.verify is False or (merge.verify is None and not is_remote and not _is_cheap(merge.plan)):
         return
     try:
         same = await comparison.same(merge.plan)
     except ImageUnreadable as error:
         if merge.verify is None:
+            merge.notes += [not_compared(merge.plan, error.reason)] if is_remote else []
             return
         same, reason = False, error.reason
     else:
@@ -241,6 +248,11 @@ async def verify(merge: Merge, doorbell: Doorbell) -> None:
         await shield.finished(take_back(merge, doorbell))
         raise NotVerified(base=merge.plan.base.file, top=merge.plan.top.file, reason=reason)
     merge.verified = True
+
+
+def not_compared(planned: CommitPlan, reason: str) -> str:
+    """The hint about a base on the network that was taken as it is."""
+    return f"{planned.base.file} was not compared ({reason}): what its server lost if it was started again is not seen"
 
 
 def _is_cheap(planned: CommitPlan) -> bool:

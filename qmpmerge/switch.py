@@ -5,7 +5,7 @@ The point of no return, and the proof: a fresh discovery must show what was plan
 import shlex
 import time
 
-from qmpmerge import account, disposal, jobs, pivot
+from qmpmerge import account, disposal, jobs, pivot, servers
 from qmpmerge.chain import Chain
 from qmpmerge.errors import (
     FlushUnavailable,
@@ -70,6 +70,8 @@ async def _prove(merge: Merge, verdict: str, expected: Chain) -> Outcome:
     view = await view_after(merge, expected)
     if not _is_shown(merge, expected, view.chain):
         raise NotProven(target=merge.host.target, expected=_told(expected), found=_told(view.chain))
+    if expected is merge.plan.result:
+        await _see_header_on_server(merge)
     merged: tuple[MergedFile, ...] = ()
     if verdict == "kept":
         account.take_back(merge)
@@ -80,6 +82,21 @@ async def _prove(merge: Merge, verdict: str, expected: Chain) -> Outcome:
     if left:
         hints.append(f"still open in QEMU, in use by somebody else: {', '.join(left)}")
     return _outcome(merge, verdict, view.chain, tuple(hints), merged)
+
+
+async def _see_header_on_server(merge: Merge) -> None:
+    """
+    Of an overlay on the network QEMU tells what it has written, not what its server has kept. Raises NotProven.
+    """
+    overlay = merge.plan.overlay
+    if overlay is None or overlay.has_path:
+        return
+    header = await servers.header(overlay)
+    if header is None:
+        merge.notes.append(f"the header of {overlay.file} could not be read back from its server")
+    elif header.backing != merge.plan.backing_name:
+        found = f"{overlay.file} (backing {header.backing}) on its server, which may have lost what QEMU wrote"
+        raise NotProven(target=merge.host.target, expected=_told(merge.plan.result), found=found)
 
 
 def _is_shown(merge: Merge, expected: Chain, found: Chain) -> bool:

@@ -87,7 +87,8 @@ def swept() -> Iterator[Swept]:
     for name in ("N", "NA"):
         back = replace(ALL[name], reconnects=True)
         yield Swept(f"ND-{name}", "the server of the images dies", ALL[name], lose_server, ends="either")
-        yield Swept(f"NB-{name}", "it comes back, and QEMU hides what is lost", back, lose_server, ends="limit")
+        ends: Ends = "limit" if back.pivots else "either"
+        yield Swept(f"NB-{name}", "it comes back, and QEMU hides what is lost", back, lose_server, ends=ends)
     yield from killed_tools()
     if recovering.is_there():
         for name in ("L", "LA", "O", "OA"):
