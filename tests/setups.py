@@ -179,11 +179,11 @@ def form(image: Path) -> str:
 
 
 @contextlib.contextmanager
-def nbd_server(folder: Path, image: Path) -> Iterator[str]:
-    """Serve an image over NBD, as another host would; yields its URI."""
+def nbd_server(folder: Path, image: Path, *, shared: int = 10, served_as: str = "") -> Iterator[str]:
+    """Serve an image over NBD, as another host would, to so many clients at once; yields its URI."""
     socket = folder / "nbd"
-    command = ["qemu-nbd", "--persistent", "--shared=10", "--fork", f"--pid-file={folder}/nbd.pid"]
-    run(*command, f"--format={form(image)}", f"--socket={socket}", image)
+    command = ["qemu-nbd", "--persistent", f"--shared={shared}", "--fork", f"--pid-file={folder}/nbd.pid"]
+    run(*command, f"--format={served_as or form(image)}", f"--socket={socket}", image)
     try:
         yield f"nbd+unix:///?socket={socket}"
     finally:
