@@ -23,7 +23,7 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
-from qmpmerge import deadman, shield
+from qmpmerge import deadman, shield, turns
 from qmpmerge.blockgraph import Disk
 from qmpmerge.errors import CommandError, Error
 from qmpmerge.monitor import Monitor
@@ -143,12 +143,13 @@ class Ladder:
             self._say(f"the guest is not paused: {needed:.1f} s are needed, {self.wanted.pause:g} s are allowed")
             return
         try:
-            if not (await self.monitor.execute("query-status"))["running"]:
-                self._say("the guest does not run, so there is nothing to pause")
-                return
-            async with self._paused():
-                # The end of the merge ends this too, by a cancellation.
-                await asyncio.sleep(self.wanted.pause)
+            async with turns.taken(turns.PAUSE, self.monitor):
+                if not (await self.monitor.execute("query-status"))["running"]:
+                    self._say("the guest does not run, so there is nothing to pause")
+                    return
+                async with self._paused():
+                    # The end of the merge ends this too, by a cancellation.
+                    await asyncio.sleep(self.wanted.pause)
             self._say(f"the guest runs again: {self.wanted.pause:g} s were not enough")
         except (CommandError, OSError) as error:
             self._say(f"the guest cannot be paused: {error}")

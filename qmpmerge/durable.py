@@ -13,17 +13,14 @@ A node that we have opened ourselves is reopened instead, with the very options 
 
 import asyncio
 import contextlib
-import errno
 import itertools
 import os
 import re
-import socket
 import struct
-import time
-import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
+from qmpmerge import turns
 from qmpmerge.chain import Image
 from qmpmerge.errors import CommandError, FlushUnavailable, NotDurable
 from qmpmerge.monitor import Address, Monitor
@@ -168,24 +165,12 @@ async def _server(monitor: Monitor) -> AsyncIterator[Address]:
 
 @contextlib.asynccontextmanager
 async def _our_turn(monitor: Monitor) -> AsyncIterator[None]:
-    """
-    One of us at a time, of all merges of this QEMU: a server that is stopped under a client hangs QEMU 7.2 with its guest.
-
-    The kernel frees the name with its holder. Raises FlushUnavailable.
-    """
-    name = f"\0qmpmerge-flush-{monitor.pid or zlib.crc32(monitor.name.encode(errors='surrogatepass'))}"
-    deadline = time.monotonic() + SECONDS
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mutex:
-        while True:
-            try:
-                mutex.bind(name)
-                break
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                    raise FlushUnavailable(
-                        reason=f"another merge does not let go of its NBD server ({error})"
-                    ) from None
-            await asyncio.sleep(GREETING_SECONDS / 100)
+    """A server that is stopped under another merge's client hangs QEMU 7.2 with its guest. Raises FlushUnavailable."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(turns.taken(turns.FLUSH, monitor, SECONDS))
+        except TimeoutError:
+            raise FlushUnavailable(reason="another merge does not let go of its NBD server") from None
         yield
 
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qmpmerge import blockgraph, headers, jobs, witness
+from qmpmerge import blockgraph, headers, jobs, turns, witness
 from qmpmerge.blockgraph import Disk, Layout
 from qmpmerge.chain import Chain, Inode
 from qmpmerge.errors import CommandError, StreamConcluded
@@ -63,9 +63,13 @@ class Host:
         self.monitor = await self._connect()
 
     async def guest_runs(self) -> bool:
-        """Whether a guest can write now; a storage daemon does not tell, its clients can."""
+        """
+        Whether a guest can write now; a storage daemon does not tell, its clients can. One that another merge has paused
+        for a moment runs.
+        """
         try:
-            return bool((await self.monitor.execute("query-status"))["running"])
+            async with turns.taken(turns.PAUSE, self.monitor):
+                return bool((await self.monitor.execute("query-status"))["running"])
         except CommandError:
             return True
 

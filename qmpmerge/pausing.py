@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from qmpmerge import guard, shield
+from qmpmerge import guard, shield, turns
 from qmpmerge.errors import CommandError, NoReply, PauseUnproven, SessionLost
 from qmpmerge.monitor import Monitor
 
@@ -125,10 +125,16 @@ class Guard:
 async def paused(monitor: Monitor, guarded: Guard | None) -> AsyncIterator[Pause]:
     """
     Pause a running guest for the block, if `guarded` is on duty. Without it, and where there is no guest (a storage
-    daemon), nobody is paused.
+    daemon), nobody is paused. One pause of a guest at a time: else somebody could take another's for a guest at rest.
 
     Raises PauseUnproven when nobody can say whether the guest runs again, whatever the block raised.
     """
+    async with turns.taken(turns.PAUSE, monitor), _paused(monitor, guarded) as pause:
+        yield pause
+
+
+@contextlib.asynccontextmanager
+async def _paused(monitor: Monitor, guarded: Guard | None) -> AsyncIterator[Pause]:
     running = await _is_running(monitor)
     if running is not True or guarded is None:
         yield Pause(guest_rests=running is False)

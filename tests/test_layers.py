@@ -20,6 +20,7 @@ ROWS = (
         "permissions",
         "shortage",
     },
+    {"turns"},
     {
         "jobs",
         "headers",
