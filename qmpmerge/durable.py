@@ -233,13 +233,16 @@ async def _running_server(monitor: Monitor) -> Address | None:
 @contextlib.contextmanager
 def _private_folder(pid: int | None) -> Iterator[str]:
     """For QEMU's socket. Made here since `tempfile` takes 8 ms to import. Raises FlushUnavailable."""
-    folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"{FOLDER}{os.getpid()}-{os.urandom(8).hex()}")  # noqa: S108
-    try:
-        os.mkdir(folder, 0o700)
-    except OSError as error:
-        raise FlushUnavailable(
-            reason=f"no folder can be made for its socket: {folder}: {error.strerror or error}"
-        ) from None
+    name, reason = f"{FOLDER}{os.getpid()}-{os.urandom(8).hex()}", ""
+    for place in filter(None, (os.environ.get("TMPDIR"), "/tmp")):  # noqa: S108
+        folder = os.path.join(os.path.abspath(place), name)
+        try:
+            os.mkdir(folder, 0o700)
+            break
+        except OSError as error:
+            reason = f"{folder}: {error.strerror or error}"
+    else:
+        raise FlushUnavailable(reason=f"no folder can be made for its socket: {reason}")
     try:
         if os.geteuid() == 0 and pid is not None:
             # QEMU makes the socket and may have dropped its privileges.
@@ -255,19 +258,20 @@ def _private_folder(pid: int | None) -> Iterator[str]:
 
 
 async def greet(address: Address) -> None:
-    """
-    See that an NBD server answers, and say goodbye: else QEMU complains on its stderr.
+    """See that an NBD server answers. Raises OSError, EOFError."""
+    async with session(address) as (reader, writer):
+        await say_goodbye(reader, writer)
 
-    Raises OSError, EOFError. A server that lets in one client at a time does not answer the second.
-    """
-    async with _session(address) as (reader, writer):
-        writer.write(struct.pack(">QII", _OPTION_MAGIC, _OPTION_ABORT, 0))
-        await _until_closed(reader)
+
+async def say_goodbye(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Leave before an export was chosen: else QEMU complains on its stderr."""
+    writer.write(struct.pack(">QII", _OPTION_MAGIC, _OPTION_ABORT, 0))
+    await _until_closed(reader)
 
 
 async def _flush_through(address: Address, export: str) -> str | None:
     """Connect, negotiate, flush: None when it went well, else the storage's reason."""
-    async with _session(address) as (reader, writer):
+    async with session(address) as (reader, writer):
         await _choose_export(reader, writer, export)
         writer.write(struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _COMMAND_FLUSH, 1, 0, 0))
         magic, error, _handle = struct.unpack(">IIQ", await reader.readexactly(16))
@@ -290,8 +294,12 @@ async def _until_closed(reader: asyncio.StreamReader) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _session(address: Address) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection to an NBD server, greeted, before an export is chosen."""
+async def session(address: Address) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """
+    A connection to an NBD server, greeted, before an export is chosen. Raises OSError, EOFError.
+
+    A server that lets in so many clients does not answer one more.
+    """
     if isinstance(address, str):
         reader, writer = await asyncio.open_unix_connection(address)
     else:

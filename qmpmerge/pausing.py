@@ -113,10 +113,11 @@ class Guard:
         self.end()
         if not self._is_used:
             self._process.kill()
-        with contextlib.suppress(OSError), os.fdopen(os.pidfd_open(self._process.pid)) as descriptor:
-            watch = select.poll()  # which returns at once, while `wait` looks every few milliseconds
-            watch.register(descriptor, select.POLLIN)
-            watch.poll(START_SECONDS * 1000)
+        if self._process.poll() is None:
+            with contextlib.suppress(OSError), os.fdopen(os.pidfd_open(self._process.pid)) as descriptor:
+                watch = select.poll()  # which returns at once, while `wait` looks every few milliseconds
+                watch.register(descriptor, select.POLLIN)
+                watch.poll(START_SECONDS * 1000)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(START_SECONDS)
 

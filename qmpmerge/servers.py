@@ -3,6 +3,7 @@ Images on NBD servers, seen past QEMU: by another connection, as the next start 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 
 from qmpmerge import durable, qemuimg
@@ -15,15 +16,18 @@ SECONDS = 5.0
 
 
 async def see_that_they_answer(images: Iterable[Image]) -> None:
-    """The servers of those that are on one. Raises ImageUnreadable: one that serves QEMU alone lets others wait for ever."""
-    for image in images:
-        if not image.file.startswith("nbd"):
-            continue
-        try:
-            async with asyncio.timeout(SECONDS):
-                await durable.greet(qemuimg.nbd_address(image.file))
-        except (OSError, EOFError, ValueError, TimeoutError):
-            raise ImageUnreadable(file=image.file, reason="its server lets in nobody but QEMU") from None
+    """
+    The servers of those that are on one, all at the same time. Raises ImageUnreadable: where one has enough clients, any more
+    wait for ever.
+    """
+    remote = [image.file for image in images if image.file.startswith("nbd")]
+    try:
+        async with asyncio.timeout(SECONDS), contextlib.AsyncExitStack() as stack:
+            for uri in remote:
+                connection = await stack.enter_async_context(durable.session(qemuimg.nbd_address(uri)))
+                stack.push_async_callback(durable.say_goodbye, *connection)
+    except (OSError, EOFError, ValueError):  # OSError: TimeoutError too
+        raise ImageUnreadable(file=", ".join(remote), reason="its server lets in nobody but QEMU") from None
 
 
 async def header(image: Image) -> Header | None:
