@@ -54,7 +54,7 @@ async def _move(merge: Merge, doorbell: Doorbell, status: str, rests: bool) -> J
     try:
         _write_down(merge, rests)
         _take_name_away(merge)
-        syncing = asyncio.ensure_future(asyncio.to_thread(account.sync, merge))
+        syncing = asyncio.ensure_future(asyncio.to_thread(_make_durable, merge))
         if not rests:  # else nothing will be written to the base before we have waited for it
             await syncing
     except OSError as error:
@@ -84,6 +84,20 @@ def _write_down(merge: Merge, rests: bool) -> None:
     evident = rests and len(places) == 2 and all(map(files.is_regular, places.values()))
     seen = {index: disposal.seen(place) for index, place in places.items()} if evident else {}
     account.note(merge, "switching", seen=seen)
+
+
+def _make_durable(merge: Merge) -> None:
+    """
+    The witness and the names; and the times of base and top as they are noted, for QEMU's own flushes (fdatasync) need not
+    keep those: after a power cut an older one would look like a write.
+    """
+    account.sync(merge)
+    told = merge.witness
+    for index in told.seen if told is not None else ():
+        place = told.place(index) if told is not None else None
+        if place is not None:
+            with contextlib.suppress(PermissionError):  # QEMU may be somebody else
+                files.sync(place)
 
 
 def _take_name_away(merge: Merge) -> None:
