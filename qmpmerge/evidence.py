@@ -109,13 +109,15 @@ def _by_times(told: Witness, equal: bool | None, reasons: list[str]) -> Judgemen
 
 
 def _was_changed(told: Witness, index: int) -> bool | None:
+    """After a reboot an unchanged time proves nothing: the power may have gone before the last one was on the disk."""
     place = told.place(index)
     if place is None or index not in told.seen:
         return None
     try:
-        return disposal.seen(place) != told.seen[index]
+        is_other = disposal.seen(place) != told.seen[index]
     except OSError:
         return None
+    return is_other or (None if told.is_of_an_earlier_boot else False)
 
 
 def _by_user(told: Witness, use: Use | None, reasons: Sequence[str]) -> Judgement:

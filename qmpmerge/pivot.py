@@ -68,6 +68,8 @@ async def _move(merge: Merge, doorbell: Doorbell, status: str, rests: bool) -> J
             if not moved:
                 disposal.give_back(merge.witness, merge.witness.top)
             account.note(merge, "switched" if moved else "copying")
+            if moved:  # before the guest's next write, which base alone will have
+                await asyncio.to_thread(files.sync, merge.witness.path)
     try:
         await syncing
     except OSError as error:

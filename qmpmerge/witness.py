@@ -109,10 +109,11 @@ class Witness:
         found = files.inode(name)
         if found is None or image.inode is None:
             return False
-        return found == image.inode or (found[1] == image.inode[1] and self._is_of_an_earlier_boot)
+        return found == image.inode or (found[1] == image.inode[1] and self.is_of_an_earlier_boot)
 
     @property
-    def _is_of_an_earlier_boot(self) -> bool:
+    def is_of_an_earlier_boot(self) -> bool:
+        """Whether the machine has been started since."""
         return self.tool is not None and self.tool.boot != _boot()
 
     def concerns(self, inodes: "set[Inode]") -> bool:

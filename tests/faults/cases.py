@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from faults import recovering, sweeps, tools
+from faults import darkness, recovering, sweeps, tools
 from faults.stage import Doer, Story
 from faults.sweeps import Bench, Sweep
 
@@ -80,6 +80,9 @@ def swept() -> Iterator[Swept]:
         yield Swept(f"P-{name}", "power cut at any time", story, sweeps.power_cuts)
     for layout in LAYOUTS:
         yield Swept(f"P-L-{layout}", f"the same with {layout}", LIVE, sweeps.power_cuts, layout)
+    yield Swept(
+        "PN-WA", "power cut at a pivot, names, times and witness too", WRITING_ACTIVE, darkness.sweep, base_line=False
+    )
     for name, story in IDLE.items():
         for_ever = partial(sweeps.errors, for_ever=True)
         yield Swept(f"E1-{name}", "each operation fails once", story, sweeps.errors, ends="either")

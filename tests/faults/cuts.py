@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from faults.log import Operation
 
-CHANGES = ("write", "zero", "truncate")
-"""What a cut can lose. A discard promises nothing about what is read afterwards, an allocation changes no byte."""
+CHANGES = ("write", "zero", "truncate", "allocate")
+"""What a cut can lose. A discard promises nothing about what is read afterwards; an allocation makes a file longer."""
 
 
 @dataclass(frozen=True, order=True)
@@ -96,9 +96,10 @@ def change(file: bytearray, operation: Operation) -> None:
         case "truncate":
             grown = max(0, operation.offset - len(file))
             file[operation.offset :] = bytes(grown)
+        case "allocate":
+            file.extend(bytes(max(0, end - len(file))))
         case "write" | "zero":
-            if len(file) < end:
-                file.extend(bytes(end - len(file)))
+            file.extend(bytes(max(0, end - len(file))))
             file[operation.offset : end] = operation.data or bytes(operation.length)
         case _:
             pass

@@ -182,15 +182,14 @@ class Gate:
             name = os.readlink(f"/proc/{call.thread}/fd/{call.arguments[0]}")
         except FileNotFoundError:
             return None
-        if not name.startswith(self._folder):
+        if not f"{name}/".startswith(self._folder):
             return None
         descriptor = call.borrow()
-        file = name.removeprefix(self._folder).removesuffix(
-            STASHED
-        )  # whatever it is called by now, it is the same file
+        # Whatever it is called by now, it is the same file; the folder itself has no name.
+        file = f"{name}/".removeprefix(self._folder).removesuffix("/").removesuffix(STASHED)
         try:
             operation, work = _storage(call, file, descriptor)
-            return self._log.perform(operation, work)
+            return self._log.perform(operation, work, lambda: os.fstat(descriptor).st_mtime_ns)
         finally:
             os.close(descriptor)
 
@@ -224,7 +223,8 @@ def _storage(call: Call, file: str, descriptor: int) -> tuple[Operation, Callabl
     arguments, pid = call.arguments, call.pid
     match call.name:
         case "fsync" | "fdatasync":
-            return Operation(file, "flush", pid=pid), lambda: _done(os.fdatasync, descriptor)
+            flush = os.fsync if call.name == "fsync" else os.fdatasync
+            return Operation(file, "flush", pid=pid, full=call.name == "fsync"), lambda: _done(flush, descriptor)
         case "ftruncate":
             operation = Operation(file, "truncate", offset=arguments[1], pid=pid)
             return operation, lambda: _done(os.ftruncate, descriptor, operation.offset)

@@ -11,7 +11,7 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Kind = Literal["write", "zero", "discard", "allocate", "truncate", "flush", "create", "rename", "unlink", "link"]
@@ -23,7 +23,10 @@ Victims = Literal["actor", "all", "server"]
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing done to a file, by process `pid`. `file` is relative to the bench's folder, `target` its new name."""
+    """
+    One thing done to a file, by process `pid`. `file` is relative to the bench's folder, and empty for the folder itself,
+    `target` its new name. `changed` is the file's st_mtime_ns after it; `full` is a flush that keeps such times too (fsync).
+    """
 
     file: str
     kind: Kind
@@ -33,6 +36,8 @@ class Operation:
     target: str = ""
     pid: int = 0
     failed: bool = False
+    changed: int = 0
+    full: bool = False
 
     def __str__(self) -> str:
         where = f" -> {self.target}" if self.target else f" {self.length}@{self.offset:#x}" if self.length else ""
@@ -84,8 +89,11 @@ class Log:
             self.operations.clear()
             self.fault = fault
 
-    def perform(self, operation: Operation, work: Callable[[], int]) -> int:
-        """Do `work`, which is the operation, in its turn. Raises OSError where it fails, or was made to."""
+    def perform(self, operation: Operation, work: Callable[[], int], changed: Callable[[], int] = lambda: 0) -> int:
+        """
+        Do `work`, which is the operation, in its turn; `changed` tells the file's time after it. Raises OSError where it
+        fails, or was made to.
+        """
         with self._turn:
             number = self.count + 1
             fault = self.fault
@@ -101,14 +109,14 @@ class Log:
             except OSError:
                 self._note(operation, failed=True)
                 raise
-            self._note(operation)
+            self._note(operation, changed=changed())
             if fault is not None and kills:
                 self._strike(fault, operation)
             return result
 
-    def _note(self, operation: Operation, *, failed: bool = False) -> None:
+    def _note(self, operation: Operation, *, failed: bool = False, changed: int = 0) -> None:
         self.known.add(operation.pid)
-        self.operations.append(Operation(**{**vars(operation), "failed": failed}))
+        self.operations.append(replace(operation, failed=failed, changed=changed))
 
     def _strike(self, fault: Fault, operation: Operation) -> None:
         fault.reached = operation

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from faults import gate, sweeps, tools
-from faults.cases import LIVE, LIVE_ACTIVE, NETWORK, OFFLINE, WRITING
+from faults import darkness, gate, sweeps, tools
+from faults.cases import LIVE, LIVE_ACTIVE, NETWORK, OFFLINE, WRITING, WRITING_ACTIVE
 from faults.stage import LAYOUTS, Story, make_stock
 from faults.sweeps import Bench, Sweep
 
@@ -29,7 +29,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     ("story", "sweep"),
     [(LIVE, sweeps.kills), (WRITING, sweeps.kills), (OFFLINE, sweeps.kills), (NETWORK, sweeps.kills),
      (LIVE, sweeps.power_cuts), (LIVE, errors), (LIVE_ACTIVE, sweeps.kills),
-     (LIVE, partial(tools.at_commands, victim="tool")), (LIVE_ACTIVE, partial(tools.at_commands, victim="both"))],
+     (LIVE, partial(tools.at_commands, victim="tool")), (LIVE_ACTIVE, partial(tools.at_commands, victim="both")),
+     (WRITING_ACTIVE, darkness.sweep)],
 )  # fmt: skip
 def test_nothing_is_lost_and_nothing_called_what_it_is_not(
     story: Story, sweep: Callable[[Bench, Story, str], Sweep], bench: Bench
