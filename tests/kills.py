@@ -15,6 +15,7 @@ It is the real command in all else: the renderer's `trace`, where ``-v`` shows t
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -93,7 +94,7 @@ class Killer:
             for daemon in daemons():
                 kill(daemon.pid)
             if VICTIM is not None:
-                os.kill(int(VICTIM), signal.SIGKILL)
+                strike_dead(int(VICTIM))
         if self._victim != "daemon":
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -112,6 +113,14 @@ def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def strike_dead(pid: int) -> None:
+    """SIGKILL to a process that is no child of ours, and wait until it is dead: we may be at our end sooner."""
+    descriptor = os.pidfd_open(pid)
+    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    select.select([descriptor], [], [])
+    os.close(descriptor)
 
 
 def run(notes: str, victim: str, moment: str, *arguments: str) -> None:
