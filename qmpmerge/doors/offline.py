@@ -3,6 +3,10 @@ The door to images that nobody holds: a private storage daemon opens the chain, 
 
 The chain is walked first without opening what has not passed the rule for names (`diskwalk`), then opened node by node
 under QEMU's own locks. What is planned and proved is read again after that: from then on nothing can change it.
+
+Middle layers could be copied by an active merge of the lower part, 16 requests at a time instead of one: 0.27 s instead of
+0.33 s for 512 MiB. It was not done: the overlay's header would have to be written by somebody else, past the locks, since
+QEMU's `change-backing-file` records the overlay's own format for the base.
 """
 
 import contextlib
