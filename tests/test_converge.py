@@ -32,7 +32,7 @@ from qmpmerge.throttle import Throttle
 
 SIZE = 16 * MIB
 PIECE = 512 * 1024
-COPIED = 32 * MIB
+COPIED = 12 * MIB
 """Bytes a second that the storage of the slow base takes."""
 
 SIX = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
@@ -161,7 +161,7 @@ async def test_our_own_limit_is_taken_off(tmp_path: Path, images: list[Path]) ->
         with guest.writing():
             async with qmpmerge.live(vm.target) as host:
                 outcome = await qmpmerge.commit(host, "vda", speed=COPIED, ending="ready", converge=Converge())
-        assert (outcome.verdict, outcome.rungs) == ("ready", ("the job's own limit of 32 MiB/s is taken off",))
+        assert (outcome.verdict, outcome.rungs) == ("ready", ("the job's own limit of 12 MiB/s is taken off",))
         await pivot(guest, images[0])
 
 
