@@ -93,8 +93,10 @@ class Killer:
         if self._victim != "tool":
             for daemon in daemons():
                 kill(daemon.pid)
-            if VICTIM is not None:
+            if VICTIM is not None and self._victim == "daemon":
                 strike_dead(int(VICTIM))
+            elif VICTIM is not None:
+                os.kill(int(VICTIM), signal.SIGKILL)  # and no waiting: we must not come to an end of our own
         if self._victim != "daemon":
             os.kill(os.getpid(), signal.SIGKILL)
 
