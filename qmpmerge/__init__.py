@@ -14,58 +14,61 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qmpmerge import errors
-    from qmpmerge.blockgraph import Disk
-    from qmpmerge.chain import Chain, Image
-    from qmpmerge.cleaning import Cleaned, clean
-    from qmpmerge.converge import Converge
-    from qmpmerge.diskdoctor import examine_path
-    from qmpmerge.doctor import examine
-    from qmpmerge.doors import opened
-    from qmpmerge.doors.live import live
-    from qmpmerge.doors.offline import offline
+    from qmpmerge.chain.chain import Chain, Image
+    from qmpmerge.chain.outcome import Outcome
+    from qmpmerge.chain.plan import CommitPlan
+    from qmpmerge.doctor.findings import Finding
+    from qmpmerge.doctor.images import examine_path
+    from qmpmerge.doctor.target import examine
+    from qmpmerge.engine.converge import Converge
+    from qmpmerge.engine.patience import Patience
+    from qmpmerge.engine.progress import Progress
     from qmpmerge.errors import Error
-    from qmpmerge.findings import Finding
-    from qmpmerge.hosts import ChainView, Host
-    from qmpmerge.jobs import Job, Progress
-    from qmpmerge.merge import commit, follow
-    from qmpmerge.outcome import Outcome
-    from qmpmerge.patience import Patience
-    from qmpmerge.plan import CommitPlan
-    from qmpmerge.processes import Vm, vms
-    from qmpmerge.recovery import Recovery, recover
-    from qmpmerge.snapshots import Overlay, snapshot
-    from qmpmerge.verbs import steer
+    from qmpmerge.operations.clean import Cleaned, clean
+    from qmpmerge.operations.commit import commit
+    from qmpmerge.operations.follow import follow
+    from qmpmerge.operations.recover import recover
+    from qmpmerge.operations.snapshot import Overlay, snapshot
+    from qmpmerge.operations.steer import steer
+    from qmpmerge.processes.vms import Vm, vms
+    from qmpmerge.qemu.blockgraph import Disk
+    from qmpmerge.qemu.jobs import Job
+    from qmpmerge.recovery.put_right import Recovery
+    from qmpmerge.targets.live import live
+    from qmpmerge.targets.offline import offline
+    from qmpmerge.targets.open import opened
+    from qmpmerge.targets.target import ChainView, Host
 
 _HOME = {
-    "Chain": "chain",
-    "ChainView": "hosts",
-    "Cleaned": "cleaning",
-    "CommitPlan": "plan",
-    "Converge": "converge",
-    "Disk": "blockgraph",
+    "Chain": "chain.chain",
+    "ChainView": "targets.target",
+    "Cleaned": "operations.clean",
+    "CommitPlan": "chain.plan",
+    "Converge": "engine.converge",
+    "Disk": "qemu.blockgraph",
     "Error": "errors",
-    "Finding": "findings",
-    "Host": "hosts",
-    "Image": "chain",
-    "Job": "jobs",
-    "Outcome": "outcome",
-    "Overlay": "snapshots",
-    "Patience": "patience",
-    "Progress": "jobs",
-    "Recovery": "recovery",
-    "Vm": "processes",
-    "clean": "cleaning",
-    "commit": "merge",
-    "examine": "doctor",
-    "examine_path": "diskdoctor",
-    "follow": "merge",
-    "live": "doors.live",
-    "offline": "doors.offline",
-    "opened": "doors",
-    "recover": "recovery",
-    "snapshot": "snapshots",
-    "steer": "verbs",
-    "vms": "processes",
+    "Finding": "doctor.findings",
+    "Host": "targets.target",
+    "Image": "chain.chain",
+    "Job": "qemu.jobs",
+    "Outcome": "chain.outcome",
+    "Overlay": "operations.snapshot",
+    "Patience": "engine.patience",
+    "Progress": "engine.progress",
+    "Recovery": "recovery.put_right",
+    "Vm": "processes.vms",
+    "clean": "operations.clean",
+    "commit": "operations.commit",
+    "examine": "doctor.target",
+    "examine_path": "doctor.images",
+    "follow": "operations.follow",
+    "live": "targets.live",
+    "offline": "targets.offline",
+    "opened": "targets.open",
+    "recover": "operations.recover",
+    "snapshot": "operations.snapshot",
+    "steer": "operations.steer",
+    "vms": "processes.vms",
 }
 
 __all__ = [

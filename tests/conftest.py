@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import Content, fill, make_chain
-from setups import Setup, drive
+from rig.disks import Setup, drive
+from rig.machines import Content, fill, make_chain
 
 # Whoever runs the tests in the background or without a terminal may have them ignore these, and so would every command that
 # the tests start, which heeds that.

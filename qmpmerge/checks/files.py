@@ -5,13 +5,14 @@ Checks of the files, of their filesystems and of the processes that hold them, e
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from qmpmerge import dependents as others
-from qmpmerge import permissions
-from qmpmerge.checks.question import Question, identity
+from qmpmerge.checks.question import Question
 from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotWritable, Refused, Replaced
+from qmpmerge.images.dependents import find
+from qmpmerge.processes import permissions
+from qmpmerge.processes.proc import identity
 
 if TYPE_CHECKING:
-    from qmpmerge.processes import User
+    from qmpmerge.processes.holders import User
 
 
 async def replaced(question: Question) -> AsyncIterator[Refused]:
@@ -29,15 +30,15 @@ async def replaced(question: Question) -> AsyncIterator[Refused]:
 
 async def in_use(question: Question) -> AsyncIterator[Refused]:
     """Of a running VM: at the offline door nobody may hold anything. One with ``locking=off`` is seen too."""
-    from qmpmerge import processes
+    from qmpmerge.processes import holders
 
     pid = question.pid
     if pid is None or not question.host.is_live:
         return
-    users = processes.users([image.file for image in question.touched if image.has_path], excluding=[pid])
+    users = holders.users([image.file for image in question.touched if image.has_path], excluding=[pid])
     for file in dict.fromkeys(user.file for user in users):
-        holders = [user for user in users if user.file == file]
-        yield InUse(file=file, holders=[_told(user) for user in holders], command=_instead(holders))
+        holding = [user for user in users if user.file == file]
+        yield InUse(file=file, holders=[_told(user) for user in holding], command=_instead(holding))
 
 
 def _told(user: "User") -> str:
@@ -57,10 +58,10 @@ async def dependents(question: Question) -> AsyncIterator[Refused]:
 
     Looked for in folders, and among what the QEMUs of this host have open, this one and its other disks included.
     """
-    from qmpmerge import processes
+    from qmpmerge.processes import holders
 
     plan = question.plan
-    found = others.find([plan.base, *plan.merged], plan.chain, question.search, processes.qemu_files())
+    found = find([plan.base, *plan.merged], plan.chain, question.search, holders.qemu_files())
     if found:
         images = list(dict.fromkeys(dependent.image for dependent in found))
         yield Dependents(images=images, dependents=[dependent.file for dependent in found])

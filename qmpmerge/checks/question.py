@@ -2,21 +2,16 @@
 What a check is asked about, and how files are told apart.
 """
 
-import os
-import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from qmpmerge import bitmaps
-from qmpmerge.bitmaps import Bitmap, Handling
-from qmpmerge.chain import Image
-from qmpmerge.hosts import ChainView, Host
-from qmpmerge.outcome import Ending
-from qmpmerge.plan import CommitPlan
-from qmpmerge.space import Estimate
-
-Identity = tuple[str, int, int]
-"""Which file or device it is, whatever it is called."""
+from qmpmerge.chain.chain import Image
+from qmpmerge.chain.outcome import Ending, Estimate
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.processes import proc
+from qmpmerge.processes.proc import Identity
+from qmpmerge.qemu.bitmaps import Bitmap, Handling, of
+from qmpmerge.targets.target import ChainView, Host
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Question:
     @property
     def bitmaps(self) -> list[Bitmap]:
         """The dirty bitmaps that would be lost."""
-        return [] if self.keeps else bitmaps.of(self.view.layout, self.plan.merged)
+        return [] if self.keeps else of(self.view.layout, self.plan.merged)
 
     @property
     def keeps(self) -> bool:
@@ -56,30 +51,10 @@ class Question:
 
 def process(host: Host, plan: CommitPlan) -> tuple[int | None, set[Identity]]:
     """QEMU's pid and what it has open; what answers on the monitor may be a relay, such as ssh, which is not QEMU."""
-    from qmpmerge import processes
+    from qmpmerge.processes import vms
 
-    opened = _open_files(host.pid) if host.pid is not None else set()
-    ours = {identity(image.file) for image in plan.chain if image.has_path}
-    if host.pid is None or not (opened & ours or processes.vm_of(host.pid) is not None):
+    opened = proc.open_identities(host.pid) if host.pid is not None else set()
+    ours = {proc.identity(image.file) for image in plan.chain if image.has_path}
+    if host.pid is None or not (opened & ours or vms.vm_of(host.pid) is not None):
         return None, set()
     return host.pid, opened
-
-
-def _open_files(pid: int) -> set[Identity]:
-    folder = f"/proc/{pid}/fd"
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return set()
-    return {found for name in names if (found := identity(f"{folder}/{name}")) is not None}
-
-
-def identity(path: str) -> Identity | None:
-    """The inode of a file, the device number of a block device: several device nodes can lead to one device."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    if stat.S_ISBLK(status.st_mode):
-        return "device", status.st_rdev, 0
-    return "file", status.st_dev, status.st_ino

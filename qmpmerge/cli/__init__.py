@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     import click
 
+
 COLLECT_AFTER = 100_000
 """New objects before the collector looks through them; Python's own 700 costs a sixth of a short command's time."""
 

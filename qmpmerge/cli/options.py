@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from qmpmerge.cli import complete
+from qmpmerge.engine.patience import Patience
 from qmpmerge.errors import FORCEABLE
-from qmpmerge.patience import Patience
 
 if TYPE_CHECKING:
-    from qmpmerge.cli.output import Output
-    from qmpmerge.converge import Converge
+    from qmpmerge.cli.render.output import Output
+    from qmpmerge.engine.converge import Converge
+
+
+POLITE_SECONDS = 5.0
+"""How long `--polite` leaves the monitor to others."""
+
+ENDINGS: dict[str, str] = {
+    "--pivot": "Active merge: move the guest onto the base (default).",
+    "--keep-overlay": "Active merge: let the guest keep the overlay.",
+    "--wait-ready": "Active merge: stop at ready, mirroring every write.",
+}
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
@@ -37,10 +48,10 @@ class Options:
     def output(self) -> "Output":
         """The renderer they ask for, on this process's streams."""
         if self.json:
-            from qmpmerge.cli.json_output import JsonOutput
+            from qmpmerge.cli.render.json import JsonOutput
 
             return JsonOutput(sys.stdout, sys.stderr, quiet=self.quiet)
-        from qmpmerge.cli.text_output import TextOutput
+        from qmpmerge.cli.render.text import TextOutput
 
         return TextOutput(sys.stdout, sys.stderr, quiet=self.quiet)
 
@@ -135,7 +146,7 @@ class Help:
 
     def told_to(self, output: "Output") -> "Converge":
         """The same, with each rung noted."""
-        from qmpmerge.converge import Converge
+        from qmpmerge.engine.converge import Converge
 
         return Converge(self.floor, self.pause, output.note)
 
@@ -198,3 +209,36 @@ class Assignment(click.ParamType[tuple[str, str]]):
         if not (disk and equals and file):
             self.fail(f"{value!r} is not of the form DISK=FILE, as in vda=/vm/snap1.qcow2", param, ctx)
         return disk, file
+
+
+def target(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare TARGET."""
+    return click.argument("target", shell_complete=complete.targets)(function)
+
+
+def endings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare how an active merge may end."""
+    values = {"--pivot": "pivot", "--keep-overlay": "keep", "--wait-ready": "ready"}
+    for flag in reversed(ENDINGS):
+        function = click.option(flag, "ending", flag_value=values[flag], default="pivot", help=ENDINGS[flag])(function)
+    return function
+
+
+def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare what becomes of the merged files, and whether the guest may be paused."""
+    policies = click.Choice(["stash", "relink", "delete", "keep"])
+    files = click.option(
+        "--merged-files",
+        type=policies,
+        default="stash",
+        show_default=True,
+        help="stash: rename to NAME.merged; relink: that, and a new overlay takes the active image's name; "
+        "delete: compare, then remove; keep: leave alone.",
+    )
+    pause = click.option(
+        "--pause/--no-pause",
+        default=True,
+        help="Pause the guest for the milliseconds of the pivot (default). Without, a crash during it may leave two images "
+        "of which nobody can tell which holds the last writes.",
+    )
+    return files(pause(function))

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rig import Session, machine
-from setups import BACKEND, device, nodes
+from rig.disks import BACKEND, device, nodes
+from rig.machines import Session, machine
 
 from faults import cuts, oracle
 from faults.gate import Gate
@@ -23,7 +23,7 @@ from faults.log import Log, Operation
 from faults.oracle import Judgement
 from faults.stage import Case, Guest, Played, Story, command, ended
 from faults.sweeps import Bench, Point, Sweep
-from qmpmerge.witness import STASHED
+from qmpmerge.journal.stash import STASHED
 
 NAMES = ("create", "rename", "link", "unlink")
 BEFORE = 12

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from rig import MIB
+from rig.machines import MIB
 
 from faults import cuts
 from faults.cuts import State

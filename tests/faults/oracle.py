@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rig import run
-from setups import form
+from rig.disks import form
+from rig.machines import run
 
 from faults.stage import Case, Guest, Played, recover
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rig import SIZE, Content, Machine, Session, machine, run
-from setups import BACKEND, device, form, nodes
+from rig.disks import BACKEND, device, form, nodes
+from rig.machines import SIZE, Content, Machine, Session, machine, run
 
 from faults.gate import Gate
 from faults.log import Fault, Log

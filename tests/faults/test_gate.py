@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rig import run
+from rig.machines import run
 
 from faults import gate
 from faults.gate import Gate
@@ -99,5 +99,5 @@ def test_qemu_has_no_way_around_it(tmp_path: Path) -> None:
             done = subprocess.run([*watched.before(), *line], capture_output=True)
         writes = [one for one in log.operations if one.kind == "write"]
         assert done.returncode != 0 or writes == [
-            Operation("image", "write", 0, 65536, b"\xcd" * 65536, pid=writes[0].pid)
+            Operation("image", "write", 0, 65536, b"\xcd" * 65536, pid=writes[0].pid, changed=writes[0].changed)
         ]

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import kills
-from rig import Machine, machine
-from setups import BACKEND, device, nodes
+from rig import kills
+from rig.disks import BACKEND, device, nodes
+from rig.machines import Machine, machine
 
 from faults import oracle
 from faults.gate import Gate

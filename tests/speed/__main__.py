@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rig import run
+from rig.machines import run
 
 import qmpmerge
 from speed import growth, guest, listing, live, offline

@@ -4,8 +4,8 @@ How the cost of a merge grows with layers, with data and with disks.
 
 from pathlib import Path
 
-from rig import machine, make_chain
-from setups import device
+from rig.disks import device
+from rig.machines import machine, make_chain
 
 from speed import live
 from speed.figures import BARE, OURS, Figures, alternating

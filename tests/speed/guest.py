@@ -16,9 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import guests
-from guests import Guest, Ports, Writer, guest
-from rig import MIB, run
+from rig import guests
+from rig.guests import Guest, Ports, Writer, guest
+from rig.machines import MIB, run
 
 from speed.figures import BARE, OURS, VIRSH, Figures, alternating
 from speed.images import remove

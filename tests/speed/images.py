@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rig import MIB, make_chain, run
+from rig.machines import MIB, make_chain, run
 
 SIZE = 8192 * MIB
 CLUSTER = 65536

@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-from rig import Session, machine
-from setups import device
+from rig.disks import device
+from rig.machines import Session, machine
 
 import qmpmerge
-from qmpmerge import plan
-from qmpmerge.blockgraph import DEEP
-from qmpmerge.checks import check
+from qmpmerge.chain import plan
+from qmpmerge.checks.check import check
+from qmpmerge.qemu.discovery import DEEP
 from speed.figures import BARE, OURS, QEMU_IMG, Figures
 from speed.images import empty_chain
 from speed.peers import memory, ours, timed

@@ -8,8 +8,8 @@ merge of any; the others come back from an intermediate one up to half a second 
 import time
 from pathlib import Path
 
-from rig import machine
-from setups import device
+from rig.disks import device
+from rig.machines import machine
 
 from speed.figures import BARE, OURS, VIRSH, Figures, alternating
 from speed.images import DataChain, data_chain, remove

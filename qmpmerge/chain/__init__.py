@@ -1,0 +1,1 @@
+"""Pure values: images and their identity, chains, plans, outcomes, backing names."""

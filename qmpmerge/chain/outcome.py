@@ -1,0 +1,127 @@
+"""
+What a merge came to.
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qmpmerge.chain.chain import Chain
+
+ASSUMED_RATE = 200 * 1024 * 1024
+"""Bytes a second that a disk of today copies; nobody has measured this one."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    Bytes that a merge copies and by how much base grows at most, metadata included; None for what cannot be told.
+
+    `free` is what QEMU may still use on the base's filesystem, `seconds` what the copy takes at `rate`, bytes a second;
+    `rate_given` says that it is the user's limit, not an assumption. With `at_least` a guest can add to `copy` and
+    `growth` meanwhile. `reason` says why there are no figures.
+    """
+
+    copy: int | None = None
+    growth: int | None = None
+    free: int | None = None
+    rate: int = ASSUMED_RATE
+    rate_given: bool = False
+    at_least: bool = False
+    reason: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the copy takes at `rate`."""
+        return None if self.copy is None else self.copy / self.rate
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there is room, as far as can be told."""
+        return self.growth is None or self.free is None or self.growth <= self.free
+
+
+Policy = Literal["stash", "relink", "delete", "keep"]
+"""
+What becomes of merged files: renamed to NAME.merged; that, and the active image's old name leads to a new, empty overlay on
+the base; removed, where it was compared; left alone.
+"""
+
+Ending = Literal["pivot", "keep", "ready"]
+"""
+How an active merge ends: the guest moves onto base; or it keeps the overlay, base having all data of this moment; or the
+job stays ready, mirroring every write, until someone ends it.
+"""
+
+
+@dataclass(frozen=True)
+class MergedFile:
+    """An image that is no longer part of the chain: what was done with its file, and where it is now."""
+
+    file: str
+    action: str = "keep"
+    now: str | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """
+    A check by its refusal's name, and what it came to. `forced` refused, and the user wanted to go on all the same;
+    what is not checked could not be, for the `reason`.
+    """
+
+    name: str
+    result: Literal["passed", "forced", "not checked"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What a merge came to; only proved outcomes are made into one.
+
+    `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
+    merge counts what it walked). `verified` says that base and top were compared before the switch. `paused_ms` is how long
+    the guest stood still for the pivot, None where it was not paused. `hints` are sentences for the user, `rungs` those
+    about what was done to a guest that wrote as fast as was copied (`converge`). `checks` and `estimate` are what was
+    found out before: of a plan that was only looked at.
+    """
+
+    verdict: str
+    disk: str
+    before: Chain
+    after: Chain
+    job: str | None = None
+    merged: tuple[MergedFile, ...] = ()
+    copied: int | None = None
+    seconds: float = 0.0
+    hints: tuple[str, ...] = ()
+    verified: bool = False
+    paused_ms: float | None = None
+    checks: tuple[Checked, ...] = ()
+    estimate: Estimate | None = None
+    rungs: tuple[str, ...] = ()
+
+
+def launch_advice(base: str, old: MergedFile) -> list[str]:
+    """What a pivot means for the next start of the VM."""
+    if old.action == "relink":
+        return [f"{old.file} is a new, empty overlay on {base} now: the VM can be started from either"]
+    if old.action == "keep":
+        return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data"]
+    return [f"start the VM from {base} from now on: {old.file} is no more"]
+
+
+def files_advice(merged: Sequence[MergedFile]) -> list[str]:
+    """What can be done with the merged files."""
+    folders = dict.fromkeys(
+        os.path.dirname(file.now) for file in merged if file.action in ("stash", "relink") and file.now
+    )
+    if folders:
+        command = " ".join(["qmpmerge clean", *map(shlex.quote, folders)])
+        return [f"`{command}` removes what was stashed, once nobody holds or needs it"]
+    if any(file.action == "keep" for file in merged):
+        return ["the merged files can be deleted once no other image is built on them"]
+    return []

@@ -1,0 +1,113 @@
+"""
+May we? All of it is asked before anything is sent, all that says no is told at once, and every refusal says what to do
+instead.
+
+Pure checks of sizes and names are made where the plan is made (`plan`); the others look at QEMU and the headers (`said`), or
+at files and processes (`files`).
+"""
+
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
+
+from qmpmerge.chain.outcome import Checked, Ending, Estimate
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.checks import files, graph
+from qmpmerge.checks.question import Question, process
+from qmpmerge.errors import FORCEABLE, CommandError, NotWritable, Refused, refuse
+from qmpmerge.images import space
+from qmpmerge.qemu.bitmaps import Bitmap, Handling
+from qmpmerge.targets.target import ChainView, Host
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found out: each check, the space, and the bitmaps to be carried over."""
+
+    checks: tuple[Checked, ...]
+    estimate: Estimate
+    bitmaps: tuple[Bitmap, ...]
+
+
+async def check(
+    host: Host,
+    view: ChainView,
+    plan: CommitPlan,
+    *,
+    ending: Ending = "pivot",
+    handling: Handling = "refuse",
+    force: Collection[str] = (),
+    search: Collection[str] = (),
+    speed: int = 0,
+    closely: bool = True,
+) -> Answer:
+    """
+    Refuse what would do harm, but for what `force` names (of `errors.FORCEABLE`). Changes nothing that anyone could see.
+
+    `handling` is of the dirty bitmaps of merged images, `search` are more folders in which images may be built on those of
+    the chain, `speed` and `closely` are for the estimate (`space.estimate`). Raises one of the refusals of `CHECKS`, or
+    SeveralRefusals with all of them.
+    """
+    pid, opened = process(host, plan)
+    estimate = await space.estimate(plan, live=host.is_live, pid=pid, speed=speed, closely=closely)
+    question = Question(host, pid, opened, view, plan, ending, handling, search, estimate)
+    checked: list[Checked] = []
+    refusals: list[Refused] = []
+    for name, ask in CHECKS.items():
+        found = [refusal async for refusal in ask(question)]
+        insisting = [refusal for refusal in found if refusal.name not in FORCEABLE or refusal.name not in force]
+        refusals += insisting
+        checked.append(_checked(name, question, forced=len(insisting) < len(found)))
+    refuse(refusals)
+    await _rewrite_header(host, view, plan)  # the last, because it writes, if only what is there already
+    carried = question.bitmaps if handling == "merge" else []
+    return Answer(tuple(checked), estimate, tuple(carried))
+
+
+def _checked(name: str, question: Question, *, forced: bool) -> Checked:
+    unseen = "" if question.opened else "what QEMU has open cannot be seen from here"
+    unknown = {"no-space": question.estimate.reason, "in-use": unseen, "replaced": unseen}
+    if forced:
+        return Checked(name, "forced")
+    return Checked(name, "not checked", unknown[name]) if unknown.get(name) else Checked(name, "passed")
+
+
+async def _rewrite_header(host: Host, view: ChainView, plan: CommitPlan) -> None:
+    """
+    Have QEMU rewrite the overlay's header with the string it has already.
+
+    At the end of an intermediate commit QEMU takes the same path, and a failure there crashes it with the guest; here
+    the failure is a clean error. The command records the overlay's own format as the backing format, so it is sent only
+    where overlay and top have one format.
+    """
+    overlay = plan.overlay
+    if overlay is None or overlay.format != plan.top.format or overlay.backing is None:
+        return
+    try:
+        await host.monitor.execute(
+            "change-backing-file",
+            device=view.disk.root,
+            image_node_name=overlay.node,
+            backing_file=overlay.backing,
+        )
+    except CommandError as error:
+        raise NotWritable(file=overlay.file, reason=error.description) from None
+
+
+CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused]]] = {
+    "busy": graph.busy,
+    "temporary": graph.temporary,
+    "shorter-layer": graph.shorter_layer,
+    "replaced": files.replaced,
+    "disagrees": graph.disagrees,
+    "no-format": graph.no_format,
+    "backing-string": graph.backing_string,
+    "in-use": files.in_use,
+    "dependents": files.dependents,
+    "no-space": files.no_space,
+    "device-too-small": files.device_too_small,
+    "not-writable": files.not_writable,
+    "would-lose": graph.would_lose,
+    "known-bad": graph.known_bad,
+    "flush-unavailable": graph.flush_unavailable,
+}
+"""All of them by their refusals' names, in the order in which they are asked and told."""

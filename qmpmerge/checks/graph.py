@@ -1,0 +1,117 @@
+"""
+Checks of what QEMU and the headers say, each an async generator of refusals.
+"""
+
+from collections.abc import AsyncIterator
+
+from qmpmerge.chain import backing
+from qmpmerge.chain.backing import is_path, leads_from
+from qmpmerge.chain.chain import Image
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.checks.known_bad import found
+from qmpmerge.checks.question import Question
+from qmpmerge.errors import (
+    BackingString,
+    BitmapsStay,
+    Busy,
+    Disagrees,
+    FlushUnavailable,
+    KnownBad,
+    NoFormat,
+    Refused,
+    ShorterLayer,
+    Temporary,
+    WouldLose,
+)
+from qmpmerge.qemu import bitmaps, flush
+
+
+async def busy(question: Question) -> AsyncIterator[Refused]:
+    """QEMU takes one commit job a disk."""
+    disk = question.view.disk
+    if disk.job is not None:
+        yield Busy(disk=disk.name, job=disk.job.id, target=question.host.target)
+
+
+async def temporary(question: Question) -> AsyncIterator[Refused]:
+    """`snapshot=on` drives have an unlinked temporary file of QEMU's on top, ``vl.XXXXXX`` (block.c)."""
+    active = question.plan.chain.active
+    if active.has_path and active.inode is None and active.name.startswith("vl."):
+        yield Temporary(disk=question.view.disk.name, file=active.file)
+
+
+async def shorter_layer(question: Question) -> AsyncIterator[Refused]:
+    """Found where the plan was made."""
+    for refusal in question.plan.refusals:
+        if isinstance(refusal, ShorterLayer):
+            yield refusal
+
+
+async def disagrees(question: Question) -> AsyncIterator[Refused]:
+    """Of what leaves the chain, and of the overlay: base's own header is not touched."""
+    chain = question.plan.chain
+    touched = {image.file for image in question.touched[1:]}
+    below = dict(zip(chain.files[1:], chain.files, strict=False))
+    names = {image.file: image.backing for image in chain}
+    for odd in question.view.oddities:
+        if odd.name == "disagrees" and odd.file in touched:
+            yield Disagrees(image=odd.file, header=names[odd.file] or "none", graph=below[odd.file])
+
+
+async def no_format(question: Question) -> AsyncIterator[Refused]:
+    """Only of base: what lies above it are overlays, whose first bytes no guest can write."""
+    child = question.plan.merged[0]
+    if any(odd.name == "no-format" and odd.file == child.file for odd in question.view.oddities):
+        yield NoFormat(image=child.file, backing=child.backing or question.plan.base.file)
+
+
+async def backing_string(question: Question) -> AsyncIterator[Refused]:
+    """The new string must lead to base's inode from every folder from which the present one leads to top."""
+    plan = question.plan
+    for refusal in plan.refusals:
+        if isinstance(refusal, BackingString):
+            yield refusal
+    overlay, name = plan.overlay, plan.backing_name
+    if overlay is None or name is None or not (plan.base.has_path and overlay.has_path):
+        return
+    if not _leads(overlay, name, plan):
+        yield BackingString(overlay=overlay.file, backing=name, reason="it would not lead to the base from there")
+
+
+def _leads(overlay: Image, name: str, plan: CommitPlan) -> bool:
+    if not is_path(name):  # kept as the base's child has it: a file in a json: name must be the base's
+        path = backing.named_path(name)
+        return path is not None and path.startswith("/") and leads_from("/", path, plan.base)
+    present = overlay.backing
+    known = [folder for folder in backing.folders(overlay) if present and leads_from(folder, present, plan.top)]
+    return all(leads_from(folder, name, plan.base) for folder in known or backing.folders(overlay))
+
+
+async def would_lose(question: Question) -> AsyncIterator[Refused]:
+    """Dirty bitmaps as the user wants it, internal snapshots in any case."""
+    found, layout = question.bitmaps, question.view.layout
+    lost = bitmaps.snapshots(layout, question.plan.merged) if not question.keeps else []
+    if question.handling == "refuse":
+        lost += map(str, found)
+    if lost:
+        yield WouldLose(lost=lost)
+    if question.handling == "merge":
+        obstacles = [bitmaps.obstacle(layout, question.plan, bitmap) for bitmap in found]
+        if any(obstacles):
+            yield BitmapsStay(bitmaps=[obstacle for obstacle in obstacles if obstacle is not None])
+
+
+def known_bad(question: Question) -> AsyncIterator[KnownBad]:
+    """Of this version of QEMU."""
+    pivots = question.plan.pivots and not question.keeps
+    return found(question.host.monitor, question.view.disk, question.plan, pivots=pivots)
+
+
+async def flush_unavailable(question: Question) -> AsyncIterator[Refused]:
+    """An active commit flushes base by itself."""
+    if question.plan.overlay is None:
+        return
+    try:
+        await flush.check(question.host.monitor, question.plan.base)
+    except FlushUnavailable as refusal:
+        yield refusal

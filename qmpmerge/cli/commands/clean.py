@@ -1,0 +1,38 @@
+"""`clean`: remove what merges have put aside."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from qmpmerge.cli.commands import group
+from qmpmerge.cli.options import Options, shared
+from qmpmerge.cli.run import run
+
+if TYPE_CHECKING:
+    from qmpmerge.cli.render.output import Output
+
+
+@group.cli.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, change nothing.")
+@shared
+def clean(paths: tuple[str, ...], dry_run: bool, options: Options) -> int:
+    """
+    Remove merged files that were stashed, once nobody holds or needs them.
+
+    PATH is a folder, or a file called NAME.merged. What a process has open, what another image is built on, and what a
+    merge that was not finished may need, stays.
+
+    \b
+    Exit codes: 0 done, planned, unchanged; 3 refused; 6 a file could not be removed.
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge.cli.render.humanize import cleaned_verdict
+        from qmpmerge.operations import clean as operation
+
+        found = operation.clean(paths, dry_run=dry_run)
+        output.cleaned(found, dry_run=dry_run)
+        return cleaned_verdict(found, dry_run=dry_run)
+
+    return run(options, work)

@@ -1,0 +1,159 @@
+"""`commit`: merge layers of a chain."""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from qmpmerge.cli import complete, options
+from qmpmerge.cli.commands import group
+from qmpmerge.cli.options import POLITE_SECONDS, Help, Options, Size, converging, for_images, for_jobs, shared
+from qmpmerge.cli.run import on_host, run
+
+if TYPE_CHECKING:
+    from qmpmerge.chain.outcome import Ending, Policy
+    from qmpmerge.cli.render.output import Output
+    from qmpmerge.qemu.bitmaps import Handling
+    from qmpmerge.targets.target import Host
+
+
+@group.cli.command()
+@options.target
+@click.argument("disk", required=False, shell_complete=complete.disks)
+@click.option(
+    "--base", metavar="LAYER", help="Merge into this image (default: the lowest).", shell_complete=complete.layers
+)
+@click.option(
+    "--top",
+    metavar="LAYER",
+    help="Merge from this image down (default: the active one).",
+    shell_complete=complete.layers,
+)
+@click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
+@options.endings
+@click.option("--speed", type=Size(), default=0, metavar="SIZE", help="Limit in bytes a second, as in 100M.")
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Compare base and top before the switch (default: where it is cheap).",
+)
+@click.option(
+    "--bitmaps",
+    type=click.Choice(["refuse", "merge", "drop"]),
+    default="refuse",
+    show_default=True,
+    help="Dirty bitmaps of merged images: do not merge, carry them over to the base, or let them go.",
+)
+@click.option(
+    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on those of the chain."
+)
+@options.finishing
+@click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
+@for_jobs
+@converging
+@for_images
+@shared
+def commit(
+    target: str,
+    disk: str | None,
+    base: str | None,
+    top: str | None,
+    shallow: bool,
+    ending: "Ending",
+    speed: int,
+    verify: bool | None,
+    bitmaps: "Handling",
+    search: tuple[str, ...],
+    merged_files: "Policy",
+    pause: bool,
+    dry_run: bool,
+    polite: bool,
+    converge: Help | None,
+    options: Options,
+) -> int:
+    """
+    Merge images of a chain while the guest keeps writing.
+
+    The images above --base up to and including --top go into --base. By default that is the whole chain, and the guest
+    moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
+    to the base.
+
+    A guest that writes as fast as is copied keeps an active merge from ever being ready. With --converge the job's speed limit
+    is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all that is undone
+    at the end, even if qmpmerge is killed.
+
+    LAYER is a path, an index as `qmpmerge chain` shows it (`vda[2]` or `[2]`, 1 is the base), or a node name.
+
+    \b
+    Examples:
+      qmpmerge commit vm1 vda --top '[3]'                     of four images, 1 and 4 are left
+      qmpmerge commit vm1 vda                                 everything into the base
+      qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run    look first
+      qmpmerge commit vm1 vda --shallow --speed 100M          the top layer only, gently
+
+    A job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
+    the same command again goes on from where it stands.
+
+    \b
+    Exit codes:
+      0    merged, pivoted, kept, ready, planned, unchanged
+      3    refused: the disks are untouched, the hint says what to do instead
+      4    no session with TARGET: the disks are untouched
+      5    the job failed: the old chain is in use and right
+      6    unknown: the outcome is not proven
+      7    the job goes on in QEMU: --timeout passed, or we have left it
+      130  cancelled by Ctrl-C, or at --timeout: the old chain is in use
+    """
+
+    async def work(host: "Host", output: "Output") -> str:
+        from qmpmerge.operations import commit as operation
+
+        outcome = await operation.commit(
+            host,
+            disk,
+            base=base,
+            top=top,
+            shallow=shallow,
+            ending=ending,
+            speed=speed,
+            verify=verify,
+            bitmaps=bitmaps,
+            force=options.force,
+            search=search,
+            dry_run=dry_run,
+            merged_files=merged_files,
+            pause=pause,
+            converge=converge.told_to(output) if converge else None,
+            report=output.progress,
+            patience=options.patience,
+            polite=POLITE_SECONDS if polite else None,
+        )
+        output.commit(outcome)
+        return outcome.verdict
+
+    begun = on_host(target, options, work, write=True)
+    return run(options, begun if dry_run else resuming(target, options, begun))
+
+
+def resuming(
+    target: str, options: Options, begun: "Callable[[Output], Awaitable[str]]"
+) -> "Callable[[Output], Awaitable[str]]":
+    """The same work, after what an earlier run left of the image TARGET was put right, where that is beyond doubt."""
+
+    async def resumed(output: "Output") -> str:
+        from qmpmerge.errors import Unfinished
+
+        try:
+            return await begun(output)
+        except Unfinished as error:
+            from qmpmerge.recovery import settle
+
+            if error.path != target:
+                raise
+            outcome = await settle.resume(target, trace=output.trace if options.verbose else None)
+        if outcome is None:
+            return await begun(output)
+        output.commit(outcome)
+        return outcome.verdict
+
+    return resumed

@@ -1,0 +1,28 @@
+"""`completion`: what a shell has to run for completion."""
+
+import re
+
+import click
+
+from qmpmerge.cli.commands import group
+
+
+@group.cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """
+    Print the completion script of a shell.
+
+    VMs, disks, layers and jobs are completed live.
+
+    \b
+    bash   qmpmerge completion bash > ~/.local/share/bash-completion/completions/qmpmerge
+    zsh    qmpmerge completion zsh > a file _qmpmerge in a folder of $fpath
+    fish   qmpmerge completion fish > ~/.config/fish/completions/qmpmerge.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    maker = get_completion_class(shell)
+    assert maker is not None, "the shells are click's own"
+    click.echo(re.sub(r"\n+\Z", "", maker(group.cli, {}, "qmpmerge", "_QMPMERGE_COMPLETE").source()))
+    return 0

@@ -1,0 +1,57 @@
+"""`doctor`: report problems with chains and jobs."""
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from qmpmerge.cli import options
+from qmpmerge.cli.commands import group
+from qmpmerge.cli.options import Options, for_images, shared
+from qmpmerge.cli.run import on_host, run
+
+if TYPE_CHECKING:
+    from qmpmerge.cli.render.output import Output
+    from qmpmerge.targets.target import Host
+
+
+@group.cli.command()
+@options.target
+@click.option(
+    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the chain's."
+)
+@for_images
+@shared
+def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
+    """
+    Tell everything that is odd about the chains and jobs of TARGET, and the command that mends each.
+
+    TARGET may also be a folder of images. Nothing is changed. The worst comes first: `harm` is for data or a guest that
+    suffer now or at the next start, `care` for what somebody has to decide, `note` for what only takes up room.
+
+    \b
+    Examples:
+      qmpmerge doctor vm1
+      qmpmerge doctor /vm
+      qmpmerge doctor vm1 --json | jq -e '.findings == []'
+
+    \b
+    Exit codes: 0 whatever is found, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge.doctor import images
+
+        output.doctor(target, await images.examine_path(target, allow=options.allow, search=search))
+        return "done"
+
+    async def on_live(host: "Host", output: "Output") -> str:
+        from qmpmerge.doctor.target import examine
+
+        output.doctor(target, await examine(host, search=search))
+        return "done"
+
+    from qmpmerge.targets.open import is_image
+
+    is_path = is_image(target) or os.path.isdir(target)
+    return run(options, work if is_path else on_host(target, options, on_live))

@@ -1,0 +1,112 @@
+"""`vms`, `disks`, `chain` and `jobs`: what is there."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from qmpmerge.cli import complete, options
+from qmpmerge.cli.commands import group
+from qmpmerge.cli.options import Options, for_images, shared
+from qmpmerge.cli.run import on_host, run
+
+if TYPE_CHECKING:
+    from qmpmerge.cli.render.output import Output
+    from qmpmerge.targets.target import Host
+
+
+@group.cli.command()
+@shared
+def vms(options: Options) -> int:
+    """
+    List the running QEMUs of this host and their monitors.
+
+    A VM without a QMP monitor is listed as such. VMs of libvirt are marked, and left alone by the other commands.
+
+    \b
+    Exit codes: 0.
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge.processes import vms as running
+
+        output.vms(running.vms())
+        return "done"
+
+    return run(options, work)
+
+
+@group.cli.command()
+@options.target
+@for_images
+@shared
+def disks(target: str, options: Options) -> int:
+    """
+    List disks and the image each one uses now.
+
+    \b
+    Examples:
+      qmpmerge disks vm1
+      qmpmerge disks /run/vm1.sock --json
+
+    \b
+    Exit codes: 0, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(host: "Host", output: "Output") -> str:
+        from qmpmerge.targets.target import unfinished
+
+        found = await host.disks()
+        output.disks(found, [odd for disk in found for odd in unfinished(disk)])
+        return "done"
+
+    return run(options, on_host(target, options, work))
+
+
+@group.cli.command()
+@options.target
+@click.argument("disk", required=False, shell_complete=complete.disks)
+@for_images
+@shared
+def chain(target: str, disk: str | None, options: Options) -> int:
+    """
+    Show the chain of a disk, base first.
+
+    What QEMU uses is shown, next to what the images' headers say.
+
+    DISK is a drive id, a qdev id, a node name or the active image's path; it may be left out where only one disk has a
+    backing chain. The active image is marked with a star.
+
+    \b
+    Examples:
+      qmpmerge chain vm1
+      qmpmerge chain /run/vm1.sock vda --json
+
+    \b
+    Exit codes: 0, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(host: "Host", output: "Output") -> str:
+        output.chain(await host.chain(disk))
+        return "done"
+
+    return run(options, on_host(target, options, work))
+
+
+@group.cli.command()
+@options.target
+@shared
+def jobs(target: str, options: Options) -> int:
+    """
+    List block jobs and what can be done with each.
+
+    All jobs of TARGET are shown, whoever started them.
+
+    \b
+    Exit codes: 0, 4 no session with TARGET, 6 it stopped answering.
+    """
+
+    async def work(host: "Host", output: "Output") -> str:
+        output.jobs(await host.jobs())
+        return "done"
+
+    return run(options, on_host(target, options, work, live=True))

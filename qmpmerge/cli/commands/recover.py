@@ -1,0 +1,55 @@
+"""`recover`: put names and headers right after a crash."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from qmpmerge.cli.commands import group
+from qmpmerge.cli.options import Options, shared
+from qmpmerge.cli.run import run
+
+if TYPE_CHECKING:
+    from qmpmerge.cli.render.output import Output
+    from qmpmerge.recovery.evidence import Use
+
+
+@group.cli.command()
+@click.argument("path", type=click.Path())
+@click.option(
+    "--use",
+    type=click.Choice(["base", "top"]),
+    help="Where the evidence does not decide: you have looked, and this one holds the last writes.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, change nothing.")
+@shared
+def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> int:
+    """
+    Put names and headers right after a merge was left in the middle.
+
+    PATH is the image that the VM is started from, even if it is not there any more, another image of its chain, or a
+    folder. The witness that the merge has left, QEMU where it still runs, the headers and the contents tell which image
+    is right; where they do not, nothing is changed and the evidence is shown. Can be run again at any time.
+
+    \b
+    Examples:
+      qmpmerge recover /vm/c.qcow2 --dry-run
+      qmpmerge recover /vm
+
+    \b
+    Exit codes:
+      0    done, planned, unchanged
+      3    refused: another qmpmerge is at work
+      4    no session with the QEMU that carried the merge out, and which still runs
+      6    unknown: the evidence does not decide, see --use
+      7    a job is at work: the command to follow it is printed
+    """
+
+    async def work(output: "Output") -> str:
+        from qmpmerge.operations import recover as operation
+
+        trace = output.trace if options.verbose else None
+        found = await operation.recover(path, use=use, dry_run=dry_run, trace=trace)
+        output.recovered(found)
+        return operation.verdict_of(found)
+
+    return run(options, work)

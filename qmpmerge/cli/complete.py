@@ -1,0 +1,94 @@
+"""What the shell offers at TAB: running VMs, their disks, their layers, their jobs. Quick, and silent when it cannot."""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from qmpmerge.errors import CommandError, Error
+
+if TYPE_CHECKING:
+    from qmpmerge.targets.target import Host
+
+
+T = TypeVar("T")
+
+SECONDS = 1.0
+
+
+def _ask(ctx: click.Context, question: "Callable[[Host], Awaitable[list[T]]]") -> list[T]:
+    target = _given(ctx, "target", 0)
+    if target is None:
+        return []
+
+    import asyncio  # the shell's TAB waits for this module, most words of a line do not need a session
+
+    async def asking() -> list[T]:
+        from qmpmerge.targets.open import opened
+
+        async with asyncio.timeout(2 * SECONDS), opened(target, write=False, timeout=SECONDS) as host:
+            return await question(host)
+
+    try:
+        return asyncio.run(asking())
+    except (Error, CommandError, TimeoutError):
+        return []
+
+
+def _given(ctx: click.Context, name: str, place: int) -> str | None:
+    """An argument of the line so far. Where an option waits for its value, click has left the words where they stood."""
+    value: str | None = ctx.params.get(name)
+    return value if value is not None else next(iter(ctx.args[place : place + 1]), None)
+
+
+def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of VMs; with a slash in it the shell completes files."""
+    if "/" in incomplete or incomplete.startswith("."):
+        return [CompletionItem(incomplete, type="file")]
+    from qmpmerge.processes.vms import vms
+
+    found = [vm.name or f"pid:{vm.pid}" for vm in vms() if vm.monitors and not vm.libvirt]
+    names = [CompletionItem(name) for name in dict.fromkeys(found) if name.startswith(incomplete)]
+    return [*names, *([CompletionItem(incomplete, type="file")] if not names else [])]
+
+
+def disks(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The target's disks."""
+
+    async def names(host: "Host") -> list[tuple[str, str]]:
+        return [(disk.name, str(disk.chain)) for disk in await host.disks() if disk.chain is not None]
+
+    return [CompletionItem(name, help=chain) for name, chain in _ask(ctx, names) if name.startswith(incomplete)]
+
+
+def assignments(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """DISK= for each disk."""
+    if "=" in incomplete:
+        return []
+    return [CompletionItem(f"{item.value}=", help=item.help) for item in disks(ctx, param, incomplete)]
+
+
+def layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The images of the disk's chain: by index where nothing is typed yet, by path after a slash."""
+
+    async def images(host: "Host") -> list[tuple[str, str]]:
+        disk = await host.disk(_given(ctx, "disk", 1))
+        numbered = list(enumerate(disk.chain or (), 1))
+        return [(f"[{index}]", image.file) for index, image in numbered] + [(image.file, "") for _, image in numbered]
+
+    by_path = incomplete.startswith("/")
+    return [
+        CompletionItem(name, help=note)
+        for name, note in _ask(ctx, images)
+        if name.startswith(incomplete) and name.startswith("/") == by_path
+    ]
+
+
+def jobs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The target's jobs."""
+
+    async def ids(host: "Host") -> list[tuple[str, str]]:
+        return [(job.id, job.status) for job in await host.jobs()]
+
+    return [CompletionItem(name, help=status) for name, status in _ask(ctx, ids) if name.startswith(incomplete)]

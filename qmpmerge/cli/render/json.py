@@ -1,0 +1,183 @@
+"""JSON for programs: exactly one object on stdout, progress as one object a line on stderr. Fields are only ever added."""
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from qmpmerge.cli.render.humanize import cleaned_verdict
+
+if TYPE_CHECKING:
+    from qmpmerge.chain.outcome import Estimate, MergedFile, Outcome
+    from qmpmerge.doctor.findings import Finding
+    from qmpmerge.engine.progress import Progress
+    from qmpmerge.errors import Error
+    from qmpmerge.images.headers import Oddity
+    from qmpmerge.operations.clean import Cleaned
+    from qmpmerge.operations.snapshot import Overlay
+    from qmpmerge.processes.vms import Vm
+    from qmpmerge.qemu.blockgraph import Disk
+    from qmpmerge.qemu.jobs import Job
+    from qmpmerge.recovery.put_right import Recovery
+    from qmpmerge.targets.target import ChainView
+
+
+SCHEMA = 1
+
+
+class JsonOutput:
+    """Renders to two streams; `quiet` leaves out progress and notes."""
+
+    def __init__(self, out: TextIO, err: TextIO, *, quiet: bool = False) -> None:
+        self._out = out
+        self._err = err
+        self._quiet = quiet
+
+    def vms(self, found: "Sequence[Vm]") -> None:
+        """The running QEMUs."""
+        keys = ("name", "pid", "user", "monitors", "libvirt")
+        self._print({"vms": [{key: getattr(vm, key) for key in keys} for vm in found]})
+
+    def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
+        """The disks; an empty drive has no file."""
+        self._print({"disks": [_disk(disk) for disk in found], "oddities": _oddities(oddities)})
+
+    def chain(self, view: "ChainView") -> None:
+        """The images, base first."""
+        images = [
+            {
+                "index": index,
+                "node": image.node,
+                "file": image.file,
+                "format": image.format,
+                "virtual_size": image.virtual_size,
+                "allocated": image.allocated,
+                "backing": image.backing,
+                "backing_format": image.backing_format,
+                "active": image is view.chain.active,
+            }
+            for index, image in enumerate(view.chain, 1)
+        ]
+        job = _job(view.disk.job) if view.disk.job else None
+        self._print({"disk": view.disk.name, "images": images, "oddities": _oddities(view.oddities), "job": job})
+
+    def snapshot(self, overlays: "Sequence[Overlay]") -> None:
+        """The overlays that were made."""
+        made = [{"disk": overlay.disk, "file": overlay.file, "node": overlay.node} for overlay in overlays]
+        self._print({"verdict": "created", "overlays": made})
+
+    def commit(self, outcome: "Outcome") -> None:
+        """What a merge came to; `copied` is null where QEMU does not count it."""
+        self._print(
+            {
+                "verdict": outcome.verdict,
+                "disk": outcome.disk,
+                "job": outcome.job,
+                "before": outcome.before.files,
+                "after": outcome.after.files,
+                "merged": _merged(outcome.merged),
+                "copied": outcome.copied,
+                "seconds": round(outcome.seconds, 3),
+                "verified": outcome.verified,
+                "paused_ms": None if outcome.paused_ms is None else round(outcome.paused_ms, 1),
+                "hints": list(outcome.hints),
+                "checks": [
+                    {"name": check.name, "result": check.result, "reason": check.reason} for check in outcome.checks
+                ],
+                "estimate": _estimate(outcome.estimate) if outcome.estimate is not None else None,
+                "converge": list(outcome.rungs),
+            }
+        )
+
+    def recovered(self, found: "Sequence[Recovery]") -> None:
+        """One entry for each merge."""
+        from qmpmerge.operations.recover import verdict_of  # imported already by who has found something
+
+        keys = ("verdict", "image", "right", "action", "reasons", "hints")
+        merges = [{**{key: getattr(one, key) for key in keys}, "merged": _merged(one.merged)} for one in found]
+        self._print({"verdict": verdict_of(found), "merges": merges})
+
+    def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
+        """One entry for each stashed file; `kept` is null where it was removed."""
+        stashed = [{"file": one.file, "size": one.size, "kept": one.kept} for one in found]
+        self._print({"verdict": cleaned_verdict(found, dry_run=dry_run), "stashed": stashed})
+
+    def jobs(self, found: "Sequence[Job]") -> None:
+        """The block jobs."""
+        self._print({"jobs": [_job(job) for job in found]})
+
+    def steered(self, job_id: str, job: "Job | None") -> None:
+        """The job as it is now, null when it is gone."""
+        self._print({"verdict": "done", "id": job_id, "job": _job(job) if job else None})
+
+    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
+        """The findings, the worst first; an empty list is a clean bill of health."""
+        keys = ("name", "severity", "where", "what", "why", "command")
+        told = [{key: getattr(finding, key) for key in keys} for finding in findings]
+        self._print({"verdict": "done", "target": target, "findings": told})
+
+    def failure(self, error: "Error") -> None:
+        """The error with its facts."""
+        self._print({"verdict": error.verdict, "error": error.told})
+
+    def progress(self, told: "Progress") -> None:
+        """One object a line on stderr."""
+        keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta", "dirty_rate", "converging", "hint")
+        lack = {"filesystem": told.shortage.filesystem, "needed": told.shortage.needed} if told.shortage else None
+        if not self._quiet:
+            more = {"shortage": lack, "note": told.note}
+            self._line({"event": "progress", **{key: getattr(told, key) for key in keys}, **more})
+
+    def note(self, text: str) -> None:
+        """One object a line on stderr."""
+        if not self._quiet:
+            self._line({"event": "note", "text": text})
+
+    def trace(self, direction: str, text: str) -> None:
+        """One object a line on stderr."""
+        self._line({"event": "trace", "direction": direction, "text": text})
+
+    def close(self) -> None:
+        """Nothing is redrawn."""
+
+    def _print(self, document: Mapping[str, object]) -> None:
+        with contextlib.suppress(OSError):
+            self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
+
+    def _line(self, document: Mapping[str, object]) -> None:
+        with contextlib.suppress(OSError):  # nobody may be there to read it any more
+            self._err.write(json.dumps(document) + "\n")
+
+
+def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
+    return [{"file": merged.file, "action": merged.action, "now": merged.now} for merged in files]
+
+
+def _estimate(estimate: "Estimate") -> dict[str, object]:
+    keys = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
+    return {key: getattr(estimate, key) for key in keys}
+
+
+def _oddities(found: "Sequence[Oddity]") -> list[dict[str, object]]:
+    return [{"name": odd.name, "file": odd.file, "message": odd.message} for odd in found]
+
+
+def _disk(disk: "Disk") -> dict[str, object]:
+    active = disk.chain.active if disk.chain else None
+    return {
+        "disk": disk.name,
+        "node": active.node if active else None,
+        "qdev": disk.qdev or None,
+        "file": active.file if active else None,
+        "format": active.format if active else None,
+        "depth": len(disk.chain) if disk.chain else 0,
+        "virtual_size": active.virtual_size if active else None,
+        "actual_size": active.allocated if active else None,
+        "read_only": active.read_only if active else None,
+        "job": disk.job.id if disk.job else None,
+    }
+
+
+def _job(job: "Job") -> dict[str, object]:
+    keys = ("id", "type", "disk", "status", "ready", "done", "total", "speed", "io_status", "error", "ours", "verbs")
+    return {key: getattr(job, key) for key in keys}

@@ -1,0 +1,72 @@
+"""
+What a command says: results to stdout, everything else to stderr.
+
+Work code reports values, someone else draws. `Output` is what the commands call; `TextOutput` and `JsonOutput` are the two
+renderers. Nothing outside these modules prints.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from qmpmerge.chain.outcome import Outcome
+    from qmpmerge.doctor.findings import Finding
+    from qmpmerge.engine.progress import Progress
+    from qmpmerge.errors import Error
+    from qmpmerge.images.headers import Oddity
+    from qmpmerge.operations.clean import Cleaned
+    from qmpmerge.operations.snapshot import Overlay
+    from qmpmerge.processes.vms import Vm
+    from qmpmerge.qemu.blockgraph import Disk
+    from qmpmerge.qemu.jobs import Job
+    from qmpmerge.recovery.put_right import Recovery
+    from qmpmerge.targets.target import ChainView
+
+
+class Output(Protocol):
+    """One method for each thing that a command can have to say."""
+
+    def vms(self, found: "Sequence[Vm]") -> None:
+        """The running QEMUs of this host."""
+
+    def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
+        """The disks of a target, and what about them deserves a look."""
+
+    def chain(self, view: "ChainView") -> None:
+        """The chain of a disk and what is odd about it."""
+
+    def snapshot(self, overlays: "Sequence[Overlay]") -> None:
+        """The overlays that were made."""
+
+    def commit(self, outcome: "Outcome") -> None:
+        """What a merge came to."""
+
+    def recovered(self, found: "Sequence[Recovery]") -> None:
+        """What became of merges that were not finished."""
+
+    def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
+        """Which stashed files were removed, and why the others were not."""
+
+    def jobs(self, found: "Sequence[Job]") -> None:
+        """The block jobs of a target."""
+
+    def steered(self, job_id: str, job: "Job | None") -> None:
+        """A job after a verb was sent to it; None when it is gone."""
+
+    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
+        """What is odd about a target, the worst first."""
+
+    def failure(self, error: "Error") -> None:
+        """Why a command did not do what was asked."""
+
+    def progress(self, told: "Progress") -> None:
+        """How far a merge is."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know meanwhile."""
+
+    def trace(self, direction: str, text: str) -> None:
+        """A line of the QMP conversation."""
+
+    def close(self) -> None:
+        """End what is being redrawn."""

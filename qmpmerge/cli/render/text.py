@@ -1,0 +1,273 @@
+"""Text for people."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qmpmerge.chain.chain import draw
+from qmpmerge.cli.render import humanize
+from qmpmerge.cli.render.humanize import visible
+
+if TYPE_CHECKING:
+    from qmpmerge.chain.outcome import Outcome
+    from qmpmerge.doctor.findings import Finding
+    from qmpmerge.engine.progress import Progress, Shortage
+    from qmpmerge.errors import Error
+    from qmpmerge.images.headers import Oddity
+    from qmpmerge.operations.clean import Cleaned
+    from qmpmerge.operations.snapshot import Overlay
+    from qmpmerge.processes.vms import Vm
+    from qmpmerge.qemu.blockgraph import Disk
+    from qmpmerge.qemu.jobs import Job
+    from qmpmerge.recovery.put_right import Recovery
+    from qmpmerge.targets.target import ChainView
+
+
+DRAW_AFTER_SECONDS = 0.5
+
+
+class TextOutput:
+    """Renders to two streams; `quiet` leaves out progress and notes."""
+
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._out = out
+        self._err = err
+        self._quiet = quiet
+        self._clock = clock
+        self._begun: float | None = None
+        self._tenth = 0
+        self._shortage: Shortage | None = None
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def vms(self, found: "Sequence[Vm]") -> None:
+        """A table; monitors that can be used as TARGET come last."""
+        rows = [
+            (
+                vm.name or "-",
+                str(vm.pid),
+                vm.user,
+                "libvirt" if vm.libvirt else "",
+                ", ".join(vm.monitors) or "no monitor",
+            )
+            for vm in found
+        ]
+        self._table(("NAME", "PID", "USER", "", "MONITOR"), rows, "no running QEMU found")
+
+    def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
+        """A table, one disk a line; the oddities."""
+        self._table(
+            ("DISK", "FORMAT", "DEPTH", "SIZE", "ALLOCATED", "JOB", "ACTIVE IMAGE"),
+            [humanize.disk_row(disk) for disk in found],
+            "no disks",
+        )
+        self._oddities(oddities)
+
+    def chain(self, view: "ChainView") -> None:
+        """The drawing, the job that is on it, the table base first, the oddities."""
+        self._say(f"{visible(view.disk.name)}: {visible(view.chain)}")
+        rows = [
+            (
+                f"[{index}]",
+                image.format,
+                humanize.size(image.virtual_size),
+                humanize.size(image.allocated),
+                image.node or "-",
+                image.file + (" *" if image is view.chain.active else ""),
+                image.backing or "",
+            )
+            for index, image in enumerate(view.chain, 1)
+        ]
+        columns = ("INDEX", "FORMAT", "SIZE", "ALLOCATED", "NODE", "FILE (* active)", "BACKING AS WRITTEN")
+        job = view.disk.job
+        if job is not None:
+            of = f", {humanize.size(job.done)} of {humanize.size(job.total)}" if job.total else ""
+            self._say(f"job {visible(job.id)} ({job.type}): {job.status}{of}; possible now: {', '.join(job.verbs)}")
+        self._table(columns, rows, "")
+        self._oddities(view.oddities)
+
+    def snapshot(self, overlays: "Sequence[Overlay]") -> None:
+        """A line for each overlay."""
+        for overlay in overlays:
+            self._say(f"{visible(overlay.disk)}: {visible(overlay.file)} is the active image now")
+
+    def commit(self, outcome: "Outcome") -> None:
+        """The verdict, the chain before and after, what is left to do."""
+        disk = visible(outcome.disk)
+        if outcome.verdict == "unchanged":
+            self._say(f"{disk}: unchanged, {visible(outcome.before)} has no backing file, so there is nothing to merge")
+            return
+        self._say(f"{disk}: {outcome.verdict}{humanize.cost(outcome)}")
+        self._say(f"  before  {visible(draw(outcome.before.images))}")
+        self._say(f"  {'after ' if outcome.verdict != 'planned' else 'result'}  {visible(draw(outcome.after.images))}")
+        for merged in outcome.merged:
+            word = "would no longer be part of it" if outcome.verdict == "planned" else "no longer part of it"
+            self._say(
+                f"  {word}: {visible(merged.file)}{visible(humanize.fate(merged, planned=outcome.verdict == 'planned'))}"
+            )
+        if outcome.estimate is not None:
+            self._say(f"  {humanize.estimate(outcome.estimate)}")
+        for result in ("passed", "forced", "not checked"):
+            names = [humanize.checked(check) for check in outcome.checks if check.result == result]
+            if names:
+                self._say(f"  {result}: {', '.join(names)}")
+        for rung in outcome.rungs:
+            self._say(f"  to get it ready: {visible(rung)}")
+        for hint in outcome.hints:
+            self._hint(hint)
+
+    def recovered(self, found: "Sequence[Recovery]") -> None:
+        """For each merge what was done, why, and from which image the VM is started now."""
+        for one in found:
+            self._say(f"{visible(one.image)}: {one.verdict}, {visible(one.action)}")
+            for reason in one.reasons:
+                self._say(f"  because  {visible(reason)}")
+            if one.right is not None:
+                self._say(f"  right is {visible(one.right)}")
+            for merged in one.merged:
+                self._say(
+                    f"  no longer part of it: {visible(merged.file)}{visible(humanize.fate(merged, planned=False))}"
+                )
+            for hint in one.hints:
+                self._hint(hint)
+
+    def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
+        """A line for each stashed file."""
+        for one in found:
+            fate = f"stays, {one.kept}" if one.kept else "would be removed" if dry_run else "removed"
+            self._say(f"{visible(one.file)}: {visible(fate)} ({humanize.size(one.size)})")
+        if not found:
+            self._say("nothing is stashed here")
+
+    def jobs(self, found: "Sequence[Job]") -> None:
+        """A table, with what can be done with each job."""
+        rows = [
+            (
+                job.id,
+                job.type,
+                job.disk or "-",
+                job.status if job.io_status == "ok" else f"{job.status} ({job.io_status})",
+                f"{humanize.size(job.done)} of {humanize.size(job.total)}",
+                f"{humanize.size(job.speed)}/s" if job.speed else "unlimited",
+                ", ".join(job.verbs),
+                job.error or "",
+            )
+            for job in found
+        ]
+        columns = ("JOB", "TYPE", "DISK", "STATUS", "DONE", "SPEED", "POSSIBLE NOW", "")
+        self._table(columns, rows, "no block jobs")
+
+    def steered(self, job_id: str, job: "Job | None") -> None:
+        """One line."""
+        self._say(f"{visible(job_id)}: {'gone' if job is None else job.status}")
+
+    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
+        """Each finding in four lines: how bad and where, what, why, and the command that mends it."""
+        if not findings:
+            self._say(f"{visible(target)}: nothing odd was found")
+        for finding in findings:
+            self._say(f"{finding.severity}: {visible(finding.where)} ({finding.name})")
+            self._say(f"  what  {visible(finding.what)}")
+            self._say(f"  why   {visible(finding.why)}")
+            self._say(f"  mend  {visible(finding.command) or 'nothing to run'}")
+
+    def failure(self, error: "Error") -> None:
+        """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
+        self.close()
+        for part in error.parts:
+            self._tell(f"{part.verdict}: {visible(part)}\n")
+            if part.hint:
+                self._hint(part.hint)
+
+    def progress(self, told: "Progress") -> None:
+        """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
+        if told.hint and not self._quiet:
+            self.close()
+            self._hint(f"{told.disk}: {told.hint}")
+        now = self._clock()
+        if told.note is not None:
+            self.note(told.note)
+        if self._begun is None:
+            self._begun = now
+        if self._quiet or now - self._begun < DRAW_AFTER_SECONDS:
+            return
+        if self._err.isatty():
+            self._redraw(told)
+            return
+        if (told.shortage is None) != (self._shortage is None):
+            self._shortage = told.shortage
+            self._tell(humanize.progress(told) + "\n")
+        tenth = int((told.percent or 0) // 10)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            self._tell(humanize.progress(told) + "\n")
+
+    def note(self, text: str) -> None:
+        """A line on stderr."""
+        if not self._quiet:
+            self.close()
+            self._tell(f"{visible(text)}\n")
+
+    def trace(self, direction: str, text: str) -> None:
+        """A line on stderr."""
+        self.close()
+        self._tell(f"{direction} {visible(text)}\n")
+
+    def close(self) -> None:
+        """End the redrawn line."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            self._tasks.clear()
+
+    def _redraw(self, told: "Progress") -> None:
+        if self._bar is None:
+            # rich takes 80 ms to import: only where a bar is drawn
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = (BarColumn(bar_width=24), TextColumn("{task.fields[line]}", markup=False))
+            self._bar = Bar(*columns, console=Console(file=self._err), transient=True)
+            self._bar.start()
+        if told.disk not in self._tasks:
+            self._tasks[told.disk] = self._bar.add_task("", total=None, line="")
+        self._bar.update(
+            self._tasks[told.disk], total=told.total or None, completed=told.done, line=humanize.progress(told)
+        )
+
+    def _oddities(self, oddities: "Sequence[Oddity]") -> None:
+        for odd in oddities:
+            self._say(f"odd: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
+
+    def _say(self, line: str) -> None:
+        self.close()
+        with contextlib.suppress(OSError):
+            self._out.write(line + "\n")
+
+    def _tell(self, text: str) -> None:
+        """To stderr. Nobody may be there to read it any more: that is no reason to leave a merge half done."""
+        with contextlib.suppress(OSError):
+            self._err.write(text)
+
+    def _hint(self, text: str) -> None:
+        if not self._quiet:
+            self._tell(f"hint: {visible(text)}\n")
+
+    def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
+        if not rows:
+            self._tell(f"{empty}\n") if empty and not self._quiet else None
+            return
+        cells = [columns, *([visible(cell) for cell in row] for row in rows)]
+        used = [index for index in range(len(columns)) if any(row[index] for row in cells[1:])]
+        widths = {index: max(len(row[index]) for row in cells) for index in used}
+        for row in cells:
+            self._say("  ".join(row[index].ljust(widths[index]) for index in used).rstrip())

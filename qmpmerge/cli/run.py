@@ -1,0 +1,146 @@
+"""
+The process edge: one coroutine, its errors, its signals, its exit code.
+
+The first Ctrl-C (or SIGTERM) cancels and waits until the old chain is back; a second one, and a terminal that is closed
+(SIGHUP), leave at once: the job, which is QEMU's, goes on. From the switch to the proof all of them wait.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpmerge.cli.options import Options
+from qmpmerge.engine.patience import Patience
+from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, Offline, SecretUnreadable
+
+if TYPE_CHECKING:
+    from qmpmerge.cli.render.output import Output
+    from qmpmerge.targets.target import Host
+
+
+def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
+    """Run `work`, which returns its verdict, and return the exit code; every Error is rendered."""
+    import_asyncio()  # `--version` and `--help` need not wait for it
+    import asyncio
+
+    output = options.output()
+    code = 1
+    try:
+        try:
+            code = EXIT_CODES[asyncio.run(_interruptible(work, output, options.patience))]
+        except Error as error:
+            code = error.exit_code
+            output.failure(error)
+        finally:
+            output.close()
+        sys.stdout.flush()
+    except OSError:
+        # Whoever read our output has gone; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def import_asyncio() -> None:
+    """
+    Import asyncio as where Python was built without TLS, which no monitor speaks: loading OpenSSL takes a tenth of the time of
+    a short command.
+    """
+    if "asyncio" in sys.modules or "ssl" in sys.modules:
+        return
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # which makes its import fail
+    import asyncio  # noqa: F401
+
+    stand_in = ModuleType("ssl")
+    stand_in.SSLContext = object  # type: ignore[attr-defined]  # all that qemu.qmp wants of it is the type of an argument
+    sys.modules["ssl"] = stand_in
+    import qmpmerge.qemu.monitor  # noqa: F401
+
+    del sys.modules["ssl"]
+
+
+async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Output", patience: Patience) -> str:
+    import asyncio
+
+    task = asyncio.ensure_future(work(output))
+    asked = 0
+
+    def interrupt() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            output.note("cancelling: waiting until the old chain is back (once more to leave at once)")
+        else:
+            output.note("leaving at once; only what must be proved first is waited for")
+            patience.leave()
+        task.cancel()
+
+    def hang_up() -> None:
+        patience.leave()
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants us to stay
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise Cancelled from None
+
+
+def on_host(
+    target: str,
+    options: Options,
+    work: "Callable[[Host, Output], Awaitable[str]]",
+    *,
+    write: bool = False,
+    live: bool = False,
+) -> "Callable[[Output], Awaitable[str]]":
+    """
+    The same work with `target` open around it; `write` asks for images to be locked, `live` refuses them.
+
+    The passphrase of encrypted images is asked for on the terminal where the user did not give it.
+    """
+
+    async def with_host(output: "Output") -> str:
+        from qmpmerge.qemu.monitor import GREETING_SECONDS
+        from qmpmerge.targets.open import is_image, opened
+
+        if live and is_image(target):
+            raise Offline(path=target)
+
+        patience = GREETING_SECONDS if options.timeout is None else min(GREETING_SECONDS, options.timeout)
+        trace = output.trace if options.verbose else None
+        secret = None if options.secret is None else _read_secret(options.secret)
+        given: dict[str, Any] = {
+            "write": write,
+            "timeout": patience,
+            "force": options.force,
+            "allow": options.allow,
+            "trace": trace,
+        }
+        try:
+            async with opened(target, secret=secret, **given) as host:
+                return await work(host, output)
+        except NeedsSecret as error:
+            if secret is not None or not sys.stdin.isatty():
+                raise
+            secret = click.prompt(f"passphrase of {error.image}", hide_input=True, err=True)
+        async with opened(target, secret=secret, **given) as host:
+            return await work(host, output)
+
+    return with_host
+
+
+def _read_secret(file: str) -> str:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return stream.read().rstrip("\n")
+    except (OSError, ValueError) as error:
+        raise SecretUnreadable(file=file, reason=getattr(error, "strerror", None) or str(error)) from None

@@ -1,0 +1,152 @@
+"""
+The doctor's look at images that no session leads to: an image with the chain below it, or all chains of a folder.
+
+Headers and names are all that is read, by the rule for names (`diskwalk`): nothing foreign is followed, nothing probed.
+"""
+
+import os
+import shlex
+from collections.abc import Collection, Iterator
+
+from qmpmerge.chain import backing
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.doctor import leftovers, target
+from qmpmerge.doctor.findings import Finding, Severity, sort
+from qmpmerge.errors import ImageUnreadable, Refused
+from qmpmerge.images import dependents, qcow2, qemuimg, walk
+from qmpmerge.images.walk import Layer
+from qmpmerge.journal import stash
+from qmpmerge.processes import holders
+from qmpmerge.processes.holders import User
+
+_WHY: dict[str, tuple[Severity, str]] = {
+    "disguised": ("care", "whoever opens it without a format follows its header to any file of this host"),
+    "foreign-name": ("care", "what lies behind that name is not looked at: it could be any file, device or server"),
+    "no-format": ("care", "a raw image could make whoever opens the chain read any file of this host"),
+    "backing-loop": ("harm", "no program can open the chain"),
+    "too-deep": ("harm", "QEMU 10 and 11 crash at the first read through some 870 images"),
+    "unsupported-format": ("note", "qmpmerge cannot merge this chain offline"),
+    "image-unreadable": ("harm", "a VM that is started on this chain does not start"),
+}
+
+
+async def examine_path(
+    path: "str | os.PathLike[str]", *, allow: Collection[str] = (), search: Collection[str] = ()
+) -> tuple[Finding, ...]:
+    """
+    All findings about the chain whose active image is at `path`, or about all chains that lie in the folder `path`.
+
+    `allow` and `search` are those of `diskwalk.walk` and of `doctor.examine`. Raises ImageUnreadable where there is
+    nothing at `path`, ToolMissing.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not os.path.exists(path):
+        raise ImageUnreadable(file=path, reason="No such file or directory")
+    if not os.path.isdir(path):
+        return sort([*await _chain(path, allow), *_beside(path, allow, search)])
+    overlays = _overlays(path)
+    found = [*leftovers.in_folder(path), *_shared(overlays)]
+    for image in _tops(overlays):
+        found += await _chain(image, allow)
+    return sort(found)
+
+
+async def _chain(image: str, allow: Collection[str]) -> list[Finding]:
+    try:
+        layers = walk.walk(image, allow=allow)
+    except Refused as error:
+        severity, why = _WHY[error.name]
+        return [Finding(error.name, severity, image, str(error), f"{why}: {error.hint}")]
+    chain = _as_chain(layers)
+    users = holders.users(chain.files)
+    found = [*_used(chain, users), *target.disguised(chain.images), *_deep(chain)]
+    return [*found, *([] if users else await _marks(layers))]
+
+
+def _beside(image: str, allow: Collection[str], search: Collection[str]) -> list[Finding]:
+    """Which chain is meant is known: other images that are built on it are leftovers, or somebody's."""
+    try:
+        return leftovers.beside(_as_chain(walk.walk(image, allow=allow)), search)
+    except Refused:
+        return leftovers.in_folder(os.path.dirname(image))
+
+
+def _as_chain(layers: tuple[Layer, ...]) -> Chain:
+    return Chain(tuple(map(_image, layers)))
+
+
+def _image(layer: Layer) -> Image:
+    status = os.stat(layer.file)
+    return Image(layer.file, layer.format, 0, inode=(status.st_dev, status.st_ino))
+
+
+def _used(chain: Chain, users: tuple[User, ...]) -> Iterator[Finding]:
+    """One finding a process, about the topmost image that it has open: a VM knows more than the headers do."""
+    for pid in dict.fromkeys(user.pid for user in users):
+        user = [user for user in users if user.pid == pid][-1]
+        if user.vm is not None and user.vm.monitors:
+            command = f"qmpmerge doctor {shlex.quote(user.vm.name or f'pid:{pid}')}"
+            yield Finding("in-use", "note", user.file, f"{user} has it open", "what QEMU knows is told there", command)
+        else:
+            yield Finding("in-use", "note", user.file, f"{user} has it open", "what is said here may be out of date")
+        if user.file != chain.active.file and user.vm is not None:
+            what = f"{user} has {user.file}, below it, open, and this image not"
+            why = "if a merge left it, it shows older data; else every write of that VM to what lies below ruins it"
+            yield Finding("used-below", "care", chain.active.file, what, why)
+
+
+def _deep(chain: Chain) -> Iterator[Finding]:
+    if len(chain) >= target.DEEP:
+        command = f"qmpmerge commit {shlex.quote(chain.active.file)} --top '[{len(chain) - 1}]'"
+        yield target.deep(chain.active.file, len(chain), command)
+
+
+async def _marks(layers: tuple[Layer, ...]) -> list[Finding]:
+    """What QEMU has marked in the headers of images that nobody has open."""
+    found = []
+    for layer in layers:
+        if layer.format != "qcow2" or layer.encrypted:
+            continue
+        try:
+            header = await qemuimg.info(layer.file, layer.format)
+        except ImageUnreadable as error:
+            severity, why = _WHY[error.name]
+            found.append(Finding(error.name, severity, layer.file, str(error), f"{why}: {error.hint}"))
+            continue
+        if header.corrupt:
+            why = "QEMU opens it only for reading: save what it holds before you repair it"
+            command = shlex.join(["qemu-img", "check", "-r", "all", "-f", "qcow2", layer.file])
+            found.append(Finding("corrupt", "harm", layer.file, "it is marked as corrupt", why, command))
+        for name in header.open_bitmaps:
+            command = shlex.join(["qemu-img", "bitmap", "--remove", "-f", "qcow2", layer.file, name])
+            found.append(target.inconsistent(layer.file, name, command))
+    return found
+
+
+def _overlays(folder: str) -> dict[str, str | None]:
+    """The qcow2 images of a folder, each with the real path of what its header names; stashed ones are left out."""
+    images: dict[str, str | None] = {}
+    for entry in dependents.files(folder):
+        try:
+            header = qcow2.read(entry.path) if not entry.name.endswith(stash.STASHED) else None
+        except OSError:
+            continue
+        if header is not None:
+            name = backing.named_path(header.backing) if header.backing is not None else None
+            images[entry.path] = os.path.realpath(os.path.join(folder, name)) if name is not None else None
+    return images
+
+
+def _tops(overlays: dict[str, str | None]) -> list[str]:
+    """Those on which no other image of the folder is built."""
+    return sorted(path for path in overlays if os.path.realpath(path) not in overlays.values())
+
+
+def _shared(overlays: dict[str, str | None]) -> Iterator[Finding]:
+    """Images with more than one overlay: which of them is wanted nobody can say from here."""
+    for below in sorted({name for name in overlays.values() if name is not None}):
+        above = sorted(path for path, name in overlays.items() if name == below)
+        if len(above) > 1:
+            what = f"more than one image is built on it: {', '.join(above)}"
+            why = "one that an earlier merge left shows older data; where all are wanted, a merge into it ruins the others"
+            yield Finding("shared-image", "care", below, what, why)

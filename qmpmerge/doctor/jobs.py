@@ -1,0 +1,126 @@
+"""
+Jobs that wait for somebody: what each state means, and the verb that mends it.
+"""
+
+import asyncio
+import os
+import shlex
+from collections.abc import Iterator
+
+from qmpmerge.doctor.findings import Finding, Severity, qmp
+from qmpmerge.journal import locks
+from qmpmerge.qemu import jobs
+from qmpmerge.qemu.blockgraph import Layout
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.targets.target import Host
+
+SETTLE_SECONDS = 0.2
+"""A job is paused for a moment at every drain: what is meant by it is seen by looking twice."""
+
+Meaning = tuple[Severity, str, str, str]
+"""How bad, what, why it matters, and the verb of `qmpmerge job`."""
+
+_GOES_ON = "it goes on only when somebody resumes it; meanwhile it comes to no end"
+_MEANINGS: dict[str, Meaning] = {
+    "no-space": (
+        "care",
+        "it ran out of space",
+        "it copies nothing until there is space and somebody resumes it, which `follow` does",
+        "follow",
+    ),
+    "paused": ("care", "it is paused", _GOES_ON, "resume"),
+    "standby": ("care", "it is ready, and paused", _GOES_ON, "resume"),
+    "ready": (
+        "care",
+        "it is ready and waits for somebody to end it",
+        "every guest write goes to both images until then; if QEMU dies, the old chain is right",
+        "pivot",
+    ),
+    "pending": (
+        "care",
+        "it waits to be finalized",
+        "all is copied and nothing is switched; it comes to no end by itself",
+        "follow",
+    ),
+    "frozen": (
+        "harm",
+        "it waits to be finalized",
+        "all I/O of the guest stands still until it is, and new writes may be lost",
+        "follow",
+    ),
+    "concluded": ("note", "it has ended, and nobody has read how", "it keeps its id and what it had open", "dismiss"),
+    "failed": (
+        "care",
+        "it has failed, and nobody has read how",
+        "the old chain is in use and right; the job keeps its id and what it had open",
+        "dismiss",
+    ),
+}
+"""A job that is at work or just ending needs nobody, and has no meaning here."""
+
+
+async def settled(monitor: Monitor) -> list[Job]:
+    """The jobs that are in the same state at two looks."""
+    first = {job.id: job.status for job in await jobs.query(monitor)}
+    if not first:
+        return []
+    await asyncio.sleep(SETTLE_SECONDS)
+    return [job for job in await jobs.query(monitor) if first.get(job.id) == job.status]
+
+
+def crashing(host: Host, known: list[Job]) -> list[Finding]:
+    """Those that make it dangerous to ask for anything else."""
+    why = "QEMU 7.2 to 10.0 crash, with the guest, when anybody asks for their nodes now: nothing else was looked at"
+    return [
+        Finding(
+            "stream-concluded", "harm", job.id, "it has ended and was not dismissed", why, _verb(host, job, "dismiss")
+        )
+        for job in known
+        if job.type == "stream" and job.status == "concluded"
+    ]
+
+
+def examine(host: Host, layout: Layout, known: list[Job]) -> Iterator[Finding]:
+    """One finding for each of `known` that waits, unless a qmpmerge is at work on it."""
+    for job in known:
+        meaning = _MEANINGS.get(_state(layout, job))
+        if meaning is not None and not _is_watched(layout, job):
+            yield _finding(host, job, meaning)
+
+
+def _state(layout: Layout, job: Job) -> str:
+    if job.status == "paused" and job.io_status == "nospace":
+        return "no-space"
+    if job.status == "pending" and "target" in layout.job_edges.get(job.id, {}):  # an active one, or a mirror
+        return "frozen"
+    return "failed" if job.status == "concluded" and job.error is not None else job.status
+
+
+def _is_watched(layout: Layout, job: Job) -> bool:
+    """Whether a qmpmerge is at work on it, as the lock beside its base tells."""
+    disks = [disk for disk in layout.disks if disk.job is not None and disk.job.id == job.id]
+    images = [image for disk in disks for image in disk.chain or () if image.has_path]
+    beside = [path for path in map(locks.lock_path, images) if os.path.exists(path)]
+    return job.ours and any(map(locks.is_held, beside))
+
+
+def _finding(host: Host, job: Job, meaning: Meaning) -> Finding:
+    severity, what, why, verb = meaning
+    what += f": {job.error}" if job.error else ""
+    what += f" (possible now: {', '.join(job.verbs)})" if job.verbs else ""
+    name = "job-no-space" if job.io_status == "nospace" else f"job-{job.status}"
+    return Finding(name, severity, job.id, what, why, _command(host, job, verb))
+
+
+def _command(host: Host, job: Job, verb: str) -> str:
+    """The verb of ours; for types of jobs that we do not follow, QEMU's own command, but for what only their owner knows."""
+    if verb in job.verbs:
+        return _verb(host, job, verb)
+    if verb == "pivot":
+        return ""
+    return qmp(host.monitor.name, ("job-finalize" if job.status == "pending" else "job-resume", {"id": job.id}))
+
+
+def _verb(host: Host, job: Job, verb: str) -> str:
+    return f"qmpmerge job {shlex.quote(host.target)} {shlex.quote(job.id)} {verb}"

@@ -1,0 +1,129 @@
+"""
+What lies about beside a chain: files that an earlier merge, a killed qmpmerge or a crash left in its folders.
+
+All of it is told by names and by what headers say; nothing is opened that a header names, nothing is changed, not even
+for a moment: a lock is looked up and not tried.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.doctor.findings import Finding, Severity
+from qmpmerge.images import dependents, files
+from qmpmerge.images.dependents import Dependent
+from qmpmerge.journal import locks, stash, store
+from qmpmerge.journal.stash import STASHED
+from qmpmerge.journal.store import Account
+from qmpmerge.processes import holders
+
+_LOCK = re.compile(r"\.(?P<image>.+)\.qmpmerge-lock", re.DOTALL)
+_OWNED = re.compile(r"qmpmerge-(?:[a-z]+-)?(\d+)-")
+
+
+def beside(
+    chain: Chain, search: Collection[str] = (), *, pid: int | None = None, jobs: Collection[str] = ()
+) -> list[Finding]:
+    """
+    All of it, in the folders of the chain's files and in those of `search`.
+
+    What was noted about one of `jobs`, which are there still, is left out, and so are images that the process `pid`, which
+    has the chain, has open besides: the jobs and its nodes tell more.
+    """
+    found: list[Finding] = []
+    for folder in dependents.folders(chain, search):
+        found += in_folder(folder, jobs)
+    return [*found, *_built_on(chain, search, pid)]
+
+
+def in_folder(folder: str, jobs: Collection[str] = ()) -> list[Finding]:
+    """What the names in one folder tell. The witness of a merge that is under way, as its lock shows, is no finding."""
+    at_work = any(locks.is_held(path) for path, _image in files.matching(folder, _LOCK))
+    unsettled = [] if at_work else [_unsettled(told) for told in store.witnesses(folder) if told.job not in jobs]
+    return [*unsettled, *_old_locks(folder, jobs), *_stashed(folder)]
+
+
+def is_orphan(name: str) -> bool:
+    """Whether something of ours (a socket's folder, an export, a throttle group) is of a qmpmerge that is gone."""
+    match = _OWNED.match(name)
+    return match is not None and not os.path.exists(f"/proc/{match[1]}")
+
+
+_PHASES: dict[str | None, tuple[Severity, str]] = {
+    "copying": ("care", "the old chain is right; its job may be at work still, and goes with QEMU"),
+    "proved": ("note", "the new chain is right; only the merged files remain to be dealt with"),
+}
+_UNSETTLED: tuple[Severity, str] = (
+    "harm",
+    "nothing in the images says which of them is right now: do not start the VM before this is settled",
+)
+
+
+def _unsettled(told: Account) -> Finding:
+    phase = f"in phase {told.phase}" if told.phase else "in a phase that it does not tell"
+    job = f" (job {told.job})" if told.job else ""
+    severity, why = _PHASES.get(told.phase, _UNSETTLED)
+    what = f"a merge of {told.image}{job} was left or cut off {phase}"
+    return Finding("unsettled", severity, told.file, what, why, shlex.join(["qmpmerge", "recover", told.image]))
+
+
+def _old_locks(folder: str, jobs: Collection[str]) -> Iterator[Finding]:
+    for path, image in files.matching(folder, _LOCK):
+        note = locks.read_note(path)
+        if locks.is_held(path) or note.get("job") in jobs:
+            continue
+        if note:
+            what = f"the note of a merge into {image} that was left or killed"
+            why = "the next merge into it reads the note: it goes on with its job, or looks closer"
+            yield Finding("unfinished", "note", path, what, why)
+        else:
+            what = f"a lock file that nobody holds: a merge into {image} was killed"
+            yield Finding("old-lock", "note", path, what, "it keeps nobody out", shlex.join(["rm", "-f", "--", path]))
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def _stashed(folder: str) -> Iterator[Finding]:
+    paths = [
+        path
+        for path, _image in files.matching(folder, re.compile(r"(?P<image>.+)" + re.escape(stash.STASHED), re.DOTALL))
+    ]
+    users = {user.file: user for user in holders.users(paths)} if paths else {}
+    for path in paths:
+        why = "it takes up room" + (f", and {users[path]} has it open still" if path in users else "")
+        command = "" if path in users else shlex.join(["qmpmerge", "clean", path])
+        yield Finding("stashed", "note", path, "an image that a merge put aside", why, command)
+
+
+def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterator[Finding]:
+    """Images outside the chain whose headers name an image of it, or one that is built on it."""
+    for dependent in _above(chain, search):
+        users = holders.users([dependent.file])
+        if pid in {user.pid for user in users}:
+            continue
+        what = f"it is built on {dependent.image}, but is not in the chain"
+        if users:
+            why = (
+                f"{users[0]} has it open: what is written to {dependent.image}, by a merge too, changes what that sees"
+            )
+            yield Finding("dependent", "care", dependent.file, what, why)
+        else:
+            why = (
+                "if an earlier merge left it, it opens without a word and shows older data: put it out of reach; if "
+                f"somebody wants it, it is ruined by every write to {dependent.image}"
+            )
+            stash = shlex.join(["mv", "-n", "--", dependent.file, dependent.file + STASHED])
+            yield Finding("stale-image", "care", dependent.file, what, why, stash)
+
+
+def _above(chain: Chain, search: Collection[str]) -> Iterator[Dependent]:
+    seen: set[str] = set()
+    wanted: Sequence[Image] = chain.images
+    while wanted:
+        new = [found for found in dependents.find(wanted, chain, search) if found.file not in seen]
+        seen |= {found.file for found in new}
+        yield from (found for found in new if not found.file.endswith(stash.STASHED))
+        wanted = [dependents.image_at(found.file) for found in new]

@@ -1,0 +1,258 @@
+"""
+The doctor: everything that is odd about the disks and jobs of a QEMU, and the command that mends each.
+
+It only looks: nothing that it asks changes anything, and it names no command that it has not thought through for the
+state that it saw. What it finds on disk beside the chains is told by `leftovers`; images that nobody holds are looked at
+by `diskdoctor`.
+"""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import stat
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.doctor import jobs, leftovers
+from qmpmerge.doctor.findings import Finding, Severity, qmp, sort
+from qmpmerge.errors import CommandError
+from qmpmerge.images import headers, qcow2
+from qmpmerge.images.headers import Oddity
+from qmpmerge.images.walk import DEEPEST
+from qmpmerge.processes import holders, proc
+from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.targets.target import Host
+
+DEEP = 300
+"""Images in a chain from which on it costs: `query-block` takes 0.1 s there and 0.4 s at 500, all I/O standing still."""
+
+JOB_FILTERS = frozenset({"commit_top", "mirror_top", "backup-top", "copy-before-write"})
+"""Nodes that a job puts above a disk and takes away at its end; who makes backups by hand may insert the last one."""
+
+
+async def examine(host: Host, *, search: Collection[str] = ()) -> tuple[Finding, ...]:
+    """
+    All findings about a running QEMU or qemu-storage-daemon, the worst first; empty where nothing is odd.
+
+    `search` are more folders in which images may be built on those in use. Raises what `Host.layout` raises, but for
+    StreamConcluded, which is a finding.
+    """
+    known = await jobs.settled(host.monitor)
+    crashing = jobs.crashing(host, known)
+    if crashing:
+        return sort(crashing)
+    layout = await host.layout()
+    at_work = [job.id for job in known]
+    found = [*jobs.examine(host, layout, known), *_filters(layout), *_unneeded(host, layout), *_bitmaps(host, layout)]
+    found += [*await _exports(host), *await _server(host), *await _guest(host, layout)]
+    for disk in layout.disks:
+        if disk.chain is not None and disk.root in layout.held:
+            found += await _chain(host, disk)
+            found += leftovers.beside(disk.chain, search, pid=host.pid, jobs=at_work)
+    return sort(found)
+
+
+# --- nodes --------------------------------------------------------------------------------------------------------
+
+
+def _filters(layout: Layout) -> Iterator[Finding]:
+    """A filter of a job in the path of a disk on which no job works."""
+    for disk in layout.disks:
+        for name in disk.nodes if disk.job is None else ():
+            driver = layout.nodes[name].driver
+            if driver in JOB_FILTERS:
+                what = f"{disk.name} goes through node {name} ({driver}), but no job is on the disk"
+                why = "every write is copied for a backup that nobody makes: whoever inserted it must take it out again"
+                yield Finding("filter-left", "care", name, what, why)
+
+
+def _unneeded(host: Host, layout: Layout) -> Iterator[Finding]:
+    """Nodes that no device, export or job reaches, by trees; each is closed from its top down."""
+    roots = [*layout.held, *(node for edges in layout.job_edges.values() for nodes in edges.values() for node in nodes)]
+    needed = {name for root in roots for name in layout.subtree(root)}
+    idle = [name for name in layout.nodes if name not in needed]
+    below = {child for name in idle for child in layout.nodes[name].children.values()}
+    for top in (name for name in idle if name not in below):
+        tree = [name for name in layout.subtree(top) if name not in needed]
+        named = [name for name in tree if not name.startswith("#")]  # the others go with them
+        writable = [name for name in tree if not layout.nodes[name].info.get("ro", False)]
+        what = f"no device, export or job uses it ({', '.join(named)})"
+        why = "its files stay open" + (" for writing, and locked: nobody else can use them" if writable else "")
+        why += "; keep it if it waits for a device"
+        command = qmp(host.monitor.name, *(("blockdev-del", {"node-name": name}) for name in named)) if named else ""
+        yield Finding("unused-node", "care" if writable else "note", top, what, why, command)
+
+
+def _bitmaps(host: Host, layout: Layout) -> Iterator[Finding]:
+    for name, node in layout.nodes.items():
+        for bitmap in node.info.get("dirty-bitmaps", ()):
+            if bitmap.get("inconsistent"):
+                given = {"node": name, "name": bitmap["name"]}
+                command = qmp(host.monitor.name, ("block-dirty-bitmap-remove", given))
+                yield inconsistent(name, bitmap["name"], command)
+
+
+def inconsistent(where: str, bitmap: str, command: str) -> Finding:
+    """A dirty bitmap that is of no use any more."""
+    what = f"dirty bitmap {bitmap} is inconsistent: QEMU was killed while it was in use"
+    why = "no incremental backup can be based on it any more, the next one must be full"
+    return Finding("bitmap-inconsistent", "care", where, what, why, command)
+
+
+# --- what a killed qmpmerge left in QEMU ----------------------------------------------------------------------------
+
+
+async def _exports(host: Host) -> list[Finding]:
+    try:
+        exports = await host.monitor.execute("query-block-exports")
+    except CommandError:
+        return []
+    return [_export(host, entry["id"], entry["node-name"]) for entry in exports if leftovers.is_orphan(entry["id"])]
+
+
+def _export(host: Host, export: str, node: str) -> Finding:
+    what = f"an NBD export of {node} that a killed qmpmerge left"
+    command = qmp(host.monitor.name, ("block-export-del", {"id": export, "mode": "hard"}))
+    return Finding("export-left", "care", export, what, "it keeps the node from being closed", command)
+
+
+async def _server(host: Host) -> list[Finding]:
+    """QEMU does not tell whether its NBD server runs: the folder of the socket tells whose it is."""
+    listening = await asyncio.to_thread(holders.listening, host.pid) if host.pid is not None else []
+    what = "QEMU's NBD server runs for a qmpmerge that was killed"
+    why = "QEMU has only one, and others who want it are refused; the next merge of ours stops it too"
+    command = qmp(host.monitor.name, ("nbd-server-stop", {}))
+    left = [path for path in listening if leftovers.is_orphan(os.path.basename(os.path.dirname(path)))]
+    return [Finding("server-left", "note", path, what, why, command) for path in left]
+
+
+_STANDING: dict[str, tuple[Severity, str, str]] = {
+    "io-error": (
+        "harm",
+        "QEMU has stopped the guest at an I/O error",
+        "it stands still since then: see to the storage, for space mostly, then let it go on",
+    ),
+    "paused": (
+        "care",
+        "the guest is paused",
+        "it stands still until somebody lets it go on; who has paused it is not told",
+    ),
+}
+"""What it means that a guest does not run, by its RunState; one that was never started (`prelaunch`) is as it should be."""
+
+
+async def _guest(host: Host, layout: Layout) -> list[Finding]:
+    """A guest that stands still or is throttled. Whether its filesystems are frozen only its agent could tell."""
+    found: list[Finding] = []
+    with contextlib.suppress(CommandError):  # a storage daemon has no guest
+        status = (await host.monitor.execute("query-status"))["status"]
+        if status in _STANDING:
+            severity, what, why = _STANDING[status]
+            found.append(
+                Finding(f"guest-{status}", severity, host.target, what, why, qmp(host.monitor.name, ("cont", {})))
+            )
+        if all(len(disk.chain or ()) < DEEP for disk in layout.disks):  # else the question alone takes seconds
+            found += _throttled(host, await host.monitor.execute("query-block"))
+    return found
+
+
+_NO_LIMITS = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+
+
+def _throttled(host: Host, devices: list[dict[str, Any]]) -> Iterator[Finding]:
+    for entry in devices:
+        group = str(entry.get("inserted", {}).get("group", ""))
+        if leftovers.is_orphan(group):
+            device = {"device": entry["device"]} if entry["device"] else {"id": entry["qdev"]}
+            what = f"a killed qmpmerge left its limit on the guest's writes (throttle group {group})"
+            why = "the guest's disk is slow until the limit is lifted; limits of your own must be set again after it"
+            command = qmp(host.monitor.name, ("block_set_io_throttle", {**device, **_NO_LIMITS}))
+            yield Finding("throttle-left", "harm", next(iter(device.values())), what, why, command)
+
+
+# --- chains -------------------------------------------------------------------------------------------------------
+
+
+async def _chain(host: Host, disk: Disk) -> list[Finding]:
+    assert disk.chain is not None, "empty drives are left out"
+    written = await headers.read(disk.chain)
+    odd = [_odd(disk.chain, odd) for odd in headers.oddities(disk.chain, written)]
+    return [*odd, *_replaced(host, disk.chain), *_deep(host, disk), *disguised(disk.chain.images)]
+
+
+_WHY_ODD = {
+    "disagrees": "the next start reads the headers and shows another disk than the guest sees now",
+    "unreadable": "the next start needs it, and a merge cannot be proved without it",
+    "no-format": "a raw image below could make the next start read any file of this host",
+}
+
+
+def _odd(chain: Chain, odd: Oddity) -> Finding:
+    below = dict(zip(chain.files[1:], chain.images, strict=False)).get(odd.file)
+    command = ""
+    if odd.name in ("disagrees", "no-format"):
+        command = rebase(odd.file, below)
+    why = _WHY_ODD[odd.name] + ("; run the command with the VM off" if command else "")
+    return Finding(odd.name, "care" if odd.name == "no-format" else "harm", odd.file, odd.message, why, command)
+
+
+def rebase(image: str, below: Image | None) -> str:
+    """The command that writes into a header what QEMU uses; to be run while nobody has the image open."""
+    if below is None:
+        return shlex.join(["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "", image])
+    name = below.file
+    if os.path.dirname(name) == os.path.dirname(image) and ":" not in os.path.basename(name):
+        name = os.path.basename(name)
+    return shlex.join(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", below.format, "-b", name, image])
+
+
+def _replaced(host: Host, chain: Chain) -> Iterator[Finding]:
+    """The file at a path is not the one that QEMU has open."""
+    opened = proc.open_files(host.pid) if host.pid is not None else None
+    for image in chain if opened else ():
+        if image.inode is not None and _is_regular(image.file) and image.inode not in (opened or ()):
+            what = "another file is there now than the one that QEMU has open"
+            why = "the next start shows the new file's data, and a merge would write into it: put the old one back"
+            yield Finding("replaced", "harm", image.file, what, why)
+
+
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _deep(host: Host, disk: Disk) -> Iterator[Finding]:
+    depth = len(disk.chain or ())
+    if depth < DEEP:
+        return
+    command = f"qmpmerge commit {shlex.quote(host.target)} {shlex.quote(disk.name)} --top '[{depth - 1}]'"
+    yield deep(disk.name, depth, command)
+
+
+def deep(where: str, depth: int, command: str) -> Finding:
+    """A chain of so many images."""
+    if depth > DEEPEST:
+        why = "QEMU 10 and 11 crash at the first read through some 870 images"
+        return Finding("deep-chain", "harm", where, f"its chain has {depth} images", why, command)
+    why = "every look at it and every start take longer with each image, and at some 870 QEMU 10 and 11 crash"
+    return Finding("deep-chain", "care", where, f"its chain has {depth} images", why, command)
+
+
+def disguised(images: Collection[Image]) -> Iterator[Finding]:
+    """Raw images that begin like qcow2: the first bytes belong to the guest, which can write there what it likes."""
+    for image in images:
+        if image.format == "raw" and image.has_path and _begins_like_qcow2(image.file):
+            what = "it is used as raw, but begins like qcow2: its guest may have written that"
+            why = "whoever opens it without a format follows its header to any file: always name `-f raw` and `format=raw`"
+            yield Finding("disguised", "care", image.file, what, why)
+
+
+def _begins_like_qcow2(path: str) -> bool:
+    try:
+        return qcow2.read(path) is not None
+    except OSError as error:
+        return "begins like qcow2" in str(error)

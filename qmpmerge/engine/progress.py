@@ -1,0 +1,116 @@
+"""What is reported of a job at work."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qmpmerge.chain.chain import Image
+from qmpmerge.qemu.jobs import Job
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """
+    `filesystem` is the mount point under the base, or the base itself where it is no file of this host. `needed` bytes
+    more, at most, make room for what is still to be copied.
+    """
+
+    filesystem: str
+    needed: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """
+    How far a merge is. `counts` says what `done` and `total` (bytes) are: an intermediate merge walks the whole virtual
+    disk (``scanned``), an active one counts what it has to copy (``copied``), and its total grows while the guest
+    writes. `rate` is bytes a second, `eta` seconds; both None while nothing sensible can be said.
+
+    `shortage` is what a job waits for that ran out of space. `note` is a sentence, said once, about a job that was there
+    before us.
+    Of an active merge `dirty_rate` is what the guest writes again, in bytes a second, and `converging` whether it gets
+    ready like this; None while nobody can say. `hint` is a sentence for the user, said once.
+    """
+
+    disk: str
+    job: str
+    status: str
+    done: int
+    total: int
+    counts: str
+    rate: float | None = None
+    eta: float | None = None
+    shortage: Shortage | None = None
+    note: str | None = None
+    dirty_rate: float | None = None
+    converging: bool | None = None
+    hint: str | None = None
+
+    @property
+    def percent(self) -> float | None:
+        """None before QEMU knows the total: an active merge starts with 0 of 0."""
+        return min(100.0, 100 * self.done / self.total) if self.total else None
+
+
+Report = Callable[[Progress], None]
+"""Who is told of progress. May do nothing at all."""
+
+
+class Meter:
+    """Turns sightings of a job into `Progress`: rate over the last seconds, time left at that rate."""
+
+    WINDOW_SECONDS = 10.0
+
+    def __init__(self, disk: str, counts: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._disk = disk
+        self._counts = counts
+        self._clock = clock
+        self._sightings: list[tuple[float, int]] = []
+
+    def read(self, job: Job, shortage: Shortage | None = None) -> Progress:
+        """What to tell about this sighting."""
+        now = self._clock()
+        self._sightings = [seen for seen in self._sightings if now - seen[0] <= self.WINDOW_SECONDS]
+        self._sightings.append((now, job.done))
+        rate = self._rate()
+        left = max(0, job.total - job.done)
+        return Progress(
+            disk=self._disk,
+            job=job.id,
+            status=job.status,
+            done=job.done,
+            total=job.total,
+            counts=self._counts,
+            rate=rate,
+            eta=left / rate if rate else None,
+            shortage=shortage,
+        )
+
+    def _rate(self) -> float | None:
+        (first, done), (last, done_now) = self._sightings[0], self._sightings[-1]
+        # Never from the first second: the job's first steps say nothing about the rest.
+        return (done_now - done) / (last - first) if last - first >= 1 and done_now > done else None
+
+
+CLUSTER = 64 * 1024
+
+
+def of(base: Image, left: int) -> Shortage:
+    """The shortage of a job that has `left` bytes to copy into `base`."""
+    try:
+        space = os.statvfs(os.path.dirname(base.file)) if base.has_path else None
+    except OSError:
+        space = None
+    if space is None:
+        return Shortage(base.file, max(left, CLUSTER))
+    # QEMU has just been told that there is no room, whatever the count of free blocks says: never less than a cluster.
+    return Shortage(mount_point(base.file), max(left - space.f_bavail * space.f_frsize, CLUSTER))
+
+
+def mount_point(path: str) -> str:
+    """The folder on which the filesystem of `path` is mounted."""
+    path = os.path.realpath(path)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path

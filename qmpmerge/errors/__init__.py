@@ -1,0 +1,27 @@
+"""
+What can go wrong, sorted by what the caller does next.
+
+Names are handed on from the files of this wing when they are first used; `qmpmerge.errors.base` draws the tree.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qmpmerge.errors.base import *  # noqa: F403
+    from qmpmerge.errors.ended import *  # noqa: F403
+    from qmpmerge.errors.refused import *  # noqa: F403
+    from qmpmerge.errors.request import *  # noqa: F403
+    from qmpmerge.errors.unreachable import *  # noqa: F403
+
+_FILES = ("base", "request", "refused", "unreachable", "ended")
+
+
+def __getattr__(name: str) -> object:
+    if not name.startswith("_"):
+        for file in _FILES:
+            value = vars(importlib.import_module(f"{__name__}.{file}")).get(name)
+            if value is not None:
+                globals()[name] = value
+                return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

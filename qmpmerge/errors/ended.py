@@ -1,0 +1,207 @@
+"""Errors of a merge that was begun: it failed, was left, was cancelled, or is not proven."""
+
+import shlex
+
+from qmpmerge.errors.base import Error, Failed, Unknown
+
+
+class JobFailed(Failed):
+    """QEMU ended the job with an error."""
+
+    job: str
+    reason: str
+    sentence = "job {job} failed: {reason}; the old chain is in use and nothing is lost"
+    advice = "mend the cause, then run the same command again"
+
+
+class OutOfQuota(JobFailed):
+    """The storage of base refused a write because of a quota; unlike a full disk that ends the job."""
+
+    filesystem: str
+    sentence = "job {job} failed: {reason} on {filesystem}; the old chain is in use and nothing is lost"
+    advice = "raise the quota there of the user that QEMU runs as, then run the same command again"
+
+
+class TimedOut(Failed):
+    """Offline nothing goes on without us: the merge was cancelled at the time limit, and the old chain is right."""
+
+    job: str
+    sentence = "job {job} did not end in time and was cancelled; the old chain is right and nothing is lost"
+    advice = "give it more time (`--timeout`), or none at all"
+
+
+class NotDurable(Failed):
+    """A flush failed, so nothing was switched: the job was cancelled and the old chain is in use."""
+
+    node: str
+    reason: str
+    sentence = "the storage did not make {node} durable: {reason}; nothing was switched, the old chain is in use"
+    advice = "look at the storage's logs; once it is well, run the same command again"
+
+
+class BitmapsNotCarried(Failed):
+    """The dirty bitmaps could not be merged into the base's; the job was cancelled, nothing was switched."""
+
+    base: str
+    reason: str
+    sentence = "the dirty bitmaps could not be carried over to {base}: {reason}; nothing was switched"
+    advice = "the old chain is in use and right; `--bitmaps drop` merges without them"
+
+
+class NotVerified(Failed):
+    """What the base shows after the copy is not what the top shows; the job was cancelled, nothing was switched."""
+
+    base: str
+    top: str
+    reason: str
+    sentence = "{base} was compared with {top} before the switch: {reason}; nothing was switched"
+    advice = "the old chain is in use and right; look at the storage of {base} before you try again"
+
+
+class NotWitnessed(Failed):
+    """What was about to be done could not be written down, so it was not done; the job was cancelled."""
+
+    path: str
+    reason: str
+    sentence = "cannot write {path}: {reason}; nothing was switched, the old chain is in use"
+    advice = "make room for a small file beside the active image, then run the same command again"
+
+
+class NotProven(Unknown):
+    """What a fresh look shows is not what the plan says."""
+
+    target: str
+    expected: str
+    found: str
+    sentence = "the outcome is not proven: expected {expected}, found {found}"
+
+
+class HeaderNotDurable(Unknown):
+    """The merge is done, but the storage did not confirm the overlay's new header: after a power cut it may be old."""
+
+    target: str
+    overlay: str
+    reason: str
+    sentence = "merged, but the storage did not make the new header of {overlay} durable: {reason}"
+    advice = "keep the merged files until the storage is well: after a power cut the header may name them again"
+
+
+class SessionLost(Unknown):
+    """The monitor session ended while a command was under way."""
+
+    target: str
+    command: str
+    reason: str
+    sentence = "the session with {target} was lost during {command}: {reason}"
+
+
+class NoReply(Unknown):
+    """No reply in time. The command may still run."""
+
+    target: str
+    command: str
+    seconds: float
+    sentence = "{target} did not answer {command} within {seconds:g} s"
+
+
+class ThawUnproven(Unknown):
+    """
+    The guest may be frozen still: the agent confirmed no thaw, neither to us nor to the guardian.
+
+    Every try wrote the command to the channel, so an agent that was only slow still thaws the guest when it gets there.
+    """
+
+    agent: str
+    reason: str
+    sentence = "THE GUEST MAY STILL BE FROZEN: its agent at {agent} did not confirm the thaw: {reason}"
+    advice = (
+        'thaw it now: `echo \'{{"execute":"guest-fsfreeze-thaw"}}\' | socat -t5 - UNIX-CONNECT:{agent}`, '
+        "or `fsfreeze --unfreeze MOUNTPOINT` in the guest"
+    )
+
+
+class FreezeUnproven(Unknown):
+    """
+    The guest runs again, but its filesystems were not frozen to the end of the block, or nobody can say.
+
+    Somebody thawed them earlier: the guardian after its limit, a command in the guest, or a Windows guest, where a
+    freeze ends by itself after 10 s.
+    """
+
+    agent: str
+    frozen: int
+    held: int
+    sentence = (
+        "the guest behind {agent} was thawed too early: of {frozen} frozen filesystems, {held} were still frozen "
+        "when the snapshot was taken"
+    )
+    advice = "the guest is thawed and the snapshot is there, but only crash-consistent; take another one"
+
+
+class PauseUnproven(Unknown):
+    """The guest was paused for the pivot, and neither we nor the guard saw it run again."""
+
+    target: str
+    reason: str
+    sentence = "THE GUEST MAY STILL BE PAUSED: {target} did not confirm `cont`: {reason}"
+    advice = "let it run: send `cont` to its monitor; then run `qmpmerge recover` on the folder of its images"
+
+
+class CannotRecover(Unknown):
+    """What is known to be right cannot be put right: nothing more was done, and it can be tried again."""
+
+    file: str
+    reason: str
+    sentence = "cannot put {file} right: {reason}"
+    advice = "mend the cause, then run the same command again: it goes on from there"
+
+
+class Undecided(Unknown):
+    """Nobody can tell which of two images holds the last writes: the evidence is shown, nothing was changed."""
+
+    base: str
+    top: str
+    evidence: list[str]
+    path: str
+    sentence = "{base} and {top} both may hold the last writes: {evidence}; nothing was changed"
+    advice = (
+        "look into both (read-only), then run `qmpmerge recover {path} --use base` to go on from {base}, "
+        "or `--use top` to go on from {top}"
+    )
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "path": shlex.quote(self.path)}
+
+
+class StillRunning(Error):
+    """We stopped waiting; the job belongs to QEMU and goes on."""
+
+    target: str
+    job: str
+    option: str = ""
+    verdict = "running"
+    sentence = "job {job} goes on in QEMU"
+    advice = "`qmpmerge job {target} {job} follow{option}` waits for it and finishes the merge, `cancel` ends it"
+
+
+class LeftCancelling(StillRunning):
+    """We were told to leave at once while the job was being cancelled."""
+
+    sentence = "left while job {job} was being cancelled, which QEMU does when it gets to it"
+    advice = "where `qmpmerge jobs {target}` still shows it, `qmpmerge job {target} {job} follow{option}` stays with it"
+
+
+class Cancelled(Error):
+    """The user cancelled; where a job ran its end was seen: the old chain is in use."""
+
+    verdict = "cancelled"
+    sentence = "the disks are as they were"
+    advice = "run the same command again when you like"
+
+
+class TimeUp(Cancelled):
+    """The time limit passed before anything was started, or the user wants the job cancelled then."""
+
+    seconds: float
+    sentence = "not done within {seconds:g} s; nothing was switched, the disks are as they were"
+    advice = "give it more time (`--timeout`), or let the job go on without us (`--on-timeout leave`)"

@@ -1,0 +1,304 @@
+"""Refusals: a check said no, and nothing was changed."""
+
+import shlex
+
+from qmpmerge.errors.base import Refused
+
+
+class ShorterLayer(Refused):
+    """
+    An image above the base is smaller than the base.
+
+    Above the end of a short layer the guest reads zeros; after the merge it would read what the base holds there.
+    QEMU does this without a word, from 5.2 to 11.1: test_merge pins it.
+    """
+
+    image: str
+    size: int
+    base: str
+    base_size: int
+    sentence = (
+        "{image} is shorter than {base} ({size} < {base_size} bytes): the merge would uncover the base's stale data"
+    )
+    advice = "merge into an image above the short one, or grow it first with `block_resize` or `qemu-img resize`"
+
+
+class Busy(Refused):
+    """A block job is on the disk already; QEMU takes one commit job a disk."""
+
+    disk: str
+    job: str
+    target: str
+    sentence = "{disk} is busy: job {job} is working on it"
+    advice = "see `qmpmerge jobs {target}`; `qmpmerge job {target} {job} follow` goes on with it, `cancel` ends it"
+
+
+class Locked(Refused):
+    """Another qmpmerge works on the same base."""
+
+    base: str
+    lock: str
+    sentence = "another qmpmerge is merging into {base}"
+    advice = "wait for it; its lock is {lock}"
+
+
+class Temporary(Refused):
+    """A ``snapshot=on`` drive: the merge would write into the image that the user meant to protect."""
+
+    disk: str
+    file: str
+    sentence = "{disk} is a snapshot=on drive, its active image {file} is a temporary file"
+    advice = "nothing to merge: what the guest wrote there is meant to be thrown away"
+
+
+class Replaced(Refused):
+    """The file at a path is not the inode that QEMU has open; QEMU would reopen the path and write into that file."""
+
+    file: str
+    pid: int
+    sentence = "{file} was replaced: QEMU (pid {pid}) has another file open under this name"
+    advice = "put the file that QEMU has open back under its name, then try again"
+
+
+class Disagrees(Refused):
+    """The header on disk tells another chain than QEMU does."""
+
+    image: str
+    header: str
+    graph: str
+    sentence = "the header of {image} names {header} as its backing file, QEMU uses {graph}"
+    advice = "mend the header first (`qemu-img rebase -u`, with the VM off), or merge a range that leaves {image} out"
+
+
+class BackingString(Refused):
+    """The name that the overlay's header would get does not fit there, or would not lead to the base."""
+
+    overlay: str
+    backing: str
+    reason: str
+    sentence = "the header of {overlay} cannot name {backing} as its backing file: {reason}"
+    advice = "keep the chain in one folder with relative backing names, or give absolute ones (`qemu-img rebase -u`)"
+
+
+class NotWritable(Refused):
+    """
+    QEMU may not write to the base, or could not rewrite the overlay's header with the very string it has.
+
+    The latter at the end of the merge would crash QEMU (5.2 to 11.1: test_merge pins it), so it is tried first.
+    """
+
+    file: str
+    reason: str
+    sentence = "QEMU cannot write to {file}: {reason}"
+    advice = "make {file} writable for QEMU (permissions, `chattr -i`, mount options, free space), then try again"
+
+
+class FlushUnavailable(Refused):
+    """
+    No flush whose error we would see can be asked for.
+
+    Without one a failing disk would be reported as a merge that went well (test_merge pins it).
+    """
+
+    reason: str
+    sentence = "QEMU cannot be asked to make the base durable: {reason}"
+    advice = "if QEMU's NBD server is in use, stop it for the merge (`nbd-server-stop`), then try again"
+
+
+class StreamConcluded(Refused):
+    """QEMU 7.2 to 10.0 crash when asked for their nodes while a stream job is concluded."""
+
+    job: str
+    target: str
+    sentence = "stream job {job} has ended but was not dismissed; QEMU may crash if asked about its disks now"
+    advice = "run `qmpmerge job {target} {job} dismiss` first"
+
+
+class InUse(Refused):
+    """Another process holds an image of the chain: merging it from here would pull it from under that process's feet."""
+
+    file: str
+    holders: list[str]
+    command: str
+    sentence = "{file} is in use by {holders}"
+    advice = "{command}"
+
+
+class Dependents(Refused):
+    """Another image is built on the base or on a merged image: the merge would change what it shows, or break it."""
+
+    images: list[str]
+    dependents: list[str]
+    sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
+    advice = (
+        "delete those that an earlier merge left over; the others would be ruined: merge them first, or give them a copy "
+        "of it. `--force dependents` merges all the same"
+    )
+
+
+class ForeignName(Refused):
+    """
+    A header names something that the user has not named: a device, a URL, a file elsewhere.
+
+    Following it could connect to strangers or hang, and a merge could overwrite any file that we may write.
+    """
+
+    image: str
+    backing: str
+    reason: str
+    sentence = "{image} names {backing}, which is not followed: {reason}"
+    advice = "if you know the image, allow it with `--allow FOLDER` or `--allow FILE`"
+
+
+class NoFormat(Refused):
+    """A backing file without a recorded format; a raw image must not be probed, its first bytes are the guest's."""
+
+    image: str
+    backing: str
+    sentence = "{image} does not record the format of its backing file {backing}"
+    advice = (
+        "with the VM off record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2); "
+        "`--force no-format` trusts what a running QEMU takes it for"
+    )
+
+
+class Disguised(Refused):
+    """A raw image's first bytes belong to its guest, which can write a qcow2 header there and name any file of ours."""
+
+    image: str
+    sentence = "{image} is called raw, or is a device, but begins like qcow2: its guest may have written that"
+    advice = "if it really is a qcow2 image, give it a name that says so"
+
+
+class BackingLoop(Refused):
+    """The chain comes back to an image that it has passed."""
+
+    image: str
+    backing: str
+    sentence = "the chain is a loop: {image} names {backing}, which stands above it"
+    advice = "one of the headers is wrong; `qemu-img info` shows each, `qemu-img rebase -u` mends one"
+
+
+class TooDeep(Refused):
+    """More images than QEMU can read through."""
+
+    image: str
+    limit: int
+    sentence = "the chain below {image} has more than {limit} images, QEMU may crash reading through it"
+    advice = "merge parts of it first, naming an image further down"
+
+
+class UnsupportedFormat(Refused):
+    """A chain on disk with an image of a format that we do not open offline."""
+
+    image: str
+    format: str
+    sentence = "{image} is {format}, merging offline is for qcow2, raw and luks images"
+    advice = "convert it with `qemu-img convert`, or merge while a VM has it open"
+
+
+class NoSpace(Refused):
+    """
+    The base's filesystem cannot take by how much the base would grow.
+
+    QEMU pauses the job when it is full, but so do all others who write there: `free` is what QEMU may still use.
+    """
+
+    base: str
+    growth: int
+    free: int
+    sentence = "{base} would grow by {growth} bytes, its filesystem has {free} left for QEMU"
+    advice = "free space there, or merge fewer images at a time; `--force no-space` lets the job wait for space when it is full"
+
+
+class DeviceTooSmall(Refused):
+    """The base is a device, which does not grow; QEMU says no better than `Invalid argument`, and only once it has begun."""
+
+    base: str
+    size: int
+    needed: int
+    sentence = "{base} is a device of {size} bytes and cannot grow to {needed}"
+    advice = "enlarge the device first, or merge into an image file"
+
+
+class WouldLose(Refused):
+    """Merged images hold what a merge does not carry over: internal snapshots, dirty bitmaps."""
+
+    lost: list[str]
+    sentence = "the merge would drop {lost}"
+    advice = (
+        "`--bitmaps merge` carries dirty bitmaps over, `--bitmaps drop` lets them go; internal snapshots can be copied out "
+        "with `qemu-img convert -l NAME`, then `--force would-lose` merges"
+    )
+
+
+class BitmapsStay(Refused):
+    """Dirty bitmaps that cannot be carried over to the base, for a reason of each."""
+
+    bitmaps: list[str]
+    sentence = "dirty bitmaps cannot be carried over: {bitmaps}"
+    advice = "`--bitmaps drop` merges without them: the next backup must be a full one"
+
+
+class KnownBad(Refused):
+    """This QEMU crashes on this, measured; see the reason."""
+
+    reason: str
+    instead: str
+    sentence = "this QEMU may crash: {reason}"
+    advice = "{instead}; `--force known-bad` goes on if you know that yours does not"
+
+
+class Suspect(Refused):
+    """
+    An earlier merge into this base failed on its storage, and now the guest writes where both would be compared.
+
+    QEMU may believe that base holds what the storage has lost (5.2 to 11.1), so it is compared before it is used; a base
+    that the guest would move onto can be compared only while the guest stands still.
+    """
+
+    base: str
+    reason: str
+    sentence = "{base} must be compared first: an earlier merge into it failed ({reason}), and the guest writes"
+    advice = (
+        "put an overlay on top (`qmpmerge snapshot`) and merge with `--top` what is below it, which is compared while the "
+        "guest runs; or pause the guest for the merge"
+    )
+
+
+class LibvirtManaged(Refused):
+    """The QEMU belongs to libvirt, which keeps its own idea of the chain."""
+
+    vm: str
+    sentence = "{vm} is managed by libvirt, which must know of every change to its disks"
+    advice = "use `virsh blockcommit`; `--force libvirt` goes on if you know better"
+
+
+class Unfinished(Refused):
+    """
+    A merge of the image was begun and not finished, and what remains is not for a merge to decide, or the image's name is
+    taken away for as long as nobody has.
+    """
+
+    image: str
+    found: str
+    path: str
+    sentence = "a merge of {image} was not finished: {found}"
+    advice = "run `qmpmerge recover {path}`"
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "path": shlex.quote(self.path)}
+
+
+class Stashed(Refused):
+    """TARGET is the old name of an image that a merge has stashed: no misspelt VM."""
+
+    image: str
+    now: str
+    sentence = "{image} was merged away, and its file is {now} now"
+    advice = (
+        "name the image that the VM is started from since then; `qmpmerge recover {image}` says what it was built on"
+    )
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "image": shlex.quote(self.image)}

@@ -1,0 +1,180 @@
+"""Errors of what was asked for: no such disk, layer or job, options that conflict."""
+
+from qmpmerge.errors.base import Refused
+
+
+class NoSuchDisk(Refused):
+    """DISK names nothing that the target has."""
+
+    disk: str
+    target: str
+    known: list[str]
+    sentence = "no disk {disk} on {target}"
+    advice = "disks there: {known}"
+
+
+class DiskNeeded(Refused):
+    """DISK was left out and several disks have a backing chain, or none has."""
+
+    target: str
+    known: list[str]
+    sentence = "{target} has more than one disk that this could mean: {known}"
+    advice = "name the disk, as in `... {target} DISK`"
+
+
+class NoDisk(Refused):
+    """The target has no disk at all."""
+
+    target: str
+    sentence = "{target} has no disk with an image"
+    advice = "see `qmpmerge disks {target}`"
+
+
+class NoSuchLayer(Refused):
+    """--base or --top names no image of the chain."""
+
+    layer: str
+    disk: str
+    known: list[str]
+    sentence = "no image {layer} in the chain of {disk}"
+    advice = "the chain, base first: {known}"
+
+
+class BaseAboveTop(Refused):
+    """The base lies above the top."""
+
+    base: str
+    top: str
+    sentence = "the base {base} lies above the top {top}"
+    advice = "a merge goes down: swap --base and --top"
+
+
+class BaseIsTop(Refused):
+    """Base and top are one image: nothing lies between them."""
+
+    base: str
+    sentence = "base and top are both {base}, so there is nothing to merge"
+    advice = "name a base further down, or leave --base out to merge into the lowest image"
+
+
+class OptionsConflict(Refused):
+    """Two options of which only one can be meant."""
+
+    options: list[str]
+    sentence = "{options} cannot be used together"
+    advice = "leave one of them out"
+
+
+class LiveOnly(Refused):
+    """An option that leaves a job behind, on images that are opened for as long as the command runs."""
+
+    option: str
+    sentence = "{option} is for a running VM: offline the job ends with the command"
+    advice = "leave it out, or use --keep-overlay"
+
+
+class NeedsSecret(Refused):
+    """An encrypted image without its passphrase."""
+
+    image: str
+    sentence = "{image} is encrypted"
+    advice = "give its passphrase with `--secret FILE`"
+
+
+class SecretUnreadable(Refused):
+    """The file with the passphrase cannot be read."""
+
+    file: str
+    reason: str
+    sentence = "cannot read the passphrase from {file}: {reason}"
+    advice = "the file holds the passphrase as text; a line end at its end does not count"
+
+
+class QemuRefused(Refused):
+    """QEMU said no to a command that starts something; the block graph is unchanged."""
+
+    command: str
+    reason: str
+    sentence = "QEMU refused {command}: {reason}"
+    advice = "nothing was changed; `-v` shows the conversation"
+
+
+class FileExists(Refused):
+    """An overlay's file exists already; QEMU itself would overwrite it."""
+
+    file: str
+    sentence = "{file} exists already"
+    advice = "choose another name, or move the file away"
+
+
+class CannotCreate(Refused):
+    """An overlay's file cannot be created."""
+
+    file: str
+    reason: str
+    sentence = "cannot create {file}: {reason}"
+    advice = "the folder must exist and be writable by you and by QEMU"
+
+
+class AgentFailed(Refused):
+    """The guest agent did not freeze the filesystems; no snapshot was taken."""
+
+    agent: str
+    reason: str
+    sentence = "the guest agent at {agent} did not freeze the guest: {reason}"
+    advice = "is qemu-guest-agent running in the guest? Without --quiesce the snapshot is crash-consistent"
+
+
+class NothingThere(Refused):
+    """`recover` finds neither the path nor anything that a merge has left of it."""
+
+    path: str
+    sentence = "nothing is at {path}, and no merge has left anything of it"
+    advice = "name the image that the VM is started from, or its folder"
+
+
+class NoSuchStash(Refused):
+    """`clean` removes what a merge has stashed, and nothing else."""
+
+    path: str
+    sentence = "{path} is no file that a merge has stashed"
+    advice = "name a folder, or a file called NAME.merged"
+
+
+class JobVerb(Refused):
+    """The verb is not legal in the job's state."""
+
+    job: str
+    verb: str
+    status: str
+    verbs: list[str]
+    sentence = "job {job} is {status} and cannot {verb} now"
+    advice = "possible now: {verbs}"
+
+
+class NoSuchJob(Refused):
+    """No job of this name."""
+
+    job: str
+    target: str
+    known: list[str]
+    sentence = "no job {job} on {target}"
+    advice = "jobs there: {known}"
+
+
+class ToolMissing(Refused):
+    """A program of QEMU's that we need is not installed."""
+
+    program: str
+    package: str
+    sentence = "{program} is not installed"
+    advice = "install it, on Debian and Ubuntu with `apt-get install {package}`"
+
+
+class ImageUnreadable(Refused):
+    """qemu-img could not read or make an image."""
+
+    file: str
+    reason: str
+    sentence = "qemu-img cannot use {file}: {reason}"
+    advice = "does the file exist, and may you read it?"

@@ -1,0 +1,1 @@
+"""What is done to a running guest, and undone if we die."""

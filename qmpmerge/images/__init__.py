@@ -1,0 +1,1 @@
+"""What lies on disk: headers, the walk, qemu-img, dependents, space, comparison."""

@@ -1,0 +1,62 @@
+"""
+The backing file that an image's header names, whatever its format: what a search for dependents reads of every file.
+
+qcow2 by `qcow2`; QED (docs/interop/qed_spec.txt in QEMU's source) and VMDK (its descriptor is text) by the few bytes that
+hold the name. Nothing that a header names is opened.
+"""
+
+import os
+import re
+import stat
+import struct
+
+from qmpmerge.images import qcow2
+
+_QED = b"QED\0"
+_QED_HEADER = struct.Struct("<4sIIIQQQQQII")
+_QED_HAS_BACKING = 1
+_VMDK_TEXT = b"# Disk DescriptorFile"
+_VMDK_SPARSE = b"KDMV"
+_VMDK_DESCRIPTOR = struct.Struct("<QQ")
+_SECTOR = 512
+_LONGEST = 65536
+_PARENT = re.compile(rb'^parentFileNameHint\s*=\s*"([^"\n]*)"', re.MULTILINE)
+
+
+def read(path: str) -> str | None:
+    """
+    The backing name in the header of the file at `path`; None where it has none, or is of another format.
+
+    A FIFO or a device is not read. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        start = os.pread(descriptor, 4096, 0)
+        if start.startswith(qcow2.MAGIC):
+            header = qcow2.decode(start) or qcow2.decode(os.pread(descriptor, _LONGEST, 0))
+            return header.backing if header is not None else None
+        if start.startswith(_QED):
+            return _qed(descriptor, start)
+        return _vmdk(descriptor, start)
+    finally:
+        os.close(descriptor)
+
+
+def _qed(descriptor: int, start: bytes) -> str | None:
+    if len(start) < _QED_HEADER.size:
+        return None
+    _magic, _cluster, _table, _size, features, *_others, offset, length = _QED_HEADER.unpack_from(start)
+    if not features & _QED_HAS_BACKING:
+        return None
+    return os.fsdecode(os.pread(descriptor, min(length, _LONGEST), offset)) or None
+
+
+def _vmdk(descriptor: int, start: bytes) -> str | None:
+    text = start if start.startswith(_VMDK_TEXT) else b""
+    if start.startswith(_VMDK_SPARSE) and len(start) >= _SECTOR:
+        offset, size = (sectors * _SECTOR for sectors in _VMDK_DESCRIPTOR.unpack_from(start, 28))
+        text = os.pread(descriptor, min(size, _LONGEST), offset) if offset < 1 << 62 else b""
+    parent = _PARENT.search(text)
+    return os.fsdecode(parent[1]) or None if parent is not None else None

@@ -1,0 +1,54 @@
+"""
+Base and top compared while both still exist, for what was copied and not for the whole disk.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.errors import ImageUnreadable
+from qmpmerge.images import nbd, qemuimg
+from qmpmerge.images.qemuimg import Extent
+
+PARTS = 16
+"""Into at most so many parts what is compared is cut: each is a `qemu-img` of its own, some 10 ms."""
+
+SMALL_GAP = 16 * 1024 * 1024
+"""A gap that is read along with its neighbours, since a process of its own would take longer."""
+
+
+async def same(planned: CommitPlan) -> bool:
+    """
+    Whether top and base show the same wherever a merged image holds anything; elsewhere top shows base's own data.
+
+    Nobody may write to the merged images meanwhile, and base must be flushed. Raises ImageUnreadable, ToolMissing.
+    """
+    upto = planned.chain.images[: planned.chain.index(planned.top)]
+    below = planned.chain.images[: planned.chain.index(planned.base)]
+    await nbd.see_that_they_answer(upto)
+    held = await qemuimg.held(planned.merged)
+    try:
+        for part in parts(held, planned.top.virtual_size):
+            if not await qemuimg.same(upto, below, part):
+                return False
+    except ImageUnreadable:  # a qemu-img that was built without what a part of a disk takes
+        return await qemuimg.same(upto, below)
+    return True
+
+
+def parts(held: Sequence[Extent], size: int) -> list[Extent]:
+    """
+    At most `PARTS` parts of a disk of `size` bytes, in order, that cover all of `held`, which is in order too.
+
+    The widest gaps are left out, as long as they are worth a process.
+    """
+    covered = [extent for extent in held if extent.start < size]
+    gaps = sorted(itertools.pairwise(covered), key=lambda pair: pair[1].start - pair[0].end, reverse=True)
+    kept = {right.start for left, right in gaps[: PARTS - 1] if right.start - left.end > SMALL_GAP}
+    found: list[Extent] = []
+    for extent in covered:
+        if found and extent.start not in kept:
+            found[-1] = Extent(found[-1].start, extent.end - found[-1].start)
+        else:
+            found.append(extent)
+    return [Extent(part.start, min(part.end, size) - part.start) for part in found]

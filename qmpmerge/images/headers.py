@@ -1,0 +1,129 @@
+"""
+What the images' own headers say, next to what QEMU says.
+
+The running QEMU keeps its chain in memory; the next start reads the headers. Where the two differ, the next start shows
+another disk.
+"""
+
+import os
+import stat
+from dataclasses import dataclass, replace
+
+from qmpmerge.chain import backing
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.errors import ImageUnreadable
+from qmpmerge.images import qcow2, qemuimg
+from qmpmerge.images.qemuimg import Header
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """Something about an image that deserves a look: `name` is a refusal's name where a merge would be refused."""
+
+    name: str
+    file: str
+    message: str
+
+
+async def read(chain: Chain) -> tuple[Header | None, ...]:
+    """
+    The header of every image of the chain, base first; None for an image without a path, or one we cannot read.
+
+    One `qemu-img info --backing-chain` reads them all, but only where our own look at the headers has shown that it will
+    open nothing else and guess no format: it opens whatever they name. Else, and where a raw image is all there is, each
+    image is read alone. Raises ToolMissing.
+    """
+    if chain.active.format != "raw" and _names_are_harmless(chain):
+        try:
+            found = await qemuimg.chain_info(chain.active.file, chain.active.format)
+        except ImageUnreadable:
+            found = []
+        if len(found) == len(chain):
+            return tuple(found)
+    return tuple([await _read_alone(image) for image in chain])
+
+
+async def _read_alone(image: Image) -> Header | None:
+    """The header of one image, without opening the data file or anything else that it may name."""
+    if not image.has_path:
+        return None
+    try:
+        if image.format == "raw":
+            return Header(image.file, "raw", image.virtual_size, None, None) if os.access(image.file, os.R_OK) else None
+        if image.format != "qcow2":
+            return await qemuimg.info(image.file, image.format) if _is_regular(image.file) else None
+        own = qcow2.read(image.file)
+    except (ImageUnreadable, OSError):
+        return None
+    return Header(image.file, "qcow2", own.virtual_size, own.backing, own.backing_format) if own else None
+
+
+def _names_are_harmless(chain: Chain) -> bool:
+    """Whether the headers on disk name exactly the regular files of this chain, each with its format."""
+    below: Image | None = None
+    for image in chain:
+        if not (image.has_path and _is_regular(image.file) and _leads_on(image, below)):
+            return False
+        below = image
+    return True
+
+
+def _leads_on(image: Image, below: Image | None) -> bool:
+    try:
+        own = qcow2.read(image.file) if image.format == "qcow2" else None
+    except OSError:
+        return False
+    if below is None:
+        return image.format == "raw" or (own is not None and own.backing is None and own.data_file is None)
+    if own is None or own.backing is None or own.data_file is not None:
+        return False
+    # qemu-img starts from the name that we give it, so a relative name must lead there from that name's folder.
+    return own.backing_format == below.format and backing.leads_from(os.path.dirname(image.file), own.backing, below)
+
+
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def oddities(chain: Chain, found: tuple[Header | None, ...]) -> list[Oddity]:
+    """Where headers and graph disagree, base first."""
+    odd: list[Oddity] = []
+    below: Image | None = None
+    for image, header in zip(chain, found, strict=True):
+        if header is None and image.has_path:
+            message = "its header cannot be read: does the file still exist, and may you read it?"
+            odd.append(Oddity("unreadable", image.file, message))
+        elif header is not None:
+            odd.extend(_compare(image, header, below))
+        below = image
+    return odd
+
+
+def _compare(image: Image, header: Header, below: Image | None) -> list[Oddity]:
+    odd = []
+    if below is None:
+        if header.backing is not None:
+            message = f"its header names the backing file {header.backing}, which QEMU does not use"
+            odd.append(Oddity("disagrees", image.file, message))
+        return odd
+    if header.backing is None:
+        odd.append(Oddity("disagrees", image.file, f"its header names no backing file, QEMU uses {below.file}"))
+    elif backing.leads_to(image, header.backing, below) is False:
+        message = f"its header names the backing file {header.backing}, QEMU uses {below.file}"
+        odd.append(Oddity("disagrees", image.file, message))
+    elif header.backing_format is None:
+        message = "its header records no backing format: QEMU will guess it, and a guest can mislead the guess"
+        odd.append(Oddity("no-format", image.file, message))
+    return odd
+
+
+def as_written(chain: Chain, found: tuple[Header | None, ...]) -> Chain:
+    """The chain with the backing strings that stand in the headers now, where they could be read."""
+    images = [
+        image if header is None else replace(image, backing=header.backing, backing_format=header.backing_format)
+        for image, header in zip(chain, found, strict=True)
+    ]
+    return Chain(tuple(images))

@@ -1,0 +1,125 @@
+"""
+What a qcow2 header says, read by ourselves.
+
+qemu-img opens an image's data file along with it, and takes 10 ms an image; walking a stranger's chain must open nothing
+that a header names, and looking for dependents means thousands of headers. So this one page of the format is our own
+(docs/interop/qcow2.txt in QEMU's source). Everything that is written or read as data goes through QEMU.
+"""
+
+import errno
+import os
+import stat
+import struct
+from dataclasses import dataclass, field
+
+from qmpmerge.chain import backing
+
+MAGIC = b"QFI\xfb"
+_FIXED = struct.Struct(">4sIQIIQI")
+_EXTENSION = struct.Struct(">II")
+_BACKING_FORMAT = 0xE2792ACA
+_DATA_FILE = 0x44415441
+_LONGEST_NAME = 1023
+_EXTENDED_ENTRIES = 1 << 4
+_EXTERNAL_DATA = 1 << 2
+# A header with its extensions fits in the smallest cluster that anybody uses; the name may lie behind it.
+_READ = 65536
+
+
+@dataclass(frozen=True)
+class Qcow2Header:
+    """
+    Names as they are written; sizes in bytes; `encrypted` also for the old AES method.
+
+    `entry_size` is that of an entry of the second-level tables, 16 with extended entries.
+    """
+
+    virtual_size: int
+    backing: str | None
+    backing_format: str | None
+    data_file: str | None
+    encrypted: bool
+    cluster_size: int = field(default=65536, compare=False)
+    entry_size: int = field(default=8, compare=False)
+
+
+def read(path: str) -> Qcow2Header | None:
+    """
+    The header of the regular file or block device at `path`; None where it is not qcow2.
+
+    Nothing else is opened, and a FIFO or a device of another kind is not even opened for longer than it takes to see
+    that. Raises OSError, also for a header that makes no sense.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            return None
+        if os.pread(descriptor, len(MAGIC), 0) != MAGIC:
+            return None
+        header = decode(os.pread(descriptor, _READ, 0))
+        if header is None:
+            raise OSError(errno.EINVAL, "it begins like qcow2, but its header makes no sense")
+        return header
+    finally:
+        os.close(descriptor)
+
+
+def data_path(path: str) -> str | None:
+    """
+    The data file of the image at `path`, its name resolved as QEMU does; None where the image has none.
+
+    Raises OSError, also where the name leads to anything but a regular file: nothing else is to be opened for it.
+    """
+    header = read(path)
+    if header is None or header.data_file is None:
+        return None
+    name = backing.named_path(header.data_file)
+    found = os.path.join(os.path.dirname(path), name) if name is not None else ""
+    if not found or not stat.S_ISREG(os.stat(found).st_mode):
+        raise OSError(errno.EINVAL, f"its data file {header.data_file} is not a regular file")
+    return found
+
+
+def decode(data: bytes) -> Qcow2Header | None:
+    """Decode the first bytes of a file; None where they are no header, or one that makes no sense."""
+    if len(data) < 72 or data[:4] != MAGIC:
+        return None
+    _magic, version, offset, length, bits, size, crypt = _FIXED.unpack_from(data)
+    features = struct.unpack_from(">Q", data, 72)[0] if version >= 3 and len(data) >= 104 else 0
+    header_length = struct.unpack_from(">I", data, 100)[0] if version >= 3 and len(data) >= 104 else 72
+    names = _extensions(data, header_length, offset or len(data))
+    if features & _EXTERNAL_DATA and _DATA_FILE not in names:
+        return None  # it has a data file, whose name it hides from us
+    backing = None
+    if offset:
+        if not 0 < length <= _LONGEST_NAME or offset + length > len(data):
+            return None
+        # QEMU reads it as a C string
+        backing = os.fsdecode(data[offset : offset + length].partition(b"\0")[0])
+        if not backing:
+            return None
+    return Qcow2Header(
+        virtual_size=size,
+        backing=backing,
+        backing_format=names.get(_BACKING_FORMAT),
+        data_file=names.get(_DATA_FILE),
+        encrypted=crypt != 0,
+        cluster_size=1 << min(bits, 21),  # 2 MiB is the most that QEMU takes
+        entry_size=16 if features & _EXTENDED_ENTRIES else 8,
+    )
+
+
+def _extensions(data: bytes, start: int, end: int) -> dict[int, str]:
+    """The header extensions, those that are names decoded; 0 ends the list."""
+    found: dict[int, str] = {}
+    position, end = start, min(end, len(data))
+    while position + _EXTENSION.size <= end:
+        kind, length = _EXTENSION.unpack_from(data, position)
+        position += _EXTENSION.size
+        if kind == 0 or position + length > end:
+            break
+        if kind in (_BACKING_FORMAT, _DATA_FILE):
+            found[kind] = os.fsdecode(data[position : position + length].partition(b"\0")[0])
+        position += (length + 7) & ~7
+    return found

@@ -1,0 +1,176 @@
+"""
+What a merge will copy, by how much its base will grow, and whether there is room for it.
+
+Exact for images at rest: the union of what the merged images hold, less what base has room for already. Where a guest
+writes meanwhile it is a lower bound, and where an image cannot be looked into (network, encryption) nothing is claimed.
+"""
+
+import asyncio
+import os
+import stat
+from collections.abc import Iterable, Sequence
+
+from qmpmerge.chain.chain import Image
+from qmpmerge.chain.outcome import ASSUMED_RATE, Estimate
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.errors import ImageUnreadable
+from qmpmerge.images import qcow2, qemuimg
+from qmpmerge.images.qemuimg import Extent
+
+SECONDS = 10.0
+"""For how long images are looked into: an answer that takes longer is no help."""
+
+_AT_ONCE = 4
+_BLOCK = 4096
+"""What filesystems allocate in, for themselves too: one more for every some 340 ranges of a file on ext4."""
+_RANGES_IN_BLOCK = 340
+
+_REFCOUNT_BYTES = 2
+
+Range = tuple[int, int]
+"""First byte, and the byte behind the last."""
+
+
+async def estimate(
+    plan: CommitPlan, *, live: bool = False, pid: int | None = None, speed: int = 0, closely: bool = True
+) -> Estimate:
+    """
+    Look into the images of the plan, as they are on disk; unless `closely` only where room may be short.
+
+    `live` says that a guest writes to the active image, `pid` as whom: root may use what filesystems reserve for it.
+    Raises ToolMissing.
+    """
+    rate, free = speed or ASSUMED_RATE, _free(plan.base, pid)
+    most = _most(plan)
+    if not closely and free is not None and most <= free:  # looking takes some 10 ms an image
+        return Estimate(growth=most, free=free, rate=rate, rate_given=bool(speed))
+    at_least = live and plan.pivots
+    try:
+        async with asyncio.timeout(SECONDS):
+            base, *merged = await _looked_into([plan.base, *plan.merged])
+        extents = [extent for layer in merged for extent in layer]
+        copied, growth = _length(_union(extents)), _growth(plan, base, extents)
+    except TimeoutError:
+        reason = f"looking into the images takes more than {SECONDS:g} s"
+        return Estimate(free=free, rate=rate, rate_given=bool(speed), reason=reason)
+    except (ImageUnreadable, OSError) as error:
+        return Estimate(free=free, rate=rate, rate_given=bool(speed), reason=str(error))
+    return Estimate(copied, growth, free, rate, rate_given=bool(speed), at_least=at_least)
+
+
+async def _looked_into(images: Sequence[Image]) -> list[list[Extent]]:
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def look(image: Image) -> list[Extent]:
+        async with gate:
+            return await _extents(image)
+
+    found = await asyncio.gather(*map(look, images), return_exceptions=True)
+    for problem in found:
+        if isinstance(problem, BaseException):
+            raise problem
+    return [extents for extents in found if isinstance(extents, list)]
+
+
+async def _extents(image: Image) -> list[Extent]:
+    if not image.has_path or image.inode is None:
+        raise ImageUnreadable(file=image.file, reason="it is not a file on this host")
+    if image.format not in ("raw", "qcow2", "qed") or stat.S_ISFIFO(os.stat(image.file).st_mode):
+        raise ImageUnreadable(file=image.file, reason=f"{image.format} is not looked into")
+    header = qcow2.read(image.file) if image.format == "qcow2" else None
+    if header is not None and (header.data_file is not None or header.encrypted):
+        raise ImageUnreadable(file=image.file, reason="it is encrypted, or its data is in another file")
+    return await qemuimg.extents(image)
+
+
+def _free(base: Image, pid: int | None) -> int | None:
+    if not base.has_path:
+        return None
+    try:
+        if stat.S_ISBLK(os.stat(base.file).st_mode):
+            return None
+        room = os.statvfs(os.path.realpath(base.file))
+        is_root = pid is not None and os.stat(f"/proc/{pid}").st_uid == 0
+    except OSError:
+        return None
+    return room.f_frsize * (room.f_bfree if is_root else room.f_bavail)
+
+
+def _most(plan: CommitPlan) -> int:
+    """What no base outgrows: the whole disk, and a sixteenth more for tables, which are largest with clusters of 512 bytes."""
+    return plan.top.virtual_size * 17 // 16 + 1024 * 1024
+
+
+# --- by how much base grows ---------------------------------------------------------------------------------------
+
+
+def _growth(plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Extent]) -> int | None:
+    status = os.stat(plan.base.file)
+    if stat.S_ISBLK(status.st_mode):
+        return 0 if plan.base.format == "raw" else None
+    # What base notes as zeros, or has a place but perhaps no blocks for, takes space once data comes.
+    held = _union(extent for extent in base if not extent.zero)
+    header = qcow2.read(plan.base.file) if plan.base.format == "qcow2" else None
+    if header is not None:
+        return _qcow2_growth(header, plan, held, merged)
+    new = _without(_aligned(_union(merged), _BLOCK), held)
+    growth = _length(new) + (1 + len(new) // _RANGES_IN_BLOCK) * _BLOCK if new else 0
+    # Preallocated files read as holes, but have their blocks.
+    return max(0, min(growth, plan.top.virtual_size + _BLOCK - status.st_blocks * 512))
+
+
+def _qcow2_growth(header: qcow2.Qcow2Header, plan: CommitPlan, held: list[Range], merged: Sequence[Extent]) -> int:
+    """
+    Clusters of data, and of the tables that lead to them.
+
+    Zeros that are noted as such are noted again by an active commit, but copied as data by an intermediate one.
+    """
+    cluster = header.cluster_size
+    data = _union(extent for extent in merged if not (extent.zero and plan.pivots))
+    new = _length(_without(_aligned(data, cluster), held))
+    span = cluster // header.entry_size * cluster  # what one second-level table covers
+    tables = _length(_without(_aligned(_union(merged), span), _aligned(held, span))) // span * cluster
+    refcounts = (new + tables) // (cluster // _REFCOUNT_BYTES) + cluster if new + tables else 0
+    return new + tables + -(-refcounts // cluster) * cluster
+
+
+def _union(extents: Iterable[Extent]) -> list[Range]:
+    return _joined((extent.start, extent.start + extent.length) for extent in extents)
+
+
+def _joined(ranges: Iterable[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for start, end in sorted(ranges):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _aligned(ranges: Iterable[Range], step: int) -> list[Range]:
+    """The ranges made wide enough to begin and end at multiples of `step`."""
+    return _joined((start // step * step, -(-end // step) * step) for start, end in ranges)
+
+
+def _without(ranges: Iterable[Range], taken: Sequence[Range]) -> list[Range]:
+    """What is left of `ranges` without `taken`; both in order and apart."""
+    left: list[Range] = []
+    place = 0
+    for begin, end in ranges:
+        start = begin
+        while place < len(taken) and taken[place][1] <= start:
+            place += 1
+        number = place
+        while number < len(taken) and taken[number][0] < end:
+            if taken[number][0] > start:
+                left.append((start, taken[number][0]))
+            start = max(start, taken[number][1])
+            number += 1
+        if start < end:
+            left.append((start, end))
+    return left
+
+
+def _length(ranges: Iterable[Range]) -> int:
+    return sum(end - start for start, end in ranges)

@@ -1,0 +1,1 @@
+"""What was about to be done, written down before it is done."""

@@ -1,0 +1,165 @@
+"""
+What becomes of the files that a merge leaves over: stashed under another name, removed, replaced, or left alone.
+
+After a pivot the old active image still opens and shows older data, so by default it loses its name. Only names that the
+witness lists are touched, and only while they lead to the very files that it means; nothing is overwritten.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+
+from qmpmerge.chain.backing import is_relative
+from qmpmerge.chain.outcome import MergedFile
+from qmpmerge.errors import ImageUnreadable, ToolMissing
+from qmpmerge.images import dependents, files, qemuimg
+from qmpmerge.journal import record
+from qmpmerge.journal.record import Witness
+
+
+def take_away(told: Witness, index: int) -> str:
+    """
+    Rename the image at `index` to its stashed name, and return that. Not durable before its folder is synced.
+
+    Raises OSError, also when the name leads to another file by now.
+    """
+    image, name = told.chain[index], told.away[index]
+    if not told.is_file(image.file, image):
+        raise FileNotFoundError(f"{image.file} is another file now")
+    files.rename(image.file, name)
+    return name
+
+
+def give_back(told: Witness, index: int) -> bool:
+    """Give a stashed image its own name again; False where it has it already. Durable. Raises OSError."""
+    image = told.chain[index]
+    place = told.place(index)
+    if place is None or place == image.file:
+        return False
+    files.rename(place, image.file)
+    files.sync_folder(image.file)
+    return True
+
+
+async def finish(told: Witness) -> tuple[list[MergedFile], list[str]]:
+    """
+    Do what the policy says with all merged files, base first; also what is odd about it, as sentences for the user.
+
+    The merge is proved and durable by now. Done before, or in part, it goes on from there. Nothing is raised: a file
+    that cannot be renamed stays, and that is said.
+    """
+    done, hints = deal_with(told)
+    if told.policy == "relink" and told.plan.pivots:
+        reason = await relink(told)
+        if reason is None:
+            done[-1] = MergedFile(told.chain.active.file, "relink", done[-1].now)
+        else:
+            hints.append(f"no new overlay was put at {told.chain.active.file}: {reason}")
+    return done, hints
+
+
+def deal_with(told: Witness) -> tuple[list[MergedFile], list[str]]:
+    """`finish` without what comes in the place of the active image."""
+    needed, user = _needed(told)
+    done: list[MergedFile] = []
+    hints: list[str] = []
+    for index in range(told.base + 1, told.top + 1):
+        image = told.chain[index]
+        try:
+            if index <= needed and not (told.plan.pivots and index == told.top):
+                hints.append(f"{image.file} stays where it is: {user} is built on it")
+                done.append(MergedFile(image.file, "keep", told.place(index) or image.file))
+            else:
+                done.append(_dealt_with(told, index, hints))
+        except OSError as error:
+            done.append(MergedFile(image.file, "keep", told.place(index)))
+            hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
+    return done, hints
+
+
+def _needed(told: Witness) -> tuple[int, str]:
+    """Up to which index the merged images are needed by an image outside the chain, and by which; 0 for none of them."""
+    users = {found.image: found.file for found in dependents.find(told.plan.merged, told.chain)}
+    indexes = [index for index, image in enumerate(told.chain, 1) if image.file in users]
+    return (max(indexes), users[told.chain[max(indexes)].file]) if indexes else (0, "")
+
+
+def _dealt_with(told: Witness, index: int, hints: list[str]) -> MergedFile:
+    image = told.chain[index]
+    place = told.place(index)
+    if told.policy == "keep" or index not in told.away:
+        return MergedFile(image.file, "keep", place or image.file)
+    if place is None:
+        return MergedFile(image.file, "gone", None)
+    if place == image.file:
+        place = take_away(told, index)
+        files.sync_folder(place)
+    reason = why_not_delete(told, index, place) if told.policy == "delete" else "it is to be stashed"
+    if reason is None:
+        files.remove(place)
+        files.sync_folder(place)
+        return MergedFile(image.file, "delete", None)
+    if told.policy == "delete":
+        hints.append(f"{place} was not deleted: {reason}")
+    return MergedFile(image.file, "stash", place)
+
+
+def why_not_delete(told: Witness, index: int, place: str) -> str | None:
+    """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
+    if not told.verified:
+        return "it was not compared with the base"
+    if record.seen(place) != told.seen.get(index, told.before.get(index)):
+        return "it was changed since it was merged"
+    return in_use(place)
+
+
+def in_use(place: str) -> str | None:
+    """Who holds the file, None where nobody does as far as we can see."""
+    from qmpmerge.processes import holders  # only a deletion needs to know
+
+    users = holders.users([place])
+    if users:
+        return f"in use by {', '.join(map(str, users))}"
+    return "locked by a process that we may not see" if holders.is_locked(place) else None
+
+
+# --- relink -------------------------------------------------------------------------------------------------------
+
+
+async def relink(told: Witness) -> str | None:
+    """
+    Put a new, empty overlay on the base at the old active image's name, so that whatever starts the VM from there works.
+
+    Returns why that was not done, None where it was. It is put in place whole, with the owner and mode of the old one.
+    """
+    old, base, index = told.chain.active, told.chain[told.base], told.top
+    place = told.place(index)
+    if place is None or place == old.file:
+        return "its name could not be taken away"
+    new = f"{os.path.dirname(old.file)}/.{os.path.basename(old.file)}.qmpmerge-new"
+    backing = os.path.relpath(base.file, os.path.dirname(old.file)) if is_relative(old.backing) else base.file
+    try:
+        files.remove(new)
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        await qemuimg.create_overlay(new, size=old.virtual_size, backing=backing, backing_format=base.format)
+        _like(place, new)
+        files.sync(new)
+        files.rename(new, old.file)
+        files.sync_folder(old.file)
+    except (OSError, ImageUnreadable, ToolMissing) as error:
+        _quietly(lambda: files.remove(new))
+        return str(error)
+    return None
+
+
+def _like(old: str, new: str) -> None:
+    """Owner and mode of the old image, as far as we may."""
+    status = os.stat(old)
+    os.chmod(new, stat.S_IMODE(status.st_mode))
+    _quietly(lambda: os.chown(new, status.st_uid, status.st_gid))
+
+
+def _quietly(work: Callable[[], None]) -> None:
+    with contextlib.suppress(OSError):
+        work()

@@ -1,0 +1,37 @@
+"""The names under which merged files are put aside."""
+
+import os
+
+from qmpmerge.chain.chain import Chain
+from qmpmerge.images import files
+
+STASHED = ".merged"
+
+
+def names_away(chain: Chain, base: int, top: int) -> dict[int, str]:
+    """By index, the names under which the merged images can be stashed: regular files only, whatever links to them."""
+    merged = range(base + 1, top + 1)
+    able = {index: chain[index] for index in merged if chain[index].inode is not None}
+    return {index: stash_of(image.file) for index, image in able.items() if files.is_regular(image.file)}
+
+
+def stash_of(file: str) -> str:
+    """The name under which a merged file is stashed: ``NAME.merged``, or ``NAME.merged.2`` where that is taken."""
+    name, number = f"{file}{STASHED}", 1
+    while os.path.lexists(name):
+        number += 1
+        name = f"{file}{STASHED}.{number}"
+    return name
+
+
+def is_stash_of(name: str, file: str) -> bool:
+    """Whether `name` is one that `stash_of` may have given to `file`."""
+    return original_of(name) == file
+
+
+def original_of(name: str) -> str | None:
+    """What a stashed file was called; None for a name that is not one of a stashed file."""
+    stem, dot, number = name.rpartition(".")
+    if dot and number.isdigit():
+        name = stem
+    return name.removesuffix(STASHED) if name.endswith(STASHED) else None

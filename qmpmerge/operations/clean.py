@@ -1,0 +1,93 @@
+"""
+Removing what merges have stashed, once nobody holds or needs it.
+"""
+
+import os
+import stat
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from qmpmerge.chain import backing
+from qmpmerge.errors import CannotRecover, NoSuchStash
+from qmpmerge.images import files, qcow2
+from qmpmerge.journal import merged_files, store
+from qmpmerge.journal.stash import original_of
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A stashed file: `kept` says why it was not removed, None where it was, or would be. `size` is what it takes on disk."""
+
+    file: str
+    size: int
+    kept: str | None
+
+
+def clean(paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False) -> list[Cleaned]:
+    """
+    Remove the stashed files (``NAME.merged``, ``NAME.merged.2``) that `paths` name, or that lie in the folders among them.
+
+    One that a process holds, that an image is still built on, or that an unfinished merge may need, stays. A symlink is
+    removed, never what it leads to. Raises NoSuchStash, CannotRecover.
+    """
+    done = []
+    for file in [file for path in paths for file in _stashed(os.path.abspath(path))]:
+        reason = why_not(file)
+        size = os.lstat(file).st_blocks * 512
+        if reason is None and not dry_run:
+            try:
+                files.remove(file)
+                files.sync_folder(file)
+            except OSError as error:
+                raise CannotRecover(file=file, reason=error.strerror or str(error)) from None
+        done.append(Cleaned(file, size, reason))
+    return done
+
+
+def _stashed(path: str) -> list[str]:
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            return sorted(entry.path for entry in entries if original_of(entry.name) and not entry.is_dir())
+    if original_of(path) is None or not os.path.lexists(path):
+        raise NoSuchStash(path=path)
+    return [path]
+
+
+def why_not(file: str) -> str | None:
+    """Why a stashed file must stay; None where nothing speaks against removing it."""
+    if stat.S_ISLNK(os.lstat(file).st_mode):
+        return None if _is_settled(file) else "a merge that was not finished may need it"
+    try:
+        if qcow2.read(file) is None:
+            return "it is no qcow2 image"
+    except OSError as error:
+        return error.strerror or str(error)
+    if not _is_settled(file):
+        return "a merge that was not finished may need it"
+    user = _built_on(file)
+    return f"{user} is built on it" if user is not None else merged_files.in_use(file)
+
+
+def _is_settled(file: str) -> bool:
+    return not any(file in told.away.values() for told in store.found(os.path.dirname(file)))
+
+
+def _built_on(file: str) -> str | None:
+    """An image in the folder whose header leads to the file, or to a name that only this file had and nobody has now."""
+    with os.scandir(os.path.dirname(file)) as entries:
+        images = [entry.path for entry in entries if original_of(entry.name) is None and entry.is_file()]
+    return next((image for image in images if _leads_to(image, file)), None)
+
+
+def _leads_to(image: str, file: str) -> bool:
+    try:
+        header = qcow2.read(image)
+    except OSError:
+        return False
+    name = backing.named_path(header.backing) if header is not None and header.backing is not None else None
+    if name is None:
+        return False
+    path = os.path.join(os.path.dirname(image), name)
+    if os.path.lexists(path):
+        return files.inode(path) == files.inode(file)
+    return os.path.normpath(path) == original_of(file)

@@ -1,0 +1,229 @@
+"""
+Overlays (external snapshots) on one or more disks, all or nothing.
+
+The files are made by us, never over an existing one: QEMU's own `blockdev-snapshot-sync` overwrites whatever is there and
+writes absolute backing names. Then each is opened as a node, and one `transaction` puts them all on top.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+
+from qmpmerge import shield
+from qmpmerge.chain import backing
+from qmpmerge.chain.chain import Image
+from qmpmerge.engine import takeover
+from qmpmerge.errors import (
+    BackingString,
+    Busy,
+    CannotCreate,
+    CommandError,
+    FileExists,
+    NotProven,
+    OptionsConflict,
+    QemuRefused,
+    Temporary,
+    Untouched,
+)
+from qmpmerge.images import qemuimg
+from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.targets.target import Host
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """An overlay that is now the active image of `disk`: its absolute path and its node."""
+
+    disk: str
+    file: str
+    node: str
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One overlay to make: on which disk, where, with which backing string in its header."""
+
+    disk: Disk
+    below: Image
+    file: str
+    backing: str
+    node: str
+
+
+async def snapshot(
+    host: Host,
+    files: Mapping[str, str | os.PathLike[str]],
+    *,
+    relative: bool = False,
+    agent: str | os.PathLike[str] | None = None,
+) -> tuple[Overlay, ...]:
+    """
+    Put a new overlay on each disk of `files` (disk to path of the file to be made), on all of them or on none.
+
+    The backing name is written relative where the overlay lies in the folder of the image below it, or where `relative`
+    asks for it. `agent` is the socket of the guest agent: the guest's filesystems are frozen for the moment of the
+    snapshot. Raises FileExists, CannotCreate, Busy, Temporary, BackingString, QemuRefused, AgentFailed; NotProven when a
+    fresh look does not show the overlays.
+    """
+    layout = await _without_ended_jobs(host, files)
+    orders = [_order(host, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
+    _refuse_twice(orders)
+    return await shield.finished(_carry_out(host, layout, orders, os.fspath(agent) if agent is not None else None))
+
+
+async def _without_ended_jobs(host: Host, disks: Iterable[str]) -> Layout:
+    """A merge of ours that ended while nobody looked keeps no disk busy."""
+    layout = await host.layout()
+    if not any(job.ours and job.status == "concluded" for job in layout.jobs):
+        return layout
+    for disk in disks:
+        await takeover.tidied(host, await host.chain(disk), lambda progress: None)
+    return await host.layout()
+
+
+def _order(host: Host, layout: Layout, name: str, file: str, relative: bool) -> _Order:
+    disk = layout.find(name, host.target)
+    assert disk.chain is not None, "find() returns disks with an image only"
+    if disk.job is not None:
+        raise Busy(disk=disk.name, job=disk.job.id, target=host.target)
+    below = disk.chain.active
+    if below.has_path and below.inode is None and below.name.startswith("vl."):
+        raise Temporary(disk=disk.name, file=below.file)
+    path = os.path.abspath(file)
+    if os.path.lexists(path):
+        raise FileExists(file=path)
+    return _Order(disk, below, path, _backing(below, path, relative), f"qmpmerge-{uuid.uuid4().hex[:8]}")
+
+
+def _backing(below: Image, path: str, relative: bool) -> str:
+    """The string for the new header; it must lead to the image below from where the overlay will really be."""
+    if not below.has_path:
+        return below.file
+    folder = os.path.realpath(os.path.dirname(path))
+    if not relative and folder != os.path.dirname(os.path.realpath(below.file)):
+        return below.file
+    name = os.path.relpath(os.path.realpath(below.file), folder)
+    if ":" in name.split("/", 1)[0]:
+        name = f"./{name}"  # `a:b` would be read as a protocol
+    if not backing.leads_from(folder, name, below):
+        raise BackingString(overlay=path, backing=name, reason="it does not lead to the present image")
+    return name
+
+
+def _refuse_twice(orders: list[_Order]) -> None:
+    roots = [order.disk.root for order in orders]
+    paths = [order.file for order in orders]
+    for order in orders:
+        if roots.count(order.disk.root) > 1:
+            raise OptionsConflict(options=[f"{other.disk.name}={other.file}" for other in orders])
+        if paths.count(order.file) > 1:
+            raise FileExists(file=order.file)
+
+
+async def _carry_out(host: Host, layout: Layout, orders: list[_Order], agent: str | None) -> tuple[Overlay, ...]:
+    async with contextlib.AsyncExitStack() as undo:
+        for order in orders:
+            await undo.enter_async_context(_file(order))
+        for order in orders:
+            await undo.enter_async_context(_node(host, layout, order))
+        async with _quiet(agent):
+            await _transaction(host, orders)
+            undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
+    return await _prove(host, orders)
+
+
+@contextlib.asynccontextmanager
+async def _file(order: _Order) -> AsyncIterator[None]:
+    """The overlay's file, made with the owner and mode of the image below; removed again when the block fails."""
+    made = _make_empty(order)
+    try:
+        await qemuimg.create_overlay(
+            order.file,
+            size=order.below.virtual_size,
+            backing=order.backing,
+            backing_format=order.below.format,
+        )
+        yield
+    except Untouched:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(made, os.stat(order.file, follow_symlinks=False)):
+                os.unlink(order.file)
+        raise
+
+
+def _make_empty(order: _Order) -> os.stat_result:
+    try:
+        descriptor = os.open(order.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise FileExists(file=order.file) from None
+    except OSError as error:
+        raise CannotCreate(file=order.file, reason=error.strerror or str(error)) from None
+    try:
+        with contextlib.suppress(OSError):  # a base on the network, or in a place that we may not see
+            model = os.stat(order.below.file)
+            os.fchmod(descriptor, (model.st_mode & 0o777) | 0o600)
+            os.fchown(descriptor, model.st_uid, model.st_gid)
+        return os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.asynccontextmanager
+async def _node(host: Host, layout: Layout, order: _Order) -> AsyncIterator[None]:
+    """The overlay as a node, with the cache settings of the image below; closed again when the block fails."""
+    told = layout.nodes[order.below.node or ""].info
+    cache = {key: bool(told.get("cache", {}).get(key, False)) for key in ("direct", "no-flush")}
+    try:
+        await host.monitor.execute(
+            "blockdev-add",
+            driver="qcow2",
+            node_name=order.node,
+            backing=None,
+            cache=cache,
+            discard="unmap",
+            detect_zeroes=told.get("detect_zeroes", "off"),
+            file={"driver": "file", "filename": order.file, "cache": cache, "discard": "unmap"},
+        )
+    except CommandError as error:
+        raise QemuRefused(command="blockdev-add", reason=error.description) from None
+    try:
+        yield
+    except Untouched:
+        with contextlib.suppress(CommandError):
+            await host.monitor.execute("blockdev-del", node_name=order.node)
+        raise
+
+
+async def _transaction(host: Host, orders: list[_Order]) -> None:
+    actions = [
+        {"type": "blockdev-snapshot", "data": {"node": order.below.node, "overlay": order.node}} for order in orders
+    ]
+    try:
+        await host.monitor.execute("transaction", actions=actions)
+    except CommandError as error:
+        raise QemuRefused(command="the snapshot", reason=error.description) from None
+
+
+@contextlib.asynccontextmanager
+async def _quiet(agent: str | None) -> AsyncIterator[None]:
+    if agent is None:
+        yield
+        return
+    from qmpmerge.guest.freeze import frozen  # only --quiesce needs it
+
+    async with frozen(agent):
+        yield
+
+
+async def _prove(host: Host, orders: list[_Order]) -> tuple[Overlay, ...]:
+    """Every disk's chain must be what it was with the overlay on top, in the graph and in the overlay's header."""
+    for order in orders:
+        assert order.disk.chain is not None
+        view = await host.chain(order.node)
+        expected = " <-- ".join([*order.disk.chain.files, order.file])
+        odd = [oddity for oddity in view.oddities if oddity.file == order.file]
+        if " <-- ".join(view.chain.files) != expected or view.chain.active.backing != order.backing or odd:
+            raise NotProven(target=host.target, expected=expected, found=" <-- ".join(view.chain.files))
+    return tuple(Overlay(order.disk.name, order.file, order.node) for order in orders)

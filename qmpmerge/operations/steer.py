@@ -1,0 +1,97 @@
+"""
+What can be done with a block job that is there, whoever has started it: one call for every verb.
+"""
+
+import contextlib
+
+from qmpmerge.chain.outcome import Ending, Outcome, Policy
+from qmpmerge.engine import takeover
+from qmpmerge.engine.converge import Converge
+from qmpmerge.engine.patience import Patience
+from qmpmerge.engine.progress import Report
+from qmpmerge.errors import JobVerb, NoSuchJob, Unfinished
+from qmpmerge.journal import store
+from qmpmerge.operations import follow
+from qmpmerge.qemu import jobs
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.recovery import settle
+from qmpmerge.targets.target import Host
+
+VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
+
+
+async def steer(
+    host: Host,
+    job_id: str,
+    verb: str,
+    *,
+    speed: int = 0,
+    ending: Ending = "pivot",
+    merged_files: Policy = "stash",
+    pause: bool = True,
+    converge: Converge | None = None,
+    report: Report = lambda progress: None,
+    patience: Patience | None = None,
+    polite: float | None = None,
+) -> Outcome | Job | None:
+    """
+    Do one of `VERBS`, where the job's state allows it.
+
+    ``follow``, ``pivot`` and ``keep`` bring a commit job to a proved end, and so does ``finalize``: base is flushed and
+    compared first, which a plain `job-finalize` would leave out. They return an Outcome; the others return the job as it
+    is then, None when it is gone. `speed` is for ``speed``, `ending` for ``follow``, `merged_files`, `pause` and
+    `converge` are as for `merge.commit`.
+
+    Raises NoSuchJob, JobVerb, QemuRefused, and what `merge.follow` raises.
+    """
+    job = await _look(host, job_id)
+    if verb not in job.verbs and not (verb in jobs.FINISHING and job.type == "commit"):
+        raise JobVerb(job=job.id, verb=verb, status=job.status, verbs=job.verbs)
+    if verb in jobs.FINISHING or (verb == "finalize" and job.type == "commit"):
+        ready_for = verb in ("pivot", "keep")
+        ending = "keep" if verb == "keep" else "pivot" if verb == "pivot" else ending
+        return await follow.follow(
+            host,
+            job_id,
+            ending=ending,
+            needs_ready=ready_for,
+            merged_files=merged_files,
+            pause=pause,
+            converge=converge,
+            report=report,
+            patience=patience,
+            polite=polite,
+        )
+    if verb == "dismiss":
+        await _dismiss(host, job)
+        return await jobs.look(host.monitor, job_id)
+    steered = await jobs.steer(host.monitor, job_id, verb, speed)
+    if verb == "cancel" and job.ours:
+        await _settle(host, job_id)
+        await takeover.forget(host, job_id)
+    return steered
+
+
+async def _settle(host: Host, job_id: str) -> None:
+    """What was written down about a job that was cancelled goes, and names that it had taken away come back."""
+    for disk in await host.disks():
+        if disk.chain is not None and any(told.job == job_id for told in store.about(disk.chain)):
+            with contextlib.suppress(Unfinished):  # for `recover` to look at
+                await settle.settle(host, disk.chain)
+
+
+async def _look(host: Host, job_id: str) -> Job:
+    known = await jobs.query(host.monitor)
+    job = next((job for job in known if job.id == job_id), None)
+    if job is None:
+        raise NoSuchJob(job=job_id, target=host.target, known=[job.id for job in known])
+    return job
+
+
+async def _dismiss(host: Host, job: Job) -> None:
+    """QEMU forgets the error with the job; the next merge into the same base must know of it."""
+    if job.ours and job.error is not None:
+        for disk in await host.disks():
+            if disk.chain is not None and jobs.job_id(disk.name) == job.id:
+                return await takeover.dismiss(host, disk.chain, job)
+    return await jobs.dismiss(host.monitor, job.id)

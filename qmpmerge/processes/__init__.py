@@ -1,0 +1,1 @@
+"""What runs on this machine: VMs, command lines, who holds what, permissions."""

@@ -1,0 +1,164 @@
+"""Who holds a file, a socket or a lock."""
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from qmpmerge.processes import commandline, proc, vms
+from qmpmerge.processes.vms import Vm
+
+_SS_SECONDS = 0.9
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process at the other end of a monitor: its pid, and its name as the kernel has it (15 bytes)."""
+
+    pid: int
+    name: str
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """One end of a connection: the name and inode number it was bound to, its own and its peer's socket inodes."""
+
+    bound: str
+    bound_inode: int
+    inode: str
+    peer: str
+    owners: tuple[Holder, ...]
+
+    def is_of(self, path: str) -> bool:
+        """Whether it was accepted on `path`; a relative name says less than the inode, of which ss has 32 bits."""
+        if self.bound == path:
+            return True
+        real = os.path.realpath(path)
+        inode = proc.inode_of(real)
+        same_name = os.path.basename(self.bound) == os.path.basename(real)
+        return same_name and inode is not None and inode[1] & 0xFFFFFFFF == self.bound_inode
+
+
+# The columns of `ss`: state, queues, local name and inode, peer's name ("*") and inode, then the owners and the inode
+# of the bound file. A name may have spaces.
+_ROW = re.compile(r"u_\w+ +ESTAB +\d+ +\d+ +(.+) (\d+) +\S.* (\d+) *(users:.*|<->.*)?")
+_OWNER = re.compile(r'\("([^"]*)",pid=(\d+),fd=\d+\)')
+_BOUND_INODE = re.compile(r" ino:(\d+) ")
+
+
+@dataclass(frozen=True)
+class User:
+    """A process that has an image open: `vm` is what it is where it is a QEMU."""
+
+    file: str
+    pid: int
+    name: str
+    vm: Vm | None
+
+    def __str__(self) -> str:
+        if self.vm is None or not self.vm.name:
+            return f"{self.name} (pid {self.pid})"
+        return f"VM {self.vm.name} ({self.name}, pid {self.pid})"
+
+
+# struct flock for F_OFD_GETLK on 64-bit Linux: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+_F_OFD_GETLK = 36
+# block/file-posix.c: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE, a byte for each permission.
+_PERMISSION_BYTES = ((100, 8), (200, 8))
+
+
+def holder(path: str, *, excluding: Collection[int] = ()) -> Holder | None:
+    """
+    Who is connected to the monitor socket at `path`, apart from us and `excluding`.
+
+    None when nobody is, or when it cannot be told: another user's process, a TCP address, no `ss` (of iproute2) here.
+    Takes up to a second and blocks meanwhile.
+    """
+    connections = _connections()
+    clients = {connection.peer for connection in connections if connection.is_of(path)}
+    others = (client for connection in connections if connection.inode in clients for client in connection.owners)
+    return next((client for client in others if client.pid not in {os.getpid(), *excluding}), None)
+
+
+def _connections() -> list[_Connection]:
+    try:
+        output = subprocess.run(["ss", "-xepnH"], capture_output=True, timeout=_SS_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = map(_ROW.match, os.fsdecode(output).splitlines())
+    return [_connection(*row.groups(default="")) for row in rows if row is not None]
+
+
+def _connection(bound: str, inode: str, peer: str, rest: str) -> _Connection:
+    bound_inode = _BOUND_INODE.search(rest)
+    owners = tuple(Holder(int(pid), name) for name, pid in _OWNER.findall(rest))
+    return _Connection(bound, int(bound_inode[1]) if bound_inode else 0, inode, peer, owners)
+
+
+def listening(pid: int) -> list[str]:
+    """The UNIX sockets, by path, and TCP ports (``tcp:HOST:PORT``) on which a process listens, as far as we may see."""
+    import psutil
+
+    folder = f"/proc/{pid}/fd"
+    try:
+        held = {proc.read_link(f"{folder}/{number}") for number in os.listdir(folder)}
+        ports = [one.laddr for one in psutil.Process(pid).net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    except (psutil.Error, OSError):
+        return []
+    paths = [path for socket, path in proc.bound_sockets(pid) if socket in held]
+    return [*dict.fromkeys(paths), *(commandline.tcp(address.ip, str(address.port)) or "" for address in ports)]
+
+
+def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:
+    """
+    All processes but ours, and those `excluding`, that have one of the files open, as far as we may see; a VM with
+    ``locking=off`` too.
+
+    Looked at are the descriptors of all processes, so hard links and other names do not hide anybody.
+    """
+    wanted = {inode: file for file in files if (inode := proc.inode_of(file)) is not None}
+    found: dict[tuple[int, str], User] = {}
+    for pid in proc.pids():
+        if pid == os.getpid() or pid in excluding:
+            continue
+        for inode in (proc.open_files(pid) or set()) & set(wanted):
+            found[pid, wanted[inode]] = User(wanted[inode], pid, proc.command_name(pid), vms.vm_of(pid))
+    return tuple(sorted(found.values(), key=lambda user: (files.index(user.file), user.pid)))
+
+
+def qemu_files() -> list[str]:
+    """The files that the QEMU programs of this host have open, as far as we may see, by their present names."""
+    found: dict[str, None] = {}
+    for pid in filter(vms.is_likely, proc.pids()):
+        folder = f"/proc/{pid}/fd"
+        try:
+            links = [proc.read_link(f"{folder}/{number}") for number in os.listdir(folder)]
+        except OSError:
+            continue
+        found |= dict.fromkeys(
+            link for link in links if link.startswith("/") and not link.startswith(("/dev/", "/proc/"))
+        )
+    return list(found)
+
+
+def is_locked(file: str) -> bool:
+    """Whether some QEMU program has locked the image, even one that we may not see; False where it cannot be told."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        for start, length in _PERMISSION_BYTES:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+            kind = _FLOCK.unpack(fcntl.fcntl(descriptor, _F_OFD_GETLK, asked))[0]
+            if kind != fcntl.F_UNLCK:
+                return True
+        return False
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,142 @@
+"""What /proc tells of a process."""
+
+import os
+import stat
+from dataclasses import dataclass
+
+from qmpmerge.chain.chain import Inode
+
+Identity = tuple[str, int, int]
+"""Which file or device it is, whatever it is called."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that cannot be taken for a later one of the same number: `started` is in the kernel's ticks since `boot`."""
+
+    pid: int
+    started: int
+    boot: str
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs, as far as this host can tell."""
+        return process(self.pid) == self
+
+
+def open_identities(pid: int) -> set[Identity]:
+    """The files that a process has open; empty where we may not look."""
+    folder = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return set()
+    return {found for name in names if (found := identity(f"{folder}/{name}")) is not None}
+
+
+def identity(path: str) -> Identity | None:
+    """The inode of a file, the device number of a block device: several device nodes can lead to one device."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if stat.S_ISBLK(status.st_mode):
+        return "device", status.st_rdev, 0
+    return "file", status.st_dev, status.st_ino
+
+
+def pids() -> list[int]:
+    """All processes that /proc shows us."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def start_folder(pid: int) -> str | None:
+    """Where relative paths start. A daemon moves to /, its environment may remember where it was started."""
+    here = cwd(pid)
+    if here != "/" or not {"-daemonize", "--daemonize"}.intersection(read_text(f"/proc/{pid}/cmdline").split("\0")):
+        return here
+    environment = read_text(f"/proc/{pid}/environ").split("\0")
+    return next((word[4:] for word in environment if word.startswith("PWD=/")), None)
+
+
+def cwd(pid: int) -> str | None:
+    """The process's working folder, None when we may not know."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return None
+
+
+def open_files(pid: int) -> set[Inode] | None:
+    """All that the process's descriptors lead to, None when we may not look or the process is gone."""
+    folder = f"/proc/{pid}/fd"
+    try:
+        descriptors = os.listdir(folder)
+    except OSError:
+        return None
+    return {inode for number in descriptors if (inode := inode_of(f"{folder}/{number}")) is not None}
+
+
+def inode_of(path: str) -> Inode | None:
+    """Which file a path leads to, symlinks followed; None where it leads nowhere."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def command_name(pid: int) -> str:
+    """The process's name, of 15 bytes at the most (proc(5), comm)."""
+    return read_text(f"/proc/{pid}/comm").removesuffix("\n")
+
+
+def read_text(path: str) -> str:
+    """A file of /proc; empty where it cannot be read."""
+    try:
+        with open(path, errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def executable(pid: int) -> str:
+    """The program that a process runs."""
+    return read_link(f"/proc/{pid}/exe")
+
+
+def bound_sockets(pid: int) -> list[tuple[str, str]]:
+    """The listening UNIX sockets that have a name in the filesystem: ``socket:[INODE]`` and absolute path."""
+    accepts = 0x10000  # __SO_ACCEPTCON in include/linux/net.h
+    rows = [line.split(maxsplit=7) for line in read_text(f"/proc/{pid}/net/unix").splitlines()[1:]]
+    named = [row for row in rows if len(row) == 8 and int(row[3], 16) & accepts and not row[7].startswith("@")]
+    return [(f"socket:[{row[6]}]", os.path.join(cwd(pid) or "", row[7])) for row in named]
+
+
+def read_link(path: str) -> str:
+    """Where a link of /proc leads; empty where it cannot be read."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def process(pid: int) -> Process | None:
+    """The process of this number now."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    if fields[0] in ("Z", "X"):  # it has ended, its parent has not looked yet
+        return None
+    return Process(pid, int(fields[19]), boot_id())
+
+
+def boot_id() -> str:
+    """The id of the present boot; empty where the kernel does not tell."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""One QMP session: connect, monitor, jobs, discovery, flush, bitmaps, the private storage daemon."""

@@ -1,0 +1,117 @@
+"""
+Dirty bitmaps of images that a merge takes out of the chain: which there are, and how they come along.
+
+Neither commit nor stream of QEMU moves them (5.2 to 11.1): they stay in the old files, and the next incremental backup
+would miss what they tell.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+from qmpmerge.chain.chain import Image
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.qemu.blockgraph import Layout
+from qmpmerge.qemu.monitor import Monitor
+
+Handling = Literal["refuse", "merge", "drop"]
+"""What to do about the bitmaps of merged images: not merge at all, carry them over to the base, or let them go."""
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """A dirty bitmap as QEMU has it. `granularity` in bytes; `recording` says that writes are marked in it."""
+
+    image: Image
+    name: str
+    granularity: int
+    recording: bool
+    persistent: bool
+    inconsistent: bool
+    busy: bool
+
+    def __str__(self) -> str:
+        return f"dirty bitmap {self.name} of {self.image.file}"
+
+
+def of(layout: Layout, images: Sequence[Image]) -> list[Bitmap]:
+    """The named bitmaps of these images, base first; those without a name are some job's own."""
+    return [
+        Bitmap(
+            image=image,
+            name=told["name"],
+            granularity=told["granularity"],
+            recording=told["recording"],
+            persistent=told["persistent"],
+            inconsistent=told.get("inconsistent", False),
+            busy=told["busy"],
+        )
+        for image in images
+        for told in layout.nodes[image.node or ""].info.get("dirty-bitmaps", ())
+        if told.get("name")
+    ]
+
+
+def obstacle(layout: Layout, plan: CommitPlan, bitmap: Bitmap) -> str | None:
+    """Why a bitmap cannot be carried over to the plan's base, as a clause; None where it can."""
+    base = plan.base
+    other = next((one for one in of(layout, [base]) if one.name == bitmap.name), None)
+    if bitmap.inconsistent:
+        return f"{bitmap} is inconsistent, its VM was killed"
+    if bitmap.busy or (other is not None and (other.busy or other.inconsistent)):
+        return f"{bitmap} or the base's own of that name is in use or inconsistent"
+    if other is not None and bitmap.persistent and not other.persistent:
+        return f"{bitmap} is persistent, the base's own of that name is not"
+    if bitmap.persistent and base.format != "qcow2":
+        return f"{bitmap} is persistent, and {base.file} is {base.format}, which has no room for bitmaps"
+    if bitmap.image.virtual_size != max(base.virtual_size, plan.top.virtual_size):
+        return f"{bitmap} is for another size than the merged image will have"
+    return None
+
+
+def portable(layout: Layout, plan: CommitPlan) -> tuple[Bitmap, ...]:
+    """The bitmaps of the merged images that can be carried over."""
+    return tuple(bitmap for bitmap in of(layout, plan.merged) if obstacle(layout, plan, bitmap) is None)
+
+
+async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence[Bitmap]) -> None:
+    """
+    Merge the bitmaps into those of their names on `base`, which are made where there are none; all or nothing.
+
+    To be called while a commit job has base open for writing, after the copy and before the switch. What is recording
+    goes on recording in the same step, so that no write of the guest falls between: base gets each of them until the
+    switch as well, and alone from then on. Raises CommandError.
+    """
+    present = {bitmap.name: bitmap for bitmap in of(layout, [base])}
+    actions: list[dict[str, Any]] = []
+    for name, group in groupby(sorted(bitmaps, key=lambda bitmap: bitmap.name), key=lambda bitmap: bitmap.name):
+        sources = list(group)
+        if name not in present:
+            actions.append(_addition(base, name, sources))
+        told = [{"node": source.image.node, "name": name} for source in sources]
+        data: dict[str, Any] = {"node": base.node, "target": name, "bitmaps": told}
+        actions.append({"type": "block-dirty-bitmap-merge", "data": data})
+        if name in present and not present[name].recording and any(source.recording for source in sources):
+            actions.append({"type": "block-dirty-bitmap-enable", "data": {"node": base.node, "name": name}})
+    await monitor.execute("transaction", actions=actions)
+
+
+def _addition(base: Image, name: str, sources: Sequence[Bitmap]) -> dict[str, Any]:
+    data = {
+        "node": base.node,
+        "name": name,
+        "granularity": min(source.granularity for source in sources),
+        "persistent": any(source.persistent for source in sources),
+        "disabled": not any(source.recording for source in sources),
+    }
+    return {"type": "block-dirty-bitmap-add", "data": data}
+
+
+def snapshots(layout: Layout, images: Sequence[Image]) -> list[str]:
+    """The internal snapshots of these images, as clauses."""
+    return [
+        f"internal snapshot {told['name'] or told['id']} of {image.file}"
+        for image in images
+        for told in layout.nodes[image.node or ""].info.get("image", {}).get("snapshots", ())
+    ]

@@ -1,0 +1,154 @@
+"""
+Which node is which image: QEMU's block graph, decoded into disks and chains.
+
+Three questions are asked, cheapest first: `x-debug-query-block-graph` for the edges,
+`query-block` for the devices, and `query-named-block-nodes` with ``flat`` for the details; without ``flat`` the last one
+takes QEMU 14 s at 300 layers, with the guest standing still. Where policy forbids the first, the nesting of
+`query-blockstats` gives the same edges.
+
+`decode` is pure and takes the replies as they are, so that film strips of any QEMU can be played to it. `Any` stops here.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from qmpmerge.chain.chain import Chain
+from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk
+from qmpmerge.qemu.jobs import Job
+
+FILTERS = frozenset(
+    {
+        "blkdebug", "blklogwrites", "blkreplay", "blkverify", "compress", "copy-before-write", "copy-on-read",
+        "preallocate", "replication", "throttle",
+        "commit_top", "mirror_top", "backup-top",  # put there by jobs, for as long as they run
+    }
+)  # fmt: skip
+"""Drivers that show the data of the node below them (`is_filter` in QEMU's block drivers)."""
+
+
+@dataclass
+class Node:
+    """A node of the graph: `children` maps the edge's name to the child's key, `info` is what QEMU tells of it."""
+
+    key: str
+    children: dict[str, str] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def driver(self) -> str:
+        """The block driver, empty where QEMU did not tell."""
+        return str(self.info.get("drv", ""))
+
+    @property
+    def below(self) -> str | None:
+        """The child whose data a filter shows."""
+        for name in ("file", "backing", "image", "raw"):
+            if name in self.children:
+                return self.children[name]
+        return None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """
+    A disk of a VM, or an exported root node of a qemu-storage-daemon.
+
+    `name` is what users call it: the drive id, else the qdev id, else the node name. `root` is the node under the
+    device, filters included: the one that jobs take as their device. `chain` is None for an empty drive. `nodes` are all
+    nodes of the chain's images and filters, top down.
+    """
+
+    name: str
+    drive: str
+    qdev: str
+    root: str
+    chain: Chain | None
+    nodes: tuple[str, ...]
+    job: Job | None = None
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether there is a backing image at all."""
+        return self.chain is not None and len(self.chain) > 1
+
+    @property
+    def top_nodes(self) -> tuple[str, ...]:
+        """The nodes from the root down to the active image."""
+        active = self.chain.active.node if self.chain is not None else None
+        return self.nodes[: self.nodes.index(active) + 1] if active in self.nodes else self.nodes
+
+    ROLES: ClassVar = (
+        lambda disk, name: bool(name) and name in (disk.name, disk.drive),
+        lambda disk, name: bool(name) and name == disk.qdev,
+        lambda disk, name: name in disk.top_nodes,
+        lambda disk, name: disk.chain is not None and disk.chain.active.is_file(name),
+    )
+    """What a user can mean by a disk's name, in the order of who wins: name, qdev id, node, the active image's path."""
+
+    def is_called(self, name: str) -> bool:
+        """Whether a user can mean this disk by `name`; an empty drive has no name that a merge could take."""
+        return self.chain is not None and any(role(self, name) for role in Disk.ROLES)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    All disks of a QEMU at one moment, its jobs, and the graph's nodes by name.
+
+    `job_edges` maps a job's id and an edge's name (``base``, ``source``, ``target``, ``intermediate node``) to nodes.
+    `exported` are the nodes that something without a name uses: an export, or a job's target while it runs.
+    `held` are the nodes that a device, an export or a job has for its root.
+    """
+
+    disks: tuple[Disk, ...]
+    jobs: tuple[Job, ...]
+    nodes: Mapping[str, Node]
+    job_edges: Mapping[str, Mapping[str, list[str]]]
+    exported: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
+
+    def find(self, name: str | None, target: str) -> Disk:
+        """
+        The disk that a user means; without a name the only one with a backing chain, or the only one at all, of those
+        that anybody uses.
+
+        Raises NoSuchDisk, DiskNeeded, NoDisk.
+        """
+        filled = [disk for disk in self.disks if disk.chain is not None]
+        if name is not None:
+            for role in Disk.ROLES:
+                for disk in filled:
+                    if role(disk, name):
+                        return disk
+            raise NoSuchDisk(disk=name, target=target, known=[disk.name for disk in filled])
+        used = [disk for disk in filled if disk.root in self.held] or filled  # nodes left over look like disks too
+        choices = [disk for disk in used if disk.is_chain] or used
+        if not choices:
+            raise NoDisk(target=target)
+        if len(choices) > 1:
+            raise DiskNeeded(target=target, known=[disk.name for disk in choices])
+        return choices[0]
+
+    def subtree(self, root: str) -> list[str]:
+        """The names of all nodes from `root` down, every parent before its children."""
+        order: dict[str, None] = {}
+        stack = [root]
+        while stack:
+            name = stack.pop()
+            if name in self.nodes and name not in order:
+                order[name] = None
+                stack.extend(reversed(self.nodes[name].children.values()))
+        return list(order)
+
+    def between(self, top: str, base: str) -> list[str]:
+        """The names of the nodes from `top` down that are not part of `base`, every parent before its children."""
+        below = set(self.subtree(base))
+        return [node for node in self.subtree(top) if node not in below]
+
+
+def qdev_id(path: str) -> str:
+    """``/machine/peripheral/vd0/virtio-backend`` is what the user called ``vd0``; other paths stay as they are."""
+    match = re.match(r"/machine/peripheral/([^/]+)", path)
+    return match[1] if match else path

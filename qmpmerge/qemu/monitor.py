@@ -1,0 +1,177 @@
+"""
+The QMP session: the only module that imports qemu.qmp.
+
+Every wait has a limit, and every way in which a session can fail has a name: qemu.qmp itself waits
+for ever for a greeting that does not come and for a reply that is missing. Events only wake us: what they say is asked
+for again, so a lost event costs half a second and nothing else.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from qmpmerge.errors import CommandError, NoReply, SessionLost
+
+Trace = Callable[[str, str], None]
+"""Told of the traffic: direction (``->`` sent, ``<-`` received, ``<!`` event) and the text."""
+
+GREETING_SECONDS = 5.0
+
+COMMAND_SECONDS = 60.0
+WAKING_EVENTS = {
+    "JOB_STATUS_CHANGE",
+    "BLOCK_JOB_READY",
+    "BLOCK_JOB_PENDING",
+    "BLOCK_JOB_COMPLETED",
+    "BLOCK_JOB_CANCELLED",
+    "BLOCK_JOB_ERROR",
+}
+
+# Replies grow with the chain: 1000 layers make 1.2 MB, and other people's nodes can be many. qemu.qmp's own limit of
+# 10 MB would end the session.
+LARGEST_REPLY = 256 * 1024 * 1024
+
+# Their arguments have underscores, as before QMP had rules.
+_OLD = frozenset({"block_set_io_throttle"})
+
+
+# qemu.qmp logs what it raises; people see our errors instead.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+
+
+class Monitor:
+    """
+    A negotiated QMP session. Made by `connected`.
+
+    `pid` is the QEMU process where the kernel tells it (UNIX sockets on this host), else None. `version` is QEMU's, as
+    in ``(7, 2, 22)``.
+    """
+
+    def __init__(
+        self, client: QMPClient, name: str, pid: int | None, trace: Trace | None, connection: socket.socket
+    ) -> None:
+        self._client = client
+        self._connection = connection
+        self.name = name
+        self.pid = pid
+        self._trace = trace
+        self.version = _version_of(client)
+
+    @property
+    def descriptor(self) -> int:
+        """The connection, for a process that is to inherit it; -1 once the session has ended."""
+        return self._connection.fileno()
+
+    async def execute(self, command: str, *, timeout: float = COMMAND_SECONDS, **arguments: object) -> Any:
+        """
+        Run one QMP command and return its value; underscores in argument names become hyphens, but for `_OLD` commands.
+
+        Raises CommandError when QEMU says no, SessionLost when the session ended before the reply, NoReply when none
+        came in time. After the last two nobody knows whether the command ran or still will: ask, never send it again.
+        """
+        sent = {key if command in _OLD else key.replace("_", "-"): value for key, value in arguments.items()}
+        shown = {**sent, "data": "(not shown)"} if command == "object-add" else sent
+        _refuse_broken_text(command, sent)
+        self._tell("->", {"execute": command, "arguments": shown} if sent else {"execute": command})
+        try:
+            async with asyncio.timeout(timeout):
+                value = await self._client.execute(command, sent or None)
+        except TimeoutError:
+            raise NoReply(target=self.name, command=command, seconds=timeout) from None
+        except ExecuteError as error:
+            self._tell("<-", {"error": str(error)})
+            raise CommandError(command, str(error)) from None
+        except (QMPError, OSError, EOFError, ValueError) as error:
+            raise SessionLost(target=self.name, command=command, reason=_reason(error)) from None
+        self._tell("<-", {"return": value})
+        return value
+
+    async def execute_all(self, commands: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Any]:
+        """
+        Send commands one after the other without waiting in between; QEMU runs them in their order.
+
+        Returns the value or the CommandError of each. Raises SessionLost and NoReply as `execute` does.
+        """
+        sent = (self.execute(command, **arguments) for command, arguments in commands)
+        told = await asyncio.gather(*sent, return_exceptions=True)
+        for value in told:
+            if isinstance(value, BaseException) and not isinstance(value, CommandError):
+                raise value
+        return told
+
+    def _tell(self, direction: str, message: object) -> None:
+        if self._trace is not None:  # a long chain is a megabyte to write out
+            self._trace(direction, json.dumps(message))
+
+    async def accepts(self, command: str, argument: str) -> bool:
+        """Whether this QEMU's `command` takes `argument`, by its schema and not by its version."""
+        schema = {entry["name"]: entry for entry in await self.execute("query-qmp-schema")}
+        members = schema[schema[command]["arg-type"]]["members"] if command in schema else []
+        return any(member["name"] == argument for member in members)
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator["Doorbell"]:
+        """
+        Ring a `Doorbell` for every job event while the block runs.
+
+        Enter it before the job is started: its first events come before the reply.
+        """
+        with self._client.listener(names=WAKING_EVENTS) as listener:
+            yield Doorbell(listener, self._trace)
+
+    async def close(self) -> None:
+        """End the session; what was sent and not answered is not run any more (QEMU drops it with the connection)."""
+        await disconnect(self._client)
+
+
+def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
+    """JSON carries text, a file name may be any bytes: QEMU ends the session over a name that is no UTF-8."""
+    try:
+        json.dumps(sent, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CommandError(command, "a name is no UTF-8, which QMP cannot carry") from None
+
+
+class Doorbell:
+    """Job events as a doorbell: they say when to look, never what is true."""
+
+    def __init__(self, listener: Any, trace: Trace | None) -> None:
+        self._listener = listener
+        self._trace = trace
+
+    async def wait(self, seconds: float) -> None:
+        """Return when it rang, at the latest after `seconds`; a dead session does not ring."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                self._note(await self._listener.get())
+        for event in self._listener.clear():
+            self._note(event)
+
+    def _note(self, event: object) -> None:
+        if self._trace is not None:
+            self._trace("<!", str(event))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+async def disconnect(client: QMPClient) -> None:
+    """End the session, whatever it ended with already."""
+    # disconnect() raises whatever ended the session; who needed to know was told by execute() already.
+    with contextlib.suppress(QMPError, OSError, EOFError, ValueError, TypeError, RecursionError):
+        async with asyncio.timeout(GREETING_SECONDS):
+            await client.disconnect()
+
+
+def _version_of(client: QMPClient) -> tuple[int, int, int]:
+    greeting = client.greeting
+    assert greeting is not None, "a connected client was greeted"
+    numbers: Any = greeting.QMP.version["qemu"]
+    return int(numbers["major"]), int(numbers["minor"]), int(numbers["micro"])

@@ -1,0 +1,1 @@
+"""From the word TARGET to a session with its disks."""

@@ -1,0 +1,105 @@
+"""
+The door to a running QEMU or qemu-storage-daemon: what a TARGET means, and a session with it.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+
+from qmpmerge.errors import LibvirtManaged, MonitorSilent, MonitorTaken, NoSuchTarget
+from qmpmerge.qemu import connect, monitor
+from qmpmerge.qemu.monitor import Trace
+from qmpmerge.sockets import Address
+from qmpmerge.targets.target import Host
+
+
+@contextlib.asynccontextmanager
+async def live(
+    target: "str | os.PathLike[str]",
+    *,
+    timeout: float = monitor.GREETING_SECONDS,
+    force: frozenset[str] = frozenset(),
+    trace: Trace | None = None,
+) -> AsyncIterator[Host]:
+    """
+    A session with the running QEMU or qemu-storage-daemon that `target` names: a socket path, ``unix:PATH``,
+    ``tcp:HOST:PORT``, a VM's name, or ``pid:N``.
+
+    `timeout` is for connecting and for the greeting, in seconds. Raises subclasses of Unreachable, and LibvirtManaged
+    unless `force` holds ``libvirt``.
+    """
+    target = os.fspath(target)
+    address, pid = find(target)
+    if "libvirt" not in force:
+        _refuse_libvirt(pid, target)
+    try:
+        session = await connect.connect(address, timeout=timeout, trace=trace)
+    except MonitorSilent as error:
+        raise await _with_holder(error, address) from None
+    host = Host(session, target, lambda: connect.connect(address, timeout=timeout, trace=trace))
+    try:
+        if pid is not None and session.pid not in (None, pid):
+            raise MonitorTaken(target=target, pid=pid, other=session.pid)
+        if "libvirt" not in force:
+            _refuse_libvirt(session.pid, target)
+        yield host
+    finally:
+        await host.monitor.close()
+
+
+def find(target: str) -> tuple[Address, int | None]:
+    """
+    The address that `target` means, and the pid where it means a process. A path that exists is never taken for a name.
+
+    Raises NoSuchTarget, AmbiguousName, NoMonitor.
+    """
+    if target.startswith("unix:"):
+        return target.removeprefix("unix:"), None
+    if target.startswith("tcp:"):
+        return _tcp(target), None
+    if os.path.lexists(target):
+        return target, None
+    if "/" in target:
+        raise NoSuchTarget(target=target)
+    from qmpmerge.processes import vms  # only names need it
+
+    by_pid = target.startswith("pid:") and target[4:].isdigit()
+    vm = vms.find_pid(int(target[4:])) if by_pid else vms.find(target)
+    return (_tcp(vm.monitor) if vm.monitor.startswith("tcp:") else vm.monitor), vm.pid
+
+
+def _tcp(target: str) -> Address:
+    host, _, port = target.removeprefix("tcp:").rpartition(":")
+    if not port.isdigit():
+        raise NoSuchTarget(target=target)
+    return host.strip("[]") or "localhost", int(port)
+
+
+def _refuse_libvirt(pid: int | None, target: str) -> None:
+    """Looked at closely only where the command line holds the word: psutil takes a third of our start-up time."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read()
+    except OSError:
+        return
+    if pid is None or not (b"libvirt" in words or b"charmonitor" in words):
+        return
+    from qmpmerge.processes import vms
+
+    vm = vms.vm_of(pid)
+    if vm is not None and vm.libvirt:
+        raise LibvirtManaged(vm=target)
+
+
+async def _with_holder(error: MonitorSilent, address: Address) -> MonitorSilent:
+    """The same error with the holder's name, where we may see it."""
+    from qmpmerge.processes import holders
+
+    if not isinstance(address, str) or error.stopped:
+        return error
+    holder = await asyncio.to_thread(holders.holder, address)
+    if holder is None:
+        return error
+    told = f"it is held by {holder.name} (pid {holder.pid})"
+    return MonitorSilent(address=error.address, seconds=error.seconds, holder=told)

@@ -1,0 +1,65 @@
+"""
+The two doors to disks: `live` to a running QEMU, `offline` to images that nobody holds. Behind both stands a `Host`.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import AsyncIterator, Collection
+
+from qmpmerge.errors import Stashed, Unfinished
+from qmpmerge.journal import stash, store
+from qmpmerge.qemu.monitor import GREETING_SECONDS, Trace
+from qmpmerge.targets.target import Host
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    target: "str | os.PathLike[str]",
+    *,
+    write: bool = True,
+    timeout: float = GREETING_SECONDS,
+    force: Collection[str] = (),
+    allow: Collection[str] = (),
+    secret: str | None = None,
+    trace: Trace | None = None,
+) -> AsyncIterator[Host]:
+    """
+    The door that `target` calls for: an image file or a block device is opened offline, all else is live.
+
+    `write`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors raise,
+    and Unfinished or Stashed for an image whose name was taken away by a merge.
+    """
+    target = os.fspath(target)
+    _refuse_taken_away(target)
+    if is_image(target):
+        from qmpmerge.targets.offline import offline
+
+        async with offline(target, write=write, allow=allow, secret=secret, trace=trace) as host:
+            yield host
+    else:
+        from qmpmerge.targets.live import live
+
+        async with live(target, timeout=timeout, force=frozenset(force), trace=trace) as host:
+            yield host
+
+
+def _refuse_taken_away(target: str) -> None:
+    """An image that lost its name to a merge is no misspelt VM."""
+    if os.path.lexists(target):
+        return
+    told = store.beside(target)
+    if told is not None:
+        place = told.place(len(told.chain)) or "not there"
+        raise Unfinished(image=target, found=f"its file is {place} now", path=target)
+    if os.path.lexists(f"{target}{stash.STASHED}"):
+        raise Stashed(image=target, now=f"{target}{stash.STASHED}")
+
+
+def is_image(target: str) -> bool:
+    """Whether TARGET is the path of an image: a regular file or a block device."""
+    try:
+        mode = os.stat(target).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)

@@ -1,0 +1,177 @@
+"""
+A host: where the disks are. The doors to it are in `doors`; everything above talks to a `Host` and does not care which
+of them was used.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qmpmerge.chain.chain import Chain, Inode
+from qmpmerge.errors import CommandError, StreamConcluded
+from qmpmerge.images import headers
+from qmpmerge.images.headers import Oddity
+from qmpmerge.journal import store
+from qmpmerge.journal.record import Witness
+from qmpmerge.qemu import discovery, mutex
+from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.qemu.jobs import Job, query
+from qmpmerge.qemu.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class ChainView:
+    """A disk, its chain with the backing strings as they stand in the headers, what is odd about it, and the graph."""
+
+    disk: Disk
+    chain: Chain
+    oddities: tuple[Oddity, ...]
+    layout: Layout
+
+
+class Host:
+    """
+    A place with disks and a QMP session to it. `target` is what the user called it.
+
+    `is_live` says that somebody else, a guest, can write to the disks at any time.
+    """
+
+    is_live = True
+
+    def __init__(self, session: Monitor, target: str, connect: Callable[[], Awaitable[Monitor]] | None = None) -> None:
+        self.monitor = session
+        self.target = target
+        self.opened: Mapping[str, Mapping[str, Any]] = {}
+        """The nodes that we have opened ourselves: their names and options."""
+        self._connect = connect
+
+    @property
+    def pid(self) -> int | None:
+        """The QEMU process, where the kernel tells it."""
+        return self.monitor.pid
+
+    @property
+    def can_reconnect(self) -> bool:
+        """Whether the session can be left and made again."""
+        return self._connect is not None
+
+    async def reconnect(self) -> None:
+        """Give up the session, if there still is one, and make a new one. Raises what the door raises."""
+        assert self._connect is not None, "see `can_reconnect`"
+        await self.monitor.close()
+        self.monitor = await self._connect()
+
+    async def guest_runs(self) -> bool:
+        """
+        Whether a guest can write now; a storage daemon does not tell, its clients can. One that another merge has paused
+        for a moment runs.
+        """
+        try:
+            async with mutex.taken(mutex.PAUSE, self.monitor):
+                return bool((await self.monitor.execute("query-status"))["running"])
+        except CommandError:
+            return True
+
+    async def layout(self) -> Layout:
+        """Disks, jobs and nodes as they are now."""
+        return await discovery.discover(self.monitor, self._locate)
+
+    async def disks(self) -> list[Disk]:
+        """All disks, empty drives included."""
+        return list((await self.layout()).disks)
+
+    async def disk(self, name: str | None = None) -> Disk:
+        """The disk that `name` means; without one the only disk with a backing chain."""
+        return (await self.layout()).find(name, self.target)
+
+    async def chain(self, disk: str | None = None) -> ChainView:
+        """
+        The chain of a disk: QEMU's graph next to the headers on disk.
+
+        Raises NoSuchDisk, DiskNeeded, NoDisk, ToolMissing.
+        """
+        layout = await self.layout()
+        found = layout.find(disk, self.target)
+        assert found.chain is not None, "find() returns disks with an image only"
+        written = await headers.read(found.chain)
+        odd = (*headers.oddities(found.chain, written), *unfinished(found))
+        return ChainView(found, headers.as_written(found.chain, written), odd, layout)
+
+    async def jobs(self) -> list[Job]:
+        """All block jobs, each with the disk it works on where the graph tells it."""
+        if not await query(self.monitor):
+            return []
+        try:
+            return list((await self.layout()).jobs)
+        except StreamConcluded:
+            return await query(self.monitor)
+
+    async def close(self, nodes: Sequence[str]) -> None:
+        """Close nodes, top down, that nobody uses any more; those that QEMU has named go by themselves."""
+        named = [node for node in nodes if not node.startswith("#")]
+        # All are sent before the first is answered. One that went with its parent, or that is in use, is an error to QEMU.
+        await self.monitor.execute_all([("blockdev-del", {"node_name": node}) for node in named])
+
+    def _locate(self, name: str) -> tuple[str, Inode | None]:
+        """A file name of QEMU's as an absolute path with its inode, or as it is where it is no path."""
+        path = _plain(name)
+        if path is None:
+            return name, None
+        if not path.startswith("/"):
+            path = os.path.join(self._folder(), path)
+        if ".." not in path.split("/"):  # which may follow a symlinked folder
+            path = os.path.normpath(path)
+        try:
+            status = os.stat(path)
+        except OSError:
+            return path, None
+        return path, (status.st_dev, status.st_ino)
+
+    def _folder(self) -> str:
+        """Where QEMU resolves relative names; ours where we may not look."""
+        try:
+            folder = os.readlink(f"/proc/{self.pid}/cwd")
+        except OSError:
+            return os.getcwd()
+        if folder != "/" or self.pid is None:
+            return folder
+        from qmpmerge.processes import proc  # a daemon moved to /: its command line tells more
+
+        return proc.start_folder(self.pid) or folder
+
+
+def unfinished(disk: Disk) -> list[Oddity]:
+    """Merges of the disk that nobody is at work on, neither one of us nor a job."""
+    if disk.chain is None:
+        return []
+    names = [
+        told.chain.active.file for told in store.about(disk.chain) if told.is_abandoned and not _is_harmless(told, disk)
+    ]
+    return [
+        Oddity("unfinished", name, f"a merge was not finished: `qmpmerge recover {shlex.quote(name)}`")
+        for name in names
+    ]
+
+
+def _is_harmless(told: Witness, disk: Disk) -> bool:
+    """Its job is there to be followed; or it was cancelled, and the chain is what it was."""
+    assert disk.chain is not None
+    if disk.job is not None and disk.job.id == told.job:
+        return True
+    return told.phase == "copying" and told.chain.same_files(disk.chain)
+
+
+def _plain(name: str) -> str | None:
+    """The path in a file name of QEMU's; None for a URI or a json: name that is more than a file."""
+    if name.startswith("json:"):
+        try:
+            told = json.loads(name.removeprefix("json:"))
+        except ValueError:
+            return None
+        return told.get("filename") if told.get("driver") in ("file", "host_device") else None
+    if name.startswith("/"):
+        return name
+    return None if ":" in name.split("/", 1)[0] else name

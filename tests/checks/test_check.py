@@ -1,0 +1,835 @@
+"""
+Each refusal on a real QEMU: the harm that happens without it (`plain_...`, marked with `harm`), and that it does not happen.
+
+Those whose harm is part of the safe sequence have their tests in test_merge.
+"""
+
+import contextlib
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from rig.command import invoke
+from rig.disks import BACKEND, blockdev, device, drive, nodes
+from rig.harms import harm, marked
+from rig.headers import may_trace, raw_header
+from rig.machines import MIB, SIZE, Content, Machine, machine, make_chain, run
+
+import qmpmerge
+from qmpmerge import errors
+from qmpmerge.checks import check, known_bad
+from qmpmerge.errors import (
+    FORCEABLE,
+    BackingString,
+    BitmapsStay,
+    Busy,
+    Dependents,
+    DeviceTooSmall,
+    Disagrees,
+    Disguised,
+    ForeignName,
+    InUse,
+    KnownBad,
+    NoFormat,
+    NoSpace,
+    NotWritable,
+    Refused,
+    Replaced,
+    SeveralRefusals,
+    WouldLose,
+)
+from qmpmerge.errors import refused as refusals
+from qmpmerge.qemu.bitmaps import Handling, carry, of
+
+R = TypeVar("R", bound=Refused)
+DRIVE = "file={},format=qcow2,if=none,id=vda"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may do this to files")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    (tmp_path / "vm").mkdir()
+    return make_chain(tmp_path / "vm")
+
+
+@pytest.fixture
+def vm(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Machine]:
+    """A -blockdev disk with a chain of four and data in each; nodes are called like the files."""
+    with blockdev(tmp_path, images, content) as setup:
+        yield setup.machine
+
+
+def plain(vm: Machine, device: str = "c", **arguments: object) -> dict[str, Any]:
+    """The shortest QMP conversation that merges; returns the job as it ended."""
+    vm.session.execute("block-commit", job_id="plain", device=device, auto_dismiss=False, **arguments)
+    while True:
+        (job,) = [job for job in vm.session.execute("query-jobs") if job["id"] == "plain"]
+        if job["status"] == "ready":
+            vm.session.ask("job-complete", id="plain")
+        if job["status"] == "concluded":
+            vm.session.execute("job-dismiss", id="plain")
+            return dict(job)
+
+
+async def refused(vm: Machine | Path, kind: type[R], **options: Any) -> R:
+    """What a merge is refused for; nothing else may be wrong, and nothing is left behind."""
+    target = vm.target if isinstance(vm, Machine) else vm
+    async with qmpmerge.opened(target) as host:
+        with pytest.raises(kind) as found:
+            await qmpmerge.commit(host, **options)
+        assert not await host.jobs()
+    return found.value
+
+
+def view(image: Path, form: str = "qcow2") -> bytes:
+    """What the image shows; nobody may hold it."""
+    target = image.with_suffix(".view")
+    run("qemu-img", "convert", "-U", "-f", form, "-O", "raw", image, target)
+    data = target.read_bytes()
+    target.unlink()
+    return data
+
+
+def overlay(path: Path, backing: Path | str, form: str = "raw", size: int = SIZE, kind: str = "qcow2") -> Path:
+    run("qemu-img", "create", "-q", "-u", "-f", kind, "-b", str(backing), "-F", form, path, str(size))
+    return path
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[Path]:
+    """Skips where we may not mount."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no leave to mount: {done.stderr}")
+    try:
+        yield folder
+    finally:
+        run("umount", "--lazy", folder)
+
+
+# --- all at once ------------------------------------------------------------------------------------------------------
+
+
+async def test_all_that_says_no_is_told_at_once(vm: Machine, images: list[Path]) -> None:
+    other = overlay(images[0].parent / "other.qcow2", "base.raw")
+    vm.session.execute("block-dirty-bitmap-add", node="c", name="daily")
+    several = await refused(vm, SeveralRefusals)
+    assert [refusal.name for refusal in several.refusals] == ["dependents", "would-lose"]
+    assert all(str(refusal) in str(several) and refusal.hint in several.hint for refusal in several.refusals)
+    done = invoke("commit", vm.target, "--json")
+    error = done.document["error"]
+    assert (done.code, error["name"], error["facts"]) == (3, "several-refusals", several.facts)
+    assert error["facts"]["refusals"][0]["facts"]["dependents"] == [str(other)]
+    text = invoke("commit", vm.target)
+    assert [line.split(":")[0] for line in text.err.splitlines()] == ["refused", "hint"] * 2
+    await refused(vm, WouldLose, force=["dependents"])
+    async with qmpmerge.live(vm.target) as host:
+        outcome = await qmpmerge.commit(host, force=["dependents", "would-lose"], dry_run=True)
+    assert {check.name for check in outcome.checks if check.result == "forced"} == {"dependents", "would-lose"}
+
+
+def test_a_dry_run_tells_what_passed_and_what_it_takes(vm: Machine) -> None:
+    planned = invoke("commit", vm.target, "--top", "[3]", "--dry-run", "--speed", "1M", "--json").document
+    assert [check["name"] for check in planned["checks"]] == list(check.CHECKS)
+    assert {check["result"] for check in planned["checks"]} == {"passed"}
+    estimate = planned["estimate"]
+    assert estimate["copy"] == 2 * MIB + 384 * 1024  # what `fill` has written to a and b, once
+    assert (estimate["seconds"], estimate["rate"], estimate["rate_given"]) == (estimate["copy"] / MIB, MIB, True)
+    said = invoke("commit", vm.target, "--dry-run").out
+    assert f"  passed: {', '.join(check.CHECKS)}\n" in said and "at least" in said and "200 MiB/s (assumed)" in said
+
+
+def test_what_can_be_forced() -> None:
+    assert set(FORCEABLE) - {"libvirt"} <= set(check.CHECKS)
+    assert invoke("commit", "nobody", "--force", "shorter-layer").code == 2
+
+
+# --- who else uses the images -------------------------------------------------------------------------------------------
+
+
+@harm(
+    "dependents",
+    "an image that is built on the base shows other data, without a word, and `qemu-img check` finds it clean",
+)
+def test_plain_commit_changes_what_others_on_the_base_show(images: list[Path], content: Content) -> None:
+    other = overlay(images[0].parent / "other.qcow2", "base.raw")
+    before = view(other)
+    run("qemu-img", "commit", "-q", "-b", images[0], images[3])
+    assert view(other) != before
+    run("qemu-img", "check", "-q", other)
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "qed", "vmdk"])
+async def test_an_image_on_the_base_is_protected(kind: str, images: list[Path], vm: Machine) -> None:
+    if kind == "vmdk":  # has parents of its own kind only; by another name it is on our base all the same
+        run("qemu-img", "create", "-q", "-f", "vmdk", images[0].parent / "parent.vmdk", "8M")
+        other = overlay(images[0].parent / "other.vmdk", images[0].parent / "parent.vmdk", "vmdk", kind="vmdk")
+        (images[0].parent / "parent.vmdk").unlink()
+        (images[0].parent / "parent.vmdk").symlink_to(images[0])
+    else:
+        other = overlay(images[0].parent / f"other.{kind}", "base.raw", kind=kind)
+    dependents = await refused(vm, Dependents, top="[3]")
+    assert (dependents.images, dependents.dependents) == ([str(images[0])], [str(other)])
+
+
+async def test_a_stashed_image_is_no_obstacle(images: list[Path], vm: Machine) -> None:
+    overlay(images[0].parent / "old.qcow2.merged", "base.raw")
+    async with qmpmerge.live(vm.target) as host:
+        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+
+
+@contextlib.contextmanager
+def neighbour(tmp_path: Path, base: Path) -> Iterator[Machine]:
+    """Another VM without locks, whose overlay on the base lies where nobody looks."""
+    far = tmp_path / "far"
+    far.mkdir()
+    file = overlay(far / "other.qcow2", base)
+    disk = f"file={file},format=qcow2,if=none,id=vda,file.locking=off,backing.file.locking=off"
+    with machine(far, "-name", f"neighbour-{os.getpid()}", "-drive", disk, *device("vda")) as other:
+        yield other
+
+
+@harm("in-use", "another VM that has the base open without locks (`locking=off`) reads other data while it runs")
+def test_plain_commit_changes_what_another_vm_reads(vm: Machine, images: list[Path], tmp_path: Path) -> None:
+    with neighbour(tmp_path, images[0]) as other:
+        other.io("vda", f"read -P 0 {3 * MIB} 1M")
+        assert "error" not in plain(vm)
+        other.io("vda", f"read -P 0x13 {3 * MIB} 64k")
+
+
+async def test_a_vm_without_locks_is_found(vm: Machine, images: list[Path], tmp_path: Path) -> None:
+    with neighbour(tmp_path, images[0]) as other:
+        several = await refused(vm, SeveralRefusals)
+        in_use, dependents = several.refusals
+        assert isinstance(in_use, InUse) and isinstance(dependents, Dependents)
+        assert (in_use.file, dependents.dependents) == (str(images[0]), [f"{tmp_path}/far/other.qcow2"])
+        (holder,) = in_use.holders
+        assert f"VM neighbour-{os.getpid()} (" in holder and f"pid {other.process.pid}" in holder
+        assert other.target in holder
+        other.io("vda", f"read -P 0 {3 * MIB} 1M")
+
+
+async def test_a_disk_of_the_same_vm_on_the_same_base(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    second = overlay(tmp_path / "far" / "other.qcow2", images[0])
+    explicit = [*nodes(images), "-blockdev", f"file,node-name=s-file,filename={second}"]
+    explicit += ["-blockdev", "qcow2,node-name=s,file=s-file,backing=base", "-device", "virtio-blk-pci,drive=s"]
+    with machine(tmp_path, *explicit, *device("c")) as vm:
+        assert (await refused(vm, Dependents, disk="disk0")).dependents == [str(second)]
+
+
+async def test_a_reader_is_named_and_can_be_known_to_be_harmless(vm: Machine, images: list[Path]) -> None:
+    with (
+        open(images[1]) as file,
+        subprocess.Popen(["cat", "-"], stdin=subprocess.PIPE, pass_fds=[file.fileno()]) as cat,
+    ):
+        try:
+            in_use = await refused(vm, InUse, top="[3]")
+            assert (in_use.file, in_use.holders) == (str(images[1]), [f"cat (pid {cat.pid})"])
+            async with qmpmerge.live(vm.target) as host:
+                assert (await qmpmerge.commit(host, top="[3]", force=["in-use"])).verdict == "merged"
+        finally:
+            cat.kill()
+
+
+@harm("busy", "QEMU says `Need a root block node`, from which nobody can tell what is wrong")
+def test_plain_commit_of_a_busy_disk(vm: Machine) -> None:
+    vm.session.execute("block-commit", job_id="first", device="c", top_node="b", base_node="a", speed=1)
+    said = vm.session.ask("block-commit", job_id="second", device="c", top_node="a", base_node="base")
+    assert said["error"]["desc"] == "Need a root block node"
+
+
+async def test_a_strangers_job_is_named(vm: Machine) -> None:
+    vm.session.execute("block-commit", job_id="first", device="c", top_node="b", base_node="a", speed=1)
+    async with qmpmerge.live(vm.target) as host:
+        with pytest.raises(Busy) as busy:
+            await qmpmerge.commit(host, top="[2]")
+    assert busy.value.job == "first"
+
+
+# --- files and names ------------------------------------------------------------------------------------------------
+
+
+def replace(image: Path) -> bytes:
+    """Put another file in its place, as a copy of a backup would."""
+    other = image.with_suffix(".new")
+    other.write_bytes(image.read_bytes())
+    other.rename(image)
+    return image.read_bytes()
+
+
+@harm("replaced", "QEMU opens the base by its name again and writes into the other file")
+def test_plain_commit_writes_into_another_file(vm: Machine, images: list[Path]) -> None:
+    before = replace(images[0])
+    assert "error" not in plain(vm)
+    assert images[0].read_bytes() != before
+
+
+async def test_another_file_under_the_name_is_left_alone(vm: Machine, images: list[Path]) -> None:
+    before = replace(images[0])
+    assert (await refused(vm, Replaced)).file == str(images[0])
+    assert images[0].read_bytes() == before
+
+
+async def test_a_merged_image_whose_name_is_gone_is_saved(vm: Machine, images: list[Path], content: Content) -> None:
+    images[2].unlink()
+    async with qmpmerge.live(vm.target) as host:
+        assert (await qmpmerge.commit(host, force=["dependents"])).verdict == "pivoted"
+    vm.stop()
+    content.check(images[0])
+
+
+def repoint(image: Path, name: str) -> None:
+    """Change the backing name in a header, as somebody does with `qemu-img rebase -u` while QEMU runs."""
+    data = image.read_bytes()
+    old = b"b.qcow2"
+    assert data.count(old) == 1 and len(name) == len(old)
+    with image.open("r+b") as file:
+        file.write(data.replace(old, name.encode()))
+
+
+@harm("disagrees", "the header's own chain, which the next start would have used, is overwritten with QEMU's")
+def test_plain_commit_overwrites_the_headers_chain(vm: Machine, images: list[Path]) -> None:
+    repoint(images[3], "z.qcow2")
+    plain(vm, top_node="b", base_node="base", backing_file="base.raw")
+    assert "z.qcow2" not in run("qemu-img", "info", "-U", images[3])
+
+
+async def test_a_header_that_tells_another_chain_is_left_alone(vm: Machine, images: list[Path]) -> None:
+    repoint(images[3], "z.qcow2")
+    found = await refused(vm, Disagrees, top="[3]")
+    assert (found.header, found.graph) == ("z.qcow2", str(images[2]))
+    async with qmpmerge.live(vm.target) as host:
+        assert [odd.file for odd in (await host.chain()).oddities] == [str(images[3])]
+    assert "z.qcow2" in run("qemu-img", "info", "-U", images[3])
+
+
+@pytest.fixture
+def linked(tmp_path: Path, images: list[Path]) -> list[Path]:
+    """The overlays under symlinks in a folder from which another way leads to the base than from their own."""
+    gold = tmp_path / "gold.raw"
+    images[0].rename(gold)
+    run("qemu-img", "rebase", "-u", "-F", "raw", "-b", gold, images[1])
+    shop = tmp_path / "shop" / "shelf"
+    shop.mkdir(parents=True)
+    for image in images[1:]:
+        (shop / image.name).symlink_to(image)
+    return [gold, *(shop / image.name for image in images[1:])]
+
+
+@harm("backing-string", "any string is taken; the chain cannot be opened any more at the next start")
+def test_plain_commit_takes_any_string(tmp_path: Path, linked: list[Path], images: list[Path]) -> None:
+    with machine(tmp_path, *nodes(linked), *device("c")) as vm:
+        plain(vm, top_node="b", base_node="gold", backing_file="../../gold.raw")
+    run("qemu-img", "info", "--backing-chain", linked[3])
+    done = subprocess.run(["qemu-img", "info", "--backing-chain", str(images[3])], capture_output=True, check=False)
+    assert b"No such file" in done.stderr
+
+
+async def test_a_string_that_does_not_lead_there_from_everywhere_is_refused(tmp_path: Path, linked: list[Path]) -> None:
+    with machine(tmp_path, *nodes(linked), *device("c")) as vm:
+        assert (await refused(vm, BackingString, top="[3]")).backing == "../../gold.raw"
+    run("qemu-img", "info", "--backing-chain", linked[3])
+
+
+async def test_a_json_name_of_the_base_is_kept_to_the_letter(tmp_path: Path, images: list[Path]) -> None:
+    name = f'json:{{"driver":"raw","file":{{"driver":"file","filename":"{images[0]}"}}}}'
+    run("qemu-img", "rebase", "-u", "-F", "raw", "-b", name, images[1])
+    content = Content()
+    run("qemu-io", "-f", "qcow2", "-c", content.put(9, 0, MIB), images[2])
+    with drive(tmp_path, images, content) as setup:
+        async with setup.host() as host:
+            assert (await qmpmerge.commit(host, top="[3]")).after.active.backing == name
+        setup.off()
+    content.check(images[3])
+
+
+def unrecorded(images: list[Path]) -> None:
+    """An overlay whose header names the base and no format, as QEMU before 6.1 made them."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", images[1], str(SIZE))
+    data = bytearray(images[1].read_bytes())
+    name, place = b"base.raw", 512
+    data[8:20] = place.to_bytes(8, "big") + len(name).to_bytes(4, "big")
+    data[place : place + len(name)] = name
+    images[1].write_bytes(data)
+
+
+def disguise(vm: Machine) -> None:
+    """The guest writes a qcow2 header into its raw disk."""
+    for place, value in enumerate(raw_header(size=SIZE)[:104]):
+        if value:
+            vm.io("vda", f"write -P {value} {place} 1")
+
+
+@harm(
+    "no-format",
+    "QEMU guesses that the base is raw, copies everything, and fails when the guest's data looks like another format",
+)
+def test_plain_commit_to_a_base_of_a_guessed_format(tmp_path: Path, images: list[Path]) -> None:
+    unrecorded(images)
+    with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
+        disguise(vm)
+        assert plain(vm, device="vda")["error"] == "Operation not permitted"
+
+
+async def test_a_base_without_a_recorded_format_is_refused(tmp_path: Path, images: list[Path]) -> None:
+    unrecorded(images)
+    with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
+        assert (await refused(vm, NoFormat)).image == str(images[1])
+        async with qmpmerge.live(vm.target) as host:
+            assert (await qmpmerge.commit(host, force=["no-format"])).verdict == "pivoted"
+
+
+@harm("foreign-name", "a file of yours is overwritten, because an image from elsewhere names it as its backing file")
+def test_plain_commit_overwrites_a_strangers_choice(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(bytes(SIZE))
+    image = overlay(tmp_path / "gift.qcow2", victim)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 1M", image)
+    run("qemu-img", "commit", "-q", image)
+    assert victim.read_bytes()[:MIB] == b"\1" * MIB
+
+
+async def test_a_strangers_choice_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "gifts").mkdir()
+    victim = tmp_path / "victim"
+    victim.write_bytes(bytes(SIZE))
+    image = overlay(tmp_path / "gifts" / "gift.qcow2", victim)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 1M", image)
+    with pytest.raises(ForeignName):
+        async with qmpmerge.offline(image):
+            pass
+    assert victim.read_bytes() == bytes(SIZE)
+
+
+@harm("disguised", "a raw image in which its guest has written a header is followed to any file of yours")
+def test_plain_info_follows_what_a_guest_has_written(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"s" * MIB)
+    overlay(tmp_path / "written-by-guest", secret).rename(tmp_path / "disk.raw")
+    run("qemu-img", "convert", "-O", "raw", tmp_path / "disk.raw", tmp_path / "copy")
+    assert b"ssss" in (tmp_path / "copy").read_bytes()
+
+
+async def test_what_a_guest_has_written_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(raw_header(b"/etc/passwd", b"raw").ljust(MIB, b"\0"))
+    with pytest.raises(Disguised):
+        async with qmpmerge.offline(tmp_path / "disk.raw"):
+            pass
+
+
+@harm("temporary", "what the guest wrote to be thrown away is written into the image that was to be protected")
+def test_plain_commit_of_a_snapshot_on_drive(tmp_path: Path, images: list[Path]) -> None:
+    before = images[3].read_bytes()
+    with machine(tmp_path, "-drive", DRIVE.format(images[3]) + ",snapshot=on", *device("vda")) as vm:
+        vm.io("vda", "write -P 7 0 1M")
+        details = {node["file"]: node["node-name"] for node in vm.session.execute("query-named-block-nodes", flat=True)
+                   if node["drv"] == "qcow2"}  # fmt: skip
+        plain(vm, device="vda", base_node=details[str(images[3])])
+    assert images[3].read_bytes() != before
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.parametrize("which", [0, 3])
+async def test_an_immutable_image(which: int, vm: Machine, images: list[Path]) -> None:
+    """Of the overlay without the check: test_merge, `test_plain_block_commit_crashes_qemu_there`."""
+    if subprocess.run(["chattr", "+i", str(images[which])], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no attributes on this filesystem")
+    try:
+        found = await refused(vm, NotWritable, top="[3]")
+    finally:
+        run("chattr", "-i", images[which])
+    assert (found.file, "immutable" in found.reason) == (str(images[which]), True)
+
+
+@needs_root
+async def test_a_qemu_that_has_given_up_its_privileges(images: list[Path], tmp_path: Path) -> None:
+    disk = ["-drive", DRIVE.format(images[3]), *device("vda")]
+    old = "-runas" in run("qemu-system-x86_64", "-help")
+    with machine(tmp_path, *disk, *(["-runas", "nobody"] if old else ["-run-with", "user=nobody"])) as vm:
+        found = await refused(vm, NotWritable)
+        assert found.file == str(images[0]) and "as whom QEMU runs, may not" in found.reason
+
+
+@needs_root
+async def test_a_filesystem_that_is_mounted_read_only(images: list[Path], tmp_path: Path) -> None:
+    with mounted(tmp_path / "gold", "-t", "tmpfs", "-o", "size=16M", "none") as gold:
+        base = gold / "base.raw"
+        base.write_bytes(images[0].read_bytes())
+        run("qemu-img", "rebase", "-u", "-F", "raw", "-b", base, images[1])
+        with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
+            run("mount", "-o", "remount,ro", gold)
+            found = await refused(vm, NotWritable)
+        assert (found.file, found.reason) == (str(base), "its filesystem is mounted read-only")
+
+
+@needs_root
+@harm("no-space", "the filesystem fills up; the job stands still, and so does everybody else who writes there")
+async def test_plain_commit_fills_the_filesystem(images: list[Path], content: Content, tmp_path: Path) -> None:
+    """And that it is refused: one mount for both. `--force no-space` starts it all the same."""
+    with mounted(tmp_path / "full", "-t", "tmpfs", "-o", "size=2M", "none") as full:
+        base = full / "base.raw"
+        run("qemu-img", "create", "-q", "-f", "raw", base, str(SIZE))
+        run("qemu-img", "rebase", "-u", "-F", "raw", "-b", base, images[1])
+        with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
+            found = await refused(vm, NoSpace)
+            assert found.growth > 2 * MIB >= found.free
+            async with qmpmerge.live(vm.target) as host:
+                with pytest.raises(errors.StillRunning):
+                    await qmpmerge.commit(host, force=["no-space"], patience=qmpmerge.Patience(detach=True))
+            while (job := vm.session.execute("query-block-jobs")[0])["io-status"] == "ok":
+                pass
+            assert (job["io-status"], os.statvfs(full).f_bavail) == ("nospace", 0)
+            assert invoke("job", vm.target, job["device"], "cancel").code == 0
+
+
+@needs_root
+@harm("device-too-small", "the job fails after it has begun, with nothing but `Invalid argument`")
+async def test_plain_commit_to_a_device_too_small(tmp_path: Path, images: list[Path]) -> None:
+    (tmp_path / "disk").write_bytes(bytes(SIZE // 2))
+    done = subprocess.run(
+        ["losetup", "--find", "--show", tmp_path / "disk"], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no loop devices: {done.stderr}")
+    loop = done.stdout.strip()
+    try:
+        run("qemu-img", "rebase", "-u", "-F", "raw", "-b", loop, images[1])
+        with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
+            assert (await refused(vm, DeviceTooSmall)).size == SIZE // 2
+            said = vm.session.ask("block-commit", job_id="plain", device="vda", auto_dismiss=False)
+            while "error" not in said:
+                (said,) = [job for job in vm.session.execute("query-jobs") if job["status"] == "concluded"] or [{}]
+            assert "nvalid argument" in str(said["error"])
+    finally:
+        run("losetup", "--detach", loop)
+
+
+@pytest.mark.parametrize(
+    ("form", "top"),
+    [
+        ("raw", "[3]"),
+        ("raw", None),
+        ("qcow2", "[3]"),
+        ("qcow2", None),
+        ("qcow2,cluster_size=4096", "[3]"),
+        ("qcow2,preallocation=metadata", "[3]"),
+        ("raw,preallocation=falloc", "[3]"),
+        ("qcow2,extended_l2=on", None),
+    ],
+)
+async def test_the_estimate_is_what_happens(form: str, top: str | None, tmp_path: Path) -> None:
+    """Bytes copied as QEMU counts them where it does, and by how much the base really grows."""
+    kind, _, option = form.partition(",")
+    images = make_chain(tmp_path, (f"base.{kind}", "a.qcow2", "b.qcow2", "c.qcow2"), size=64 * MIB)
+    if option:
+        run("qemu-img", "create", "-q", "-f", kind, "-o", option, images[0], "64M")
+    for image, writes in zip(
+        images, (("0 1M",), ("512k 1M", "-z 8M 1M"), ("40M 3M", "1M 4k"), ("63M 1M",)), strict=True
+    ):
+        for write in writes:
+            run("qemu-io", "-f", image.suffix[1:], "-c", f"write {write}", image)
+    os.sync()
+    before = images[0].stat().st_blocks * 512
+    async with qmpmerge.offline(images[3]) as host:
+        told = (await qmpmerge.commit(host, top=top, dry_run=True)).estimate
+        outcome = await qmpmerge.commit(host, top=top)
+    os.sync()
+    assert told is not None and told.copy is not None and told.growth is not None
+    assert told.copy == (6 * MIB if top is None else 5 * MIB)
+    assert outcome.copied is None or outcome.copied == told.copy
+    grown = images[0].stat().st_blocks * 512 - before
+    assert grown <= told.growth <= grown + MIB + 256 * 1024
+
+
+# --- what would be lost -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> list[Path]:
+    """A chain that has room for bitmaps everywhere; `low` holds data, `mid` has a bitmap and an internal snapshot."""
+    images = make_chain(tmp_path, ("low.qcow2", "mid.qcow2", "top.qcow2"))
+    run("qemu-img", "bitmap", "--add", images[1], "daily")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 5 1M 256k", images[1])
+    return images
+
+
+def dirty(vm: Machine, node: str, name: str = "daily") -> str:
+    """What a bitmap marks, as one string."""
+    return str(vm.session.execute("x-debug-block-dirty-bitmap-sha256", node=node, name=name)["sha256"])
+
+
+def bitmaps(vm: Machine, node: str) -> dict[str, dict[str, Any]]:
+    (told,) = [one for one in vm.session.execute("query-named-block-nodes", flat=True) if one["node-name"] == node]
+    return {bitmap["name"]: bitmap for bitmap in told.get("dirty-bitmaps", ())}
+
+
+@harm(
+    "would-lose",
+    "dirty bitmaps are gone, and the next incremental backup misses what they told; so are internal snapshots",
+)
+def test_plain_commit_forgets_bitmaps(tmp_path: Path, layers: list[Path]) -> None:
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        vm.session.execute("block-dirty-bitmap-add", node="top", name="hourly", persistent=True)
+        assert bitmaps(vm, "mid") and bitmaps(vm, "top")
+        assert "error" not in plain(vm, device="top")
+        assert not bitmaps(vm, "low")
+
+
+@pytest.mark.parametrize("top", ["[2]", None])
+async def test_what_would_be_lost_is_named(top: str | None, tmp_path: Path, layers: list[Path]) -> None:
+    run("qemu-img", "snapshot", "-c", "before-update", layers[1])
+    lost = [f"internal snapshot before-update of {layers[1]}", f"dirty bitmap daily of {layers[1]}"]
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        assert (await refused(vm, WouldLose, top=top)).lost == lost
+        assert (await refused(vm, WouldLose, top=top, bitmaps="drop")).lost == lost[:1]
+        keeping = invoke("commit", vm.target, "--keep-overlay", "--dry-run", *(["--top", top] if top else []))
+        assert keeping.code == (3 if top else 0), "only an overlay that is kept keeps what is in it"
+    assert (await refused(layers[2], WouldLose, top=top)).lost == lost
+    async with qmpmerge.offline(layers[2]) as host:
+        await qmpmerge.commit(host, top=top, bitmaps="drop", force=["would-lose"])
+    assert "daily" not in run("qemu-img", "info", layers[0])
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("top", ["[2]", None])
+async def test_bitmaps_come_along(live: bool, top: str | None, tmp_path: Path, layers: list[Path]) -> None:
+    """To the base that has none of the name, and to one that has; what they mark is the same, also after a restart."""
+    run("qemu-img", "bitmap", "--add", layers[0], "other")
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        before = dirty(vm, "mid")
+        if live:
+            async with qmpmerge.live(vm.target) as host:
+                await qmpmerge.commit(host, top=top, bitmaps="merge")
+            assert set(bitmaps(vm, "low")) == {"daily", "other"}
+            assert dirty(vm, "low") == before
+            if top is None:
+                vm.io(BACKEND, "write -P 6 4M 64k")
+                assert dirty(vm, "low") != before
+                before = dirty(vm, "low")
+        vm.stop()
+    if not live:
+        async with qmpmerge.offline(layers[2]) as host:
+            await qmpmerge.commit(host, top=top, bitmaps="merge")
+    with machine(tmp_path, *nodes([layers[0]]), *device("low")) as vm:
+        assert dirty(vm, "low") == before
+        told = bitmaps(vm, "low")["daily"]
+        assert (told["persistent"], told["recording"], told.get("inconsistent", False)) == (True, True, False)
+
+
+async def test_no_write_of_the_guest_falls_between(tmp_path: Path, layers: list[Path]) -> None:
+    """Written after the bitmaps were carried over and before the switch: both the old one and the new one mark it."""
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        vm.session.execute("block-dirty-bitmap-add", node="top", name="hourly", persistent=True)
+        vm.session.execute("block-commit", job_id="j", device="top", auto_dismiss=False)
+        while vm.session.execute("query-jobs")[0]["status"] != "ready":
+            pass
+        async with qmpmerge.live(vm.target) as host:
+            view = await host.chain()
+            found = of(view.layout, view.chain.images[1:])
+            await carry(host.monitor, view.layout, view.chain.base, found)
+        vm.io(BACKEND, "write -P 7 5M 64k")
+        expected = dirty(vm, "top", "hourly")
+        vm.session.execute("job-complete", id="j")
+        while vm.session.execute("query-jobs")[0]["status"] != "concluded":
+            pass
+        assert dirty(vm, "low", "hourly") == expected
+
+
+async def test_bitmaps_are_merged_into_those_of_their_names(tmp_path: Path, layers: list[Path]) -> None:
+    """Of another granularity, and not recording so far; of two images above, one of them not on disk."""
+    run("qemu-img", "bitmap", "--add", "--disable", "-g", "128k", layers[0], "daily")
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        vm.session.execute("block-dirty-bitmap-add", node="top", name="daily", granularity=65536)
+        vm.io(BACKEND, "write -P 6 4M 64k")
+        async with qmpmerge.live(vm.target) as host:
+            await qmpmerge.commit(host, bitmaps="merge")
+        told = bitmaps(vm, "low")["daily"]
+        assert (told["recording"], told["count"], told["granularity"]) == (True, (256 + 128) * 1024, 128 * 1024)
+        vm.io(BACKEND, "write -P 6 6M 64k")
+        assert bitmaps(vm, "low")["daily"]["count"] == (256 + 256) * 1024
+
+
+async def test_bitmaps_come_along_with_a_job_that_was_left(tmp_path: Path, layers: list[Path]) -> None:
+    with machine(tmp_path, *nodes(layers), *device("top")) as vm:
+        before = dirty(vm, "mid")
+        async with qmpmerge.live(vm.target) as host:
+            job = (await qmpmerge.commit(host, bitmaps="merge", ending="ready")).job
+            assert job is not None and not bitmaps(vm, "low")
+            assert (await qmpmerge.follow(host, job)).verdict == "pivoted"
+        assert dirty(vm, "low") == before
+
+
+async def test_a_name_in_force_that_nobody_can_know_better_about_is_not_heard(vm: Machine, images: list[Path]) -> None:
+    replace(images[0])
+    await refused(vm, Replaced, force=["replaced"])
+
+
+async def test_behind_a_relay_the_process_is_not_taken_for_qemu(
+    vm: Machine, images: list[Path], tmp_path: Path
+) -> None:
+    """As with `ssh -L`: what the relay has open says nothing."""
+    relay = tmp_path / "relay"
+    with listening(relay) as listener:
+        carried_on = threading.Thread(target=relayed, args=(listener, vm.target))
+        carried_on.start()
+        async with qmpmerge.live(str(relay)) as host:
+            outcome = await qmpmerge.commit(host, top="[3]", dry_run=True)
+        carried_on.join()
+    assert {check.name for check in outcome.checks if check.result == "not checked"} == {"in-use", "replaced"}
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield listener
+
+
+def relayed(listener: socket.socket, target: str) -> None:
+    """Pass one conversation on, both ways, until either side ends it."""
+    client, _ = listener.accept()
+    with client, socket.socket(socket.AF_UNIX) as server:
+        server.connect(target)
+        ways = {client: server, server: client}
+        while True:
+            for ready in select.select([*ways], [], [])[0]:
+                data = ready.recv(65536)
+                if not data:
+                    return
+                ways[ready].sendall(data)
+
+
+@pytest.mark.parametrize("handling", ["merge", "drop"])
+async def test_bitmaps_that_cannot_come_along(handling: Handling, vm: Machine) -> None:
+    """A raw base has no room for them."""
+    vm.session.execute("block-dirty-bitmap-add", node="c", name="daily", persistent=True)
+    if handling == "merge":
+        assert "raw" in (await refused(vm, BitmapsStay, bitmaps="merge")).bitmaps[0]
+        return
+    async with qmpmerge.live(vm.target) as host:
+        assert (await qmpmerge.commit(host, bitmaps="drop")).verdict == "pivoted"
+
+
+# --- known to be bad ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_nvme_disk_is_not_moved_by_qemu_7(tmp_path: Path, images: list[Path]) -> None:
+    """Without the check: `test_plain_pivot_of_a_busy_nvme_disk` in test_guest_story, which boots a guest."""
+    for name in ("id=disk0,", ""):
+        with machine(tmp_path, *nodes(images), "-device", f"nvme,drive=c,{name}serial=1") as vm:
+            harmful: list[dict[str, Any]] = [{}, {"ending": "ready"}]
+            harmless: list[dict[str, Any]] = [{"top": "[3]"}, {"ending": "keep"}, {"force": ["known-bad"]}]
+            async with qmpmerge.live(vm.target) as host:
+                for options in harmful:
+                    if (6, 0, 0) <= host.monitor.version < (10, 0, 0):
+                        with pytest.raises(KnownBad):
+                            await qmpmerge.commit(host, dry_run=True, **options)
+                for options in harmless:
+                    assert (await qmpmerge.commit(host, dry_run=True, **options)).verdict == "planned"
+
+
+async def test_chains_that_are_too_deep(vm: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_bad, "DEEPEST", 2)
+    async with qmpmerge.live(vm.target) as host:
+        assert (await qmpmerge.commit(host, top="[3]", dry_run=True)).verdict == "planned"
+        expected = pytest.raises(KnownBad) if host.monitor.version >= (8, 0, 0) else contextlib.nullcontext()
+        with expected:
+            await qmpmerge.commit(host, dry_run=True)
+
+
+# --- hostile images -----------------------------------------------------------------------------------------------------
+
+LOOK = """
+import asyncio, sys, qmpmerge
+async def main(target, good, *gifts):
+    for gift in gifts:
+        for write in (False, True):
+            try:
+                async with qmpmerge.offline(gift, write=write) as host:
+                    await host.chain()
+                    await qmpmerge.commit(host)
+            except qmpmerge.Error as refused:
+                print(refused.name)
+    async with qmpmerge.offline(good) as host:
+        await qmpmerge.commit(host, dry_run=True)
+    async with qmpmerge.live(target) as host:
+        await host.chain()
+        try:
+            await qmpmerge.commit(host, dry_run=True)
+        except qmpmerge.Error as refused:
+            print(refused)
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not may_trace(), reason="strace is needed, and leave to use it")
+def test_nothing_that_a_strangers_header_names_is_opened(tmp_path: Path, images: list[Path]) -> None:
+    """By hostile images themselves, as neighbours of a good chain, and under a running VM."""
+    folder, secret = images[0].parent, tmp_path / "secret"
+    secret.write_bytes(b"s" * MIB)
+    os.mkfifo(tmp_path / "pipe")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"nbd://127.0.0.1:{listener.getsockname()[1]}/x"
+        names = [f"{secret}", "../secret", f"{tmp_path}/pipe", "/dev/zero", url, f'json:{{"file.filename":"{secret}"}}',
+                 f'json:{{"driver":"raw","file":"{url}"}}', f"file:{secret}", "loop.qcow2"]  # fmt: skip
+        gifts = [folder / f"gift{number}.qcow2" for number in range(len(names) + 1)]
+        for gift, name in zip(gifts, names, strict=False):
+            gift.write_bytes(raw_header(name.encode(), b"raw", size=SIZE).ljust(65536, b"\0"))
+        gifts[-1].write_bytes(raw_header(data_file=os.fsencode(secret)).ljust(65536, b"\0"))
+        (folder / "loop.qcow2").symlink_to(gifts[-2])
+        (tmp_path / "live").mkdir()
+        live = make_chain(tmp_path / "live")
+        with machine(tmp_path, *nodes(live), *device("c")) as vm:
+            live[2].write_bytes(gifts[0].read_bytes())
+            log = tmp_path / "calls"
+            traced: list[str | Path] = [
+                "strace",
+                "-f",
+                "-qq",
+                "-s",
+                "300",
+                "-e",
+                "trace=open,openat,openat2,connect",
+                "-o",
+                log,
+            ]
+            told = run(*traced, sys.executable, "-c", LOOK, vm.target, images[3], *gifts).splitlines()
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert told[:-1] == ["foreign-name"] * 16 + ["backing-loop"] * 2 + ["foreign-name"] * 2
+    assert "disagrees" in told[-1] or "names" in told[-1]
+    calls = [
+        call for call in log.read_text().splitlines() if "/secret" in call or "/pipe" in call or "/dev/zero" in call
+    ]
+    assert not calls
+    assert "AF_INET" not in log.read_text()
+
+
+# --- the README ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_tells_each_refusal_and_its_harm() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.partition("## What is checked before a merge starts")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \| .+ \| (.+) \|$", section, re.MULTILINE))
+    assert rows == marked()
+    named = {
+        kind.__name__: kind for kind in vars(refusals).values() if isinstance(kind, type) and issubclass(kind, Refused)
+    }
+    names = {re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower() for name in named}
+    assert set(check.CHECKS) <= set(rows) <= names

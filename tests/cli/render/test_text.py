@@ -1,0 +1,587 @@
+"""Text for people: exact lines on two fake streams, under a fake clock."""
+
+import dataclasses
+import io
+import re
+import threading
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.outcome import MergedFile, Outcome
+from qmpmerge.cli.render.humanize import visible
+from qmpmerge.cli.render.text import TextOutput
+from qmpmerge.engine.progress import Progress
+from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, ShorterLayer, StillRunning
+from qmpmerge.images.headers import Oddity
+from qmpmerge.operations.clean import Cleaned
+from qmpmerge.operations.snapshot import Overlay
+from qmpmerge.processes.vms import Vm
+from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.recovery.put_right import Recovery
+from qmpmerge.targets.target import ChainView
+
+GIB = 1024**3
+EVIL = "x\x1b]0;owned\x07\x1b[2J\ny\u202ez\udcff"
+"""Sets the window's title, clears the screen, starts a line of its own, turns the text around, and is no UTF-8."""
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Screen:
+    """An output, and what it has written."""
+
+    def __init__(self, *, quiet: bool = False, terminal: bool = False) -> None:
+        self.out, self.err = io.StringIO(), Terminal() if terminal else io.StringIO()
+        self.clock = Clock()
+        self.output = TextOutput(self.out, self.err, quiet=quiet, clock=self.clock)
+
+    def says(self, *lines: str) -> bool:
+        """Compare stdout, line by line, and see that stderr is silent."""
+        assert self.out.getvalue().splitlines() == list(lines)
+        assert self.err.getvalue() == ""
+        return True
+
+    def complains(self, *lines: str) -> bool:
+        """Compare stderr, line by line, and see that stdout is silent."""
+        assert self.err.getvalue().splitlines() == list(lines)
+        assert self.out.getvalue() == ""
+        return True
+
+
+@pytest.fixture
+def screen() -> Screen:
+    return Screen()
+
+
+BASE = Image("/vm/base.raw", "raw", 10 * GIB, node="#block3", allocated=4 * GIB)
+A = Image("/vm/a.qcow2", "qcow2", 10 * GIB, node="#block2", backing="base.raw", backing_format="raw", allocated=GIB)
+B = Image("/vm/b.qcow2", "qcow2", 10 * GIB, node="#block1", backing="a.qcow2", backing_format="qcow2", allocated=196624)
+THREE, ONE = Chain((BASE, A, B)), Chain((BASE,))
+JOB = Job("qmpmerge-commit-vda", "commit", "running", GIB, 4 * GIB, disk="vda")
+
+
+def disk(name: str = "vda", chain: Chain | None = THREE, job: Job | None = None) -> Disk:
+    return Disk(name, drive=name, qdev="", root="#block1", chain=chain, nodes=("#block1", "#block2"), job=job)
+
+
+def view(chain: Chain, *oddities: Oddity, name: str = "vda") -> ChainView:
+    return ChainView(disk(name, chain), chain, oddities, Layout((), (), {}, {}))
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_disks_are_a_table_with_an_image_a_line(screen: Screen) -> None:
+    read_only = Chain((dataclasses.replace(BASE, file="/vm/cd.iso", allocated=None, read_only=True),))
+    screen.output.disks([disk(job=JOB), disk("cd0", read_only), disk("floppy0", None)])
+    assert screen.says(
+        "DISK     FORMAT  DEPTH  SIZE    ALLOCATED  JOB                  ACTIVE IMAGE",
+        "vda      qcow2   3      10 GiB  192 KiB    qmpmerge-commit-vda  /vm/b.qcow2",
+        "cd0      raw     1      10 GiB  -                               /vm/cd.iso (read-only)",
+        "floppy0                                                         (empty)",
+    )
+
+
+def test_a_column_that_nobody_fills_is_left_out(screen: Screen) -> None:
+    screen.output.disks([disk()], [Oddity("unfinished", "/vm/b.qcow2", "a merge was not finished")])
+    assert screen.says(
+        "DISK  FORMAT  DEPTH  SIZE    ALLOCATED  ACTIVE IMAGE",
+        "vda   qcow2   3      10 GiB  192 KiB    /vm/b.qcow2",
+        "odd: /vm/b.qcow2: a merge was not finished (unfinished)",
+    )
+
+
+def test_a_chain_is_drawn_then_listed_base_first_then_its_oddities_follow(screen: Screen) -> None:
+    screen.output.chain(view(THREE, Oddity("no-format", "/vm/b.qcow2", "its header records no backing format")))
+    assert screen.says(
+        "vda: base.raw <-- a.qcow2 <-- b.qcow2",
+        "INDEX  FORMAT  SIZE    ALLOCATED  NODE     FILE (* active)  BACKING AS WRITTEN",
+        "[1]    raw     10 GiB  4 GiB      #block3  /vm/base.raw",
+        "[2]    qcow2   10 GiB  1 GiB      #block2  /vm/a.qcow2      base.raw",
+        "[3]    qcow2   10 GiB  192 KiB    #block1  /vm/b.qcow2 *    a.qcow2",
+        "odd: /vm/b.qcow2: its header records no backing format (no-format)",
+    )
+
+
+def test_a_chain_of_one_is_listed_without_a_backing_column(screen: Screen) -> None:
+    screen.output.chain(view(ONE))
+    assert screen.says(
+        "vda: base.raw",
+        "INDEX  FORMAT  SIZE    ALLOCATED  NODE     FILE (* active)",
+        "[1]    raw     10 GiB  4 GiB      #block3  /vm/base.raw *",
+    )
+
+
+def test_images_of_one_name_in_two_folders_are_drawn_with_their_folders(screen: Screen) -> None:
+    other = dataclasses.replace(A, file="/old/base.raw")
+    screen.output.chain(view(Chain((BASE, other))))
+    assert screen.out.getvalue().splitlines()[0] == "vda: /vm/base.raw <-- /old/base.raw"
+
+
+def test_jobs_are_a_table_with_what_can_be_done_to_each(screen: Screen) -> None:
+    full = Job("j1", "mirror", "paused", 0, 0, speed=100 * 1024**2, io_status="nospace")
+    ended = Job("j2", "backup", "concluded", GIB, GIB, error="No space left on device")
+    screen.output.jobs([JOB, full, ended])
+    rows = [re.split(r"  +", line) for line in screen.out.getvalue().splitlines()]
+    assert rows == [
+        ["JOB", "TYPE", "DISK", "STATUS", "DONE", "SPEED", "POSSIBLE NOW"],
+        [JOB.id, "commit", "vda", "running", "1 GiB of 4 GiB", "unlimited", "follow, pause, speed, cancel"],
+        ["j1", "mirror", "-", "paused (nospace)", "0 B of 0 B", "100 MiB/s", "resume, speed, cancel"],
+        ["j2", "backup", "-", "concluded", "1 GiB of 1 GiB", "unlimited", "dismiss", "No space left on device"],
+    ]
+
+
+def test_running_vms_are_a_table_with_a_target_for_the_other_commands(screen: Screen) -> None:
+    ours = Vm(42, "web", ("/run/web.sock", "tcp:127.0.0.1:4444"), False, "me", "qemu-system-x86_64", 0.0)
+    theirs = Vm(7, "", (), True, "root", "qemu-kvm", 0.0)
+    screen.output.vms([ours, theirs])
+    assert screen.says(
+        "NAME  PID  USER           MONITOR",
+        "web   42   me             /run/web.sock, tcp:127.0.0.1:4444",
+        "-     7    root  libvirt  no monitor",
+    )
+
+
+@pytest.mark.parametrize(
+    ("show", "note"),
+    [
+        (lambda output: output.disks([]), "no disks"),
+        (lambda output: output.jobs([]), "no block jobs"),
+        (lambda output: output.vms([]), "no running QEMU found"),
+    ],
+)
+def test_an_empty_list_leaves_stdout_empty_and_says_so_on_stderr(show: Callable[[TextOutput], None], note: str) -> None:
+    loud, quiet = Screen(), Screen(quiet=True)
+    show(loud.output)
+    show(quiet.output)
+    assert loud.complains(note) and quiet.complains()
+
+
+# --- outcomes -----------------------------------------------------------------------------------------------------
+
+GONE = (MergedFile("/vm/a.qcow2", now="/vm/a.qcow2"),)
+MERGED = Outcome("merged", "vda", THREE, Chain((BASE, B)), JOB.id, GONE, seconds=1.5, hints=("delete them later",))
+PIVOTED = Outcome(
+    "pivoted",
+    "vda",
+    THREE,
+    ONE,
+    JOB.id,
+    (*GONE, MergedFile("/vm/b.qcow2", now="/vm/b.qcow2")),
+    copied=GIB,
+    seconds=12.345,
+    hints=("start the VM from /vm/base.raw",),
+)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "lines", "hints"),
+    [
+        (
+            MERGED,
+            [
+                "vda: merged in 1.50 s",
+                "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+                "  after   base.raw <-- b.qcow2",
+                "  no longer part of it: /vm/a.qcow2",
+            ],
+            ["hint: delete them later"],
+        ),
+        (
+            PIVOTED,
+            [
+                "vda: pivoted in 12.35 s, 1 GiB copied",
+                "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+                "  after   base.raw",
+                "  no longer part of it: /vm/a.qcow2",
+                "  no longer part of it: /vm/b.qcow2",
+            ],
+            ["hint: start the VM from /vm/base.raw"],
+        ),
+        (
+            Outcome("pivoted", "vda", THREE, ONE, rungs=("the guest was paused",)),
+            [
+                "vda: pivoted",
+                "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+                "  after   base.raw",
+                "  to get it ready: the guest was paused",
+            ],
+            [],
+        ),
+        (
+            Outcome("kept", "vda", THREE, THREE, JOB.id, copied=0, seconds=2, hints=("base held all data",)),
+            [
+                "vda: kept in 2.00 s, 0 B copied",
+                "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+                "  after   base.raw <-- a.qcow2 <-- b.qcow2",
+            ],
+            ["hint: base held all data"],
+        ),
+        (
+            Outcome("ready", "vda", THREE, THREE, JOB.id, copied=GIB, seconds=2, hints=("one", "two")),
+            [
+                "vda: ready in 2.00 s, 1 GiB copied",
+                "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+                "  after   base.raw <-- a.qcow2 <-- b.qcow2",
+            ],
+            ["hint: one", "hint: two"],
+        ),
+        (
+            Outcome("planned", "vda", THREE, Chain((BASE, B)), merged=GONE),
+            [
+                "vda: planned, nothing was changed",
+                "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+                "  result  base.raw <-- b.qcow2",
+                "  would no longer be part of it: /vm/a.qcow2",
+            ],
+            [],
+        ),
+        (
+            Outcome("unchanged", "vda", ONE, ONE),
+            ["vda: unchanged, base.raw has no backing file, so there is nothing to merge"],
+            [],
+        ),
+        (
+            Outcome("done", "vda", ONE, ONE, JOB.id, hints=("the job had ended",)),
+            ["vda: done", "  before  base.raw", "  after   base.raw"],
+            ["hint: the job had ended"],
+        ),
+    ],
+    ids=lambda value: value.verdict if isinstance(value, Outcome) else "",
+)
+def test_an_outcome_is_told_on_stdout_and_its_hints_on_stderr(
+    outcome: Outcome, lines: list[str], hints: list[str]
+) -> None:
+    loud, quiet = Screen(), Screen(quiet=True)
+    loud.output.commit(outcome)
+    quiet.output.commit(outcome)
+    assert loud.out.getvalue().splitlines() == quiet.out.getvalue().splitlines() == lines
+    assert loud.err.getvalue().splitlines() == hints
+    assert quiet.err.getvalue() == ""
+
+
+def test_a_snapshot_is_told_with_a_line_a_disk(screen: Screen) -> None:
+    screen.output.snapshot([Overlay("vda", "/vm/c.qcow2", "n1"), Overlay("vdb", "/vm/d.qcow2", "n2")])
+    assert screen.says("vda: /vm/c.qcow2 is the active image now", "vdb: /vm/d.qcow2 is the active image now")
+
+
+def test_a_steered_job_is_told_with_its_status_or_that_it_is_gone(screen: Screen) -> None:
+    screen.output.steered(JOB.id, dataclasses.replace(JOB, status="paused"))
+    screen.output.steered(JOB.id, None)
+    assert screen.says("qmpmerge-commit-vda: paused", "qmpmerge-commit-vda: gone")
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_a_sentence_and_a_hint_on_stderr(screen: Screen) -> None:
+    screen.output.failure(ShorterLayer(image="/vm/a.qcow2", size=GIB, base="/vm/base.raw", base_size=2 * GIB))
+    assert screen.complains(
+        "refused: /vm/a.qcow2 is shorter than /vm/base.raw (1073741824 < 2147483648 bytes): "
+        "the merge would uncover the base's stale data",
+        "hint: merge into an image above the short one, or grow it first with `block_resize` or `qemu-img resize`",
+    )
+
+
+def test_a_list_of_facts_is_told_as_words(screen: Screen) -> None:
+    screen.output.failure(JobVerb(job="j", verb="pivot", status="running", verbs=["follow", "cancel"]))
+    screen.output.failure(NoSuchDisk(disk="vdx", target="vm1", known=[]))
+    assert screen.complains(
+        "refused: job j is running and cannot pivot now",
+        "hint: possible now: follow, cancel",
+        "refused: no disk vdx on vm1",
+        "hint: disks there: none",
+    )
+
+
+def test_the_verdict_stands_first_so_that_a_log_can_be_searched_for_it(screen: Screen) -> None:
+    screen.output.failure(StillRunning(target="vm1", job="j"))
+    screen.output.failure(Cancelled())
+    assert [line.split(": ")[0] for line in screen.err.getvalue().splitlines()[::2]] == ["running", "cancelled"]
+
+
+def test_quiet_leaves_the_sentence_and_drops_the_hint() -> None:
+    screen = Screen(quiet=True)
+    screen.output.failure(Cancelled())
+    assert screen.complains(f"cancelled: {Cancelled()}")
+
+
+def test_notes_are_for_people_and_go_with_quiet() -> None:
+    loud, quiet = Screen(), Screen(quiet=True)
+    loud.output.note("cancelling")
+    quiet.output.note("cancelling")
+    assert loud.complains("cancelling") and quiet.complains()
+
+
+def test_the_conversation_is_shown_on_stderr_even_when_quiet() -> None:
+    screen = Screen(quiet=True)
+    screen.output.trace("->", '{"execute": "query-jobs"}')
+    assert screen.complains('-> {"execute": "query-jobs"}')
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+def told(percent: int, name: str = "vda") -> Progress:
+    return Progress(name, JOB.id, "running", -(-percent * GIB // 100), GIB, "copied")
+
+
+def test_progress_is_a_plain_line_every_ten_per_cent_where_no_terminal_is(screen: Screen) -> None:
+    screen.output.progress(told(0))
+    screen.clock.now += 1
+    for percent in (4, 9, 11, 12, 19, 20, 47, 49, 100, 100):
+        screen.output.progress(told(percent))
+    screen.output.close()
+    assert [line.split(",")[0] for line in screen.err.getvalue().splitlines()] == [
+        "vda: 11 %",
+        "vda: 20 %",
+        "vda: 47 %",
+        "vda: 100 %",
+    ]
+    assert screen.out.getvalue() == "" and "\r" not in screen.err.getvalue() and "\x1b" not in screen.err.getvalue()
+
+
+def test_a_progress_line_says_what_was_copied(screen: Screen) -> None:
+    screen.output.progress(told(0))
+    screen.clock.now += 1
+    screen.output.progress(dataclasses.replace(told(50), rate=128 * 1024**2, eta=4.0))
+    assert screen.complains("vda: 50 %, copied 512 MiB of 1 GiB, 128 MiB/s, 4 s left")
+
+
+def test_a_guest_that_outruns_the_copy_is_told_at_once_and_what_helps(screen: Screen) -> None:
+    outrun = dataclasses.replace(told(50), rate=8 * 1024**2, dirty_rate=9 * 1024**2, converging=False)
+    screen.output.progress(dataclasses.replace(outrun, hint="less work"))
+    screen.clock.now += 1
+    screen.output.progress(outrun)
+    assert screen.complains(
+        "hint: vda: less work",
+        "vda: 50 %, copied 512 MiB of 1 GiB, 8 MiB/s, the guest writes 9 MiB/s, never ready like this",
+    )
+
+
+def test_what_is_over_within_half_a_second_shows_no_progress(screen: Screen) -> None:
+    for percent in (0, 50, 100):
+        screen.output.progress(told(percent))
+        screen.clock.now += 0.24
+    assert screen.complains()
+
+
+def test_progress_is_shown_from_half_a_second_on(screen: Screen) -> None:
+    screen.output.progress(told(0))
+    screen.clock.now += 0.5
+    screen.output.progress(told(30))
+    assert screen.complains("vda: 30 %, copied 307 MiB of 1 GiB")
+
+
+def test_progress_without_a_total_is_silent_where_no_terminal_is(screen: Screen) -> None:
+    screen.output.progress(dataclasses.replace(told(0), total=0))
+    screen.clock.now += 1
+    screen.output.progress(dataclasses.replace(told(0), total=0))
+    assert screen.complains()
+
+
+def test_quiet_shows_no_progress() -> None:
+    for terminal in (False, True):
+        screen = Screen(quiet=True, terminal=terminal)
+        screen.output.progress(told(0))
+        screen.clock.now += 1
+        screen.output.progress(told(50))
+        screen.output.close()
+        assert screen.complains()
+
+
+# --- on a terminal ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """A terminal that can move its cursor, whatever the tests themselves run on."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    screen = Screen(terminal=True)
+    screen.output.progress(told(0))
+    screen.clock.now += 1
+    return screen
+
+
+HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
+
+
+def test_a_terminal_gets_a_bar_that_is_taken_away_at_the_end(terminal: Screen) -> None:
+    before = set(threading.enumerate())
+    terminal.output.progress(told(30))
+    terminal.output.progress(told(60))
+    terminal.output.close()
+    drawn = terminal.err.getvalue()
+    assert "━" in drawn and "vda: 60 %, copied 614 MiB of 1 GiB" in drawn
+    assert drawn.count(HIDE_CURSOR) == drawn.count(SHOW_CURSOR) == 1
+    assert drawn.rindex(ERASE_LINE) > drawn.rindex("vda: 60 %") and terminal.out.getvalue() == ""
+    for drawing in set(threading.enumerate()) - before:
+        drawing.join(30)
+        assert not drawing.is_alive()
+
+
+def test_a_terminal_sees_no_bar_for_what_is_over_within_half_a_second(terminal: Screen) -> None:
+    terminal.clock.now -= 0.9
+    terminal.output.progress(told(100))
+    terminal.output.close()
+    assert terminal.complains()
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda output: output.commit(MERGED),
+        lambda output: output.failure(Cancelled()),
+        lambda output: output.note("a note"),
+        lambda output: output.disks([disk()]),
+    ],
+    ids=["outcome", "failure", "note", "table"],
+)
+def test_the_bar_ends_before_anything_else_is_said(terminal: Screen, show: Callable[[TextOutput], None]) -> None:
+    terminal.output.progress(told(30))
+    show(terminal.output)
+    drawn, after = terminal.err.getvalue().split(SHOW_CURSOR)
+    assert "vda: 30 %" in drawn and HIDE_CURSOR not in after
+    assert "\x1b" not in after.removeprefix("\r").removeprefix("\x1b[1A").removeprefix(ERASE_LINE)
+
+
+def test_the_bar_comes_back_after_a_note(terminal: Screen) -> None:
+    terminal.output.progress(told(30))
+    terminal.output.note("a note")
+    terminal.output.progress(told(60))
+    terminal.output.close()
+    assert "vda: 60 %" in terminal.err.getvalue().partition("a note\n")[2]
+
+
+def test_two_disks_have_a_bar_each(terminal: Screen) -> None:
+    terminal.output.progress(told(30, "vda"))
+    terminal.output.progress(told(60, "vdb"))
+    terminal.output.close()
+    last = terminal.err.getvalue().rpartition("vda: 30 %")[2]
+    assert "vdb: 60 %" in last
+
+
+def test_closing_twice_is_harmless(terminal: Screen) -> None:
+    terminal.output.progress(told(30))
+    terminal.output.close()
+    drawn = terminal.err.getvalue()
+    terminal.output.close()
+    assert terminal.err.getvalue() == drawn
+
+
+def test_a_name_never_reaches_the_terminal_raw_with_a_bar_or_as_markup(terminal: Screen) -> None:
+    terminal.output.progress(told(30, EVIL))
+    terminal.output.progress(told(30, "[red]vdb[/red]"))
+    terminal.output.close()
+    drawn = terminal.err.getvalue()
+    assert r"x\x1b]0;owned\x07\x1b[2J\x0ay\u202ez\xff: 30 %" in drawn and "[red]vdb[/red]: 30 %" in drawn
+    assert not [mark for mark in ("\x1b]", "\x1b[2J", "\x07", "\u202e", "\udcff") if mark in drawn]
+
+
+# --- names from outside -------------------------------------------------------------------------------------------
+
+
+def everything(output: TextOutput, name: str) -> None:
+    """Say all that can be said, with `name` wherever the outside world has a say."""
+    path = f"/vm/{name}"
+    image = Image(path, name, GIB, node=name, backing=name, backing_format=name)
+    job = Job(name, name, name, 0, GIB, error=name, io_status=name, disk=name)
+    named = Chain((image, dataclasses.replace(image, file=f"{path}2")))
+    output.vms([Vm(1, name, (name,), True, name, name, 0.0)])
+    output.disks([disk(name, named, job)])
+    output.chain(view(named, Oddity("no-format", path, name), name=name))
+    output.snapshot([Overlay(name, path, name)])
+    for verdict in ("merged", "planned", "unchanged"):
+        output.commit(Outcome(verdict, name, named, named, name, (MergedFile(path, now=path),), hints=(name,)))
+    output.jobs([job])
+    output.steered(name, dataclasses.replace(job, status="running"))
+    output.failure(NoSuchDisk(disk=name, target=name, known=[name]))
+    output.note(name)
+    output.trace("<-", name)
+
+
+@given(st.one_of(st.just(EVIL), st.text(st.characters(exclude_categories=()), min_size=1, max_size=8)))
+def test_no_name_reaches_a_stream_raw(name: str) -> None:
+    screen = Screen()
+    everything(screen.output, name)
+    screen.output.progress(told(0, name))
+    screen.clock.now += 1
+    screen.output.progress(told(50, name))
+    for stream in (screen.out, screen.err):
+        lines = stream.getvalue().split("\n")
+        assert lines.pop() == "" and all(line.isprintable() for line in lines)
+
+
+def test_a_name_with_a_line_break_does_not_make_lines_of_its_own() -> None:
+    tame, wild = Screen(), Screen()
+    everything(tame.output, "vda")
+    everything(wild.output, "v\nd\r\n\u2028a")
+    for one, other in ((tame.out, wild.out), (tame.err, wild.err)):
+        assert len(one.getvalue().splitlines()) == len(other.getvalue().splitlines())
+
+
+# --- after a crash ------------------------------------------------------------------------------------------------------
+
+STASHED = MergedFile("/vm/a.qcow2", "stash", "/vm/a.qcow2.merged")
+
+
+def test_a_pivot_tells_the_pause_and_what_became_of_the_files() -> None:
+    screen = Screen()
+    merged = (STASHED, MergedFile("/vm/b.qcow2", "delete"), MergedFile("/vm/c.qcow2", "relink", "/vm/c.qcow2.merged"))
+    screen.output.commit(Outcome("pivoted", "vda", THREE, THREE, JOB.id, merged, seconds=1, paused_ms=7.4))
+    assert screen.says(
+        "vda: pivoted in 1.00 s, guest paused for 7 ms",
+        "  before  base.raw <-- a.qcow2 <-- b.qcow2",
+        "  after   base.raw <-- a.qcow2 <-- b.qcow2",
+        "  no longer part of it: /vm/a.qcow2, renamed to a.qcow2.merged",
+        "  no longer part of it: /vm/b.qcow2, deleted",
+        "  no longer part of it: /vm/c.qcow2, renamed to c.qcow2.merged; a new overlay has its name",
+    )
+
+
+def test_a_recovery() -> None:
+    screen = Screen()
+    screen.output.recovered([Recovery("done", "/vm/a.qcow2", "/vm/base.raw", "it had happened", (EVIL,), (STASHED,))])
+    assert screen.says(
+        "/vm/a.qcow2: done, it had happened",
+        f"  because  {visible(EVIL)}",
+        "  right is /vm/base.raw",
+        "  no longer part of it: /vm/a.qcow2, renamed to a.qcow2.merged",
+    )
+
+
+def test_what_was_cleaned() -> None:
+    screen = Screen()
+    found = [Cleaned("/vm/a.merged", 4096, None), Cleaned("/vm/b.merged", 0, "in use")]
+    screen.output.cleaned(found, dry_run=False)
+    screen.output.cleaned(found[:1], dry_run=True)
+    screen.output.cleaned([], dry_run=True)
+    assert screen.says(
+        "/vm/a.merged: removed (4 KiB)",
+        "/vm/b.merged: stays, in use (0 B)",
+        "/vm/a.merged: would be removed (4 KiB)",
+        "nothing is stashed here",
+    )

@@ -1,0 +1,394 @@
+"""The ways to leave a merge: signals, time limits, lost sessions; and the monitor left to others meanwhile."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from rig.command import COMMAND, JOB, Begun, invoke
+from rig.disks import Images, Setup, drive
+from rig.machines import Content, Machine
+from rig.server import CLIENT, stop
+
+import qmpmerge as library
+from qmpmerge.engine import before_switch, reconnect
+from qmpmerge.errors import JobFailed, LiveOnly, NoReply, SessionLost, StillRunning, TimeUp
+from qmpmerge.qemu import monitor
+
+FOREVER = ("--speed", "1")
+ALL_TOPS = pytest.mark.parametrize("top", ["[3]", "[4]"])
+
+
+def job_now(setup: Setup) -> str | None:
+    """The status of our job, None where it is gone."""
+    return next((job["status"] for job in setup.machine.session.execute("query-jobs") if job["id"] == JOB), None)
+
+
+def nothing_is_left_behind(setup: Setup) -> None:
+    """Nothing throttled, frozen or paused: the guest can write, and no server, export or node of ours is there."""
+    ask = setup.machine.session.execute
+    assert ask("query-block-exports") == []
+    assert not any("qmpmerge" in node["node-name"] for node in ask("query-named-block-nodes", flat=True))
+    setup.write(0x31, 0, 4096)
+    setup.check()
+
+
+# --- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("top", "number"), [("[3]", signal.SIGINT), ("[4]", signal.SIGTERM)])
+def test_the_first_signal_cancels_and_waits_for_the_old_chain(setup: Setup, top: str, number: signal.Signals) -> None:
+    begun = Begun("commit", setup.machine.target, "--top", top, *FOREVER)
+    begun.process.send_signal(number)
+    run = begun.end()
+    assert (run.code, run.document["verdict"], job_now(setup)) == (130, "cancelled", None)
+    nothing_is_left_behind(setup)
+    assert list(setup.machine.folder.glob(".*qmpmerge*")) == []
+
+
+@ALL_TOPS
+def test_a_closed_terminal_leaves_the_job(setup: Setup, top: str) -> None:
+    begun = Begun("commit", setup.machine.target, "--top", top, *FOREVER)
+    begun.process.send_signal(signal.SIGHUP)
+    run = begun.end()
+    assert (run.code, run.document["verdict"]) == (7, "running")
+    assert job_now(setup) in ("running", "ready")
+    nothing_is_left_behind(setup)
+    again = invoke("commit", setup.machine.target, "--top", top, "--json")
+    assert again.document["verdict"] == {"[3]": "merged", "[4]": "pivoted"}[top]
+
+
+def test_nohup_means_what_it_says(setup: Setup) -> None:
+    line = ["nohup", COMMAND, "commit", setup.machine.target, "--top", "[3]", *FOREVER, "--json"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        while b'"progress"' not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGHUP)
+        setup.machine.session.execute("block-job-set-speed", device=JOB, speed=0)
+        out, _ = process.communicate(timeout=60)
+    assert json.loads(out)["verdict"] == "merged"
+
+
+def test_a_terminal_that_is_gone_is_no_error(setup: Setup) -> None:
+    """Closing it takes its streams away too."""
+    ours, theirs = os.openpty()
+    line = [COMMAND, "commit", setup.machine.target, "--top", "[3]", *FOREVER]
+    process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    while job_now(setup) != "running":
+        time.sleep(0.01)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(30) == 7
+    assert job_now(setup) == "running"
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_leaves_at_once_and_says_how_to_come_back(setup: Setup, second: signal.Signals) -> None:
+    """QEMU is stopped, so the cancelling does not end."""
+    begun = Begun("commit", setup.machine.target, *FOREVER)
+    stop(setup.machine)
+    begun.process.send_signal(signal.SIGINT)
+    assert begun.process.stderr is not None
+    while b"cancelling" not in begun.process.stderr.readline():
+        pass
+    begun.process.send_signal(second)
+    run = begun.end()
+    setup.machine.process.send_signal(signal.SIGCONT)
+    assert (run.code, run.document["verdict"]) == (7, "running")
+    assert f"qmpmerge job {setup.machine.target} {JOB} follow" in run.document["error"]["hint"]
+
+
+@ALL_TOPS
+async def test_from_the_switch_to_the_proof_signals_wait(setup: Setup, top: str) -> None:
+    """Both kinds, at every moment between the command and its proof."""
+    ends = ("job-finalize", "job-complete")
+    patience = library.Patience()
+    tasks: list[asyncio.Task[library.Outcome]] = []
+    switching = False
+
+    def signals(direction: str, text: str) -> None:
+        nonlocal switching
+        switching = switching or (direction == "->" and any(command in text for command in ends))
+        if switching:
+            patience.leave()
+            tasks[0].cancel()
+
+    async with library.live(setup.machine.target, trace=signals) as host:
+        tasks.append(asyncio.ensure_future(library.commit(host, "vda", top=top, patience=patience)))
+        assert (await tasks[0]).verdict in ("merged", "pivoted")
+    assert job_now(setup) is None
+    nothing_is_left_behind(setup)
+
+
+def test_offline_a_second_signal_leaves_the_old_chain(images: list[Path], content: Content) -> None:
+    begun = Begun("commit", str(images[3]), *FOREVER)
+    begun.process.send_signal(signal.SIGHUP)
+    begun.process.send_signal(signal.SIGINT)
+    assert begun.end().document["verdict"] == "cancelled"
+    content.check(images[3])
+
+
+# --- leaving on purpose, and in time -------------------------------------------------------------------------------------
+
+
+@ALL_TOPS
+def test_detach_leaves_once_the_job_has_been_started(setup: Setup, top: str) -> None:
+    run = invoke("commit", setup.machine.target, "--top", top, "--detach", "--json")
+    assert (run.code, run.document["verdict"], run.document["error"]["facts"]["job"]) == (7, "running", JOB)
+    assert job_now(setup) is not None
+    followed = invoke("job", setup.machine.target, JOB, "follow", "--json")
+    assert followed.document["verdict"] in ("merged", "pivoted")
+
+
+async def test_offline_nothing_can_be_left(images: list[Path], content: Content) -> None:
+    async with Images(images[3], content).host() as host:
+        with pytest.raises(LiveOnly, match="--detach"):
+            await library.commit(host, patience=library.Patience(detach=True))
+
+
+@ALL_TOPS
+def test_at_the_time_limit_the_job_can_be_cancelled(setup: Setup, top: str) -> None:
+    options = ("--top", top, *FOREVER, "--timeout", "3", "--on-timeout", "cancel", "--wait-ready")
+    if top == "[4]":  # so small a disk heeds no limit, so it is paused instead
+        assert invoke("commit", setup.machine.target, "--wait-ready").code == 0
+        setup.machine.session.execute("job-pause", id=JOB)
+    run = invoke("commit", setup.machine.target, *options, "--json")
+    assert (run.code, run.document["error"]["name"], job_now(setup)) == (130, "time-up", None)
+    nothing_is_left_behind(setup)
+
+
+async def test_the_time_limit_holds_where_qemu_stands_still(setup: Setup) -> None:
+    """While it is followed, and before anything is sent."""
+    async with library.live(setup.machine.target) as host:
+        begun = asyncio.Event()
+        following = asyncio.ensure_future(
+            library.commit(host, top="[3]", speed=1, timeout=1.0, report=lambda told: begun.set())
+        )
+        await begun.wait()
+        stop(setup.machine)
+        with pytest.raises(StillRunning):
+            await following
+    setup.machine.process.send_signal(signal.SIGCONT)
+    async with library.live(setup.machine.target) as host:
+        stop(setup.machine)
+        with pytest.raises(TimeUp):
+            await library.commit(host, top="[3]", timeout=0.3)
+    setup.machine.process.send_signal(signal.SIGCONT)
+    assert job_now(setup) == "running"
+
+
+async def test_the_time_limit_holds_for_flush_comparison_and_switch(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def for_ever(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    async with library.live(setup.machine.target) as host:
+        for place, name in ((before_switch, "make_base_durable"), (before_switch, "verify")):
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, for_ever)
+                with pytest.raises(StillRunning):
+                    await library.commit(host, top="[3]", timeout=0.5)
+            assert job_now(setup) == "pending"
+        assert (await library.commit(host, top="[3]")).verdict == "merged"
+
+
+# --- sessions that are lost ----------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def losing(setup: Setup, moment: str, count: int = 1) -> AsyncIterator[tuple[library.Host, list[str]]]:
+    """A host whose session is cut off under it at a moment of the conversation; yields the commands that were sent."""
+    sent: list[str] = []
+    hosts: list[library.Host] = []
+
+    def cut(direction: str, text: str) -> None:
+        if direction == "->":
+            sent.append(json.loads(text)["execute"])
+        if f"{direction} {sent[-1]}" == moment and sent.count(sent[-1]) <= count:
+            client = hosts[0].monitor._client
+            asyncio.get_running_loop().call_soon(client._writer.transport.abort)  # type: ignore[union-attr]
+
+    async with library.live(setup.machine.target, trace=cut) as host:
+        hosts.append(host)
+        yield host, sent
+
+
+@pytest.mark.parametrize(
+    ("top", "moment"),
+    [
+        ("[3]", "-> block-commit"),
+        ("[3]", "<- block-commit"),
+        ("[3]", "-> block-export-add"),
+        ("[3]", "-> job-finalize"),
+        ("[3]", "<- job-finalize"),
+        ("[3]", "-> job-dismiss"),
+        ("[4]", "-> job-complete"),
+        ("[4]", "<- job-complete"),
+        ("[4]", "-> job-dismiss"),
+    ],
+)
+async def test_a_lost_session_is_made_again_and_qemu_asked_for_the_truth(
+    setup: Setup, content: Content, top: str, moment: str
+) -> None:
+    """What was being sent may have been lost or not; nothing is sent a second time without a look."""
+    async with losing(setup, moment) as (host, sent):
+        try:
+            outcome = await library.commit(host, "vda", top=top)
+        except JobFailed as error:  # it was lost before QEMU had it
+            assert moment == "-> block-commit" and "before QEMU had started it" in error.reason
+            assert sent.count("block-commit") == 1
+            outcome = await library.commit(host, "vda", top=top)
+    assert outcome.verdict == {"[3]": "merged", "[4]": "pivoted"}[top]
+    assert job_now(setup) is None
+    setup.check()
+    setup.off()
+    content.check(outcome.after.active.file)
+
+
+async def test_a_session_that_is_lost_twice_is_an_unknown_outcome(setup: Setup) -> None:
+    async with losing(setup, "-> job-finalize", count=2) as (host, _):
+        try:
+            outcome = await library.commit(host, "vda", top="[3]")
+            assert outcome.verdict == "merged"  # QEMU had the first one already
+        except SessionLost as lost:
+            assert lost.verdict == "unknown"
+    async with library.live(setup.machine.target) as host:
+        outcome = await library.commit(host, "vda", top=f"{setup.machine.folder}/b.qcow2")
+        assert outcome.verdict == "merged"
+
+
+async def test_a_monitor_that_stops_answering_mid_job_and_comes_back(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first question after SIGSTOP gets no reply in time; by the time we come back QEMU runs again."""
+    monkeypatch.setattr(monitor.Monitor.execute, "__kwdefaults__", {"timeout": 0.5})
+    begun = asyncio.Event()
+    async with library.live(setup.machine.target) as host:
+        merge = asyncio.ensure_future(library.commit(host, top="[3]", speed=1, report=lambda told: begun.set()))
+        await begun.wait()
+        stop(setup.machine)
+        await asyncio.sleep(1.2)
+        setup.machine.process.send_signal(signal.SIGCONT)
+        setup.machine.session.execute("block-job-set-speed", device=JOB, speed=0)
+        monkeypatch.undo()
+        assert (await merge).verdict == "merged"
+
+
+async def test_a_monitor_that_never_answers_again_is_an_unknown_outcome(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor.Monitor.execute, "__kwdefaults__", {"timeout": 0.5})
+    begun = asyncio.Event()
+    async with library.live(setup.machine.target, timeout=0.5) as host:
+        merge = asyncio.ensure_future(library.commit(host, top="[3]", speed=1, report=lambda told: begun.set()))
+        await begun.wait()
+        stop(setup.machine)
+        with pytest.raises(NoReply) as lost:
+            await merge
+    assert lost.value.verdict == "unknown" and "qmpmerge doctor" in lost.value.hint
+    setup.machine.process.send_signal(signal.SIGCONT)
+    monkeypatch.undo()
+    assert (await followed(setup)).verdict == "merged"
+
+
+async def followed(setup: Setup) -> library.Outcome:
+    async with library.live(setup.machine.target) as host:
+        return await library.commit(host, top="[3]")
+
+
+async def test_a_qemu_that_was_started_anew_is_not_the_one_that_had_the_job(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """A supervisor restarts it at the same path before we come back."""
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(drive(tmp_path, images, content))
+        begun = asyncio.Event()
+        async with library.live(first.machine.target) as host:
+            merge = asyncio.ensure_future(library.commit(host, top="[3]", speed=1, report=lambda told: begun.set()))
+            await begun.wait()
+            second = replaced(first.machine, stack, tmp_path, images, content)
+            with pytest.raises(JobFailed, match="started anew") as failed:
+                await merge
+        assert failed.value.verdict == "failed"
+        assert (await followed(second)).verdict == "merged"
+
+
+def replaced(
+    machine: Machine, stack: contextlib.ExitStack, folder: Path, images: list[Path], content: Content
+) -> Setup:
+    machine.kill()
+    return stack.enter_context(drive(folder, images, content))
+
+
+# --- the monitor left to others --------------------------------------------------------------------------------------------
+
+
+@ALL_TOPS
+async def test_a_polite_follower_lets_others_at_the_monitor(setup: Setup, content: Content, top: str) -> None:
+    """It would be refused otherwise: a monitor serves one client at a time."""
+    begun = asyncio.Event()
+    async with library.live(setup.machine.target) as host:
+        speed = 0 if top == "[4]" else 1
+        merge = asyncio.ensure_future(
+            library.commit(host, top=top, speed=speed, polite=0.2, report=lambda told: begun.set())
+        )
+        if top == "[3]":
+            await begun.wait()
+            async with library.live(setup.machine.target) as other:
+                assert [job.id for job in await other.jobs()] == [JOB]
+                await library.steer(other, JOB, "speed", speed=0)
+        outcome = await merge
+        assert outcome.verdict in ("merged", "pivoted")
+        assert (await host.disks())[0].chain is not None  # the session is there again
+    setup.off()
+    content.check(outcome.after.active.file)
+
+
+async def test_a_polite_follower_waits_for_its_turn_and_heeds_the_limit(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconnect, "POLITE_TRIES_SECONDS", 0.05)
+    begun = asyncio.Event()
+    async with library.live(setup.machine.target, timeout=0.2) as host:
+        following = library.commit(host, top="[3]", speed=1, polite=0.3, timeout=3, report=lambda told: begun.set())
+        merge = asyncio.ensure_future(following)
+        await begun.wait()
+        async with another(setup.machine.target):
+            with pytest.raises(StillRunning):
+                await merge
+    assert job_now(setup) == "running"
+
+
+@contextlib.asynccontextmanager
+async def another(path: str) -> AsyncIterator[None]:
+    """Another client that gets the monitor when it is its turn, and keeps it."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, path, stdin=pipe, stdout=pipe)
+    assert process.stdin is not None and process.stdout is not None
+    assert await process.stdout.readline() == b"greeted\n"
+    yield
+    process.stdin.close()
+    await process.wait()
+
+
+async def test_a_polite_follower_that_is_cancelled_takes_the_job_back(setup: Setup) -> None:
+    begun = asyncio.Event()
+    async with library.live(setup.machine.target) as host:
+        following = library.commit(host, top="[3]", speed=1, polite=30, report=lambda told: begun.set())
+        merge = asyncio.ensure_future(following)
+        await begun.wait()
+        await asyncio.sleep(0.1)
+        merge.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await merge
+    assert job_now(setup) is None

@@ -1,0 +1,662 @@
+"""
+Freezing and thawing, against an agent of ours that speaks the protocol and can misbehave.
+
+The guardian is always the real process; in the tests of our own death the tool is one too. The tests at the end meet the
+real agent, in a real guest.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+from rig.guests import Guest, guest
+
+from qmpmerge.errors import AgentFailed, FreezeUnproven, ThawUnproven
+from qmpmerge.guest import agent, freeze
+from qmpmerge.guest.freeze_child import THAW_TRIES, Guardian
+
+FREEZE = "guest-fsfreeze-freeze"
+THAW = "guest-fsfreeze-thaw"
+STATUS = "guest-fsfreeze-status"
+
+SHORT = 1.0
+"""The `timeout` where one has to pass: long enough for the exchanges before it on a busy host."""
+
+PATIENCE = 60.0
+"""What anything may take with a real guest: a busy host is slow, not broken."""
+
+SILENCE = None
+"""What a misbehaving command answers when it answers nothing."""
+
+Answer = dict[str, object] | bytes | None
+
+
+def refusal(words: str) -> Answer:
+    return {"error": {"class": "GenericError", "desc": words}}
+
+
+class FakeAgent:
+    """
+    A guest agent as the host sees it: one client at a time, commands strictly in order.
+
+    `says` replaces the answer to a command; `stale` is in the channel before the next client comes, and `unfinished`
+    in the agent's parser. `seen` counts the commands.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.filesystems = 2
+        self.frozen = 0
+        self.stale = b""
+        self.unfinished = b""
+        self.says: dict[str, Callable[[], Awaitable[Answer]]] = {}
+        self.seen: Counter[str] = Counter()
+        self.news = asyncio.Condition()
+        self.more = asyncio.Event()
+        self.clients = 0
+        self._commands: asyncio.Queue[str] = asyncio.Queue()
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.clients += 1
+        self._writer = writer
+        writer.write(self.stale)
+        working = asyncio.create_task(self._work())
+        with contextlib.suppress(ConnectionError):
+            while received := await reader.read(4096):
+                self._take(received)
+        working.cancel()
+        await asyncio.wait([working])
+        writer.close()
+        async with self.news:
+            self.clients -= 1
+            self.news.notify_all()
+
+    def _take(self, received: bytes) -> None:
+        _, sentinel, last = received.rpartition(b"\xff")
+        self.unfinished = last if sentinel else self.unfinished + received
+        *lines, self.unfinished = self.unfinished.split(b"\n")
+        for line in lines:
+            self._commands.put_nowait(line.decode())
+        self.more.set()
+
+    async def _work(self) -> None:
+        while True:
+            line = await self._commands.get()
+            try:
+                command = json.loads(line)
+            except ValueError:
+                self._write(refusal("Invalid JSON syntax"))
+                continue
+            name = command["execute"]
+            answer = await self.says[name]() if name in self.says else self.obey(name, command)
+            self._write(answer)
+            async with self.news:
+                self.seen[name] += 1
+                self.news.notify_all()
+
+    def obey(self, name: str, command: dict[str, dict[str, object]] | None = None) -> Answer:
+        if name == "guest-sync-delimited" and command is not None:
+            return b"\xff" + json.dumps({"return": command["arguments"]["id"]}).encode() + b"\n"
+        if name == STATUS:
+            return {"return": "frozen" if self.frozen else "thawed"}
+        if name == FREEZE:
+            self.frozen = self.filesystems
+            return {"return": self.frozen}
+        assert name == THAW
+        thawed, self.frozen = self.frozen, 0
+        return {"return": thawed}
+
+    def answers(self, name: str, *answers: Answer) -> None:
+        """The next times, this is what the command answers, without doing anything; then it obeys again."""
+        left = list(answers)
+
+        async def answer() -> Answer:
+            return left.pop(0) if left else self.obey(name)
+
+        self.says[name] = answer
+
+    def always_answers(self, name: str, answer: Answer) -> None:
+        async def always() -> Answer:
+            return answer
+
+        self.says[name] = always
+
+    def _write(self, answer: Answer) -> None:
+        assert self._writer is not None
+        if answer is not None:
+            self._writer.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode() + b"\n")
+
+    def die(self) -> None:
+        assert self._writer is not None
+        self._writer.close()
+
+    async def is_alone(self) -> None:
+        """Return when no client, and no guardian of one, holds the connection."""
+        async with self.news:
+            await self.news.wait_for(lambda: self.clients == 0)
+
+    async def has_seen(self, name: str, times: int = 1) -> None:
+        async with self.news:
+            await self.news.wait_for(lambda: self.seen[name] >= times)
+
+
+@pytest.fixture
+async def fake(tmp_path: Path) -> AsyncIterator[FakeAgent]:
+    fake = FakeAgent(str(tmp_path / "agent.sock"))
+    server = await asyncio.start_unix_server(fake.serve, fake.path)
+    yield fake
+    await fake.is_alone()
+    server.close()
+    await server.wait_closed()
+
+
+def guardians(pid: int | None = None) -> list[psutil.Process]:
+    return [child for child in psutil.Process(pid).children() if "freeze_child.guard(" in " ".join(child.cmdline())]
+
+
+# --- it goes well -------------------------------------------------------------------------------------------------
+
+
+async def test_the_guest_is_frozen_in_the_block_and_thawed_after_it(fake: FakeAgent) -> None:
+    async with freeze.frozen(fake.path) as count:
+        assert (count, fake.frozen) == (2, 2)
+        assert len(guardians()) == 1
+    assert fake.frozen == 0
+    assert guardians() == []
+
+
+async def test_a_second_freeze_can_follow_at_once(fake: FakeAgent) -> None:
+    for _ in range(2):
+        async with freeze.frozen(fake.path):
+            pass
+    assert fake.seen[FREEZE] == 2
+
+
+async def test_a_guest_with_nothing_to_freeze_is_no_error(fake: FakeAgent) -> None:
+    fake.filesystems = 0
+    async with freeze.frozen(fake.path) as count:
+        assert count == 0
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        b'{"return": 7}\n',
+        b'\xff{"return": 12345}\n{"return": {}}\n',
+        b'{"return": {"buf-b64": "AAAA',
+        b'\xff\xff{"ret\xff',
+        b"[" * 100_000,
+        b'{"return": "' + b"x" * 1_000_000,
+    ],
+)
+async def test_what_an_earlier_client_left_in_the_channel_is_skipped(fake: FakeAgent, stale: bytes) -> None:
+    fake.stale = stale
+    async with freeze.frozen(fake.path) as count:
+        assert count == 2
+
+
+async def test_half_a_command_of_an_earlier_client_is_cleared(fake: FakeAgent) -> None:
+    fake.unfinished = b'{"execute": "guest-exec", "arguments": {"path": "'
+    async with freeze.frozen(fake.path) as count:
+        assert count == 2
+
+
+async def test_a_socket_with_a_long_path(tmp_path: Path) -> None:
+    folder = tmp_path / ("f" * 120)
+    folder.mkdir()
+    there = FakeAgent(str(folder / ("s" * 120)))
+    before = Path.cwd()
+    os.chdir(folder)  # bind(2) takes 107 bytes only, so it is bound by a short name and renamed
+    try:
+        server = await asyncio.start_unix_server(there.serve, "s")
+    finally:
+        os.chdir(before)
+    (folder / "s").rename(there.path)
+    async with freeze.frozen(there.path) as count:
+        assert count == 2
+    await there.is_alone()
+    server.close()
+    await server.wait_closed()
+
+
+# --- it cannot be frozen: AgentFailed, and the guest is as it was ---------------------------------------------------
+
+
+async def refused(path: str, timeout: float = 10.0) -> str:
+    with pytest.raises(AgentFailed) as raised:
+        async with freeze.frozen(path, timeout=timeout):
+            pytest.fail("the block ran")
+    assert raised.value.agent == path
+    assert guardians() == []
+    return raised.value.reason
+
+
+async def test_no_socket(tmp_path: Path) -> None:
+    assert await refused(str(tmp_path / "none")) == "there is no such socket"
+
+
+async def test_no_socket_with_a_long_path(tmp_path: Path) -> None:
+    assert await refused(str(tmp_path / ("n" * 200))) == "there is no such socket"
+
+
+async def test_a_path_that_the_system_does_not_take(tmp_path: Path) -> None:
+    assert await refused(str(tmp_path / ("n" * 300))) == "File name too long"
+
+
+async def test_nobody_listens(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "nobody listens" in await refused(str(tmp_path / "file"))
+
+
+async def test_no_agent_in_the_guest(fake: FakeAgent) -> None:
+    fake.always_answers("guest-sync-delimited", SILENCE)
+    assert await refused(fake.path, timeout=0.1) == "no answer within 0.1 s"
+    assert fake.seen[FREEZE] == 0
+
+
+async def test_noise_without_an_end_is_given_up(fake: FakeAgent) -> None:
+    fake.always_answers("guest-sync-delimited", b"x" * 10_000_000)
+    assert await refused(fake.path, timeout=0.1) == "no answer within 0.1 s"
+
+
+async def test_the_other_end_hangs_up(fake: FakeAgent) -> None:
+    async def die() -> Answer:
+        fake.die()
+        return SILENCE
+
+    fake.says[STATUS] = die
+    assert "closed" in await refused(fake.path)
+
+
+async def test_another_s_freeze_is_left_alone(fake: FakeAgent) -> None:
+    fake.frozen = 1
+    assert await refused(fake.path) == "somebody else has frozen it already"
+    assert fake.frozen == 1
+    assert fake.seen[THAW] == 0
+
+
+async def test_the_agent_refuses(fake: FakeAgent) -> None:
+    fake.answers(FREEZE, refusal("failed to freeze /: Input/output error"))
+    assert await refused(fake.path) == "failed to freeze /: Input/output error"
+
+
+async def test_every_command_is_disabled_in_the_guest(fake: FakeAgent) -> None:
+    fake.always_answers(FREEZE, refusal("disabled"))
+    fake.always_answers(THAW, refusal("disabled"))
+    assert await refused(fake.path) == "disabled"
+
+
+async def test_what_the_guest_says_cannot_write_on_the_terminal(fake: FakeAgent) -> None:
+    fake.always_answers(STATUS, refusal("\x1b[2Jhello\n" + "x" * 1000))
+    reason = await refused(fake.path)
+    assert reason.startswith("?[2Jhello?xxx")
+    assert len(reason) == 200
+
+
+@pytest.mark.parametrize(
+    "nonsense", [b"[]\n", b"\n", b"[" * 60_000 + b"\n", b'{"return": "many"}\n', b'{"error": 1}\n']
+)
+async def test_answers_that_make_no_sense(fake: FakeAgent, nonsense: bytes) -> None:
+    fake.answers(FREEZE, nonsense)
+    assert await refused(fake.path) == "its answer makes no sense"
+
+
+async def test_a_freeze_that_takes_effect_too_late_is_thawed(fake: FakeAgent) -> None:
+    async def late() -> Answer:
+        fake.more.clear()
+        await fake.more.wait()  # until the client has given up and sent the next command
+        return fake.obey(FREEZE)
+
+    fake.says[FREEZE] = late
+    assert await refused(fake.path, timeout=SHORT) == "no answer within 1 s"
+    assert fake.seen[FREEZE] == 1
+    assert fake.frozen == 0
+
+
+async def test_no_freeze_without_a_guardian(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert await refused(fake.path) == "the guardian did not start"
+    assert fake.seen[FREEZE] == 0
+
+
+async def test_no_freeze_without_a_python(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert await refused(fake.path) == "the guardian did not start: No such file or directory"
+    assert fake.seen[FREEZE] == 0
+
+
+# --- every way out thaws --------------------------------------------------------------------------------------------
+
+
+async def test_an_error_in_the_block(fake: FakeAgent) -> None:
+    with pytest.raises(KeyError):
+        async with freeze.frozen(fake.path):
+            raise KeyError
+    assert fake.frozen == 0
+
+
+async def frozen_for_ever(fake: FakeAgent) -> None:
+    async with freeze.frozen(fake.path):
+        await asyncio.Event().wait()
+
+
+async def test_cancellation_in_the_block(fake: FakeAgent) -> None:
+    task = asyncio.create_task(frozen_for_ever(fake))
+    await fake.has_seen(FREEZE)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert fake.frozen == 0
+
+
+async def test_cancellation_during_the_freeze(fake: FakeAgent) -> None:
+    begun = asyncio.Event()
+
+    async def late() -> Answer:
+        fake.more.clear()
+        begun.set()
+        await fake.more.wait()
+        return fake.obey(FREEZE)
+
+    fake.says[FREEZE] = late
+    task = asyncio.create_task(frozen_for_ever(fake))
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert fake.frozen == 0
+
+
+async def test_cancellation_during_the_thaw_is_taken_back(fake: FakeAgent) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> Answer:
+        begun.set()
+        await go_on.wait()
+        return fake.obey(THAW)
+
+    async def freeze_and_thaw() -> None:
+        async with freeze.frozen(fake.path):
+            pass
+
+    fake.says[THAW] = slow
+    task = asyncio.create_task(freeze_and_thaw())
+    await begun.wait()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.wait([task], timeout=0)
+    assert not task.done()
+    go_on.set()
+    await task
+    assert fake.frozen == 0
+
+
+async def test_a_dead_guardian_is_not_needed(fake: FakeAgent) -> None:
+    async with freeze.frozen(fake.path):
+        [guardian] = guardians()
+        guardian.kill()
+        guardian.wait()
+    assert fake.frozen == 0
+
+
+async def test_a_stopped_guardian_is_not_waited_for(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with freeze.frozen(fake.path):
+        [guardian] = guardians()
+        guardian.suspend()
+        monkeypatch.setattr("qmpmerge.guest.freeze_child.GUARDIAN_SECONDS", 0.1)
+    assert fake.frozen == 0
+    assert guardians() == []
+
+
+# --- the thaw is in doubt -------------------------------------------------------------------------------------------
+
+
+async def test_a_guest_that_does_not_thaw(fake: FakeAgent) -> None:
+    fake.always_answers(THAW, refusal("failed to thaw /"))
+    with pytest.raises(ThawUnproven, match="MAY STILL BE FROZEN") as raised:
+        async with freeze.frozen(fake.path):
+            pass
+    assert raised.value.facts == {"agent": fake.path, "reason": "failed to thaw /"}
+    assert "{" + '"execute":"guest-fsfreeze-thaw"}' in raised.value.hint
+    assert raised.value.exit_code == 6
+    assert fake.seen[THAW] == 1 + THAW_TRIES
+    assert guardians() == []
+
+
+async def test_a_thaw_in_doubt_hides_no_error_of_the_block(fake: FakeAgent) -> None:
+    fake.always_answers(THAW, refusal("failed to thaw /"))
+    with pytest.raises(ThawUnproven) as raised:
+        async with freeze.frozen(fake.path):
+            raise KeyError
+    assert isinstance(raised.value.__context__, KeyError)
+
+
+async def test_a_connection_that_is_lost_in_the_block(fake: FakeAgent) -> None:
+    with pytest.raises(ThawUnproven):
+        async with freeze.frozen(fake.path):
+            fake.die()
+            await fake.is_alone()
+
+
+async def test_the_guardian_thaws_when_we_cannot(fake: FakeAgent) -> None:
+    fake.answers(THAW, refusal("busy"))
+    with pytest.raises(FreezeUnproven) as raised:
+        async with freeze.frozen(fake.path):
+            pass
+    assert raised.value.facts == {"agent": fake.path, "frozen": 2, "held": 0}
+    assert fake.frozen == 0
+    assert guardians() == []
+
+
+async def test_a_filesystem_that_was_thawed_in_the_guest(fake: FakeAgent) -> None:
+    with pytest.raises(FreezeUnproven, match="of 2 frozen filesystems, 1 were still frozen"):
+        async with freeze.frozen(fake.path):
+            fake.frozen -= 1
+
+
+async def test_a_thaw_too_early_hides_no_error_of_the_block(fake: FakeAgent) -> None:
+    with pytest.raises(KeyError):
+        async with freeze.frozen(fake.path):
+            fake.frozen = 0
+            raise KeyError
+
+
+async def test_the_limit_thaws_while_we_live(fake: FakeAgent) -> None:
+    with pytest.raises(FreezeUnproven) as raised:
+        async with freeze.frozen(fake.path, timeout=1000, limit=0.1):
+            await fake.has_seen(THAW)
+            assert fake.frozen == 0
+    assert raised.value.held == 0
+
+
+async def test_a_guardian_that_is_thawing_is_not_interrupted(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, waited_for = asyncio.Event(), asyncio.Event()
+    last_word = Guardian.last_word
+
+    async def wait_for_it(guardian: Guardian, seconds: float) -> int | None:
+        assert not fake.more.is_set(), "nobody has written since"
+        waited_for.set()
+        return await last_word(guardian, seconds)
+
+    async def slow() -> Answer:
+        if not begun.is_set():
+            fake.more.clear()
+            begun.set()
+            await waited_for.wait()
+        return fake.obey(THAW)
+
+    monkeypatch.setattr(Guardian, "last_word", wait_for_it)
+    fake.says[THAW] = slow
+    with pytest.raises(FreezeUnproven):
+        async with freeze.frozen(fake.path, limit=0.1):
+            await begun.wait()
+    assert fake.seen[THAW] == 2
+    assert fake.frozen == 0
+
+
+# --- we die ---------------------------------------------------------------------------------------------------------
+
+TOOL = """
+import asyncio, sys
+from qmpmerge import errors
+from qmpmerge.guest import freeze
+
+async def main(path, timeout, limit):
+    try:
+        async with freeze.frozen(path, timeout=float(timeout), limit=float(limit)) as count:
+            print(count, flush=True)
+            sys.stdin.readline()
+    except errors.FreezeUnproven as error:
+        print(error.name, flush=True)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@contextlib.asynccontextmanager
+async def frozen_tool(path: str, *, limit: float = PATIENCE) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process of its own that has frozen the guest and stays in the block until it gets a line."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", TOOL, path, str(PATIENCE), str(limit)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(freeze.__file__).parents[2],
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert int(await process.stdout.readline()) > 0
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        process.stdin.close()
+        await process.wait()
+
+
+async def test_our_death_thaws(fake: FakeAgent) -> None:
+    async with frozen_tool(fake.path) as tool:
+        assert fake.frozen == 2
+        tool.kill()
+        await fake.has_seen(THAW)
+        await fake.is_alone()
+    assert fake.frozen == 0
+
+
+async def test_our_death_thaws_on_the_second_try(fake: FakeAgent) -> None:
+    fake.answers(THAW, refusal("busy"))
+    async with frozen_tool(fake.path) as tool:
+        tool.kill()
+        await fake.has_seen(THAW, times=2)
+        await fake.is_alone()
+    assert fake.frozen == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_signals_to_the_guardian_do_not_stop_it(fake: FakeAgent, number: signal.Signals) -> None:
+    async with frozen_tool(fake.path) as tool:
+        [guardian] = guardians(tool.pid)
+        assert os.getsid(guardian.pid) == guardian.pid
+        guardian.send_signal(number)
+        tool.kill()
+        await fake.has_seen(THAW)
+        await fake.is_alone()
+    assert fake.frozen == 0
+
+
+async def test_being_stopped_for_too_long_thaws(fake: FakeAgent) -> None:
+    async with frozen_tool(fake.path, limit=0.5) as tool:
+        tool.send_signal(signal.SIGSTOP)
+        await fake.has_seen(THAW)
+        assert fake.frozen == 0
+        tool.send_signal(signal.SIGCONT)
+        output, _ = await tool.communicate(b"\n")
+        assert output == b"freeze-unproven\n"
+        assert tool.returncode == 0
+
+
+# --- the real agent, in a real guest --------------------------------------------------------------------------------
+
+MKFS = "mkfs.ext4 -q /dev/vda && mount -t ext4 /dev/vda /mnt"
+WRITE = "echo $$ >/run/pid; echo words >/mnt/file"
+BLOCKED = "until grep -q ' D ' /proc/$(cat /run/pid)/stat; do usleep 5000; done 2>/dev/null"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def booted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guest]:
+    """A guest with an ext4 on its only disk. One for all these tests, which therefore run in one event loop."""
+    image = tmp_path_factory.mktemp("guest") / "disk.raw"
+    with image.open("wb") as file:
+        file.truncate(32 * 1024 * 1024)
+    async with guest([["-drive", f"file={image},format=raw,if=virtio"]]) as vm:
+        await vm.run(MKFS)
+        yield vm
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def mounted(booted: Guest) -> Guest:
+    """The guest as it was booted, whatever the test before left there: thawed, the ext4 empty."""
+    with await agent.connect(str(booted.agent_socket)) as connection:
+        await agent.thaw(agent.Channel(connection), PATIENCE)
+    await booted.run("rm -f /mnt/file /run/pid")
+    return booted
+
+
+async def blocked_write(vm: Guest) -> asyncio.Task[str]:
+    """A write of the guest's, waiting in the kernel for the thaw."""
+    writing = asyncio.create_task(vm.run(WRITE))
+    await vm.run(BLOCKED)
+    assert not writing.done()
+    return writing
+
+
+@pytest.mark.guest
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_real_guest_writes_nothing_in_the_block(mounted: Guest) -> None:
+    async with freeze.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE) as count:
+        assert count == 1
+        writing = await blocked_write(mounted)
+    await writing
+    assert await mounted.run("cat /mnt/file") == "words\n"
+    assert await mounted.agent(STATUS) == "thawed"
+
+
+@pytest.mark.guest
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_real_agent_gets_over_half_a_command(mounted: Guest) -> None:
+    _, writer = await asyncio.open_unix_connection(mounted.agent_socket)
+    writer.write(b'{"execute": "guest-info"}\n{"execute": "guest-ex')
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    async with freeze.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE) as count:
+        assert count == 1
+    assert await mounted.agent(STATUS) == "thawed"
+
+
+@pytest.mark.guest
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_real_guest_is_thawed_by_our_death(mounted: Guest) -> None:
+    async with frozen_tool(str(mounted.agent_socket)) as tool:
+        writing = await blocked_write(mounted)
+        tool.kill()
+        await writing
+    assert await mounted.agent(STATUS) == "thawed"
+
+
+@pytest.mark.guest
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_real_guest_that_thawed_by_itself_is_noticed(mounted: Guest) -> None:
+    with pytest.raises(FreezeUnproven, match="of 1 frozen filesystems, 0 were still frozen"):
+        async with freeze.frozen(str(mounted.agent_socket), timeout=PATIENCE, limit=PATIENCE):
+            await mounted.run("fsfreeze --unfreeze /mnt")

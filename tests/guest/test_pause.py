@@ -1,0 +1,202 @@
+"""The guard: a guest that was paused for a pivot runs again, whatever happens to the one that paused it."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rig.machines import Machine, machine
+
+import qmpmerge
+from qmpmerge.errors import PauseUnproven
+from qmpmerge.guest import pause
+from qmpmerge.guest.pause import Guard, paused
+
+PROGRAM = """
+import asyncio, os, sys
+import qmpmerge
+from qmpmerge.guest import pause
+
+async def main():
+    async with qmpmerge.live(sys.argv[1]) as host:
+        guarded = pause.Guard.start(host.monitor, limit=float(sys.argv[3]))
+        async with pause.paused(host.monitor, guarded):
+            os.write(host.monitor.descriptor, sys.argv[2].encode())
+            print("paused", flush=True)
+            await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Iterator[Machine]:
+    with machine(tmp_path) as vm:
+        vm.session.execute("cont")
+        yield vm
+
+
+def status(vm: Machine) -> str:
+    return str(vm.session.execute("query-status")["status"])
+
+
+def becomes(vm: Machine, wanted: str) -> bool:
+    deadline = time.monotonic() + 30
+    while status(vm) != wanted:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@contextlib.contextmanager
+def pausing_process(vm: Machine, half: str = "", limit: float = 30) -> Iterator["subprocess.Popen[str]"]:
+    """A process that has paused the guest and does not go on; `half` is a command of which it had sent a part."""
+    command = [sys.executable, "-c", PROGRAM, vm.target, half, str(limit)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "paused\n"
+            assert status(vm) == "paused"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("half", ["", '{"execute": "query-st', '{"execute": "quit", "arguments": {"x": "'])
+def test_the_guest_runs_again_when_we_are_killed(vm: Machine, half: str) -> None:
+    with pausing_process(vm, half) as process:
+        process.kill()
+        assert becomes(vm, "running")
+
+
+def test_the_guest_runs_again_when_we_hang(vm: Machine) -> None:
+    with pausing_process(vm, limit=0.2) as process:
+        process.send_signal(signal.SIGSTOP)
+        assert becomes(vm, "running")
+        vm.session.execute("stop")  # what the user does after that is not undone
+        time.sleep(0.5)
+        assert status(vm) == "paused"
+
+
+def test_a_second_guest_is_none_of_ours(vm: Machine) -> None:
+    """After the death of the one that hung the guard has its last word, and goes: no process of ours is left."""
+    with pausing_process(vm) as process:
+        guards = children(process.pid)
+        assert len(guards) == 1
+        process.kill()
+        process.wait()
+        assert becomes(vm, "running")
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{guards[0]}") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not os.path.exists(f"/proc/{guards[0]}")
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+async def test_a_paused_guest_stays_paused(vm: Machine) -> None:
+    vm.session.execute("stop")
+    async with qmpmerge.live(vm.target) as host:
+        guarded = Guard.start(host.monitor)
+        assert guarded is not None
+        async with paused(host.monitor, guarded) as pause:
+            assert pause.guest_rests
+        guarded.reap()
+    assert (pause.milliseconds, status(vm)) == (None, "paused")
+
+
+async def test_a_guest_that_the_user_stops_afterwards_stays_stopped(vm: Machine) -> None:
+    async with qmpmerge.live(vm.target) as host:
+        guarded = Guard.start(host.monitor)
+        assert guarded is not None
+        async with paused(host.monitor, guarded) as pause:
+            assert status(vm) == "paused"
+        assert status(vm) == "running"
+        vm.session.execute("stop")
+        guarded.reap()
+    assert pause.milliseconds is not None and status(vm) == "paused"
+
+
+async def test_without_a_guard_nobody_is_paused(vm: Machine) -> None:
+    async with qmpmerge.live(vm.target) as host, paused(host.monitor, None) as pause:
+        assert status(vm) == "running"
+    assert not pause.guest_rests
+
+
+async def test_a_dead_guard_pauses_nobody(vm: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    async with qmpmerge.live(vm.target) as host:
+        guarded = Guard.start(host.monitor)
+        assert guarded is not None
+        async with paused(host.monitor, guarded) as pause:
+            assert status(vm) == "running"
+        guarded.reap()
+    assert (pause.guest_rests, pause.is_unguarded) == (False, True)
+
+
+async def test_a_cancelled_pause_ends(vm: Machine) -> None:
+    async with qmpmerge.live(vm.target) as host:
+        guarded, inside = Guard.start(host.monitor), asyncio.Event()
+        assert guarded is not None
+
+        async def wait() -> None:
+            async with pause.paused(host.monitor, guarded):
+                inside.set()
+                await asyncio.sleep(60)
+
+        task = asyncio.ensure_future(wait())
+        await inside.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        guarded.reap()
+    assert status(vm) == "running"
+
+
+async def test_a_session_that_ends_in_the_pause_is_taken_over(vm: Machine) -> None:
+    """The connection is the guard's too, so the guest runs again although our half of it is broken."""
+    async with qmpmerge.live(vm.target) as host:
+        guarded = Guard.start(host.monitor)
+        with contextlib.suppress(PauseUnproven):
+            async with pause.paused(host.monitor, guarded):
+                await host.monitor._client.disconnect()
+        assert guarded is not None
+        guarded.reap()
+    assert becomes(vm, "running")
+
+
+async def test_a_cancellation_that_comes_as_the_guest_is_let_run_again_is_taken_back(vm: Machine) -> None:
+    """The block is over by then: what it did is proved before anybody leaves."""
+    came_to_the_end = False
+
+    async def work() -> None:
+        nonlocal came_to_the_end
+        async with qmpmerge.live(vm.target) as host:
+            execute = host.monitor.execute
+
+            async def interrupted(command: str, **arguments: object) -> object:
+                if command == "cont":
+                    task.cancel()
+                return await execute(command, **arguments)  # type: ignore[arg-type]
+
+            host.monitor.execute = interrupted  # type: ignore[method-assign]
+            guarded = Guard.start(host.monitor)
+            async with pause.paused(host.monitor, guarded):
+                assert status(vm) == "paused"
+            came_to_the_end = True
+            assert guarded is not None
+            guarded.reap()
+
+    task = asyncio.ensure_future(work())
+    await task
+    assert came_to_the_end
+    assert status(vm) == "running"

@@ -1,0 +1,270 @@
+"""Who else is built on an image: found in the folders of the chain, live and offline."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from rig.command import invoke
+from rig.disks import drive
+from rig.headers import raw_header
+from rig.machines import Content, make_chain, run
+
+import qmpmerge
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.errors import Dependents
+from qmpmerge.images import backing_names, dependents
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    (tmp_path / "vm").mkdir()
+    return make_chain(tmp_path / "vm")
+
+
+def sibling(path: Path, backing: Path | str, form: str = "qcow2") -> Path:
+    run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", str(backing), "-F", form, path, "8M")
+    return path
+
+
+def chain_of(images: list[Path]) -> Chain:
+    return Chain(tuple(Image(str(path), path.suffix[1:], 0, inode=inode(path)) for path in images))
+
+
+def inode(path: Path) -> tuple[int, int]:
+    return path.stat().st_dev, path.stat().st_ino
+
+
+def found(images: list[Path], search: tuple[str, ...] = ()) -> dict[str, str]:
+    """What is built on the middle images: name of the dependent to name of the image."""
+    chain = chain_of(images)
+    told = dependents.find(chain.images[1:3], chain, search)
+    return {os.path.basename(one.file): os.path.basename(one.image) for one in told}
+
+
+# --- what is looked at ---------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_itself_is_not_built_on_itself(images: list[Path]) -> None:
+    assert found(images) == {}
+
+
+def test_all_are_found_however_they_name_it(images: list[Path]) -> None:
+    folder = images[0].parent
+    sibling(folder / "relative.qcow2", "a.qcow2")
+    sibling(folder / "absolute.qcow2", images[1])
+    sibling(folder / "prefixed.qcow2", f"file:{images[2]}")
+    sibling(folder / "roundabout.qcow2", f"../vm/./{images[2].name}")
+    (folder / "no-suffix").write_bytes(raw_header(b"b.qcow2", b"qcow2"))
+    (folder / "link").symlink_to("a.qcow2")
+    sibling(folder / "by-link.qcow2", "link")
+    assert found(images) == {
+        "relative.qcow2": "a.qcow2",
+        "absolute.qcow2": "a.qcow2",
+        "prefixed.qcow2": "b.qcow2",
+        "roundabout.qcow2": "b.qcow2",
+        "no-suffix": "b.qcow2",
+        "by-link.qcow2": "a.qcow2",
+    }
+
+
+def test_a_json_name_is_understood(images: list[Path]) -> None:
+    name = f'json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{images[1]}"}}}}'
+    (images[0].parent / "json.qcow2").write_bytes(raw_header(name.encode(), b"qcow2"))
+    assert found(images) == {"json.qcow2": "a.qcow2"}
+
+
+def test_those_on_other_images_do_not_count(images: list[Path]) -> None:
+    folder = images[0].parent
+    sibling(folder / "on-active.qcow2", "c.qcow2")
+    shutil.copy(images[1], folder / "copy.qcow2")
+    sibling(folder / "on-copy.qcow2", "copy.qcow2")
+    sibling(folder / "url.qcow2", "nbd://nowhere/a.qcow2")
+    sibling(folder / "gone.qcow2", "not-there.qcow2")
+    assert found(images) == {}
+
+
+def test_hard_links_and_symlinks_of_images_are_the_images(images: list[Path], tmp_path: Path) -> None:
+    """Also of the chain's own images: an image is its inode."""
+    folder = images[0].parent
+    os.link(images[3], folder / "hard-active.qcow2")
+    (folder / "soft-active.qcow2").symlink_to(images[3])
+    os.link(images[1], tmp_path / "hard-a.qcow2")
+    sibling(folder / "on-hard.qcow2", tmp_path / "hard-a.qcow2")
+    assert found(images) == {"on-hard.qcow2": "a.qcow2"}
+
+
+def test_one_file_under_two_names_is_told_once(images: list[Path]) -> None:
+    folder = images[0].parent
+    one = sibling(folder / "one.qcow2", "a.qcow2")
+    (folder / "other.qcow2").symlink_to(one)
+    assert len(found(images)) == 1
+
+
+def test_a_symlinked_dependent_elsewhere(images: list[Path], tmp_path: Path) -> None:
+    sibling(tmp_path / "elsewhere.qcow2", images[1])
+    (images[0].parent / "linked.qcow2").symlink_to(tmp_path / "elsewhere.qcow2")
+    assert found(images) == {"linked.qcow2": "a.qcow2"}
+
+
+def test_a_symlinked_dependent_with_a_relative_name(images: list[Path], tmp_path: Path) -> None:
+    """QEMU looks from the folder of the name that it was given."""
+    (tmp_path / "store").mkdir()
+    sibling(tmp_path / "store" / "real.qcow2", "a.qcow2")
+    link = images[0].parent / "linked.qcow2"
+    link.symlink_to(tmp_path / "store" / "real.qcow2")
+    run("qemu-img", "info", "--backing-chain", link)
+    assert found(images) == {"linked.qcow2": "a.qcow2"}
+
+
+def test_a_chain_of_symlinks_is_looked_for_in_both_folders(images: list[Path], tmp_path: Path) -> None:
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    links = [shop / image.name for image in images]
+    for link, image in zip(links, images, strict=True):
+        link.symlink_to(image)
+    sibling(images[0].parent / "at-home.qcow2", "a.qcow2")
+    sibling(shop / "in-the-shop.qcow2", "a.qcow2")
+    assert found(links) == {"at-home.qcow2": "a.qcow2", "in-the-shop.qcow2": "a.qcow2"}
+
+
+def test_other_folders_are_looked_through_where_they_are_named(images: list[Path], tmp_path: Path) -> None:
+    other, below = tmp_path / "other", tmp_path / "other" / "below"
+    below.mkdir(parents=True)
+    sibling(other / "far.qcow2", images[1])
+    sibling(below / "farther.qcow2", images[1])
+    assert found(images) == {}
+    assert found(images, (str(other),)) == {"far.qcow2": "a.qcow2"}
+    assert found(images, (str(other), str(below))) == {"far.qcow2": "a.qcow2", "farther.qcow2": "a.qcow2"}
+    assert found(images, (str(tmp_path / "not-there"),)) == {}
+
+
+def test_what_cannot_be_read_is_passed_over(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = images[0].parent
+    os.mkfifo(folder / "fifo.qcow2")
+    (folder / "dangling.qcow2").symlink_to("nowhere")
+    (folder / "folder.qcow2").mkdir()
+    (folder / "broken.qcow2").write_bytes(b"QFI\xfb" + b"\xff" * 500)
+    (folder / "short.qcow2").write_bytes(b"QFI\xfb")
+    sibling(folder / "secret.qcow2", "a.qcow2")
+    sibling(folder / "seen.qcow2", "a.qcow2")
+    really = backing_names.read
+
+    def read(path: str) -> str | None:
+        if path.endswith("secret.qcow2"):
+            raise PermissionError(13, "Permission denied")  # root, as whom tests may run, is never refused
+        return really(path)
+
+    monkeypatch.setattr(backing_names, "read", read)
+    assert found(images) == {"seen.qcow2": "a.qcow2"}
+
+
+def test_a_symlink_that_leads_to_itself_is_passed_over(images: list[Path]) -> None:
+    sibling(images[0].parent / "seen.qcow2", "a.qcow2")
+    (images[0].parent / "loop.qcow2").symlink_to("loop.qcow2")
+    assert found(images) == {"seen.qcow2": "a.qcow2"}
+
+
+def test_a_name_with_a_nul_is_passed_over(images: list[Path]) -> None:
+    (images[0].parent / "nul.qcow2").write_bytes(raw_header(b"a.qc\0ow2", b"qcow2"))
+    assert found(images) == {}
+
+
+def test_a_thousand_images(images: list[Path]) -> None:
+    folder = images[0].parent
+    for number in range(1000):
+        backing = b"a.qcow2" if number % 100 == 0 else b"elsewhere.qcow2"
+        (folder / f"{number}.qcow2").write_bytes(raw_header(backing, b"qcow2"))
+    assert len(found(images)) == 10
+
+
+# --- what a merge makes of them -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def siblings(images: list[Path]) -> list[str]:
+    """Three that are built on images that the merge takes away."""
+    folder = images[0].parent
+    names = {"one.qcow2": "a.qcow2", "two.qcow2": "a.qcow2", "three.qcow2": "b.qcow2"}
+    return sorted(str(sibling(folder / name, backing)) for name, backing in names.items())
+
+
+async def test_all_are_named_offline(images: list[Path], siblings: list[str], content: Content) -> None:
+    for top in ("[3]", None):
+        async with qmpmerge.offline(images[3]) as host:
+            with pytest.raises(Dependents) as refused:
+                await qmpmerge.commit(host, top=top)
+        assert sorted(refused.value.dependents) == siblings
+        assert sorted(refused.value.images) == [str(images[1]), str(images[2])]
+        assert all(name in str(refused.value) for name in siblings)
+    content.check(images[3])
+
+
+async def test_all_are_named_live(images: list[Path], siblings: list[str], content: Content, tmp_path: Path) -> None:
+    with drive(tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            with pytest.raises(Dependents) as refused:
+                await qmpmerge.commit(host, top="[3]")
+            assert sorted(refused.value.dependents) == siblings
+            outcome = await qmpmerge.commit(host, top="[3]", force=["dependents"])
+        assert outcome.verdict == "merged"
+        setup.check()
+
+
+def test_the_command_line_refuses_searches_and_is_forced(
+    images: list[Path], siblings: list[str], content: Content, tmp_path: Path
+) -> None:
+    refused = invoke("commit", str(images[3]), "--top", "[3]", "--json")
+    assert (refused.code, refused.document["error"]["name"]) == (3, "dependents")
+    assert sorted(refused.document["error"]["facts"]["dependents"]) == siblings
+    (tmp_path / "other").mkdir()
+    far = tmp_path / "other" / "far.qcow2"
+    for file in siblings:
+        os.unlink(file)
+    sibling(far, images[2])
+    found = invoke("commit", str(images[3]), "--top", "[3]", "--search", str(far.parent), "--dry-run")
+    assert (found.code, str(far) in found.err) == (3, True)
+    forced = ("--search", str(far.parent), "--force", "dependents")
+    assert invoke("commit", str(images[3]), "--top", "[3]", *forced).code == 0
+    content.check(images[3])
+
+
+async def test_dependents_of_images_outside_the_range_do_not_matter(images: list[Path], content: Content) -> None:
+    sibling(images[0].parent / "on-a.qcow2", "a.qcow2")
+    async with qmpmerge.offline(images[3]) as host:
+        with pytest.raises(Dependents):
+            await qmpmerge.commit(host, base="[1]", top="[2]")
+    sibling(images[0].parent / "on-a.qcow2", "elsewhere.qcow2")
+    async with qmpmerge.offline(images[3]) as host:
+        assert (await qmpmerge.commit(host, base="[1]", top="[2]")).verdict == "merged"
+    content.check(images[3])
+
+
+async def test_an_image_that_is_built_on_the_base_is_protected(
+    images: list[Path], content: Content, tmp_path: Path
+) -> None:
+    """What it shows through to would be overwritten: DESIGN.md, `dependents`."""
+    other = sibling(images[0].parent / "other.qcow2", "base.raw", "raw")
+    before = view(other, tmp_path)
+    with pytest.raises(Dependents) as refused:
+        async with qmpmerge.offline(images[3]) as host:
+            await qmpmerge.commit(host)
+    assert refused.value.dependents == [str(other)]
+    assert view(other, tmp_path) == before
+
+
+async def test_what_an_earlier_merge_has_stashed_is_no_obstacle(images: list[Path], content: Content) -> None:
+    async with qmpmerge.offline(images[3]) as host:
+        await qmpmerge.commit(host, top="[3]")
+    async with qmpmerge.offline(images[3]) as host:
+        assert (await qmpmerge.commit(host)).verdict == "pivoted"
+    content.check(images[0])
+
+
+def view(image: Path, folder: Path) -> bytes:
+    """What the image shows."""
+    target = folder / "view"
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, target)
+    data = target.read_bytes()
+    os.unlink(target)
+    return data

@@ -1,0 +1,216 @@
+"""Our own lock beside the base: two of us never meet, and nothing is left behind."""
+
+import contextlib
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qmpmerge.chain.chain import Image
+from qmpmerge.errors import Locked
+from qmpmerge.journal import locks
+
+HOLDER = """
+import sys
+from qmpmerge.chain.chain import Image
+from qmpmerge.journal import locks
+with locks.held(Image(sys.argv[1], "raw", 0)):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Image:
+    (tmp_path / "base.raw").touch()
+    return Image(str(tmp_path / "base.raw"), "raw", 0)
+
+
+@contextlib.contextmanager
+def another_process(base: Image) -> Iterator[subprocess.Popen[bytes]]:
+    """A second qmpmerge, so to speak: it holds the lock until its stdin ends."""
+    command = [sys.executable, "-c", HOLDER, base.file]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        yield process
+
+
+def is_free(base: Image) -> bool:
+    """Whether the lock can be taken; it is given back at once."""
+    try:
+        with locks.held(base):
+            return True
+    except Locked:
+        return False
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(30) == 0
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+# --- who waits for whom -------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(base: Image) -> None:
+    with another_process(base) as process:
+        with pytest.raises(Locked) as error, locks.held(base):
+            pytest.fail("two hold the lock")
+        assert error.value.facts == {"base": base.file, "lock": locks.lock_path(base)}
+        end(process)
+        assert is_free(base)
+
+
+def test_a_second_holder_in_the_same_process_is_refused_too(base: Image) -> None:
+    with locks.held(base):
+        assert not is_free(base)
+    assert is_free(base)
+
+
+def test_a_refusal_leaves_the_holder_its_lock(base: Image) -> None:
+    with locks.held(base):
+        assert not is_free(base)
+        assert not is_free(base)
+        assert os.path.exists(locks.lock_path(base))
+
+
+def test_a_killed_holder_does_not_lock_us_out(base: Image) -> None:
+    with another_process(base) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        assert os.path.exists(locks.lock_path(base))  # nobody was there to remove it
+        assert is_free(base)
+
+
+def test_two_bases_in_one_folder_do_not_keep_each_other_waiting(base: Image) -> None:
+    with locks.held(base):
+        assert is_free(Image(f"{base.file}2", "raw", 0))
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_lies_beside_the_base_out_of_sight(base: Image, tmp_path: Path) -> None:
+    with locks.held(base):
+        assert left(tmp_path) == [".base.raw.qmpmerge-lock", "base.raw"]
+        assert (tmp_path / ".base.raw.qmpmerge-lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_no_lock_file_is_left_behind(base: Image, tmp_path: Path) -> None:
+    with locks.held(base):
+        pass
+    assert left(tmp_path) == ["base.raw"]
+
+
+def test_no_lock_file_is_left_behind_by_a_merge_that_fails(base: Image, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), locks.held(base):
+        raise ZeroDivisionError
+    assert left(tmp_path) == ["base.raw"] and is_free(base)
+
+
+def test_the_file_of_a_killed_holder_goes_with_the_next_one(base: Image, tmp_path: Path) -> None:
+    Path(locks.lock_path(base)).touch()
+    assert is_free(base)
+    assert left(tmp_path) == ["base.raw"]
+
+
+def test_a_lock_file_that_was_removed_under_its_holder_does_no_harm(base: Image, tmp_path: Path) -> None:
+    with locks.held(base):
+        os.unlink(locks.lock_path(base))
+    assert left(tmp_path) == ["base.raw"]
+
+
+def test_a_waiting_process_does_not_take_a_lock_whose_file_has_gone(
+    base: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder removes the file between our open and our flock: what we then hold is no lock."""
+    path, opened = locks.lock_path(base), os.open
+
+    def open_then_lose(*arguments: object, **options: object) -> int:
+        descriptor = opened(*arguments, **options)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        os.unlink(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_then_lose)
+    with locks.held(base):
+        assert os.path.exists(path)
+        assert not is_free(base)
+
+
+# --- which file it is ---------------------------------------------------------------------------------------------
+
+
+def test_a_symlinked_base_has_the_lock_of_the_file_it_leads_to(base: Image, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "golden").symlink_to(base.file)
+    linked = Image(str(elsewhere / "golden"), "raw", 0)
+    assert locks.lock_path(linked) == locks.lock_path(base)
+    with locks.held(linked):
+        assert not is_free(base)
+        assert left(elsewhere) == ["golden"]
+
+
+def test_a_base_in_a_linked_folder_has_the_lock_of_the_file_it_leads_to(base: Image, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(tmp_path)
+    with locks.held(Image(str(tmp_path / "linked" / "base.raw"), "raw", 0)):
+        assert not is_free(base)
+
+
+def test_a_symlink_in_the_place_of_the_lock_is_not_followed(base: Image, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("keep me")
+    Path(locks.lock_path(base)).symlink_to(tmp_path / "precious")
+    with locks.held(base):
+        pass
+    assert (tmp_path / "precious").read_text() == "keep me"
+
+
+# --- where there is none ------------------------------------------------------------------------------------------
+
+
+def test_a_base_without_a_path_has_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    remote = Image("nbd://host/base", "raw", 0)
+    with locks.held(remote):
+        assert is_free(remote)
+        assert left(tmp_path) == []
+
+
+def test_a_folder_that_is_gone_has_no_lock(tmp_path: Path) -> None:
+    with locks.held(Image(str(tmp_path / "missing" / "base.raw"), "raw", 0)):
+        assert left(tmp_path) == []
+
+
+UNPRIVILEGED = """
+import os, sys
+from qmpmerge.chain.chain import Image
+from qmpmerge.journal import locks
+if os.getuid() == 0:
+    os.setgid(int(sys.argv[2]))
+    os.setuid(int(sys.argv[2]))
+with locks.held(Image(sys.argv[1], "raw", 0)):
+    print(sorted(os.listdir(os.path.dirname(sys.argv[1]))))
+"""
+
+
+def test_a_folder_where_we_may_not_write_has_no_lock() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # that another user may look into, unlike pytest's
+        os.chmod(folder, 0o555)
+        nobody = str(pwd.getpwnam("nobody").pw_uid)
+        command = [sys.executable, "-c", UNPRIVILEGED, f"{folder}/base.raw", nobody]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        os.chmod(folder, 0o755)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -1,0 +1,286 @@
+"""What becomes of merged files: only the names that the plan lists, only the files that it means, nothing overwritten."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import folder
+from rig.disks import KINDS, Setup, drive, nbd_server
+from rig.faults import header
+from rig.machines import Content, run
+
+import qmpmerge
+from qmpmerge.chain.outcome import Outcome
+from qmpmerge.errors import NoSuchStash, NotVerified, NotWitnessed, OptionsConflict
+from qmpmerge.images import files, qemuimg
+from qmpmerge.journal import record, store
+
+
+@pytest.fixture
+def setup(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Setup]:
+    """A -drive disk of a guest that runs."""
+    with drive(tmp_path, images, content) as setup:
+        setup.machine.session.execute("cont")
+        yield setup
+
+
+async def offline(image: Path, **options: Any) -> Outcome:
+    async with qmpmerge.offline(image) as host:
+        return await qmpmerge.commit(host, **options)
+
+
+def told(outcome: Outcome) -> list[tuple[str, str, str | None]]:
+    return [
+        (os.path.basename(file.file), file.action, os.path.basename(file.now) if file.now else None)
+        for file in outcome.merged
+    ]
+
+
+STASHED = [(f"{name}.qcow2", "stash", f"{name}.qcow2.merged") for name in "abc"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_start_from_the_old_path_fails(kind: str, tmp_path: Path, images: list[Path], content: Content) -> None:
+    """The guest is paused for the pivot and runs again; a storage daemon has none."""
+    with KINDS[kind](tmp_path, images, content) as setup:
+        if kind != "storage-daemon":
+            setup.machine.session.execute("cont")
+        outcome = await folder.live(setup)
+        assert (outcome.verdict, told(outcome)) == ("pivoted", STASHED)
+        assert (outcome.paused_ms is None) == (kind == "storage-daemon")
+        if kind != "storage-daemon":
+            assert setup.machine.session.execute("query-status")["status"] == "running"
+        setup.check()
+        setup.machine.stop()
+    assert folder.names(tmp_path) == ["a.qcow2.merged", "b.qcow2.merged", "base.raw", "c.qcow2.merged"]
+    content.check(images[0])
+    assert not store.found(str(tmp_path))
+
+
+async def test_a_paused_guest_stays_paused(setup: Setup) -> None:
+    setup.machine.session.execute("stop")
+    outcome = await folder.live(setup)
+    assert (outcome.verdict, outcome.paused_ms) == ("pivoted", None)
+    assert setup.machine.session.execute("query-status")["status"] == "paused"
+
+
+async def test_without_a_pause(setup: Setup) -> None:
+    with pytest.raises(OptionsConflict):
+        await folder.live(setup, pause=False, verify=True)
+    outcome = await folder.live(setup, pause=False)
+    assert (outcome.verdict, outcome.paused_ms, told(outcome)) == ("pivoted", None, STASHED)
+
+
+async def test_nothing_is_overwritten(tmp_path: Path, images: list[Path], content: Content) -> None:
+    (tmp_path / "a.qcow2.merged").write_text("theirs")
+    outcome = await offline(images[3], top="[2]")
+    assert told(outcome) == [("a.qcow2", "stash", "a.qcow2.merged.2")]
+    assert (tmp_path / "a.qcow2.merged").read_text() == "theirs"
+    content.check(images[3])
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_kept_files_keep_their_names(top: str, setup: Setup, tmp_path: Path) -> None:
+    before = folder.names(tmp_path)
+    outcome = await folder.live(setup, top=top, merged_files="keep")
+    assert {action for _, action, _ in told(outcome)} == {"keep"}
+    assert folder.names(tmp_path) == before
+    assert top == "[3]" or "shows older data" in outcome.hints[0]
+
+
+# --- delete -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_deleted_files_were_compared(top: str, setup: Setup, tmp_path: Path, images: list[Path]) -> None:
+    outcome = await folder.live(setup, top=top, merged_files="delete")
+    assert outcome.verified and {action for _, action, _ in told(outcome)} == {"delete"}
+    assert folder.names(tmp_path) == (["base.raw", "c.qcow2"] if top == "[3]" else ["base.raw"])
+    setup.check()
+
+
+async def test_what_cannot_be_compared_is_not_deleted(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """Who exports the disk can write at any time."""
+    with KINDS["storage-daemon"](tmp_path, images, content) as setup:
+        outcome = await folder.live(setup, merged_files="delete")
+    assert told(outcome) == STASHED
+    assert sum("was not compared" in hint for hint in outcome.hints) == 3
+
+
+async def test_what_was_changed_since_is_not_deleted(setup: Setup, images: list[Path]) -> None:
+    def touch(direction: str, text: str) -> None:
+        if direction == "->" and "job-finalize" in text:
+            os.utime(images[1])
+
+    async with qmpmerge.live(setup.machine.target, trace=touch) as host:
+        outcome = await qmpmerge.commit(host, top="[3]", merged_files="delete")
+    assert [action for _, action, _ in told(outcome)] == ["stash", "delete"]
+    assert any("was changed since" in hint for hint in outcome.hints)
+
+
+async def test_a_difference_while_the_guest_is_paused_stops_the_pivot(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folder.names(tmp_path)
+
+    async def differ(*chains: object) -> bool:
+        assert setup.machine.session.execute("query-status")["status"] == "paused"
+        return False
+
+    monkeypatch.setattr(qemuimg, "same", differ)
+    with pytest.raises(NotVerified):
+        await folder.live(setup, verify=True)
+    assert setup.machine.session.execute("query-status")["status"] == "running"
+    assert (folder.names(tmp_path), store.found(str(tmp_path))) == (before, [])
+
+
+async def test_a_file_that_somebody_holds_is_not_deleted(setup: Setup, images: list[Path]) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def hold(direction: str, text: str) -> None:
+            if direction == "->" and "job-finalize" in text:
+                stack.enter_context(held(images[1]))
+
+        async with qmpmerge.live(setup.machine.target, trace=hold) as host:
+            outcome = await qmpmerge.commit(host, top="[3]", merged_files="delete")
+        assert [action for _, action, _ in told(outcome)] == ["stash", "delete"]
+        (kept,) = qmpmerge.clean([images[1].parent])
+        assert kept.kept is not None and "in use by sleep" in kept.kept
+    assert [one.kept for one in qmpmerge.clean([f"{images[1]}.merged"])] == [None]
+
+
+@contextlib.contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Some process has it open."""
+    with open(file, "rb") as stream, subprocess.Popen(["sleep", "60"], stdin=stream) as reader:
+        try:
+            yield
+        finally:
+            reader.kill()
+
+
+# --- relink -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_new_overlay_takes_the_old_name(
+    setup: Setup, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    images[3].chmod(0o640)
+    outcome = await folder.live(setup, merged_files="relink")
+    assert told(outcome) == [*STASHED[:2], ("c.qcow2", "relink", "c.qcow2.merged")]
+    setup.check()
+    setup.machine.stop()
+    assert '"backing-filename": "base.raw"' in header(images[3])
+    assert '"backing-filename-format": "raw"' in header(images[3])
+    assert images[3].stat().st_mode & 0o777 == 0o640
+    with drive(tmp_path, images, content) as again:
+        again.write(0x55, 0, 64 * 1024)
+        again.check()
+        again.machine.stop()
+    content.check(images[3])
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["stash", "delete"])
+async def test_a_link_is_renamed_or_removed_and_not_what_it_leads_to(
+    policy: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """A symlink as active image, and a hard link to a merged one: other names of theirs are not ours."""
+    real = tmp_path / "real.qcow2"
+    images[3].rename(real)
+    images[3].symlink_to(real)
+    (tmp_path / "hard.qcow2").hardlink_to(images[1])
+    outcome = await offline(images[3], merged_files=policy)
+    assert outcome.verdict == "pivoted"
+    assert real.is_file() and (tmp_path / "hard.qcow2").is_file()
+    stashed = tmp_path / "c.qcow2.merged"
+    assert (stashed.is_symlink(), os.path.lexists(images[3])) == (policy == "stash", False)
+    content.check(images[0])
+
+
+# --- where it is not possible -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_file_that_cannot_be_renamed_stays_and_that_is_said(
+    top: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(old: str, new: str) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(files, "rename", refuse)
+    before = folder.names(tmp_path)
+    outcome = await folder.live(setup, top=top)
+    assert outcome.verdict in ("merged", "pivoted")
+    assert ({action for _, action, _ in told(outcome)}, folder.names(tmp_path)) == ({"keep"}, before)
+    assert any("could not be renamed" in hint for hint in outcome.hints)
+    assert not store.found(str(tmp_path))
+
+
+async def test_no_place_for_a_witness_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, data: bytes) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files, "write", refuse)
+    outcome = await folder.live(setup)
+    assert outcome.verdict == "pivoted"
+    assert any("no witness could be kept" in hint for hint in outcome.hints)
+
+
+async def test_a_witness_that_cannot_be_marked_stops_the_pivot(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(told: record.Witness) -> record.Witness:
+        raise OSError(5, "Input/output error")
+
+    before = folder.names(tmp_path)
+    monkeypatch.setattr(store, "mark", refuse)
+    with pytest.raises(NotWitnessed, match="Input/output error"):
+        await folder.live(setup)
+    assert (folder.names(tmp_path), store.found(str(tmp_path))) == (before, [])
+    setup.check()
+
+
+async def test_an_image_that_another_is_built_on_stays(tmp_path: Path, images: list[Path], content: Content) -> None:
+    run("qemu-img", "create", "-qf", "qcow2", "-b", "b.qcow2", "-F", "qcow2", "other.qcow2", cwd=tmp_path)
+    outcome = await offline(images[3], force=["dependents"])
+    assert told(outcome) == [("a.qcow2", "keep", "a.qcow2"), ("b.qcow2", "keep", "b.qcow2"), STASHED[2]]
+    assert sum("other.qcow2 is built on it" in hint for hint in outcome.hints) == 2
+    run("qemu-img", "check", tmp_path / "other.qcow2")
+
+
+async def test_a_base_on_the_network(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """It has no name here and no time of its last write: the files that have names are stashed all the same."""
+    with nbd_server(tmp_path, images[0]) as uri:
+        top = tmp_path / "top.qcow2"
+        run("qemu-img", "create", "-qf", "qcow2", "-b", uri, "-F", "raw", top, "8M")
+        with drive(tmp_path, [top], Content()) as setup:
+            outcome = await folder.live(setup)
+    assert told(outcome) == [("top.qcow2", "stash", "top.qcow2.merged")]
+
+
+# --- clean ------------------------------------------------------------------------------------------------------------
+
+
+async def test_clean_removes_what_nobody_needs(tmp_path: Path, images: list[Path], content: Content) -> None:
+    await offline(images[3], top="[3]")
+    (tmp_path / "text.merged").write_text("no image")
+    run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", "b.qcow2", "-F", "qcow2", "late.qcow2", "8M", cwd=tmp_path)
+    reasons = {os.path.basename(one.file): one.kept for one in qmpmerge.clean([tmp_path], dry_run=True)}
+    assert reasons == {
+        "a.qcow2.merged": None,
+        "b.qcow2.merged": f"{tmp_path}/late.qcow2 is built on it",
+        "text.merged": "it is no qcow2 image",
+    }
+    assert (tmp_path / "a.qcow2.merged").exists()
+    (tmp_path / "late.qcow2").unlink()
+    qmpmerge.clean([tmp_path])
+    assert sorted(name for name in os.listdir(tmp_path) if "merged" in name) == ["text.merged"]
+    with pytest.raises(NoSuchStash):
+        qmpmerge.clean([images[3]])

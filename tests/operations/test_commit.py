@@ -1,0 +1,550 @@
+"""
+The safe sequence: each test is a way in which a plain `block-commit` hurts, and shows that ours does not.
+
+Where a test is named `plain_...` it pins the harm itself: the fact that the step exists for.
+"""
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from rig import faults
+from rig.disks import KINDS, Setup, blockdev, device, drive, filters, nodes, remove
+from rig.harms import harm
+from rig.machines import MIB, Content, fill, machine, make_chain, run
+
+import qmpmerge
+from qmpmerge.engine.progress import Progress, mount_point
+from qmpmerge.errors import (
+    BaseIsTop,
+    Busy,
+    DiskNeeded,
+    JobFailed,
+    JobVerb,
+    NoSuchDisk,
+    NoSuchJob,
+    NoSuchLayer,
+    NotDurable,
+    NotProven,
+    NotWritable,
+    SessionLost,
+    ShorterLayer,
+    StillRunning,
+    Temporary,
+)
+from qmpmerge.processes import holders, proc
+from qmpmerge.qemu import jobs
+
+JOB = "qmpmerge-commit-vda"
+
+
+# --- the header of the overlay -----------------------------------------------------------------------------------------
+
+
+async def test_an_overlay_whose_header_cannot_be_written_is_refused(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    failing = faults.injecting(
+        images, "c", "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28"
+    )
+    with machine(tmp_path, *failing) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            with pytest.raises(NotWritable, match="No space left") as refused:
+                await qmpmerge.commit(host, top="[3]")
+        assert refused.value.file == str(images[3])
+        await faults.untouched(vm)
+        vm.stop()
+    content.check(images[3])
+
+
+@harm("not-writable", "QEMU crashes with the guest where the overlay's header cannot be rewritten at the end")
+def test_plain_block_commit_crashes_qemu_there(tmp_path: Path, images: list[Path], content: Content) -> None:
+    failing = faults.injecting(
+        images, "c", "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28"
+    )
+    with machine(tmp_path, *failing) as vm:
+        with pytest.raises((ValueError, ConnectionError)):  # the session ends in the middle
+            vm.session.execute("block-commit", job_id="j", device="c", top_node="b", base_node="base")
+            while True:
+                vm.session.execute("query-jobs")
+        assert vm.process.wait(20) == -11
+    content.check(images[3])
+
+
+async def test_relative_names_stay_relative_in_long_chains(tmp_path: Path) -> None:
+    """With 14 relative layers of -blockdev and no `backing-file` QEMU writes a json: name that does not fit, and crashes."""
+    images = make_chain(tmp_path, ["base.raw", *(f"layer{number}.qcow2" for number in range(13))])
+    content = Content()
+    fill(images[:6], content)
+    with blockdev(tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            outcome = await qmpmerge.commit(host, top="[13]", base="[1]")
+            assert outcome.after.active.backing == "base.raw"
+            setup.check()
+        setup.machine.stop()
+    content.check(images[-1])
+
+
+async def test_absolute_names_stay_absolute(tmp_path: Path, images: list[Path], content: Content) -> None:
+    run("qemu-img", "rebase", "-u", "-F", "qcow2", "-b", images[2], images[3])
+    with drive(tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            outcome = await qmpmerge.commit(host, top="[3]")
+        assert outcome.after.active.backing == str(images[0])
+        assert outcome.after.active.backing_format == "raw"
+
+
+async def test_a_bare_file_node_as_raw_base(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """QEMU would record the format "file" for it."""
+    explicit = nodes(images)
+    del explicit[2:4]
+    explicit = [part.replace("backing=base,", "backing=base-file,") for part in explicit]
+    with machine(tmp_path, *explicit, *device("c")) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            outcome = await qmpmerge.commit(host, top="[3]")
+        assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
+        vm.stop()
+    content.check(images[3])
+
+
+# --- durable before the switch ----------------------------------------------------------------------------------------
+
+FLUSH_FAILS = "inject-error.0.event=none,inject-error.0.iotype=flush,inject-error.0.errno=5"
+
+
+async def test_a_base_that_cannot_be_flushed_stops_the_merge(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    with machine(tmp_path, *faults.injecting(images, "base", FLUSH_FAILS)) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            with pytest.raises(NotDurable, match="Input/output error"):
+                await qmpmerge.commit(host, top="[3]")
+        await faults.untouched(vm)
+        vm.stop()
+    content.check(images[3])
+
+
+@harm("flush-unavailable", "a base that its storage did not make durable is reported as merged")
+def test_plain_block_commit_reports_success_there(tmp_path: Path, images: list[Path], content: Content) -> None:
+    with machine(tmp_path, *faults.injecting(images, "base", FLUSH_FAILS)) as vm:
+        vm.session.execute(
+            "block-commit", job_id="j", device="c", top_node="b", base_node="base", backing_file="base.raw", auto_dismiss=False
+        )  # fmt: skip
+        job = {"status": "running"}
+        while job["status"] != "concluded":
+            (job,) = vm.session.execute("query-jobs")
+        assert "error" not in job
+
+
+async def test_a_running_nbd_server_is_used_and_left_alone(setup: Setup, tmp_path: Path) -> None:
+    address = str(tmp_path / "nbd")
+    setup.machine.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": address}})
+    (root,) = [disk.root for disk in await disks(setup)]
+    setup.machine.session.execute("block-export-add", type="nbd", id="theirs", node_name=root, name="theirs")
+    async with qmpmerge.live(setup.machine.target) as host:
+        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+    (export,) = setup.machine.session.execute("query-block-exports")
+    assert export["id"] == "theirs"
+    assert os.path.exists(address)
+
+
+async def disks(setup: Setup) -> list[qmpmerge.Disk]:
+    async with qmpmerge.live(setup.machine.target) as host:
+        return await host.disks()
+
+
+async def test_a_server_that_a_killed_qmpmerge_left_is_stopped(setup: Setup, tmp_path: Path) -> None:
+    folder = tmp_path / f"qmpmerge-{2**22 + 1}-dead"
+    folder.mkdir()
+    setup.machine.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": f"{folder}/nbd"}})
+    async with qmpmerge.live(setup.machine.target) as host:
+        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+    assert "not running" in setup.machine.session.ask("nbd-server-stop")["error"]["desc"]
+
+
+async def test_a_server_that_is_gone_when_it_is_looked_for(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another merge of the same QEMU has just ended its flush."""
+    session = setup.machine.session
+    address = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    session.execute("nbd-server-start", addr=address)
+    looks = 0
+
+    def listening(pid: int) -> list[str]:
+        nonlocal looks
+        looks += 1
+        session.execute("nbd-server-stop")
+        return []
+
+    monkeypatch.setattr(holders, "listening", listening)
+    async with qmpmerge.live(setup.machine.target) as host:
+        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+    assert looks == 1
+
+
+# --- errors of the job ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_write_error_fails_the_job_and_leaves_the_chain(
+    top: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    failing = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=5"
+    with machine(tmp_path, *faults.injecting(images, "base", failing)) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            with pytest.raises(JobFailed, match="Input/output error"):
+                await qmpmerge.commit(host, top=top)
+        await faults.untouched(vm)
+        vm.stop()
+    content.check(images[3])
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_job_that_ran_out_of_space_goes_on_once_there_is_some(
+    top: str, tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "RESUME_SECONDS", 0.1)
+    once = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28,inject-error.0.once=on"
+    seen: list[Progress] = []
+    with machine(tmp_path, *faults.injecting(images, "base", once)) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            outcome = await qmpmerge.commit(host, top=top, report=seen.append)
+        vm.stop()
+    short = [told.shortage for told in seen if told.shortage]
+    assert {shortage.filesystem for shortage in short} == {mount_point(str(images[0]))}
+    assert all(0 < shortage.needed <= len(content.data) for shortage in short)
+    content.check(outcome.after.active.file)
+
+
+async def test_a_killed_qemu_is_an_unknown_outcome(setup: Setup, content: Content, images: list[Path]) -> None:
+    async with slow(setup, top="[3]") as merge:
+        setup.machine.kill()
+        with pytest.raises(SessionLost) as lost:
+            await merge
+        assert lost.value.verdict == "unknown"
+    content.check(images[3])
+
+
+# --- leaving, cancelling, coming back ----------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def slow(setup: Setup, top: str) -> AsyncIterator["asyncio.Task[qmpmerge.Outcome]"]:
+    """A merge that has begun and will not end by itself: QEMU copies a first piece and then waits."""
+    begun = asyncio.Event()
+    async with qmpmerge.live(setup.machine.target) as host:
+        work = qmpmerge.commit(host, setup.disk, top=top, speed=1, report=lambda told: begun.set())
+        merge = asyncio.ensure_future(work)
+        await begun.wait()
+        yield merge
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_cancelled_task_puts_the_old_chain_back(
+    kind: str, top: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    with KINDS[kind](tmp_path, images, content) as setup:
+        async with slow(setup, top=top) as merge:
+            merge.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await merge
+            assert not setup.machine.session.execute("query-jobs")
+        async with qmpmerge.live(setup.machine.target) as host:
+            assert (await host.chain()).chain.files == [str(image) for image in images]
+        setup.check()
+
+
+@pytest.mark.parametrize(("top", "verdict"), [("[3]", "merged"), ("[4]", "pivoted")])
+async def test_a_job_that_was_left_is_followed_to_its_end(
+    top: str, verdict: str, setup: Setup, images: list[Path], content: Content
+) -> None:
+    async with qmpmerge.live(setup.machine.target) as host:
+        with pytest.raises(StillRunning) as left:
+            await qmpmerge.commit(host, "vda", top=top, speed=1, patience=qmpmerge.Patience(detach=True))
+        assert left.value.facts == {"target": setup.machine.target, "job": JOB, "option": ""}
+    setup.write(0x66, 4 * MIB, 64 * 1024)
+    async with qmpmerge.live(setup.machine.target) as host:
+        (job,) = await host.jobs()
+        assert (job.id, job.disk, job.ours, job.type) == (JOB, "vda", True, "commit")
+        assert "follow" in job.verbs
+        with pytest.raises(Busy):
+            await qmpmerge.commit(host, "vda", base="[2]", top=top)
+        with pytest.raises(Busy):
+            await qmpmerge.snapshot(host, {"vda": f"{images[0].parent}/new.qcow2"})
+        await jobs.steer(host.monitor, JOB, "speed", 0)
+        outcome = await qmpmerge.follow(host, JOB)
+    assert outcome.verdict == verdict
+    assert outcome.before.files == [str(image) for image in images]
+    setup.check()
+    setup.machine.stop()
+    content.check(outcome.after.active.file)
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_cancellation_while_the_job_is_being_started_takes_it_back(top: str, setup: Setup) -> None:
+    """QEMU has the command, we have no reply yet."""
+    tasks: list[asyncio.Task[qmpmerge.Outcome]] = []
+
+    def cancel_at_the_start(direction: str, text: str) -> None:
+        if direction == "->" and "block-commit" in text:
+            asyncio.get_running_loop().call_soon(tasks[0].cancel)
+
+    async with qmpmerge.live(setup.machine.target, trace=cancel_at_the_start) as host:
+        tasks.append(asyncio.ensure_future(qmpmerge.commit(host, "vda", top=top, speed=1)))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+    await faults.untouched(setup.machine)
+
+
+@pytest.mark.parametrize("top", ["b", "c"])
+@pytest.mark.parametrize("finalize", [True, False])
+async def test_a_strangers_job_is_followed_when_the_user_says_so(
+    top: str, finalize: bool, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """An active one that waits to be finalized freezes the guest meanwhile: it is finalized at once."""
+    with blockdev(tmp_path, images, content) as setup:
+        options = {"backing_file": "base.raw"} if top == "b" else {}
+        setup.machine.session.execute(
+            "block-commit", job_id="theirs", device="c", top_node=top, base_node="base", speed=1, auto_finalize=finalize,
+            auto_dismiss=False, **options
+        )  # fmt: skip
+        async with qmpmerge.live(setup.machine.target) as host:
+            with pytest.raises(Busy):
+                await qmpmerge.commit(host)
+            (job,) = await host.jobs()
+            assert (job.ours, job.disk) == (False, "disk0")
+            await jobs.steer(host.monitor, "theirs", "speed", 0)
+            try:
+                outcome = await qmpmerge.follow(host, "theirs")
+            except NotProven:  # it ended before we looked, and what it was to do is not known any more
+                setup.check()
+                return
+        assert outcome.verdict in ("merged", "pivoted")
+        setup.check()
+        setup.machine.stop()
+    content.check(outcome.after.active.file)
+
+
+async def test_follow_needs_a_job(setup: Setup) -> None:
+    async with qmpmerge.live(setup.machine.target) as host:
+        with pytest.raises(NoSuchJob):
+            await qmpmerge.follow(host, "nothing")
+
+
+async def test_a_job_that_ended_unseen_is_read_and_dismissed(setup: Setup) -> None:
+    with contextlib.suppress(StillRunning):
+        async with qmpmerge.live(setup.machine.target) as host:
+            await qmpmerge.commit(host, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
+    setup.machine.session.execute("job-cancel", id=JOB)
+    async with qmpmerge.live(setup.machine.target) as host:
+        with pytest.raises(JobFailed, match="canceled"):
+            await qmpmerge.follow(host, JOB)
+        assert not await host.jobs()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_ready_then_pivot(kind: str, tmp_path: Path, images: list[Path], content: Content) -> None:
+    with KINDS[kind](tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            outcome = await qmpmerge.commit(host, setup.disk, ending="ready")
+            assert (outcome.verdict, outcome.after.files) == ("ready", [str(image) for image in images])
+            setup.write(0x77, 5 * MIB, 64 * 1024)
+            assert outcome.job is not None
+            outcome = await qmpmerge.follow(host, outcome.job, needs_ready=True)
+            assert (outcome.verdict, str(outcome.after)) == ("pivoted", "base.raw")
+        setup.check()
+        setup.machine.stop()
+    content.check(images[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_overlay_can_be_kept(kind: str, tmp_path: Path, images: list[Path], content: Content) -> None:
+    with KINDS[kind](tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            outcome = await qmpmerge.commit(host, setup.disk, ending="keep")
+            assert (outcome.verdict, outcome.merged) == ("kept", ())
+            assert outcome.after.files == [str(image) for image in images]
+        before = Content(bytearray(content.data))
+        setup.write(0x78, 5 * MIB, 64 * 1024)
+        setup.check()
+        setup.machine.stop()
+    before.check(images[0])
+    content.check(images[3])
+
+
+async def test_pivot_needs_a_ready_job(setup: Setup) -> None:
+    async with qmpmerge.live(setup.machine.target) as host:
+        with contextlib.suppress(StillRunning):
+            await qmpmerge.commit(host, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
+        with pytest.raises(JobVerb) as refused:
+            await qmpmerge.follow(host, JOB, needs_ready=True)
+        assert "pivot" not in refused.value.verbs
+
+
+# --- refused means untouched -------------------------------------------------------------------------------------------
+
+
+async def test_a_dry_run_changes_nothing(setup: Setup, tmp_path: Path, images: list[Path]) -> None:
+    before = faults.digests(tmp_path)
+    async with qmpmerge.live(setup.machine.target) as host:
+        outcome = await qmpmerge.commit(host, "vda", top="[3]", dry_run=True)
+    assert (outcome.verdict, str(outcome.after)) == ("planned", "base.raw <-- c.qcow2")
+    assert [merged.file for merged in outcome.merged] == [str(image) for image in images[1:3]]
+    await faults.untouched(setup.machine)
+    assert faults.digests(tmp_path) == before
+    assert sorted(file.name for file in tmp_path.iterdir() if "qmpmerge" in file.name) == []
+
+
+async def test_a_shorter_layer_is_refused(tmp_path: Path) -> None:
+    """QEMU would show the base's stale data beyond the short layer's end."""
+    short(tmp_path)
+    with machine(tmp_path, "-drive", f"file={tmp_path}/top.qcow2,if=none,id=vda", *device("vda")) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            with pytest.raises(ShorterLayer) as refused:
+                await qmpmerge.commit(host, top="[2]")
+        assert refused.value.facts["base_size"] == 8 * MIB
+        vm.io("vda", f"read -P 0 {6 * MIB} 1M")
+
+
+@harm("shorter-layer", "the guest reads the base's stale data behind the end of the short image")
+def test_plain_block_commit_shows_stale_data_there(tmp_path: Path) -> None:
+    short(tmp_path)
+    with machine(tmp_path, "-drive", f"file={tmp_path}/top.qcow2,if=none,id=vda", *device("vda")) as vm:
+        vm.io("vda", f"read -P 0 {6 * MIB} 1M")
+        vm.session.execute(
+            "block-commit", device="vda", top=f"{tmp_path}/mid.qcow2", base=f"{tmp_path}/low.raw", job_id="j"
+        )
+        while vm.session.execute("query-jobs"):
+            pass
+        vm.io("vda", f"read -P 170 {6 * MIB} 1M")
+
+
+def short(folder: Path) -> None:
+    """8 MiB with data at 6 MiB, under a layer of 4 MiB, under one of 8 MiB."""
+    run("qemu-img", "create", "-q", "-f", "raw", folder / "low.raw", "8M")
+    run("qemu-io", "-f", "raw", "-c", "write -P 170 6M 1M", folder / "low.raw")
+    for name, below, form, size in (("mid", "low.raw", "raw", "4M"), ("top", "mid.qcow2", "qcow2", "8M")):
+        run("qemu-img", "create", "-qf", "qcow2", "-b", folder / below, "-F", form, folder / f"{name}.qcow2", size)
+
+
+async def test_a_snapshot_on_drive_is_refused(tmp_path: Path, images: list[Path]) -> None:
+    before = faults.digests(tmp_path)
+    with machine(tmp_path, "-drive", f"file={images[3]},if=none,id=vda,snapshot=on", *device("vda")) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            with pytest.raises(Temporary):
+                await qmpmerge.commit(host, "vda")
+            with pytest.raises(Temporary):
+                await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/new.qcow2"})
+    assert faults.digests(tmp_path) == before
+
+
+async def test_read_only_base_nodes_are_refused_by_qemu(tmp_path: Path, images: list[Path]) -> None:
+    explicit = [
+        part.replace("auto-read-only=on", "read-only=on") if "base-file" in part else part for part in nodes(images)
+    ]
+    with machine(tmp_path, *explicit, *device("c")) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            with pytest.raises(NotWritable, match="read-only"):
+                await qmpmerge.commit(host)
+        await faults.untouched(vm)
+
+
+async def test_addresses_that_lead_nowhere(setup: Setup) -> None:
+    async with qmpmerge.live(setup.machine.target) as host:
+        with pytest.raises(NoSuchDisk, match="no disk nope"):
+            await qmpmerge.commit(host, "nope")
+        with pytest.raises(NoSuchLayer) as refused:
+            await qmpmerge.commit(host, "vda", base="[9]")
+        assert len(refused.value.known) == 4
+        with pytest.raises(BaseIsTop):
+            await qmpmerge.commit(host, "vda", base="vda[4]")
+    await faults.untouched(setup.machine)
+
+
+async def test_a_disk_without_a_chain_is_unchanged(tmp_path: Path, images: list[Path], content: Content) -> None:
+    with drive(tmp_path, images[:1], content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            assert (await qmpmerge.commit(host)).verdict == "unchanged"
+
+
+async def test_two_disks(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    first, second = make_chain(tmp_path / "one"), make_chain(tmp_path / "two")
+    drives: list[str] = []
+    for name, images in (("vda", first), ("vdb", second)):
+        drives += ["-drive", f"file={images[-1]},if=none,id={name}", "-device", f"virtio-blk-pci,drive={name}"]
+    with machine(tmp_path, *drives) as vm:
+        async with qmpmerge.live(vm.target) as host:
+            with pytest.raises(DiskNeeded) as needed:
+                await qmpmerge.commit(host)
+            assert needed.value.known == ["vda", "vdb"]
+            outcome = await qmpmerge.commit(host, "vdb")
+            assert outcome.after.files == [str(second[0])]
+            # With one chain left there is one disk that can be meant.
+            assert (await qmpmerge.commit(host)).after.files == [str(first[0])]
+
+
+# --- what is left behind ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_merged_files_are_let_go(
+    kind: str, top: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """Explicit nodes stay open after a commit, the old active one even locked: we close them, and nothing else."""
+    inodes = {image.name: (image.stat().st_dev, image.stat().st_ino) for image in images}
+    with KINDS[kind](tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            outcome = await qmpmerge.commit(host, setup.disk, top=top)
+            held = proc.open_files(setup.machine.process.pid)
+        assert held is not None
+        open_now = [name for name, inode in inodes.items() if inode in held]
+        assert open_now == [image.name for image in outcome.after]
+        assert not [hint for hint in outcome.hints if "still open" in hint]
+
+
+async def test_filters_above_the_disk_stay(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """With the default top-node QEMU drops them: the guest's throttling would be gone."""
+    with filters(tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            await qmpmerge.commit(host)
+            assert (await host.disk()).nodes == ("cor", "throttled", "base")
+
+
+async def test_progress_tells_what_it_counts(setup: Setup, content: Content) -> None:
+    seen: list[Progress] = []
+    async with qmpmerge.live(setup.machine.target) as host:
+        outcome = await qmpmerge.commit(host, top="[3]", report=seen.append)
+        assert {told.counts for told in seen} == {"scanned"}
+        assert seen[-1].done == seen[-1].total == len(content.data)
+        remove(outcome)
+        seen.clear()
+        outcome = await qmpmerge.commit(host, report=seen.append)
+        assert {told.counts for told in seen} == {"copied"}
+        assert outcome.copied == seen[-1].done > 0
+        assert outcome.copied < len(content.data)
+
+
+async def test_a_stopped_follower_does_not_stop_the_next(setup: Setup, content: Content, images: list[Path]) -> None:
+    """SIGKILL of the tool in the middle: the job is QEMU's, the next call finds it and ends it."""
+    command = [sys.executable, "-m", "qmpmerge", "commit", setup.machine.target, "vda", "--top", "[3]", "--speed", "1"]
+    tool = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert tool.stderr is not None and tool.stdout is not None
+    assert b'"progress"' in tool.stderr.readline()
+    tool.kill()
+    tool.communicate()
+    async with qmpmerge.live(setup.machine.target) as host:
+        await jobs.steer(host.monitor, JOB, "speed", 0)
+        assert (await qmpmerge.follow(host, JOB)).verdict == "merged"
+    setup.check()
+    setup.machine.stop()
+    content.check(images[3])

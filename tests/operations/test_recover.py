@@ -1,0 +1,508 @@
+"""Which image is right after a crash, and what `recover` does about it: one test for each state that a merge can be left in."""
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig.command import Begun, invoke
+from rig.disks import KINDS, drive
+from rig.folder import live, names
+from rig.machines import MIB, Content, fill, make_chain, run
+
+import qmpmerge
+from qmpmerge.chain import plan
+from qmpmerge.chain.outcome import Policy
+from qmpmerge.engine import blockjob
+from qmpmerge.errors import (
+    CannotRecover,
+    Locked,
+    NothingThere,
+    SessionLost,
+    Stashed,
+    StillRunning,
+    Undecided,
+    Unfinished,
+)
+from qmpmerge.images import files
+from qmpmerge.journal import locks, merged_files, record, stash, store
+from qmpmerge.journal.record import Witness
+from qmpmerge.processes import proc
+from qmpmerge.qemu import jobs
+from qmpmerge.recovery import settle
+from qmpmerge.recovery.put_right import Recovery
+from qmpmerge.targets import target
+
+BASE, C = "base.raw", "c.qcow2"
+STASHED = [f"{name}.qcow2.merged" for name in "abc"]
+
+
+class Template:
+    """A chain of four with data in each, and what its upper two show."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images, content = make_chain(folder), Content()
+        fill(self.images[:3], content)
+        self.views = {3: bytes(content.data)}
+        fill(self.images[3:], content)
+        self.views[4] = bytes(content.data)
+
+
+class Left:
+    """A folder of a chain of four, as a merge has left it."""
+
+    def __init__(self, folder: Path, template: "Template") -> None:
+        self.folder, self.template, self.content = folder, template, Content(bytearray(template.views[4]))
+        self.images = [Path(shutil.copy(image, folder)) for image in template.images]
+
+    def merge(self, top: str = "[4]", policy: Policy = "stash") -> Witness:
+        """A witness of somebody who is dead by now; base holds all data, and nothing was switched."""
+        chain = read(self.images)
+        base, last = chain.base, chain.find(top)
+        self.commit_data(chain.index(last))
+        with subprocess.Popen(["sleep", "60"]) as sleeper:
+            process = proc.process(sleeper.pid)
+            sleeper.kill()
+        planned = plan.commit(chain, base=base.file, top=last.file)
+        told = Witness(
+            path=store.path_of(str(self.images[3])),
+            target="/nowhere",
+            disk="vda",
+            job="qmpmerge-commit-vda",
+            chain=chain,
+            base=1,
+            top=chain.index(planned.top),
+            policy=policy,
+            qemu=process,
+            tool=process,
+            away=stash.names_away(chain, 1, chain.index(planned.top)),
+        )
+        return store.write(told)
+
+    def commit_data(self, top: int) -> None:
+        """What the job does: base shows what the image at `top` shows, the images above are as they were."""
+        with open(self.images[0], "r+b") as base:
+            base.write(self.template.views[top])
+
+    def switching(self, told: Witness) -> Witness:
+        seen = {index: record.seen(str(self.images[index - 1])) for index in (told.base, told.top)}
+        return store.mark(replace(told, phase="switching", seen=seen))
+
+    def away(self, told: Witness) -> Witness:
+        told = self.switching(told)
+        merged_files.take_away(told, told.top)
+        return told
+
+    def header(self) -> None:
+        """The overlay's header names base."""
+        run("qemu-img", "rebase", "-u", "-b", BASE, "-F", "raw", self.images[3])
+
+    def write(self, image: str, pattern: int) -> None:
+        """A guest that has this image writes."""
+        form = "raw" if image == BASE else "qcow2"
+        run("qemu-io", "-f", form, "-c", self.content.put(pattern, 2 * MIB, 4096), self.folder / image)
+
+    def unchecked(self, image: str) -> None:
+        """Write into an image that is not the right one."""
+        before = bytes(self.content.data)
+        self.write(image, 0x99)
+        self.content.data[:] = before
+
+
+def read(images: list[Path]) -> qmpmerge.Chain:
+    found = []
+    below: Path | None = None
+    for image in images:
+        status = image.stat()
+        backing = (below.name, below.suffix[1:]) if below else (None, None)
+        found.append(
+            qmpmerge.Image(
+                str(image), image.suffix[1:], 8 * MIB, backing=backing[0], backing_format=backing[1],
+                inode=(status.st_dev, status.st_ino),
+            )
+        )  # fmt: skip
+        below = image
+    return qmpmerge.Chain(tuple(found))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
+    return Template(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture
+def left(tmp_path: Path, template: Template) -> Left:
+    return Left(tmp_path, template)
+
+
+def copying(left: Left) -> None:
+    left.merge()
+
+
+def name_still_there(left: Left) -> None:
+    left.switching(left.merge())
+    left.write(C, 1)
+
+
+def equal(left: Left) -> None:
+    left.away(left.merge())
+
+
+def guest_wrote_to_base(left: Left) -> None:
+    left.away(left.merge())
+    left.write(BASE, 2)
+
+
+def guest_wrote_to_top(left: Left) -> None:
+    left.away(left.merge())
+    with moved(left, STASHED[2], C):
+        left.write(C, 3)
+
+
+def switched(left: Left) -> None:
+    store.mark(replace(left.away(left.merge()), phase="switched"))
+    left.write(BASE, 4)
+
+
+def proved_in_part(left: Left) -> None:
+    told = store.mark(replace(left.away(left.merge()), phase="proved"))
+    merged_files.take_away(told, 3)
+    left.write(BASE, 5)
+
+
+def relinked_in_part(left: Left) -> None:
+    store.mark(replace(left.away(left.merge(policy="relink")), phase="proved"))
+
+
+def header_old(left: Left) -> None:
+    left.switching(left.merge("[3]"))
+
+
+def header_new(left: Left) -> None:
+    left.switching(left.merge("[3]"))
+    left.header()
+
+
+def header_new_too_early_but_equal(left: Left) -> None:
+    left.merge("[3]")
+    left.header()
+
+
+def header_new_too_early(left: Left) -> None:
+    """QEMU died between the header and base's tables: what base shows is not all."""
+    left.merge("[3]")
+    left.header()
+    with open(left.images[0], "r+b") as base:
+        base.seek(MIB)
+        base.write(bytes(MIB))
+
+
+@contextlib.contextmanager
+def moved(left: Left, old: str, new: str) -> Any:
+    (left.folder / old).rename(left.folder / new)
+    yield
+    (left.folder / new).rename(left.folder / old)
+
+
+STATES: dict[Callable[[Left], None], tuple[str, list[str]]] = {
+    copying: (C, ["a.qcow2", "b.qcow2", BASE, C]),
+    name_still_there: (C, ["a.qcow2", "b.qcow2", BASE, C]),
+    equal: (BASE, [*STASHED[:2], BASE, STASHED[2]]),
+    guest_wrote_to_base: (BASE, [*STASHED[:2], BASE, STASHED[2]]),
+    guest_wrote_to_top: (C, ["a.qcow2", "b.qcow2", BASE, C]),
+    switched: (BASE, [*STASHED[:2], BASE, STASHED[2]]),
+    proved_in_part: (BASE, [*STASHED[:2], BASE, STASHED[2]]),
+    relinked_in_part: (BASE, [*STASHED[:2], BASE, C, STASHED[2]]),
+    header_old: (C, ["a.qcow2", "b.qcow2", BASE, C]),
+    header_new: (C, [*STASHED[:2], BASE, C]),
+    header_new_too_early_but_equal: (C, [*STASHED[:2], BASE, C]),
+    header_new_too_early: (C, ["a.qcow2", "b.qcow2", BASE, C]),
+}
+"""How a merge was left, the image that is right then, and the files that are to be there at the end."""
+
+
+def look(left: Left, state: Callable[[Left], None], found: list[Recovery]) -> None:
+    right, there = STATES[state]
+    assert [Path(one.right or "").name for one in found] == [right]
+    assert names(left.folder) == sorted(there)
+    assert not store.found(str(left.folder))
+    left.content.check(left.folder / right)
+    if state is relinked_in_part:
+        left.content.check(left.folder / C)
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+async def test_recover(state: Callable[[Left], None], left: Left) -> None:
+    state(left)
+    before = names(left.folder)
+    (planned,) = await qmpmerge.recover(left.images[3], dry_run=True)
+    assert (planned.verdict, names(left.folder)) == ("planned", before)
+    found = await qmpmerge.recover(left.images[3])
+    assert found[0].verdict == "done"
+    look(left, state, found)
+    (again,) = await qmpmerge.recover(left.folder)
+    assert again.verdict == "unchanged"
+
+
+class Death(BaseException):
+    """Ends everything where it is, as SIGKILL does; a lock is dropped too."""
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+async def test_recover_can_be_killed_before_each_step(
+    state: Callable[[Left], None], tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps_done, step = 1, 0
+    while steps_done:
+        step += 1
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        left = Left(folder, template)
+        state(left)
+        with monkeypatch.context() as patch:
+            countdown = Countdown(step)
+            for name in ("rename", "remove", "sync", "sync_folder"):
+                patch.setattr(files, name, countdown.watching(getattr(files, name)))
+            patch.setattr(store, "mark", countdown.watching(store.mark))
+            try:
+                found = await qmpmerge.recover(left.images[3])
+                steps_done = 0
+            except Death:
+                found = []
+        found = found or await qmpmerge.recover(folder)
+        if found[0].verdict == "done":
+            look(left, state, found)
+        else:  # its last step was done
+            assert not store.found(str(folder)) and names(folder) == sorted(STATES[state][1])
+    assert step > 2
+
+
+class Countdown:
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def watching(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                raise Death
+            return function(*arguments)
+
+        return watched
+
+
+# --- where it cannot be known -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["base", "top"])
+async def test_two_that_were_written_to_are_shown_and_not_chosen_from(use: Any, left: Left) -> None:
+    left.away(left.merge())
+    with moved(left, STASHED[2], C):
+        left.write(C, 6) if use == "top" else left.unchecked(C)
+    left.write(BASE, 7) if use == "base" else left.unchecked(BASE)
+    before = names(left.folder)
+    with pytest.raises(Undecided) as undecided:
+        await qmpmerge.recover(left.images[3])
+    assert undecided.value.evidence == [
+        "base.raw and c.qcow2 show different data",
+        "base.raw was written to since both were equal",
+        "c.qcow2 was written to since both were equal",
+    ]
+    assert names(left.folder) == before
+    with pytest.raises(Unfinished, match="written to since"):
+        await settle.resume(str(left.images[3]))
+    (chosen,) = await qmpmerge.recover(left.images[3], use=use)
+    assert Path(chosen.right or "").name == (BASE if use == "base" else C)
+    left.content.check(chosen.right or "")
+
+
+async def test_without_a_quiet_moment_times_are_no_evidence(left: Left) -> None:
+    told = left.away(left.merge())
+    store.mark(replace(told, seen={}))
+    left.write(BASE, 8)
+    with pytest.raises(Undecided):
+        await qmpmerge.recover(left.folder)
+
+
+async def test_a_merged_image_that_is_gone_is_named(left: Left) -> None:
+    left.merge()
+    left.images[2].rename(left.folder / "moved")
+    with pytest.raises(CannotRecover, match=r"b\.qcow2"):
+        await qmpmerge.recover(left.folder)
+    (left.folder / "moved").rename(left.images[2])
+    assert (await qmpmerge.recover(left.folder))[0].verdict == "done"
+
+
+async def test_nothing_is_suspected_without_proof(left: Left) -> None:
+    for path in (left.folder, left.images[0], left.images[3]):
+        assert [one.verdict for one in await qmpmerge.recover(path)] == ["unchanged"]
+    with pytest.raises(NothingThere):
+        await qmpmerge.recover(left.folder / "nothing.qcow2")
+
+
+async def test_somebody_at_work_is_not_disturbed(left: Left) -> None:
+    told = left.merge()
+    with locks.held(told.chain.base), pytest.raises(Locked):
+        await qmpmerge.recover(left.folder)
+
+
+def test_a_golden_base_in_another_folder_tells_of_the_merge(tmp_path: Path) -> None:
+    (tmp_path / "golden").mkdir()
+    images = make_chain(tmp_path, ("golden/base.raw", "a.qcow2", "b.qcow2"))
+    content = Content()
+    fill(images, content)
+    with drive(tmp_path, images, content) as setup:
+        begun = Begun("commit", setup.machine.target, "--speed", "1")
+        begun.process.kill()
+        begun.end()
+        told = invoke("recover", str(images[0]), "--json")
+        (merge,) = told.document["merges"]
+        assert (told.document["verdict"], merge["image"]) == ("running", str(images[-1]))
+        assert invoke("commit", setup.machine.target, "--speed", "1G").code == 0
+    assert invoke("recover", str(images[0]), "--json").document["verdict"] == "unchanged"
+
+
+# --- the next merge finds it -------------------------------------------------------------------------------------------
+
+
+async def test_an_image_whose_name_was_taken_away_is_no_misspelt_vm(left: Left) -> None:
+    left.away(left.merge())
+    with pytest.raises(Unfinished, match=r"c\.qcow2\.merged now") as unfinished:
+        async with qmpmerge.opened(left.images[3]):
+            pass
+    assert unfinished.value.hint == f"run `qmpmerge recover {left.images[3]}`"
+
+
+async def test_a_stashed_image_is_no_misspelt_vm(left: Left) -> None:
+    equal(left)
+    await qmpmerge.recover(left.folder)
+    with pytest.raises(Stashed, match=r"c\.qcow2\.merged now"):
+        async with qmpmerge.opened(left.images[3]):
+            pass
+    (told,) = await qmpmerge.recover(left.images[3])
+    assert told.verdict == "unchanged" and "b.qcow2" in told.reasons[0]
+
+
+async def test_the_next_merge_puts_it_right_first(left: Left) -> None:
+    header_new(left)
+    async with qmpmerge.offline(left.images[3]) as host:
+        assert [odd.name for odd in (await host.chain()).oddities] == ["unfinished"]
+        assert [odd.name for odd in target.unfinished(await host.disk())] == ["unfinished"]
+        outcome = await qmpmerge.commit(host, top=str(left.images[2]))
+        assert (outcome.verdict, outcome.after.files) == ("merged", [str(left.images[0]), str(left.images[3])])
+        assert names(left.folder) == [*STASHED[:2], BASE, C]
+        assert (await qmpmerge.commit(host)).verdict == "pivoted"
+    left.content.check(left.images[0])
+
+
+# --- a QEMU that lives --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_live_merge_that_was_left_is_read_from_the_graph(kind: str, top: str, tmp_path: Path) -> None:
+    """The tool dies once QEMU has switched; nodes that it would have closed look like the old chain."""
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    with KINDS[kind](tmp_path, images, content) as setup:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def die(*_arguments: object) -> None:
+                raise Death
+
+            patch.setattr(qmpmerge.Host, "close", die)
+            with pytest.raises(Death):
+                await live(setup, top=top)
+        (told,) = store.found(str(tmp_path))
+        assert told.phase == ("switching" if top == "[3]" else "switched")
+        store.mark(replace(told, phase="switching"))
+        setup.write(0x44, 3 * MIB, 4096)
+        async with setup.host() as host:
+            disk = None if (kind, top) == ("storage-daemon", "[4]") else setup.disk
+            outcome = await qmpmerge.commit(host, disk, top=None if top == "[4]" else str(images[2]))
+            left = {node.info.get("drv") for node in (await host.layout()).nodes.values()}
+        assert outcome.verdict == ("merged" if top == "[3]" else "pivoted")
+        assert names(tmp_path) == [*STASHED[:2], BASE, *([C] if top == "[3]" else STASHED[2:])]
+        assert top == "[3]" or "qcow2" not in left
+        setup.check()
+
+
+async def test_a_job_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    with drive(tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            with contextlib.suppress(StillRunning):
+                await qmpmerge.commit(host, "vda", speed=1, timeout=0.2)
+            assert (await host.chain()).oddities == ()
+        (found,) = await qmpmerge.recover(tmp_path)
+        assert found.verdict == "running" and "follow" in found.hints[0]
+        setup.machine.kill()
+        (found,) = await qmpmerge.recover(tmp_path)
+        assert (found.verdict, found.right) == ("done", str(images[3]))
+        content.check(images[3])
+
+
+async def test_a_killed_qemu_leaves_the_right_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    with drive(tmp_path, images, content) as setup:
+        take_away = merged_files.take_away
+
+        def kill(told: Witness, index: int) -> str:
+            setup.machine.kill()
+            return take_away(told, index)
+
+        monkeypatch.setattr(merged_files, "take_away", kill)
+        with pytest.raises(SessionLost):
+            await live(setup)
+    assert not images[3].exists()
+    (found,) = await qmpmerge.recover(images[3])
+    content.check(found.right or "")
+
+
+async def test_a_job_is_followed_though_the_name_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool dies before it has told the job to complete; the next one knows the file by the witness alone."""
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    with drive(tmp_path, images, content) as setup:
+        with monkeypatch.context() as patch:
+
+            async def die(*_arguments: object, **_options: object) -> None:
+                raise Death
+
+            patch.setattr(blockjob, "end", die)
+            with pytest.raises(Death):
+                await live(setup)
+        assert not images[3].exists()
+        setup.write(0x45, 3 * MIB, 4096)
+        async with qmpmerge.live(setup.machine.target) as host:
+            outcome = await qmpmerge.follow(host, "qmpmerge-commit-vda")
+        assert (outcome.verdict, names(tmp_path)) == ("pivoted", [*STASHED[:2], BASE, STASHED[2]])
+        setup.check()
+    assert not store.found(str(tmp_path))
+
+
+async def test_a_shared_image_below_the_base_is_no_part_of_the_merge(left: Left) -> None:
+    """Another VM on the same golden image has nothing to do with it."""
+    told = left.merge()
+    store.write(replace(told, base=2, top=3, away={}))
+    assert not store.about(qmpmerge.Chain((told.chain.base,)))
+    assert store.about(qmpmerge.Chain(told.chain.images[:2]))
+
+
+async def test_a_cancelled_job_leaves_nothing_odd(tmp_path: Path) -> None:
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    with drive(tmp_path, images, content) as setup:
+        async with qmpmerge.live(setup.machine.target) as host:
+            with contextlib.suppress(StillRunning):
+                await qmpmerge.commit(host, "vda", speed=1, timeout=0.2)
+            await jobs.steer(host.monitor, "qmpmerge-commit-vda", "cancel")
+            assert (await host.chain()).oddities == ()
+            assert (await qmpmerge.commit(host, "vda")).verdict == "pivoted"
+    assert not store.found(str(tmp_path))

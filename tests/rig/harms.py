@@ -1,0 +1,26 @@
+"""What each refusal is there for: the README's table, whose every row is a test in which the harm happens."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+Test = TypeVar("Test", bound=Callable[..., object])
+
+
+def harm(refusal: str, happens: str) -> Callable[[Test], Test]:
+    """Mark a test that does without the check `refusal`, and in which this happens."""
+    return lambda test: test
+
+
+def marked() -> dict[str, str]:
+    """All marks of the suite, by their refusals' names, whichever of its files this process has imported."""
+    calls = [
+        call
+        for file in Path(__file__).parents[1].rglob("test_*.py")
+        for test in ast.parse(file.read_text()).body
+        if isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef)
+        for call in test.decorator_list
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == harm.__name__
+    ]
+    return {ast.literal_eval(refusal): ast.literal_eval(happens) for refusal, happens in (call.args for call in calls)}
