@@ -9,7 +9,7 @@ With `--converge` a ladder is climbed, a rung each time that the last one was no
     throttle  the guest's writes are limited to half of the copy's rate, then to a quarter, down to a floor
     pause     the guest is paused, for at most the time that the user gives, where the rest can be copied in it
 
-What was there before comes back whatever happens: by ourselves at the end, and by a `deadman` where we are killed.
+What was there before comes back whatever happens: by ourselves at the end, and by a dead man's switch where we are killed.
 
 Left out, since they do not help: merging the frozen part in rounds, with a new overlay on top each time. Measured with a
 guest that wrote 40 MiB/s over 16 MiB and a copy of 8 MiB/s, five rounds took 1.9, 2.0, 2.0, 2.0 and 2.0 s: what is written
@@ -20,6 +20,7 @@ overlay to be merged. Switching the job to write-blocking (`block-job-change`) i
 import asyncio
 import contextlib
 import functools
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -91,7 +92,7 @@ class Ladder:
             self._say("it still does not get ready, and there is nothing left to try")
 
     async def come_down(self) -> None:
-        """Undo what was done to the guest; what cannot be undone by ourselves is left to the deadman."""
+        """Undo what was done to the guest; what cannot be undone by ourselves is left to the dead man's switch."""
         try:
             await self._undo.aclose()
         except (Error, CommandError) as error:
@@ -145,11 +146,11 @@ class Ladder:
             self._say(f"the guest is not paused: {needed:.1f} s are needed, {self.wanted.pause:g} s are allowed")
             return
         try:
-            async with mutex.taken(mutex.PAUSE, self.monitor):
+            async with mutex.taken(mutex.PAUSE, self.monitor) as turn:
                 if not (await self.monitor.execute("query-status"))["running"]:
                     self._say("the guest does not run, so there is nothing to pause")
                     return
-                async with self._paused():
+                async with self._paused(turn):
                     # The end of the merge ends this too, by a cancellation.
                     await asyncio.sleep(self.wanted.pause)
             self._say(f"the guest runs again: {self.wanted.pause:g} s were not enough")
@@ -157,16 +158,16 @@ class Ladder:
             self._say(f"the guest cannot be paused: {error}")
 
     @contextlib.asynccontextmanager
-    async def _paused(self) -> AsyncIterator[None]:
+    async def _paused(self, turn: socket.socket) -> AsyncIterator[None]:
         limit = self.wanted.pause + HANGING_SECONDS
-        async with deadman.armed(self.monitor.descriptor, [("cont", {})], limit=limit) as switch:
+        async with deadman.armed(self.monitor.descriptor, deadman.qmp("cont"), limit=limit, turn=turn) as switch:
             try:
                 await self.monitor.execute("stop")
                 self._say(f"the guest is paused, for {self.wanted.pause:g} s at the most")
                 yield
             finally:
                 await shield.finished(self.monitor.execute("cont"))
-                switch.disarm()
+                switch.dismiss()
 
 
 def mib(count: float) -> str:

@@ -99,7 +99,7 @@ def sync(merge: Merge) -> None:
 
 
 def end(merge: Merge) -> None:
-    """The outcome is known and nothing remains to be done: the witness goes, and the guard."""
+    """The outcome is known and nothing remains to be done: the witness goes, and the dead man's switch."""
     leave(merge)
     if merge.witness is None:
         return
@@ -123,9 +123,9 @@ def take_back(merge: Merge) -> None:
 
 
 def leave(merge: Merge) -> None:
-    """Whoever comes next finds the witness; the guard goes."""
+    """Whoever comes next finds the witness; the dead man's switch goes."""
     if merge.guard is not None:
-        merge.guard.reap()
+        merge.guard.close()
         merge.guard = None
 
 

@@ -12,7 +12,7 @@ from qmpmerge.engine.converge import Converge
 from qmpmerge.engine.patience import Patience
 from qmpmerge.engine.progress import Report
 from qmpmerge.engine.rates import Watch
-from qmpmerge.guest.pause import Guard
+from qmpmerge.guest.deadman import Switch
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Witness
 from qmpmerge.qemu import jobs
@@ -50,7 +50,7 @@ class Merge:
     policy: Policy = "stash"
     pauses: bool = True
     witness: Witness | None = None
-    guard: Guard | None = None
+    guard: Switch | None = None
     paused_ms: float | None = None
     notes: list[str] = field(default_factory=list)
     converge: Converge | None = None

@@ -45,7 +45,7 @@ async def pivot(merge: Merge, doorbell: Doorbell, status: str) -> Job | None:
             merge.notes.append(f"base and top were not compared: {reason}")
         elif merge.verify is None and not merge.plan.base.has_path and not merge.verified:
             merge.notes.append(before_switch.not_compared(merge.plan, "`--verify` does so while the guest is paused"))
-        job = await shield.finished(_move(merge, doorbell, status, rests))
+        job = await shield.finished(_move(merge, doorbell, status, rests and not pause.has_lapsed))
     merge.paused_ms = pause.milliseconds
     if pause.is_unguarded:
         merge.notes.append(

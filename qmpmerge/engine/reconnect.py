@@ -46,7 +46,7 @@ async def through(merge: Merge, work: Callable[[Doorbell], Awaitable[T]]) -> T:
 async def _again(merge: Merge, work: Callable[[Doorbell], Awaitable[T]], lost: SessionLost | NoReply) -> T:
     before = _identity(merge.host)
     if merge.guard is not None:  # it has the old connection too, and QEMU serves one at a time
-        merge.guard.reap()
+        merge.guard.close()
         merge.guard = None
     await reconnect(merge.host, lost)
     if before is not None and _identity(merge.host) != before:

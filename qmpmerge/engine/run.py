@@ -159,4 +159,4 @@ def _put_on_guard(merge: Merge) -> None:
     """Early, so that nobody waits for it when the guest is to be paused."""
     will_pause = merge.plan.pivots and merge.host.is_live and merge.pauses and merge.ending == "pivot"
     if will_pause and merge.guard is None:
-        merge.guard = pause.Guard.start(merge.host.monitor)
+        merge.guard = pause.start_switch(merge.host.monitor)

@@ -106,7 +106,7 @@ class NoReply(Unknown):
 
 class ThawUnproven(Unknown):
     """
-    The guest may be frozen still: the agent confirmed no thaw, neither to us nor to the guardian.
+    The guest may be frozen still: the agent confirmed no thaw, neither to us nor to the dead man's switch.
 
     Every try wrote the command to the channel, so an agent that was only slow still thaws the guest when it gets there.
     """
@@ -124,7 +124,7 @@ class FreezeUnproven(Unknown):
     """
     The guest runs again, but its filesystems were not frozen to the end of the block, or nobody can say.
 
-    Somebody thawed them earlier: the guardian after its limit, a command in the guest, or a Windows guest, where a
+    Somebody thawed them earlier: the dead man's switch after its limit, a command in the guest, or a Windows guest, where a
     freeze ends by itself after 10 s.
     """
 
@@ -139,7 +139,7 @@ class FreezeUnproven(Unknown):
 
 
 class PauseUnproven(Unknown):
-    """The guest was paused for the pivot, and neither we nor the guard saw it run again."""
+    """The guest was paused for the pivot, and neither we nor the dead man's switch saw it run again."""
 
     target: str
     reason: str

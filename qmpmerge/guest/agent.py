@@ -36,7 +36,7 @@ class Channel:
     """
     The agent's protocol on a connected socket.
 
-    Reads only while a reply is awaited: what a reader kept for later would be missing in the guardian.
+    Reads only while a reply is awaited: what a reader kept for later would be missing in the dead man's switch.
     """
 
     def __init__(self, connection: socket.socket) -> None:

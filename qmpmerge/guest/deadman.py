@@ -1,9 +1,14 @@
 """
-A dead man's switch on a monitor connection: QMP commands that are sent when we die.
+The dead man's switch: what must be undone when we die (a paused guest, frozen filesystems, throttled writes) is undone.
 
-A process of its own session, which inherits the connection, since a monitor serves one client at a time. It keeps silent
-until our end of the control socket is gone, or until we have said nothing for longer than `limit`, and reads from the
-connection only once we are dead: two readers would take each other's replies. `lastwill` is what it runs.
+A process of its own session that shares our connection to QEMU's monitor or to the guest's agent, since both serve one
+client at a time. It acts when we are gone, and when we say nothing for longer than a limit. `deadman_child` is what it
+runs; the words between us are explained there.
+
+    switch = Switch.start(descriptor, qmp("cont"))   # early: it takes 15 ms, and costs nobody anything
+    await switch.go_on_duty(limit, turn)             # before anything is done that it must undo
+    ...
+    switch.dismiss()                                 # we have undone it ourselves
 
 Nothing helps when both are killed at once, as ``systemctl kill --signal=KILL`` or the end of a container does; what it
 would have undone is then for `doctor` to find.
@@ -11,63 +16,163 @@ would have undone is then for `doctor` to find.
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from qmpmerge import shield
 from qmpmerge.guest import deadman_child
+from qmpmerge.guest.deadman_child import Answer, State
 
-START_SECONDS = 10.0
+NEVER = float("inf")
 
-Command = tuple[str, Mapping[str, object]]
-"""A QMP command and its arguments, spelled as QEMU spells them."""
+REPLY_SECONDS = 10.0
+"""How long we wait for its word; it may still be starting."""
+
+AGAIN_SECONDS = 5.0
+"""After how long a request is sent again that was read and not answered: an agent may have been started anew."""
+
+UNDO_SECONDS = 60.0
+"""How long we wait for it to have undone something; it goes on without us."""
+
+
+@dataclass(frozen=True)
+class Undo:
+    """
+    A request that undoes what we do; to make it twice must do no harm.
+
+    Its answer is complete with a line that contains `end`, and it was done if that line is no error and `done` has come
+    by then.
+    """
+
+    request: str
+    end: str
+    done: str
+
+
+def qmp(command: str, **arguments: object) -> Undo:
+    """A QMP command, its arguments spelled as QEMU spells them."""
+    name = f"qmpmerge-deadman-{os.urandom(4).hex()}"  # a monitor may have two switches
+    return Undo(json.dumps({"execute": command, "arguments": arguments, "id": name}) + "\n", f'"{name}"', name)
 
 
 class Switch:
-    """The switch while it is armed."""
+    """A switch that was started. Used once; `close` it in every case."""
 
-    disarmed = False
+    def __init__(self, process: "subprocess.Popen[bytes]", control: socket.socket) -> None:
+        self._process = process
+        self._control = control
+        self._is_armed = False
+        self._limit = self._deadline = NEVER
+        self._has_lapsed = False
 
-    def disarm(self) -> None:
-        """What it would do is done, or need not be done any more."""
-        self.disarmed = True
-
-
-@contextlib.asynccontextmanager
-async def armed(descriptor: int, commands: Sequence[Command], *, limit: float | None = None) -> AsyncIterator["Switch"]:
-    """
-    While the block runs, our death sends `commands` on the monitor connection `descriptor`, and so do `limit` seconds.
-
-    They are also sent at the end of the block, unless we have done by ourselves what they do and said `disarm`; to do it
-    twice must do no harm. Raises OSError when the process cannot be started.
-    """
-    control, theirs = socket.socketpair()
-    control.setblocking(False)
-    with control:
-        with theirs:
-            process = _start(theirs, descriptor, commands, limit)
-        await _see_ready(control, process)
-        switch = Switch()
+    @classmethod
+    def start(cls, descriptor: int, undo: Undo) -> "Switch":
+        """Start it on the connection `descriptor`. Raises OSError."""
+        if descriptor < 0:
+            raise OSError(errno.EBADF, "the connection is closed")
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control.setblocking(False)
         try:
-            yield switch
+            with theirs:
+                return cls(_spawn(theirs, descriptor, undo), control)
+        except OSError:
+            control.close()
+            raise
+
+    async def go_on_duty(self, limit: float = NEVER, turn: socket.socket | None = None) -> None:
+        """
+        Arm it and see that it is there; from now on we may do what it is to undo.
+
+        It keeps `turn`, if given, until it ends, so that nobody has it before all is undone. Raises OSError when it does
+        not answer.
+        """
+        self.arm(limit, turn)
+        state = State.GONE
+        try:
+            state = await self.state()
         finally:
-            if not switch.disarmed:
-                control.close()
-                await shield.finished(asyncio.to_thread(process.wait))
-            process.kill()
-            process.wait()
+            if state is not State.ARMED:
+                self.dismiss()
+        if state is not State.ARMED:
+            raise OSError("it does not answer" if state is State.GONE else "it was late")
+
+    def arm(self, limit: float, turn: socket.socket | None = None) -> None:
+        """From now on it waits `limit` seconds for a word of ours; where it is gone nobody is told."""
+        self._has_lapsed = self.has_lapsed
+        self._is_armed, self._limit = True, limit
+        self._deadline = time.monotonic() + limit  # a little before its own
+        self._send(deadman_child.ARM + str(limit).encode(), turn)
+
+    @property
+    def has_lapsed(self) -> bool:
+        """Whether we were silent for so long that it may have acted: then what it undoes may be undone already."""
+        return self._has_lapsed or time.monotonic() >= self._deadline
+
+    async def state(self) -> State:
+        """Ask it. It acts between our words only: what it has sent by the answer it has sent wholly."""
+        self._send(deadman_child.ASK)
+        with contextlib.suppress(OSError):  # TimeoutError too
+            async with asyncio.timeout(REPLY_SECONDS):
+                return State(await asyncio.get_running_loop().sock_recv(self._control, 64))
+        return State.GONE
+
+    @contextlib.asynccontextmanager
+    async def patient(self) -> AsyncIterator[None]:
+        """While the block runs the limit counts anew again and again, for as long as our event loop turns."""
+
+        async def beat() -> None:
+            while True:
+                self.arm(self._limit)
+                await asyncio.sleep(self._limit / 10)
+
+        beating = asyncio.ensure_future(beat())
+        try:
+            yield
+        finally:
+            beating.cancel()
+
+    async def act(self, seconds: float = UNDO_SECONDS) -> Answer:
+        """
+        Have it undo what we could not, and wait for that; after `seconds` it goes on without us.
+
+        It reads from the connection now. Where our own session still does, its reply may be lost to us: it asks again.
+        """
+        self._control.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = await asyncio.to_thread(self._process.wait, seconds)
+            return Answer(status) if status >= 0 else Answer.NONE
+        return Answer.NONE
+
+    def dismiss(self) -> None:
+        """There is nothing to undo (any more). Takes a millisecond; then the connection and the turn are ours alone."""
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Go away: what it is armed for it undoes now, and is waited for a little; one that is not armed is dismissed."""
+        if not self._is_armed:
+            self.dismiss()
+        self._control.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(REPLY_SECONDS)
+
+    def _send(self, word: bytes, turn: socket.socket | None = None) -> None:
+        with contextlib.suppress(OSError):
+            socket.send_fds(self._control, [word], [turn.fileno()] if turn is not None else [])
 
 
-def _start(
-    control: socket.socket, descriptor: int, commands: Sequence[Command], limit: float | None
-) -> "subprocess.Popen[bytes]":
-    lines = [json.dumps({"execute": name, "arguments": given, "id": deadman_child.ID}) for name, given in commands]
+def _spawn(control: socket.socket, descriptor: int, undo: Undo) -> "subprocess.Popen[bytes]":
+    script = os.path.abspath(deadman_child.__file__)
     return subprocess.Popen(
-        [sys.executable or "python3", "-I", "-S", os.path.abspath(deadman_child.__file__), str(limit or ""), *lines],
+        [sys.executable or "python3", "-I", "-S", script, str(AGAIN_SECONDS), undo.request, undo.end, undo.done],
         stdin=control.fileno(),
         stdout=descriptor,
         stderr=subprocess.DEVNULL,
@@ -76,14 +181,19 @@ def _start(
     )
 
 
-async def _see_ready(control: socket.socket, process: "subprocess.Popen[bytes]") -> None:
-    word = b""
+@contextlib.asynccontextmanager
+async def armed(
+    descriptor: int, undo: Undo, *, limit: float = NEVER, turn: socket.socket | None = None
+) -> AsyncIterator[Switch]:
+    """
+    A switch that is on duty while the block runs.
+
+    At the end of the block it acts, unless we have undone by ourselves what is to be undone, and dismissed it. Raises
+    OSError before the block when there is none.
+    """
+    switch = Switch.start(descriptor, undo)
+    await switch.go_on_duty(limit, turn)
     try:
-        async with asyncio.timeout(START_SECONDS):
-            word = await asyncio.get_running_loop().sock_recv(control, 1)
+        yield switch
     finally:
-        if word != deadman_child.READY:
-            process.kill()
-            process.wait()
-    if word != deadman_child.READY:
-        raise OSError("the guard ended at once")
+        await shield.finished(switch.act())

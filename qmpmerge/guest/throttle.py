@@ -38,12 +38,12 @@ class Throttle:
         """Put back what was there at the end of the block, and when we die in it. Raises CommandError, OSError."""
         await self._look()
         before = {**self._device, **self._limits()}
-        async with deadman.armed(self._monitor.descriptor, [("block_set_io_throttle", before)]) as switch:
+        async with deadman.armed(self._monitor.descriptor, deadman.qmp("block_set_io_throttle", **before)) as switch:
             try:
                 yield
             finally:
                 await shield.finished(self._monitor.execute("block_set_io_throttle", **before))
-                switch.disarm()
+                switch.dismiss()
 
     async def limit(self, target: int) -> None:
         """Let the guest write `target` bytes a second at the most, but no more than it could before."""

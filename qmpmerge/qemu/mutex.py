@@ -19,9 +19,11 @@ FLUSH, PAUSE = "flush", "pause"
 
 
 @contextlib.asynccontextmanager
-async def taken(what: str, monitor: Monitor, seconds: float | None = None) -> AsyncIterator[None]:
+async def taken(what: str, monitor: Monitor, seconds: float | None = None) -> AsyncIterator[socket.socket]:
     """
     Wait for our turn at `what` of this QEMU, and have it during the block.
+
+    It is freed with the last descriptor of the socket that the block gets: who hands that on hands on the turn.
 
     Where the kernel has no such names for us nobody is kept away. Raises TimeoutError after `seconds`.
     """
@@ -29,7 +31,7 @@ async def taken(what: str, monitor: Monitor, seconds: float | None = None) -> As
         async with asyncio.timeout(seconds):
             while not _is_ours(turn, f"\0qmpmerge-{what}-{_qemu(monitor)}"):  # noqa: ASYNC110 - nobody rings across processes
                 await asyncio.sleep(LOOK_AGAIN_SECONDS)
-        yield
+        yield turn
 
 
 def _qemu(monitor: Monitor) -> int:

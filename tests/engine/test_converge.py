@@ -306,44 +306,6 @@ def test_a_stopped_tool_leaves_no_limit(number: signal.Signals, code: int, guest
     assert bool(guest.ask("query-jobs")) == (number == signal.SIGKILL), "the job is QEMU's"
 
 
-ARMED = """
-import asyncio, os, signal, sys
-import qmpmerge
-from qmpmerge.guest import deadman
-
-async def main():
-    async with qmpmerge.live(sys.argv[1]) as host:
-        async with deadman.armed(host.monitor.descriptor, [("cont", {})], limit=1.0) as switch:
-            await host.monitor.execute("stop")
-            if sys.argv[2] == "9":
-                os.write(host.monitor.descriptor, b'{"execute": "que')
-            print("stopped", flush=True)
-            if sys.argv[2] == "disarm":
-                return switch.disarm()
-            os.kill(os.getpid(), int(sys.argv[2]))
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize("end", ["disarm", str(int(signal.SIGKILL)), str(int(signal.SIGSTOP))])
-def test_a_dead_mans_switch(end: str, guest: Guest) -> None:
-    """It acts in the middle of a command of ours; where we only hang, at its limit."""
-    guest.ask("cont")
-    with subprocess.Popen([sys.executable, "-c", ARMED, guest.vm.target, end], stdout=subprocess.PIPE) as tool:
-        assert tool.stdout is not None
-        assert tool.stdout.readline() == b"stopped\n"
-        if end == "disarm":
-            assert tool.wait(30) == 0
-            assert not guest.ask("query-status")["running"]
-            return
-        deadline = time.monotonic() + 30
-        while not (running := guest.ask("query-status")["running"]) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        tool.kill()
-    assert running
-
-
 # --- what the sightings say -----------------------------------------------------------------------------------------
 
 

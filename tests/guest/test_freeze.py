@@ -1,8 +1,8 @@
 """
 Freezing and thawing, against an agent of ours that speaks the protocol and can misbehave.
 
-The guardian is always the real process; in the tests of our own death the tool is one too. The tests at the end meet the
-real agent, in a real guest.
+The dead man's switch is always the real process; in the tests of our own death the tool is one too. The tests at the end
+meet the real agent, in a real guest.
 """
 
 import asyncio
@@ -22,7 +22,8 @@ from rig.guests import Guest, guest
 
 from qmpmerge.errors import AgentFailed, FreezeUnproven, ThawUnproven
 from qmpmerge.guest import agent, freeze
-from qmpmerge.guest.freeze_child import THAW_TRIES, Guardian
+from qmpmerge.guest.deadman import Switch
+from qmpmerge.guest.deadman_child import TRIES, State
 
 FREEZE = "guest-fsfreeze-freeze"
 THAW = "guest-fsfreeze-thaw"
@@ -33,6 +34,9 @@ SHORT = 1.0
 
 PATIENCE = 60.0
 """What anything may take with a real guest: a busy host is slow, not broken."""
+
+HANGS = [4 * SHORT, 75.0] if os.environ.get("QMPMERGE_ALL_KILLS") else [4 * SHORT]
+"""For how long, in seconds, the agent hangs: the first one for longer than a few tries of `SHORT`."""
 
 SILENCE = None
 """What a misbehaving command answers when it answers nothing."""
@@ -141,7 +145,7 @@ class FakeAgent:
         self._writer.close()
 
     async def is_alone(self) -> None:
-        """Return when no client, and no guardian of one, holds the connection."""
+        """Return when no client, and no switch of one, holds the connection."""
         async with self.news:
             await self.news.wait_for(lambda: self.clients == 0)
 
@@ -160,8 +164,8 @@ async def fake(tmp_path: Path) -> AsyncIterator[FakeAgent]:
     await server.wait_closed()
 
 
-def guardians(pid: int | None = None) -> list[psutil.Process]:
-    return [child for child in psutil.Process(pid).children() if "freeze_child.guard(" in " ".join(child.cmdline())]
+def switches(pid: int | None = None) -> list[psutil.Process]:
+    return [child for child in psutil.Process(pid).children() if "deadman_child.py" in " ".join(child.cmdline())]
 
 
 # --- it goes well -------------------------------------------------------------------------------------------------
@@ -170,9 +174,9 @@ def guardians(pid: int | None = None) -> list[psutil.Process]:
 async def test_the_guest_is_frozen_in_the_block_and_thawed_after_it(fake: FakeAgent) -> None:
     async with freeze.frozen(fake.path) as count:
         assert (count, fake.frozen) == (2, 2)
-        assert len(guardians()) == 1
+        assert len(switches()) == 1
     assert fake.frozen == 0
-    assert guardians() == []
+    assert switches() == []
 
 
 async def test_a_second_freeze_can_follow_at_once(fake: FakeAgent) -> None:
@@ -237,7 +241,7 @@ async def refused(path: str, timeout: float = 10.0) -> str:
         async with freeze.frozen(path, timeout=timeout):
             pytest.fail("the block ran")
     assert raised.value.agent == path
-    assert guardians() == []
+    assert switches() == []
     return raised.value.reason
 
 
@@ -323,15 +327,15 @@ async def test_a_freeze_that_takes_effect_too_late_is_thawed(fake: FakeAgent) ->
     assert fake.frozen == 0
 
 
-async def test_no_freeze_without_a_guardian(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_freeze_without_a_switch(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert await refused(fake.path) == "the guardian did not start"
+    assert await refused(fake.path) == "the dead man's switch did not start: it does not answer"
     assert fake.seen[FREEZE] == 0
 
 
 async def test_no_freeze_without_a_python(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert await refused(fake.path) == "the guardian did not start: No such file or directory"
+    assert await refused(fake.path) == "the dead man's switch did not start: No such file or directory"
     assert fake.seen[FREEZE] == 0
 
 
@@ -401,21 +405,21 @@ async def test_cancellation_during_the_thaw_is_taken_back(fake: FakeAgent) -> No
     assert fake.frozen == 0
 
 
-async def test_a_dead_guardian_is_not_needed(fake: FakeAgent) -> None:
+async def test_a_dead_switch_is_not_needed(fake: FakeAgent) -> None:
     async with freeze.frozen(fake.path):
-        [guardian] = guardians()
-        guardian.kill()
-        guardian.wait()
+        [child] = switches()
+        child.kill()
+        child.wait()
     assert fake.frozen == 0
 
 
-async def test_a_stopped_guardian_is_not_waited_for(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stopped_switch_is_not_waited_for(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     async with freeze.frozen(fake.path):
-        [guardian] = guardians()
-        guardian.suspend()
-        monkeypatch.setattr("qmpmerge.guest.freeze_child.GUARDIAN_SECONDS", 0.1)
+        [child] = switches()
+        child.suspend()
+        monkeypatch.setattr("qmpmerge.guest.deadman.REPLY_SECONDS", 0.1)
     assert fake.frozen == 0
-    assert guardians() == []
+    assert switches() == []
 
 
 # --- the thaw is in doubt -------------------------------------------------------------------------------------------
@@ -429,8 +433,8 @@ async def test_a_guest_that_does_not_thaw(fake: FakeAgent) -> None:
     assert raised.value.facts == {"agent": fake.path, "reason": "failed to thaw /"}
     assert "{" + '"execute":"guest-fsfreeze-thaw"}' in raised.value.hint
     assert raised.value.exit_code == 6
-    assert fake.seen[THAW] == 1 + THAW_TRIES
-    assert guardians() == []
+    assert fake.seen[THAW] == 1 + TRIES
+    assert switches() == []
 
 
 async def test_a_thaw_in_doubt_hides_no_error_of_the_block(fake: FakeAgent) -> None:
@@ -448,14 +452,14 @@ async def test_a_connection_that_is_lost_in_the_block(fake: FakeAgent) -> None:
             await fake.is_alone()
 
 
-async def test_the_guardian_thaws_when_we_cannot(fake: FakeAgent) -> None:
+async def test_the_switch_thaws_when_we_cannot(fake: FakeAgent) -> None:
     fake.answers(THAW, refusal("busy"))
     with pytest.raises(FreezeUnproven) as raised:
         async with freeze.frozen(fake.path):
             pass
     assert raised.value.facts == {"agent": fake.path, "frozen": 2, "held": 0}
     assert fake.frozen == 0
-    assert guardians() == []
+    assert switches() == []
 
 
 async def test_a_filesystem_that_was_thawed_in_the_guest(fake: FakeAgent) -> None:
@@ -479,27 +483,29 @@ async def test_the_limit_thaws_while_we_live(fake: FakeAgent) -> None:
     assert raised.value.held == 0
 
 
-async def test_a_guardian_that_is_thawing_is_not_interrupted(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, waited_for = asyncio.Event(), asyncio.Event()
-    last_word = Guardian.last_word
+async def test_a_switch_that_is_thawing_is_not_interrupted(fake: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our thaw comes after its, and finds that nothing was frozen any more."""
+    begun, asked = asyncio.Event(), asyncio.Event()
+    ask = Switch.state
 
-    async def wait_for_it(guardian: Guardian, seconds: float) -> int | None:
+    async def ask_it(switch: Switch) -> State:
         assert not fake.more.is_set(), "nobody has written since"
-        waited_for.set()
-        return await last_word(guardian, seconds)
+        state = await ask(switch)
+        asked.set()
+        return state
 
     async def slow() -> Answer:
         if not begun.is_set():
             fake.more.clear()
             begun.set()
-            await waited_for.wait()
+            await asked.wait()
         return fake.obey(THAW)
 
-    monkeypatch.setattr(Guardian, "last_word", wait_for_it)
     fake.says[THAW] = slow
     with pytest.raises(FreezeUnproven):
         async with freeze.frozen(fake.path, limit=0.1):
             await begun.wait()
+            monkeypatch.setattr(Switch, "state", ask_it)
     assert fake.seen[THAW] == 2
     assert fake.frozen == 0
 
@@ -524,10 +530,12 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 @contextlib.asynccontextmanager
-async def frozen_tool(path: str, *, limit: float = PATIENCE) -> AsyncIterator[asyncio.subprocess.Process]:
+async def frozen_tool(
+    path: str, *, timeout: float = PATIENCE, limit: float = PATIENCE
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process of its own that has frozen the guest and stays in the block until it gets a line."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", TOOL, path, str(PATIENCE), str(limit)),
+        *(sys.executable, "-c", TOOL, path, str(timeout), str(limit)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(freeze.__file__).parents[2],
@@ -562,12 +570,35 @@ async def test_our_death_thaws_on_the_second_try(fake: FakeAgent) -> None:
     assert fake.frozen == 0
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seconds", HANGS)
+async def test_our_death_thaws_a_guest_that_hangs_when_it_wakes(fake: FakeAgent, seconds: float) -> None:
+    """However long that takes: who has gone by then has said nothing."""
+    asked, wakes = asyncio.Event(), asyncio.Event()
+
+    async def late() -> Answer:
+        asked.set()
+        await wakes.wait()
+        return fake.obey(THAW)
+
+    async with frozen_tool(fake.path, timeout=SHORT) as tool:
+        fake.says[THAW] = late
+        tool.kill()
+        await asked.wait()
+        await asyncio.sleep(seconds)
+        assert fake.frozen == 2
+        wakes.set()
+        await fake.has_seen(THAW)
+        await fake.is_alone()
+    assert fake.frozen == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-async def test_signals_to_the_guardian_do_not_stop_it(fake: FakeAgent, number: signal.Signals) -> None:
+async def test_signals_to_the_switch_do_not_stop_it(fake: FakeAgent, number: signal.Signals) -> None:
     async with frozen_tool(fake.path) as tool:
-        [guardian] = guardians(tool.pid)
-        assert os.getsid(guardian.pid) == guardian.pid
-        guardian.send_signal(number)
+        [child] = switches(tool.pid)
+        assert os.getsid(child.pid) == child.pid
+        child.send_signal(number)
         tool.kill()
         await fake.has_seen(THAW)
         await fake.is_alone()

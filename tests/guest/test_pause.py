@@ -16,7 +16,7 @@ from rig.machines import Machine, machine
 import qmpmerge
 from qmpmerge.errors import PauseUnproven
 from qmpmerge.guest import pause
-from qmpmerge.guest.pause import Guard, paused
+from qmpmerge.guest.pause import paused, start_switch
 
 PROGRAM = """
 import asyncio, os, sys
@@ -25,8 +25,8 @@ from qmpmerge.guest import pause
 
 async def main():
     async with qmpmerge.live(sys.argv[1]) as host:
-        guarded = pause.Guard.start(host.monitor, limit=float(sys.argv[3]))
-        async with pause.paused(host.monitor, guarded):
+        switch = pause.start_switch(host.monitor)
+        async with pause.paused(host.monitor, switch, limit=float(sys.argv[3])):
             os.write(host.monitor.descriptor, sys.argv[2].encode())
             print("paused", flush=True)
             await asyncio.sleep(60)
@@ -106,23 +106,23 @@ def children(pid: int) -> list[int]:
 async def test_a_paused_guest_stays_paused(vm: Machine) -> None:
     vm.session.execute("stop")
     async with qmpmerge.live(vm.target) as host:
-        guarded = Guard.start(host.monitor)
-        assert guarded is not None
-        async with paused(host.monitor, guarded) as pause:
+        switch = start_switch(host.monitor)
+        assert switch is not None
+        async with paused(host.monitor, switch) as pause:
             assert pause.guest_rests
-        guarded.reap()
+        switch.close()
     assert (pause.milliseconds, status(vm)) == (None, "paused")
 
 
 async def test_a_guest_that_the_user_stops_afterwards_stays_stopped(vm: Machine) -> None:
     async with qmpmerge.live(vm.target) as host:
-        guarded = Guard.start(host.monitor)
-        assert guarded is not None
-        async with paused(host.monitor, guarded) as pause:
+        switch = start_switch(host.monitor)
+        assert switch is not None
+        async with paused(host.monitor, switch) as pause:
             assert status(vm) == "paused"
         assert status(vm) == "running"
         vm.session.execute("stop")
-        guarded.reap()
+        switch.close()
     assert pause.milliseconds is not None and status(vm) == "paused"
 
 
@@ -135,21 +135,21 @@ async def test_without_a_guard_nobody_is_paused(vm: Machine) -> None:
 async def test_a_dead_guard_pauses_nobody(vm: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     async with qmpmerge.live(vm.target) as host:
-        guarded = Guard.start(host.monitor)
-        assert guarded is not None
-        async with paused(host.monitor, guarded) as pause:
+        switch = start_switch(host.monitor)
+        assert switch is not None
+        async with paused(host.monitor, switch) as pause:
             assert status(vm) == "running"
-        guarded.reap()
+        switch.close()
     assert (pause.guest_rests, pause.is_unguarded) == (False, True)
 
 
 async def test_a_cancelled_pause_ends(vm: Machine) -> None:
     async with qmpmerge.live(vm.target) as host:
-        guarded, inside = Guard.start(host.monitor), asyncio.Event()
-        assert guarded is not None
+        switch, inside = pause.start_switch(host.monitor), asyncio.Event()
+        assert switch is not None
 
         async def wait() -> None:
-            async with pause.paused(host.monitor, guarded):
+            async with pause.paused(host.monitor, switch):
                 inside.set()
                 await asyncio.sleep(60)
 
@@ -158,19 +158,19 @@ async def test_a_cancelled_pause_ends(vm: Machine) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        guarded.reap()
+        switch.close()
     assert status(vm) == "running"
 
 
 async def test_a_session_that_ends_in_the_pause_is_taken_over(vm: Machine) -> None:
     """The connection is the guard's too, so the guest runs again although our half of it is broken."""
     async with qmpmerge.live(vm.target) as host:
-        guarded = Guard.start(host.monitor)
+        switch = pause.start_switch(host.monitor)
         with contextlib.suppress(PauseUnproven):
-            async with pause.paused(host.monitor, guarded):
+            async with pause.paused(host.monitor, switch):
                 await host.monitor._client.disconnect()
-        assert guarded is not None
-        guarded.reap()
+        assert switch is not None
+        switch.close()
     assert becomes(vm, "running")
 
 
@@ -189,14 +189,33 @@ async def test_a_cancellation_that_comes_as_the_guest_is_let_run_again_is_taken_
                 return await execute(command, **arguments)  # type: ignore[arg-type]
 
             host.monitor.execute = interrupted  # type: ignore[method-assign]
-            guarded = Guard.start(host.monitor)
-            async with pause.paused(host.monitor, guarded):
+            switch = pause.start_switch(host.monitor)
+            async with pause.paused(host.monitor, switch):
                 assert status(vm) == "paused"
             came_to_the_end = True
-            assert guarded is not None
-            guarded.reap()
+            assert switch is not None
+            switch.close()
 
     task = asyncio.ensure_future(work())
     await task
     assert came_to_the_end
     assert status(vm) == "running"
+
+
+async def test_a_stop_that_took_longer_than_the_limit_proves_no_rest(vm: Machine) -> None:
+    """The switch has let the guest run again by then, and QEMU hears of both at once."""
+    async with qmpmerge.live(vm.target) as host:
+        execute = host.monitor.execute
+
+        async def late(command: str, **arguments: object) -> object:
+            if command == "stop":
+                vm.process.send_signal(signal.SIGSTOP)
+                asyncio.get_running_loop().call_later(1, vm.process.send_signal, signal.SIGCONT)
+            return await execute(command, **arguments)  # type: ignore[arg-type]
+
+        host.monitor.execute = late  # type: ignore[method-assign]
+        switch = start_switch(host.monitor)
+        async with paused(host.monitor, switch, limit=0.3) as pause:
+            assert becomes(vm, "running")
+            assert not pause.guest_rests
+    assert pause.milliseconds is not None and status(vm) == "running"
