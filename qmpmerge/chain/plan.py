@@ -35,6 +35,11 @@ class CommitPlan:
     refusals: tuple[Refused, ...] = ()
 
     @property
+    def written(self) -> tuple[Image, ...]:
+        """The images that are written: base, and the overlay whose header is."""
+        return (self.base,) if self.overlay is None else (self.base, self.overlay)
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to merge: the disk has a single image."""
         return not self.merged

@@ -11,12 +11,15 @@ import shlex
 from collections.abc import Collection, Iterator, Sequence
 
 from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.state import State
 from qmpmerge.doctor.findings import Finding, Severity
 from qmpmerge.images import dependents, files
 from qmpmerge.images.dependents import Dependent
 from qmpmerge.journal import locks, stash, store
+from qmpmerge.journal.locks import Note
+from qmpmerge.journal.record import Record
 from qmpmerge.journal.stash import STASHED
-from qmpmerge.journal.store import Account
+from qmpmerge.journal.store import Disbelieved, Found
 from qmpmerge.processes import holders
 
 _LOCK = re.compile(r"\.(?P<image>.+)\.qmpmerge-lock", re.DOTALL)
@@ -39,9 +42,10 @@ def beside(
 
 
 def in_folder(folder: str, jobs: Collection[str] = ()) -> list[Finding]:
-    """What the names in one folder tell. The witness of a merge that is under way, as its lock shows, is no finding."""
+    """What the names in one folder tell. The record of a merge that is under way, as its lock shows, is no finding."""
     at_work = any(locks.is_held(path) for path, _image in files.matching(folder, _LOCK))
-    unsettled = [] if at_work else [_unsettled(told) for told in store.witnesses(folder) if told.job not in jobs]
+    found = [] if at_work else store.in_folder(folder)
+    unsettled = [_unsettled(one) for one in found if isinstance(one, Disbelieved) or one.job not in jobs]
     return [*unsettled, *_old_locks(folder, jobs), *_stashed(folder)]
 
 
@@ -51,9 +55,9 @@ def is_orphan(name: str) -> bool:
     return match is not None and not os.path.exists(f"/proc/{match[1]}")
 
 
-_PHASES: dict[str | None, tuple[Severity, str]] = {
-    "copying": ("care", "the old chain is right; its job may be at work still, and goes with QEMU"),
-    "proved": ("note", "the new chain is right; only the merged files remain to be dealt with"),
+_STATES: dict[State, tuple[Severity, str]] = {
+    State.COPYING: ("care", "the old chain is right; its job may be at work still, and goes with QEMU"),
+    State.PROVED: ("note", "the new chain is right; only the merged files remain to be dealt with"),
 }
 _UNSETTLED: tuple[Severity, str] = (
     "harm",
@@ -61,26 +65,30 @@ _UNSETTLED: tuple[Severity, str] = (
 )
 
 
-def _unsettled(told: Account) -> Finding:
-    phase = f"in phase {told.phase}" if told.phase else "in a phase that it does not tell"
-    job = f" (job {told.job})" if told.job else ""
-    severity, why = _PHASES.get(told.phase, _UNSETTLED)
-    what = f"a merge of {told.image}{job} was left or cut off {phase}"
-    return Finding("unsettled", severity, told.file, what, why, shlex.join(["qmpmerge", "recover", told.image]))
+def _unsettled(found: Found) -> Finding:
+    if isinstance(found, Disbelieved):
+        what = f"the record of a merge of {found.image} that is not believed: {found.reason}"
+        why = "which image is right is not known, so nothing is merged, recovered or cleaned here while it lies there"
+        return Finding("unsettled", "harm", found.path, what, why)
+    image = found.chain.active.file
+    severity, why = _STATES.get(found.state, _UNSETTLED)
+    what = f"a merge of {image} (job {found.job}) was left or interrupted in state {found.state.value}"
+    return Finding("unsettled", severity, found.path, what, why, shlex.join(["qmpmerge", "recover", image]))
 
 
 def _old_locks(folder: str, jobs: Collection[str]) -> Iterator[Finding]:
     for path, image in files.matching(folder, _LOCK):
-        note = locks.read_note(path)
-        if locks.is_held(path) or note.get("job") in jobs:
+        note = locks.read(path) or Note()
+        record = store.read(note.record) if note.record is not None else None
+        if locks.is_held(path) or (isinstance(record, Record) and record.job in jobs):
             continue
-        if note:
+        if note == Note():
+            what = f"a lock file that nobody holds: a merge into {image} was killed"
+            yield Finding("old-lock", "note", path, what, "it keeps nobody out", shlex.join(["rm", "-f", "--", path]))
+        else:
             what = f"the note of a merge into {image} that was left or killed"
             why = "the next merge into it reads the note: it goes on with its job, or looks closer"
             yield Finding("unfinished", "note", path, what, why)
-        else:
-            what = f"a lock file that nobody holds: a merge into {image} was killed"
-            yield Finding("old-lock", "note", path, what, "it keeps nobody out", shlex.join(["rm", "-f", "--", path]))
 
 
 # --- images -------------------------------------------------------------------------------------------------------

@@ -1,111 +1,59 @@
-"""
-The steps of a merge up to the switch: until then everything can be taken back.
-"""
+"""What operations on a chain differ in. All else (states, record, limits, lost sessions) is `run` and `go`, for all of them."""
 
-import time
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.chain.outcome import Ending, Policy
+from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.chain.plan import CommitPlan
-from qmpmerge.engine.converge import Converge
-from qmpmerge.engine.patience import Patience
-from qmpmerge.engine.progress import Report
-from qmpmerge.engine.rates import Watch
-from qmpmerge.guest.deadman import Switch
-from qmpmerge.journal.locks import Lock
-from qmpmerge.journal.record import Witness
-from qmpmerge.qemu import jobs
-from qmpmerge.qemu.bitmaps import Bitmap
-from qmpmerge.qemu.blockgraph import Disk
-from qmpmerge.qemu.flush import flush as flush_flush
-from qmpmerge.targets.target import ChainView, Host
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.monitor import Doorbell
+
+if TYPE_CHECKING:
+    from qmpmerge.engine.run import Run
 
 
-@dataclass
-class Merge:
+class Operation(Protocol):
     """
-    One merge under way: the values that every step needs.
+    One operation: which plan it carries out, and what it does in the states in which operations differ.
 
-    `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_started`
-    says that QEMU has confirmed the start, `let_go` that the overlay is kept, `switching` that the switch has begun.
+    `verdict` is that of an outcome that is proved, `counts` what QEMU counts of its job (see `Progress`), `decisions` are
+    the states of the job in which it waits for us. `pivots` says that the guest moves to another image.
     """
 
-    host: Host
-    disk: Disk
     plan: CommitPlan
-    ending: Ending
-    report: Report
-    patience: Patience
-    old_nodes: list[str]
-    base_driver: str
-    job: str
-    verify: bool | None = None
-    suspect: str | None = None
-    is_started: bool = True
-    let_go: bool = False
-    switching: bool = False
-    verified: bool = False
-    base_is_durable: bool = False
-    policy: Policy = "stash"
-    pauses: bool = True
-    witness: Witness | None = None
-    guard: Switch | None = None
-    paused_ms: float | None = None
-    notes: list[str] = field(default_factory=list)
-    converge: Converge | None = None
-    watch: Watch = field(default_factory=Watch)
-    copied: int | None = None
-    bitmaps: tuple[Bitmap, ...] = ()
-    started: float = field(default_factory=time.monotonic)
+    verdict: ClassVar[str]
+    counts: ClassVar[str]
+    decisions: ClassVar[frozenset[str]]
+    pivots: ClassVar[bool]
 
-    @property
-    def deadline(self) -> float | None:
-        """Until when we wait, in `time.monotonic` seconds."""
-        return self.patience.deadline
+    async def start(self, run: "Run") -> None:
+        """PLANNED to COPYING: ask for the job. Raises Refused, and what a lost session raises."""
+        ...
 
-    def name_after(self, expected: Chain) -> str:
-        """What the disk is called once its active image may have changed."""
-        return self.disk.drive or self.disk.qdev or expected.active.node or expected.active.file
+    def stops_at(self, run: "Run", job: Job) -> bool:
+        """Whether the job is to be left in this state."""
+        ...
 
-    async def flush(self, image: Image) -> bool:
-        """As `durable.flush` does."""
-        return await flush_flush(self.host.monitor, image, opened=self.host.opened.get(image.node or ""))
+    async def safeguards(self, run: "Run", doorbell: Doorbell, job: Job) -> None:
+        """
+        COPYING to SAFE: all that must be so before anything is switched.
 
+        Raises NotDurable, NotVerified or BitmapsNotCarried with the job taken back.
+        """
+        ...
 
-def begin(
-    host: Host,
-    view: ChainView,
-    planned: CommitPlan,
-    ending: Ending,
-    report: Report,
-    patience: Patience,
-    verify: bool | None = None,
-    *,
-    policy: Policy = "stash",
-    pauses: bool = True,
-) -> Merge:
-    """The values of a merge whose job is to be started, or runs already."""
-    return Merge(
-        host=host,
-        disk=view.disk,
-        plan=planned,
-        ending=ending,
-        report=report,
-        patience=patience,
-        old_nodes=view.layout.between(planned.top.node or "", planned.base.node or ""),
-        base_driver=view.layout.nodes[planned.base.node or ""].driver,
-        verify=True if policy == "delete" else verify,
-        policy=policy,
-        pauses=pauses,
-        job=view.disk.job.id if view.disk.job else jobs.job_id(view.disk.name),
-    )
+    async def switch(self, run: "Run", doorbell: Doorbell, job: Job) -> Job | None:
+        """
+        SAFE to SWITCHING, and through it: the job is told to end, and returned as it ended. From where it can no longer be
+        taken back it does not heed a cancellation.
 
+        Raises RecordFailed with the job taken back.
+        """
+        ...
 
-@dataclass
-class Begun:
-    """A merge to be run, under its lock. `speed` is None where its job is there already."""
+    async def make_durable(self, run: "Run") -> None:
+        """After the switch, what the proof needs to be durable. Raises HeaderNotDurable."""
+        ...
 
-    merge: Merge
-    lock: Lock
-    speed: int | None = None
+    def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
+        """What the user should know after an outcome that is proved."""
+        ...

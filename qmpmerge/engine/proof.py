@@ -4,70 +4,66 @@ import shlex
 import time
 
 from qmpmerge.chain.chain import Chain
-from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy, files_advice, launch_advice
+from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
-from qmpmerge.engine import journaling
-from qmpmerge.engine.operation import Merge
+from qmpmerge.chain.state import State
+from qmpmerge.engine.run import Run
 from qmpmerge.engine.take_back import view_after
 from qmpmerge.errors import NotProven
 from qmpmerge.images import nbd
 from qmpmerge.journal import stash
 
 
-async def prove(merge: Merge, verdict: str, expected: Chain) -> Outcome:
+async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
-    view = await view_after(merge, expected)
-    if not _is_shown(merge, expected, view.chain):
-        raise NotProven(target=merge.host.target, expected=_told(expected), found=_told(view.chain))
-    if expected is merge.plan.result:
-        await _see_header_on_server(merge)
-    merged: tuple[MergedFile, ...] = ()
-    if verdict == "kept":
-        journaling.take_back(merge)
-    else:
-        merged = await journaling.settle_files(merge)
-    left = [node for node in merge.old_nodes if node in view.layout.nodes and verdict != "kept"]
-    hints = [*_advice(merge, verdict, merged), *merge.notes]
+    view = await view_after(run, expected)
+    if not _is_shown(run, expected, view.chain):
+        raise NotProven(target=run.host.target, expected=_in_full(expected), found=_in_full(view.chain))
+    if expected is run.plan.result:
+        await _see_header_on_server(run)
+    merged = await run.finish(State.KEPT if verdict == "kept" else State.DONE)
+    left = [node for node in run.old_nodes if node in view.layout.nodes and verdict != "kept"]
+    hints = [*_advice(run, verdict, merged), *run.notes]
     if left:
         hints.append(f"still open in QEMU, in use by somebody else: {', '.join(left)}")
-    return _outcome(merge, verdict, view.chain, tuple(hints), merged)
+    return _outcome(run, verdict, view.chain, tuple(hints), merged)
 
 
-async def _see_header_on_server(merge: Merge) -> None:
+async def _see_header_on_server(run: Run) -> None:
     """
     Of an overlay on the network QEMU tells what it has written, not what its server has kept. Raises NotProven.
     """
-    overlay = merge.plan.overlay
+    overlay = run.plan.overlay
     if overlay is None or overlay.has_path:
         return
     header = await nbd.header(overlay)
     if header is None:
-        merge.notes.append(f"the header of {overlay.file} could not be read back from its server")
-    elif header.backing != merge.plan.backing_name:
+        run.notes.append(f"the header of {overlay.file} could not be read back from its server")
+    elif header.backing != run.plan.backing_name:
         found = f"{overlay.file} (backing {header.backing}) on its server, which may have lost what QEMU wrote"
-        raise NotProven(target=merge.host.target, expected=_told(merge.plan.result), found=found)
+        raise NotProven(target=run.host.target, expected=_in_full(run.plan.result), found=found)
 
 
-def _is_shown(merge: Merge, expected: Chain, found: Chain) -> bool:
+def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
     if not found.same_files(expected):
         return False
-    overlay = merge.plan.overlay
-    if overlay is None or expected is not merge.plan.result:
+    overlay = run.plan.overlay
+    if overlay is None or expected is not run.plan.result:
         return True
     image = found[expected.index(expected.find(overlay.node or overlay.file))]
-    formats = {merge.plan.base.format, merge.base_driver}
-    return image.backing == merge.plan.backing_name and image.backing_format in formats
+    formats = {run.plan.base.format, run.base_driver}
+    return image.backing == run.plan.backing_name and image.backing_format in formats
 
 
-def _told(chain: Chain) -> str:
+def _in_full(chain: Chain) -> str:
     return " <-- ".join(f"{image.file} (backing {image.backing})" if image.backing else image.file for image in chain)
 
 
-def _advice(merge: Merge, verdict: str, merged: tuple[MergedFile, ...]) -> list[str]:
-    base = merge.plan.base.file
+def _advice(run: Run, verdict: str, merged: tuple[MergedFile, ...]) -> list[str]:
+    base = run.plan.base.file
     if verdict == "kept":
         return [f"{base} held all data at the moment it was let go; the guest writes to the overlay"]
-    return [*(launch_advice(base, merged[-1]) if verdict == "pivoted" else []), *files_advice(merged)]
+    return run.operation.advice(merged)
 
 
 def merged_files(planned: CommitPlan, policy: Policy) -> tuple[MergedFile, ...]:
@@ -86,25 +82,25 @@ def planned(disk: str, plan: CommitPlan, policy: Policy, checked: tuple[Checked,
 
 
 def _outcome(
-    merge: Merge, verdict: str, after: Chain, hints: tuple[str, ...], merged: tuple[MergedFile, ...] = ()
+    run: Run, verdict: str, after: Chain, hints: tuple[str, ...], merged: tuple[MergedFile, ...] = ()
 ) -> Outcome:
     return Outcome(
         verdict=verdict,
-        disk=merge.disk.name,
-        before=merge.plan.chain,
+        disk=run.disk.name,
+        before=run.plan.chain,
         after=after,
-        job=merge.job,
+        job=run.job,
         merged=merged,
-        copied=merge.copied if merge.plan.pivots else None,
-        seconds=time.monotonic() - merge.started,
+        copied=run.copied if run.operation.pivots else None,
+        seconds=time.monotonic() - run.started,
         hints=hints,
-        verified=merge.verified,
-        paused_ms=merge.paused_ms,
+        verified=run.verified,
+        paused_ms=run.paused_ms,
     )
 
 
-def ready(merge: Merge) -> Outcome:
+def ready(run: Run) -> Outcome:
     """The outcome of a merge that was to stop at ready."""
-    command = f"qmpmerge job {shlex.quote(merge.host.target)} {merge.job}"
+    command = f"qmpmerge job {shlex.quote(run.host.target)} {run.job}"
     hints = (f"every write now goes to both images; `{command} pivot`, `{command} keep` or `{command} cancel` ends it",)
-    return _outcome(merge, "ready", merge.plan.chain, hints)
+    return _outcome(run, "ready", run.plan.chain, hints)

@@ -58,7 +58,7 @@ class NotVerified(Failed):
     advice = "the old chain is in use and right; look at the storage of {base} before you try again"
 
 
-class NotWitnessed(Failed):
+class RecordFailed(Failed):
     """What was about to be done could not be written down, so it was not done; the job was cancelled."""
 
     path: str

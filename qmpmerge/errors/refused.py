@@ -290,6 +290,34 @@ class Unfinished(Refused):
         return {**super()._words(), "path": shlex.quote(self.path)}
 
 
+class RecordNotBelieved(Refused):
+    """
+    What lies beside an image under the name of a merge's record cannot be read, or could have been written by anybody: so
+    what an earlier merge has done is not known.
+    """
+
+    image: str
+    path: str
+    reason: str
+    sentence = "whether a merge of {image} was left unfinished is not known: {path} is not believed ({reason})"
+    advice = (
+        "find out who wrote it, and which image is right (`qmpmerge doctor` shows what lies there); then, or where no merge "
+        "was under way: `rm -f -- {path}`"
+    )
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "path": shlex.quote(self.path)}
+
+
+class CannotRecord(Refused):
+    """The record of what is about to be done could not be written whole, so it was not begun."""
+
+    path: str
+    reason: str
+    sentence = "cannot write {path}: {reason}"
+    advice = "make room for a small file there, then run the same command again"
+
+
 class Stashed(Refused):
     """TARGET is the old name of an image that a merge has stashed: no misspelt VM."""
 

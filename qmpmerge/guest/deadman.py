@@ -125,10 +125,10 @@ class Switch:
 
     @contextlib.asynccontextmanager
     async def patient(self) -> AsyncIterator[None]:
-        """While the block runs the limit counts anew again and again, for as long as our event loop turns."""
+        """While the block runs the limit of an armed one counts anew again and again, as long as our event loop turns."""
 
         async def beat() -> None:
-            while True:
+            while self._is_armed:
                 self.arm(self._limit)
                 await asyncio.sleep(self._limit / 10)
 

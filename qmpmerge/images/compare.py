@@ -17,6 +17,10 @@ SMALL_GAP = 16 * 1024 * 1024
 """A gap that is read along with its neighbours, since a process of its own would take longer."""
 
 
+DIFFERENT = "they show different data"
+"""What is wrong with a base that was compared; all else is a comparison that could not be made."""
+
+
 async def same(planned: CommitPlan) -> bool:
     """
     Whether top and base show the same wherever a merged image holds anything; elsewhere top shows base's own data.

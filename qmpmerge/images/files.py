@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import stat
+from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Inode
 
@@ -25,6 +26,21 @@ def inode(path: str) -> Inode | None:
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a file looked like at a moment when nobody wrote: any write since then shows."""
+
+    size: int
+    changed: int
+    """st_mtime_ns"""
+
+
+def seen(path: str) -> Seen:
+    """What a file looks like now."""
+    status = os.stat(path)
+    return Seen(status.st_size, status.st_mtime_ns)
 
 
 def is_regular(path: str) -> bool:
@@ -100,7 +116,9 @@ def write(path: str, data: bytes) -> None:
     remove(new)  # of one of us that was killed
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, data)
+        rest = memoryview(data)
+        while rest:  # a full disk takes a part before it says so
+            rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,10 +1,9 @@
 """
-A lock of our own beside the base, so that two qmpmerge never meet on it, and the note in it for who comes next.
+A lock of our own beside every image that is written, so that two qmpmerge never meet on one.
 
-QEMU's image locks keep other processes from writing; they do not keep two of us from checking at the same time.
-
-The kernel drops the lock with its holder, the file stays: what a holder that was killed, or that left on purpose, wrote
-into it is found by the next one. A note is believed only as far as QEMU's graph and the headers bear it out.
+QEMU's image locks keep other processes from writing; they do not keep two of us from checking at the same time. The kernel
+drops the lock with its holder, the file stays: what a holder that was killed, or that left on purpose, noted in it is found
+by the next one. It says where the record of the merge lies, and whether base is suspect.
 """
 
 import contextlib
@@ -13,130 +12,129 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, replace
 
 from qmpmerge.chain.chain import Image
+from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.errors import Locked
 
-_LARGEST_NOTE = 1024 * 1024
-
-LONGEST_NOTE = 4 * 1024 * 1024
+_LARGEST = 64 * 1024
 
 
-def lock_path(base: Image) -> str:
+@dataclass(frozen=True)
+class Note:
+    """
+    What a lock file says: the path of a record, and the error of an earlier merge into this base after which what it
+    shows must be compared (QEMU's cache may believe what the storage has lost).
+    """
+
+    record: str | None = None
+    suspect: str | None = None
+
+
+UNREADABLE = Note(suspect="what an earlier merge noted beside it cannot be read")
+"""What nobody can read may have said just that."""
+
+
+def lock_path(image: Image) -> str:
     """``.NAME.qmpmerge-lock`` in the folder of the real file."""
-    folder, name = os.path.split(os.path.realpath(base.file))
+    folder, name = os.path.split(os.path.realpath(image.file))
     return os.path.join(folder, f".{name}.qmpmerge-lock")
 
 
 class Lock:
-    """A lock that is held. Without a file (see `held`) nothing can be noted."""
+    """A lock that is held, and the `note` in it. Without a file (see `held`) nothing can be noted."""
 
-    def __init__(self, descriptor: int | None) -> None:
+    def __init__(self, descriptor: int | None, note: Note) -> None:
         self._descriptor = descriptor
         # What an earlier holder left is not ours to drop before its work is done.
-        self.is_noted = descriptor is not None and os.fstat(descriptor).st_size > 0
+        self.note = note
 
-    def note(self, told: dict[str, Any]) -> None:
-        """Leave this for who comes next, until `clear`; a note that cannot be written is none."""
-        if self._descriptor is None:
-            return
-        self.is_noted = True
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(told).encode(), 0)
-            os.fsync(self._descriptor)
+    def point_to(self, record: str) -> None:
+        """Say where the record lies, until `clear`."""
+        self._write(replace(self.note, record=record))
+
+    def suspect(self, reason: str) -> None:
+        """Say that base is suspect, until `clear`."""
+        self._write(replace(self.note, suspect=reason))
 
     def clear(self) -> None:
         """There is nothing to be told any more: the file goes with the lock."""
-        self.is_noted = False
+        self.note = Note()
+
+    def forget_record(self) -> None:
+        """The record is gone; a suspicion stays."""
+        self.note = replace(self.note, record=None)
+        if self.note.suspect is not None:
+            self.suspect(self.note.suspect)
+
+    def _write(self, note: Note) -> None:
+        """What there is no room for is not said: base's own filesystem may be full, and its job waits for that."""
+        self.note = note
+        if self._descriptor is not None:
+            data = json.dumps({"record": note.record, "suspect": note.suspect}).encode()
+            with contextlib.suppress(OSError):
+                os.pwrite(self._descriptor, data, 0)
+                os.ftruncate(self._descriptor, len(data))
+                os.fsync(self._descriptor)
 
 
 @contextlib.contextmanager
-def held(base: Image) -> Iterator[Lock]:
+def held(image: Image, *others: Image) -> Iterator[Lock]:
     """
-    Hold the lock of `base` during the block; the kernel drops it with our process.
+    Hold the locks of these images during the block; yields that of the first. The kernel drops them with our process.
 
-    A base without a path, or in a folder where we may not write, has no lock: then QEMU alone keeps others away.
+    An image without a path, or in a folder where we may not write, has no lock: then QEMU alone keeps others away.
     Raises Locked.
     """
-    path = lock_path(base)
-    descriptor = _take(path, base) if base.has_path else None
-    lock = Lock(descriptor)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_held(image))
+        for other in others:
+            stack.enter_context(_held(other))
+        yield lock
+
+
+def taken_for(plan: CommitPlan) -> contextlib.AbstractContextManager[Lock]:
+    """
+    Hold the locks of the images that this plan writes; yields base's, or that of the lowest merged image where base has no
+    path. Raises Locked.
+    """
+    first = next((image for image in (plan.base, *plan.merged) if image.has_path), plan.base)
+    return held(first, *(image for image in plan.written if image is not plan.base))
+
+
+@contextlib.contextmanager
+def _held(image: Image) -> Iterator[Lock]:
+    path = lock_path(image)
+    descriptor = _take(path, image) if image.has_path else None
+    lock = Lock(descriptor, Note() if descriptor is None else _note(descriptor, image.file))
     try:
         yield lock
     finally:
         if descriptor is not None:
-            if not lock.is_noted:
+            if lock.note == Note():
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             os.close(descriptor)
 
 
-def noted(base: Image) -> dict[str, Any] | None:
-    """
-    What the last holder of the lock of `base` left or, where it is held, has to say; None where that is nothing, or
-    where it was written by somebody who is neither we, nor root, nor the owner of the base.
-    """
-    if not base.has_path:
-        return None
+def read(path: str) -> Note | None:
+    """What a lock file says, whoever holds it; None where there is no such file."""
     try:
-        descriptor = os.open(lock_path(base), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        if os.fstat(descriptor).st_uid not in (0, os.geteuid(), _owner(base.file)):
-            return None
-        try:
-            told = json.loads(file.read(LONGEST_NOTE))
-        except (OSError, ValueError, RecursionError):
-            return None
-    return told if isinstance(told, dict) else None
-
-
-def _owner(path: str) -> int | None:
-    try:
-        return os.stat(path).st_uid
-    except OSError:
-        return None
-
-
-def _take(path: str, base: Image) -> int | None:
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise Locked(base=base.file, lock=path) from None
-        if _is_still(path, descriptor):
-            return descriptor
-        os.close(descriptor)  # its last holder has just removed it: take the next one
-
-
-def _is_still(path: str, descriptor: int) -> bool:
-    try:
-        status = os.stat(path, follow_symlinks=False)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
-    return os.path.samestat(status, os.fstat(descriptor))
+        return None
+    except OSError:
+        return UNREADABLE
+    try:
+        return _note(descriptor, _locked_by(path))
+    finally:
+        os.close(descriptor)
 
 
-def read_note(path: str) -> dict[str, object]:
-    """The JSON object in a file of ours; empty where there is none."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        told = json.loads(_read(path))
-        return told if isinstance(told, dict) else {}
-    return {}
-
-
-def _read(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        return file.read(_LARGEST_NOTE) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+def noted(image: Image) -> Note:
+    """What the lock of an image says, whoever holds it."""
+    return (read(lock_path(image)) if image.has_path else None) or Note()
 
 
 def is_held(lock: str) -> bool:
@@ -148,3 +146,61 @@ def is_held(lock: str) -> bool:
     except OSError:
         return True  # nothing is said about what cannot be seen
     return any("FLOCK" in row and any(word.endswith(f":{inode}") for word in row) for row in rows)
+
+
+def _locked_by(path: str) -> str:
+    """The image that the lock file at `path` is of."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, name.removeprefix(".").removesuffix(".qmpmerge-lock"))
+
+
+def _note(descriptor: int, image: str) -> Note:
+    """Believed where it is ours, root's or of the image's owner."""
+    try:
+        status = os.fstat(descriptor)
+        data = os.pread(descriptor, _LARGEST + 1, 0)
+        if not data:
+            return Note()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid(), _owner(image)):
+            return UNREADABLE
+        entry = json.loads(data)
+        return Note(_text(entry["record"]), _text(entry["suspect"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return UNREADABLE
+
+
+def _text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError(value)
+
+
+def _owner(path: str) -> int | None:
+    try:
+        return os.stat(path).st_uid
+    except OSError:
+        return None
+
+
+def _take(path: str, image: Image) -> int | None:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise Locked(base=image.file, lock=path) from None
+        if _is_still(path, descriptor):
+            return descriptor
+        os.close(descriptor)  # its last holder has just removed it: take the next one
+
+
+def _is_still(path: str, descriptor: int) -> bool:
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(status, os.fstat(descriptor))

@@ -2,7 +2,7 @@
 What becomes of the files that a merge leaves over: stashed under another name, removed, replaced, or left alone.
 
 After a pivot the old active image still opens and shows older data, so by default it loses its name. Only names that the
-witness lists are touched, and only while they lead to the very files that it means; nothing is overwritten.
+record lists are touched, and only while they lead to the very files that it means; nothing is overwritten.
 """
 
 import contextlib
@@ -14,27 +14,26 @@ from qmpmerge.chain.backing import is_relative
 from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.errors import ImageUnreadable, ToolMissing
 from qmpmerge.images import dependents, files, qemuimg
-from qmpmerge.journal import record
-from qmpmerge.journal.record import Witness
+from qmpmerge.journal.record import Record
 
 
-def take_away(told: Witness, index: int) -> str:
+def take_away(record: Record, index: int) -> str:
     """
     Rename the image at `index` to its stashed name, and return that. Not durable before its folder is synced.
 
     Raises OSError, also when the name leads to another file by now.
     """
-    image, name = told.chain[index], told.away[index]
-    if not told.is_file(image.file, image):
+    image, name = record.chain[index], record.away[index]
+    if not record.is_file(image.file, image):
         raise FileNotFoundError(f"{image.file} is another file now")
     files.rename(image.file, name)
     return name
 
 
-def give_back(told: Witness, index: int) -> bool:
+def give_back(record: Record, index: int) -> bool:
     """Give a stashed image its own name again; False where it has it already. Durable. Raises OSError."""
-    image = told.chain[index]
-    place = told.place(index)
+    image = record.chain[index]
+    place = record.place(index)
     if place is None or place == image.file:
         return False
     files.rename(place, image.file)
@@ -42,74 +41,74 @@ def give_back(told: Witness, index: int) -> bool:
     return True
 
 
-async def finish(told: Witness) -> tuple[list[MergedFile], list[str]]:
+async def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
     """
     Do what the policy says with all merged files, base first; also what is odd about it, as sentences for the user.
 
     The merge is proved and durable by now. Done before, or in part, it goes on from there. Nothing is raised: a file
     that cannot be renamed stays, and that is said.
     """
-    done, hints = deal_with(told)
-    if told.policy == "relink" and told.plan.pivots:
-        reason = await relink(told)
+    done, hints = deal_with(record)
+    if record.policy == "relink" and record.plan.pivots:
+        reason = await relink(record)
         if reason is None:
-            done[-1] = MergedFile(told.chain.active.file, "relink", done[-1].now)
+            done[-1] = MergedFile(record.chain.active.file, "relink", done[-1].now)
         else:
-            hints.append(f"no new overlay was put at {told.chain.active.file}: {reason}")
+            hints.append(f"no new overlay was put at {record.chain.active.file}: {reason}")
     return done, hints
 
 
-def deal_with(told: Witness) -> tuple[list[MergedFile], list[str]]:
+def deal_with(record: Record) -> tuple[list[MergedFile], list[str]]:
     """`finish` without what comes in the place of the active image."""
-    needed, user = _needed(told)
+    needed, user = _needed(record)
     done: list[MergedFile] = []
     hints: list[str] = []
-    for index in range(told.base + 1, told.top + 1):
-        image = told.chain[index]
+    for index in range(record.base + 1, record.top + 1):
+        image = record.chain[index]
         try:
-            if index <= needed and not (told.plan.pivots and index == told.top):
+            if index <= needed and not (record.plan.pivots and index == record.top):
                 hints.append(f"{image.file} stays where it is: {user} is built on it")
-                done.append(MergedFile(image.file, "keep", told.place(index) or image.file))
+                done.append(MergedFile(image.file, "keep", record.place(index) or image.file))
             else:
-                done.append(_dealt_with(told, index, hints))
+                done.append(_dealt_with(record, index, hints))
         except OSError as error:
-            done.append(MergedFile(image.file, "keep", told.place(index)))
+            done.append(MergedFile(image.file, "keep", record.place(index)))
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
     return done, hints
 
 
-def _needed(told: Witness) -> tuple[int, str]:
+def _needed(record: Record) -> tuple[int, str]:
     """Up to which index the merged images are needed by an image outside the chain, and by which; 0 for none of them."""
-    users = {found.image: found.file for found in dependents.find(told.plan.merged, told.chain)}
-    indexes = [index for index, image in enumerate(told.chain, 1) if image.file in users]
-    return (max(indexes), users[told.chain[max(indexes)].file]) if indexes else (0, "")
+    users = {found.image: found.file for found in dependents.find(record.plan.merged, record.chain)}
+    indexes = [index for index, image in enumerate(record.chain, 1) if image.file in users]
+    return (max(indexes), users[record.chain[max(indexes)].file]) if indexes else (0, "")
 
 
-def _dealt_with(told: Witness, index: int, hints: list[str]) -> MergedFile:
-    image = told.chain[index]
-    place = told.place(index)
-    if told.policy == "keep" or index not in told.away:
+def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
+    image = record.chain[index]
+    place = record.place(index)
+    if record.policy == "keep" or index not in record.away:
         return MergedFile(image.file, "keep", place or image.file)
     if place is None:
         return MergedFile(image.file, "gone", None)
     if place == image.file:
-        place = take_away(told, index)
+        place = take_away(record, index)
         files.sync_folder(place)
-    reason = why_not_delete(told, index, place) if told.policy == "delete" else "it is to be stashed"
+    reason = why_not_delete(record, index, place) if record.policy == "delete" else "it is to be stashed"
     if reason is None:
         files.remove(place)
         files.sync_folder(place)
         return MergedFile(image.file, "delete", None)
-    if told.policy == "delete":
+    if record.policy == "delete":
         hints.append(f"{place} was not deleted: {reason}")
     return MergedFile(image.file, "stash", place)
 
 
-def why_not_delete(told: Witness, index: int, place: str) -> str | None:
+def why_not_delete(record: Record, index: int, place: str) -> str | None:
     """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
-    if not told.verified:
+    if not record.verified:
         return "it was not compared with the base"
-    if record.seen(place) != told.seen.get(index, told.before.get(index)):
+    if files.seen(place) != record.seen.get(index, record.before.get(index)):
         return "it was changed since it was merged"
     return in_use(place)
 
@@ -127,14 +126,14 @@ def in_use(place: str) -> str | None:
 # --- relink -------------------------------------------------------------------------------------------------------
 
 
-async def relink(told: Witness) -> str | None:
+async def relink(record: Record) -> str | None:
     """
     Put a new, empty overlay on the base at the old active image's name, so that whatever starts the VM from there works.
 
     Returns why that was not done, None where it was. It is put in place whole, with the owner and mode of the old one.
     """
-    old, base, index = told.chain.active, told.chain[told.base], told.top
-    place = told.place(index)
+    old, base, index = record.chain.active, record.chain[record.base], record.top
+    place = record.place(index)
     if place is None or place == old.file:
         return "its name could not be taken away"
     new = f"{os.path.dirname(old.file)}/.{os.path.basename(old.file)}.qmpmerge-new"

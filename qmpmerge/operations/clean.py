@@ -12,6 +12,7 @@ from qmpmerge.errors import CannotRecover, NoSuchStash
 from qmpmerge.images import files, qcow2
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.stash import original_of
+from qmpmerge.journal.store import Disbelieved
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,26 @@ def _stashed(path: str) -> list[str]:
 
 def why_not(file: str) -> str | None:
     """Why a stashed file must stay; None where nothing speaks against removing it."""
-    if stat.S_ISLNK(os.lstat(file).st_mode):
-        return None if _is_settled(file) else "a merge that was not finished may need it"
+    needed = _needed_by(file)
+    if needed is not None or stat.S_ISLNK(os.lstat(file).st_mode):
+        return needed
     try:
         if qcow2.read(file) is None:
             return "it is no qcow2 image"
     except OSError as error:
         return error.strerror or str(error)
-    if not _is_settled(file):
-        return "a merge that was not finished may need it"
     user = _built_on(file)
     return f"{user} is built on it" if user is not None else merged_files.in_use(file)
 
 
-def _is_settled(file: str) -> bool:
-    return not any(file in told.away.values() for told in store.found(os.path.dirname(file)))
+def _needed_by(file: str) -> str | None:
+    """The merge that was not finished and may need the file; what is not known is no reason to remove it."""
+    for found in store.in_folder(os.path.dirname(file)):
+        if isinstance(found, Disbelieved):
+            return f"{found.path} is not believed ({found.reason}), and may tell of a merge that needs it"
+        if file in found.away.values():
+            return "a merge that was not finished may need it"
+    return None
 
 
 def _built_on(file: str) -> str | None:

@@ -1,34 +1,33 @@
 """
-Merging: what to send, in which order.
+Merge: what is asked for, what was begun before, what is refused; then the engine carries it out.
 
-    intermediate    plan -> checks -> block-commit -> PENDING -> flush base -> job-finalize -> flush overlay -> proof
-    active          plan -> checks -> block-commit -> READY -> pause, job-complete, run -> proof
-
-A plain `block-commit` is not safe; each step here avoids a harm that tests/test_merge.py pins. An intermediate merge
-waits at PENDING until base is durable, since QEMU rewrites the overlay's header first and flushes afterwards. An active
-merge is never held there: it would freeze the guest.
-
-Success is read back: a fresh discovery of the graph and the header on disk must equal `plan.result`, or the outcome is
-*unknown*. What an earlier qmpmerge has begun is gone on with from where it stands (`adopting`).
+What an earlier qmpmerge has begun is gone on with from where it stands.
 """
 
 import contextlib
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import check
-from qmpmerge.engine import operation, proof, run, takeover
+from qmpmerge.checks.check import Answer
+from qmpmerge.engine import commit as engine
+from qmpmerge.engine import earlier, go, proof
 from qmpmerge.engine.converge import Converge
-from qmpmerge.engine.operation import Begun
+from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.patience import Patience
 from qmpmerge.engine.progress import Report
-from qmpmerge.errors import LiveOnly, NoSuchLayer, OptionsConflict
-from qmpmerge.journal import locks, note, store
-from qmpmerge.qemu import bitmaps, jobs
-from qmpmerge.qemu.bitmaps import Bitmap, Handling
+from qmpmerge.engine.request import Request
+from qmpmerge.engine.run import Run
+from qmpmerge.errors import NoSuchLayer, OptionsConflict
+from qmpmerge.journal import locks, store
+from qmpmerge.journal.locks import Lock
+from qmpmerge.journal.record import Record
+from qmpmerge.qemu import bitmaps as dirty
+from qmpmerge.qemu import jobs
+from qmpmerge.qemu.bitmaps import Handling
+from qmpmerge.qemu.jobs import Job
 from qmpmerge.recovery import settle
 from qmpmerge.targets.target import ChainView, Host
 
@@ -64,8 +63,8 @@ async def commit(
     without it nobody can tell which image is right if QEMU and we die during it. `bitmaps` says what becomes of the
     dirty bitmaps of merged images. `force` and `search` are those of `checks.check`. `speed` is bytes a second, 0 for
     unlimited; `timeout` seconds, after which StillRunning is raised and the job goes on; `patience` says more than that,
-    in its place. `converge` allows to slow down or pause a guest that writes as fast as is copied. With `polite`, the
-    monitor is left to others for so many seconds between two looks at the job; the two do not go together.
+    in its place. `converge` allows to slow down or pause a guest that writes faster than the job copies. With
+    `polite`, the monitor is released for so many seconds between two polls; the two do not go together.
 
     A job of an earlier qmpmerge that does this very thing is taken over, and what it has done already is only proved.
 
@@ -77,145 +76,127 @@ async def commit(
     Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome
     could not be proved, StillRunning, TimeUp.
     """
-    refuse_both(converge, polite)
-    patience = patience or Patience(timeout)
-    wanted = _Wanted(
-        base,
-        top,
-        shallow,
-        ending,
-        speed,
-        verify,
-        bitmaps,
-        merged_files,
-        pause,
-        force,
-        search,
-        dry_run,
-        report,
-        patience,
+    request = Request(
+        base=base,
+        top=top,
+        shallow=shallow,
+        ending=ending,
+        speed=speed,
+        verify=verify,
+        bitmaps=bitmaps,
+        merged_files=merged_files,
+        pause=pause,
+        force=force,
+        search=search,
+        dry_run=dry_run,
+        converge=converge,
+        polite=polite,
+        patience=patience or Patience(timeout),
     )
     with contextlib.ExitStack() as stack:
-        async with run.in_time(patience):
-            view = await host.chain(disk)
-            view = view if dry_run else await takeover.tidied(host, view, report)
-            begun = _ended_unseen(host, view, wanted, stack) or await _settled(host, view, disk, wanted, stack)
-        return begun if isinstance(begun, Outcome) else await run.run(begun, polite=polite, converge=converge)
+        async with go.in_time(request.patience):
+            begun = await _Beginning(host, request, report, stack).of(disk)
+        return begun if isinstance(begun, Outcome) else await go.go(begun)
 
 
-def refuse_both(converge: Converge | None, polite: float | None) -> None:
-    """Whoever helps a guest must have the monitor at hand."""
-    if converge is not None and polite is not None:
-        raise OptionsConflict(options=["--converge", "--polite"])
+class _Beginning:
+    """From what is asked for to a run, with its locks on `stack`; or to an outcome, where nothing is left to be run."""
 
+    def __init__(self, host: Host, request: Request, report: Report, stack: contextlib.ExitStack) -> None:
+        self._host = host
+        self._request = request
+        self._report = report
+        self._stack = stack
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What `commit` was asked for."""
+    async def of(self, disk: str | None) -> Run | Outcome:
+        view = await self._host.chain(disk)
+        records = store.believed(store.about(view.chain))
+        if self._request.dry_run:
+            return await self._begun(view, records)
+        view = await earlier.without_concluded(self._host, view, records, self._report)
+        request = self._request
+        for record in records:
+            meant = record.is_what(base=request.base, top=request.top, shallow=request.shallow)
+            if meant and record.is_done(view.chain):
+                return self._ended_unseen(view, record)
+        return await self._settled(view, disk, records)
 
-    base: str | None
-    top: str | None
-    shallow: bool
-    ending: Ending
-    speed: int
-    verify: bool | None
-    bitmaps: Handling
-    merged_files: Policy
-    pause: bool
-    force: Collection[str]
-    search: Collection[str]
-    dry_run: bool
-    report: Report
-    patience: Patience
+    def _ended_unseen(self, view: ChainView, record: Record) -> Run:
+        """The very merge that is asked for was made by an earlier qmpmerge, and nobody has proved it yet."""
+        operation = engine.operation(record.as_called_now(view.chain))
+        return self._resumed(view, operation, self._locked(record.plan), record)
 
+    async def _settled(self, view: ChainView, disk: str | None, records: list[Record]) -> Run | Outcome:
+        """What an earlier merge left is put right first; that may be all there was to do."""
+        settled = await settle.settle(self._host, view, records)
+        if settled.changed:
+            view, records = await self._host.chain(disk), settled.left
+        try:
+            begun = await self._begun(view, records)
+        except NoSuchLayer:
+            if settled.outcome is None:
+                raise
+            return settled.outcome  # the layer was merged away by what was just finished
+        is_all = isinstance(begun, Outcome) and begun.verdict == "unchanged"
+        return settled.outcome or begun if is_all else begun
 
-def _ended_unseen(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib.ExitStack) -> Begun | None:
-    """The merge that is asked for, where an earlier qmpmerge has made it and nobody has proved it yet."""
-    earlier = note.find(view.chain)
-    if wanted.dry_run or earlier is None or not earlier.is_done(view.chain):
-        return None
-    if not earlier.is_what(base=wanted.base, top=wanted.top, shallow=wanted.shallow):
-        return None
-    lock = stack.enter_context(locks.held(note.place(earlier.plan)))
-    revived = takeover.revived(
-        host, view, earlier, ending=wanted.ending, report=wanted.report, patience=wanted.patience
-    )
-    revived.policy = wanted.merged_files
-    return Begun(revived, lock)
+    async def _begun(self, view: ChainView, records: list[Record]) -> Run | Outcome:
+        """The merge that is asked for: resumed where its job is at work, else checked; an outcome where that is all."""
+        request = self._request
+        planned = plan.commit(
+            view.chain, disk=view.disk.name, base=request.base, top=request.top, shallow=request.shallow
+        )
+        if planned.is_empty:
+            return Outcome("unchanged", view.disk.name, view.chain, view.chain)
+        self._refuse_what_does_not_go_together(planned)
+        lock = self._locked(planned)
+        job = None if request.dry_run else earlier.under_way(view, planned)
+        if job is not None:
+            return await self._taken_over(view, planned, lock, job, earlier.of_job(records, job))
+        answer = await self._checked(view, planned)
+        await earlier.refuse_suspect(self._host, planned, lock.note.suspect)
+        if request.dry_run:
+            return proof.planned(view.disk.name, planned, request.merged_files, answer.checks, answer.estimate)
+        operation = engine.operation(planned)
+        run = Run.begin(self._host, view, operation, request, report=self._report, lock=lock)
+        run.bitmaps = answer.bitmaps
+        return run
 
+    async def _taken_over(
+        self, view: ChainView, planned: CommitPlan, lock: Lock, job: Job, record: Record | None
+    ) -> Run:
+        self._report(earlier.going_on(view, job, record))
+        await jobs.set_speed(self._host.monitor, job, self._request.speed)
+        run = self._resumed(view, engine.operation(planned), lock, record)
+        if (
+            self._request.bitmaps != "drop"
+        ):  # whoever has started the job was not refused for them, so what can come along does
+            run.bitmaps = dirty.portable(view.layout, planned)
+        return run
 
-async def _settled(
-    host: Host, view: ChainView, disk: str | None, wanted: _Wanted, stack: contextlib.ExitStack
-) -> Begun | Outcome:
-    """The merge that is asked for, once what an earlier one left is put right: that may be all there was to do."""
-    if wanted.dry_run or not store.about(view.chain):
-        return await _begun(host, view, wanted, stack)
-    settled = await settle.settle(host, view.chain)
-    view = await host.chain(disk)
-    try:
-        begun = await _begun(host, view, wanted, stack)
-    except NoSuchLayer:
-        if settled is None:
-            raise
-        return settled  # the layer was merged away by what was just finished
-    return settled or begun if isinstance(begun, Outcome) and begun.verdict == "unchanged" else begun
+    def _resumed(self, view: ChainView, operation: Operation, lock: Lock, record: Record | None) -> Run:
+        return Run.resume(self._host, view, operation, self._request, report=self._report, lock=lock, record=record)
 
+    def _locked(self, planned: CommitPlan) -> Lock:
+        return self._stack.enter_context(locks.taken_for(planned))
 
-async def _begun(host: Host, view: ChainView, wanted: _Wanted, stack: contextlib.ExitStack) -> Begun | Outcome:
-    """The merge that is asked for: taken over where its job is at work, else checked; an outcome where that is all."""
-    planned = plan.commit(view.chain, disk=view.disk.name, base=wanted.base, top=wanted.top, shallow=wanted.shallow)
-    if planned.is_empty:
-        return Outcome("unchanged", view.disk.name, view.chain, view.chain)
-    _refuse_to_leave(host, wanted)
-    if wanted.verify is True and not wanted.pause and planned.pivots and host.is_live:
-        raise OptionsConflict(options=["--verify", "--no-pause"])
-    lock = stack.enter_context(locks.held(note.place(planned)))
-    suspect = note.suspicion(planned)
-    job = None if wanted.dry_run else takeover.under_way(view, planned)
-    found = None if job is not None else await _checked(host, view, planned, wanted)
-    if job is None:
-        await takeover.refuse_suspect(host, planned, suspect)
-    else:
-        wanted.report(takeover.found(view, job))
-        await jobs.set_speed(host.monitor, job, wanted.speed)
-    if wanted.dry_run and found is not None:
-        return proof.planned(view.disk.name, planned, wanted.merged_files, found.checks, found.estimate)
-    merge = operation.begin(
-        host,
-        view,
-        planned,
-        wanted.ending,
-        wanted.report,
-        wanted.patience,
-        wanted.verify if suspect is None else True,
-        policy=wanted.merged_files,
-        pauses=wanted.pause,
-    )
-    merge.suspect = suspect
-    merge.bitmaps = found.bitmaps if found is not None else _portable(view, planned, wanted)
-    return Begun(merge, lock, None if job else wanted.speed)
+    def _refuse_what_does_not_go_together(self, planned: CommitPlan) -> None:
+        request = self._request
+        if not self._host.is_live:
+            request.refuse_offline()
+        elif request.verify is True and not request.pause and planned.pivots:
+            raise OptionsConflict(options=["--verify", "--no-pause"])
 
-
-def _portable(view: ChainView, planned: CommitPlan, wanted: _Wanted) -> tuple[Bitmap, ...]:
-    """Whoever has started the job was not refused for its bitmaps, so what can come along does."""
-    return () if wanted.bitmaps == "drop" else bitmaps.portable(view.layout, planned)
-
-
-async def _checked(host: Host, view: ChainView, planned: CommitPlan, wanted: _Wanted) -> check.Answer:
-    return await check.check(
-        host,
-        view,
-        planned,
-        ending=wanted.ending,
-        handling=wanted.bitmaps,
-        force=wanted.force,
-        search=wanted.search,
-        speed=wanted.speed,
-        closely=wanted.dry_run,
-    )
-
-
-def _refuse_to_leave(host: Host, wanted: _Wanted) -> None:
-    """Offline nothing goes on without us."""
-    if not host.is_live and (wanted.ending == "ready" or wanted.patience.detach):
-        raise LiveOnly(option="--detach" if wanted.patience.detach else "--wait-ready")
+    async def _checked(self, view: ChainView, planned: CommitPlan) -> Answer:
+        request = self._request
+        return await check.check(
+            self._host,
+            view,
+            planned,
+            ending=request.ending,
+            handling=request.bitmaps,
+            force=request.force,
+            search=request.search,
+            speed=request.speed,
+            closely=request.dry_run,
+        )

@@ -2,19 +2,24 @@
 
 import asyncio
 import contextlib
+from typing import NoReturn
 
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
-from qmpmerge.engine import operation, run, takeover
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.engine import commit as engine
+from qmpmerge.engine import earlier, go
 from qmpmerge.engine.converge import Converge
-from qmpmerge.engine.operation import Begun
 from qmpmerge.engine.patience import Patience
-from qmpmerge.engine.progress import Progress, Report
+from qmpmerge.engine.progress import Report
+from qmpmerge.engine.request import Request
+from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, JobVerb, NoSuchJob, NotProven
-from qmpmerge.journal import locks, note
-from qmpmerge.operations import commit
+from qmpmerge.journal import locks, store
+from qmpmerge.journal.record import Record
 from qmpmerge.qemu import bitmaps, jobs
+from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import ChainView, Host
 
 LOOKS = 5
 """How often a job to be followed is looked for again when it has moved on between two questions."""
@@ -44,93 +49,91 @@ async def follow(
     `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, and all that
     `commit` raises once its job runs.
     """
-    commit.refuse_both(converge, polite)
-    patience = patience or Patience(timeout)
+    request = Request(
+        ending=ending,
+        merged_files=merged_files,
+        pause=pause,
+        converge=converge,
+        polite=polite,
+        patience=patience or Patience(timeout),
+    )
     with contextlib.ExitStack() as stack:
-        async with run.in_time(patience):
-            begun = await _found(host, job_id, ending if needs_ready else None, stack, patience)
-        begun.merge.ending = ending
-        begun.merge.report = report
-        begun.merge.policy = merged_files
-        begun.merge.pauses = pause
-        if merged_files == "delete":
-            begun.merge.verify = True
-        return await run.run(begun, polite=polite, converge=converge)
+        async with go.in_time(request.patience):
+            run = await _begun(host, job_id, request, report, needs_ready=needs_ready, stack=stack)
+        return await go.go(run)
 
 
-async def _found(
-    host: Host, job_id: str, ready_for: Ending | None, stack: contextlib.ExitStack, patience: Patience
-) -> Begun:
+async def _begun(
+    host: Host, job_id: str, request: Request, report: Report, *, needs_ready: bool, stack: contextlib.ExitStack
+) -> Run:
     """The merge that the job carries out, or has carried out."""
     for _ in range(LOOKS):
-        job = await _job_to_follow(host, job_id, ready_for, patience)
-        if job.status == "concluded":
-            return await _read_concluded(host, job, stack, patience)
-        view = await host.chain(job.disk)
-        planned = takeover.plan_of(view, job)
-        if planned is not None:
+        layout, job = await _job_to_follow(host, job_id, request.ending if needs_ready else None, request.patience)
+        view = await _view_of(host, layout, job)
+        record = earlier.of_job(store.believed(store.about(view.chain)), job) if view is not None else None
+        planned = await _planned(host, view, job, record)
+        if view is not None and planned is not None:
             break
         await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)  # it is on its way to another state
     else:
         raise JobVerb(job=job_id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
-    lock = stack.enter_context(locks.held(note.place(planned)))
-    suspect = note.suspicion(planned)
-    merge = operation.begin(host, view, planned, "pivot", _silently, patience, None if suspect is None else True)
-    merge.suspect = suspect
-    merge.bitmaps = bitmaps.portable(view.layout, planned)
-    return Begun(merge, lock)
+    lock = stack.enter_context(locks.taken_for(planned))
+    run = Run.resume(host, view, engine.operation(planned), request, report=report, lock=lock, record=record)
+    run.bitmaps = () if job.status == "concluded" else bitmaps.portable(view.layout, planned)
+    return run
 
 
-def _silently(progress: Progress) -> None:
-    """Nobody has said yet to whom it is reported."""
+async def _planned(host: Host, view: ChainView | None, job: Job, record: Record | None) -> CommitPlan | None:
+    """What the job does, or has done; None where it is on its way to another state."""
+    if job.status == "concluded":
+        if view is None or record is None or not record.is_done(view.chain):
+            await _raise_unseen_end(host, view, job, record)
+        return record.as_called_now(view.chain)
+    return earlier.plan_of(view, job) if view is not None else None
 
 
-async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None, patience: Patience) -> Job:
-    job = await _look(host, job_id)
+async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None, patience: Patience) -> tuple[Layout, Job]:
+    """The job, and all that was seen together with it."""
+    layout, job = await _look(host, job_id)
     if job.status == "aborting":  # it holds no nodes any more, so whose it was cannot be told before it has ended
         await jobs.ended(host.monitor, job_id, patience.deadline)
-        job = await _look(host, job_id)
+        layout, job = await _look(host, job_id)
     for _ in range(LOOKS):
         in_standby = job.status == "standby" and ready_for is not None
         has_just_ended = job.disk is None and job.status != "concluded"  # QEMU told of it, and then of no nodes of it
         if not (in_standby or has_just_ended):
             break
         await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)
-        job = await _look(host, job_id)
+        layout, job = await _look(host, job_id)
     if job.type != "commit" or (ready_for is not None and job.status != "ready"):
         raise JobVerb(job=job.id, verb=ready_for or "follow", status=f"{job.status} ({job.type})", verbs=job.verbs)
     if job.disk is None and job.status != "concluded":
         raise JobVerb(job=job.id, verb="follow", status="on a disk that QEMU does not tell", verbs=["cancel"])
-    return job
+    return layout, job
 
 
-async def _look(host: Host, job_id: str) -> Job:
+async def _look(host: Host, job_id: str) -> tuple[Layout, Job]:
     layout = await host.layout()
     job = next((job for job in layout.jobs if job.id == job_id), None)
     if job is None:
         raise NoSuchJob(job=job_id, target=host.target, known=[job.id for job in layout.jobs])
-    return job
+    return layout, job
 
 
-async def _read_concluded(host: Host, job: Job, stack: contextlib.ExitStack, patience: Patience) -> Begun:
+async def _view_of(host: Host, layout: Layout, job: Job) -> ChainView | None:
+    """The chain that the job is, or was, at work on; None where nobody can tell."""
+    disk = next((disk for disk in layout.disks if disk.name == job.disk or jobs.job_id(disk.name) == job.id), None)
+    return None if disk is None or disk.chain is None else await host.view(layout, disk.name)
+
+
+async def _raise_unseen_end(host: Host, view: ChainView | None, job: Job, record: Record | None) -> NoReturn:
     """
-    A job that ended while nobody looked: an error is told; what its note says that it was to do, is proved.
+    A job that ended while nobody looked, and not as its record says that it was to: an error is told.
 
-    Without an error and without a note it may have switched or been let go, durably or not: what it was to do is not
+    Without an error and without a record it may have switched or been let go, durably or not: what it was to do is not
     known any more, so the chain is shown as it is now and nothing is claimed.
     """
-    layout = await host.layout()
-    disk = next((disk for disk in layout.disks if disk.name == job.disk or jobs.job_id(disk.name) == job.id), None)
-    view = await host.chain(disk.name) if disk is not None else None
-    earlier = note.find(view.chain) if view is not None else None
-    if view is not None and earlier is not None and earlier.job == job.id and earlier.is_done(view.chain):
-        lock = stack.enter_context(locks.held(note.place(earlier.plan)))
-        revived = takeover.revived(host, view, earlier, ending="pivot", report=_silently, patience=patience)
-        return Begun(revived, lock)
-    if view is not None:
-        await takeover.dismiss(host, view.chain, job)
-    else:
-        await jobs.dismiss(host.monitor, job.id)
+    await earlier.dismiss(host, record, job)
     if job.error is not None:
         raise JobFailed(job=job.id, reason=job.error)
     found = f"that it had ended before we looked; the chain now is {view.chain if view else 'unknown'}"

@@ -1,7 +1,7 @@
 """
 After a crash: put names and headers right, as far as the evidence goes.
 
-Whoever died at whatever moment, the witness says what was under way and `evidence` which image is right. What is done
+Whoever died at whatever moment, the record says what was under way and `evidence` which image is right. What is done
 about it here can itself be interrupted anywhere and be done again: each step leaves a state that is judged the same way.
 """
 
@@ -13,7 +13,8 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.errors import NothingThere
 from qmpmerge.images import files, qcow2
 from qmpmerge.journal import locks, stash, store
-from qmpmerge.journal.record import Witness
+from qmpmerge.journal.record import Record
+from qmpmerge.journal.store import Found
 from qmpmerge.qemu.monitor import Trace
 from qmpmerge.recovery import evidence, put_right
 from qmpmerge.recovery.evidence import Use
@@ -33,53 +34,52 @@ async def recover(
     Put right every merge that was not finished at `path`: the name that a VM is started from, even if nothing has it any
     more, another image of the chain, or a folder.
 
-    `use` decides where the evidence does not. Raises NothingThere, Undecided, Locked, CannotRecover, and what the live door
-    raises where the QEMU that carried the merge out still runs.
+    `use` decides where the evidence does not. Raises NothingThere, RecordNotBelieved, Undecided, Locked, CannotRecover, and
+    what the live door raises where the QEMU that carried the merge out still runs.
     """
     path = os.path.abspath(path)
-    found = concerned(path)
-    if not found:
+    records = store.believed(_concerned(path))
+    if not records:
         return [_nothing(path)]
-    return [await _recovered(told, use, dry_run=dry_run, trace=trace) for told in found]
+    return [await _recovered(record, use, dry_run=dry_run, trace=trace) for record in records]
 
 
-def concerned(path: str) -> list[Witness]:
-    """The witnesses of a folder, or those that tell of the image at `path`; they lie beside the active image."""
+def _concerned(path: str) -> list[Found]:
+    """The records of a folder, or those that tell, or may tell, of the image at `path`."""
     if os.path.isdir(path):
-        return store.found(path)
+        return store.in_folder(path)
     inode = files.inode(path)
+    inodes = set() if inode is None else {inode}
     folders = dict.fromkeys((os.path.dirname(path), *_active_folder(path)))
     return [
-        told
+        found
         for folder in folders
-        for told in store.found(folder)
-        if path in (*told.chain.files, *told.away.values()) or (inode is not None and told.concerns({inode}))
+        for found in store.in_folder(folder)
+        if found.concerns(inodes) or (isinstance(found, Record) and path in (*found.chain.files, *found.away.values()))
     ]
 
 
 def _active_folder(base: str) -> list[str]:
-    """Where the note beside a base says that the active image is: a golden image may lie far from what is built on it."""
-    told = locks.noted(Image(base, "raw", 0)) or {}
-    with contextlib.suppress(KeyError, IndexError, TypeError):
-        return [os.path.dirname(str(told["images"][-1]["file"]))]
-    return []
+    """Where the lock beside a base says that the record is: a golden image may lie far from what is built on it."""
+    record = locks.noted(Image(base, "raw", 0)).record
+    return [] if record is None else [os.path.dirname(record)]
 
 
-async def _recovered(told: Witness, use: Use | None, *, dry_run: bool, trace: Trace | None) -> Recovery:
-    async with put_right.carrier(told, trace) as host:
-        with locks.held(told.chain[told.base]) as lock:
-            judged = await evidence.judge(told, host, use)
+async def _recovered(record: Record, use: Use | None, *, dry_run: bool, trace: Trace | None) -> Recovery:
+    async with put_right.carrier(record, trace) as host:
+        with locks.taken_for(record.plan) as lock:
+            judged = await evidence.judge(record, host, use)
             if dry_run:
-                return Recovery(
-                    "planned", told.chain.active.file, judged.right, put_right.action_of(judged, told), judged.reasons
-                )
-            recovery = await put_right.put_right(told, judged, host)
-            put_right.clear_note(lock, told, judged)
+                action = put_right.action_of(judged, record)
+                return Recovery("planned", record.chain.active.file, judged.right, action, judged.reasons)
+            recovery = await put_right.put_right(record, judged, host)
+            if judged.way != "leave":
+                lock.forget_record()
             return recovery
 
 
 def _nothing(path: str) -> Recovery:
-    """No witness: nothing is suspected without proof, but what is there is told."""
+    """No record: nothing is suspected without proof, but what is there is record."""
     stashed = f"{path}{stash.STASHED}"
     if os.path.lexists(path):
         return Recovery("unchanged", path, None, "no merge was left unfinished here")

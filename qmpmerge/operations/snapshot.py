@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from qmpmerge import shield
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
-from qmpmerge.engine import takeover
+from qmpmerge.engine import earlier
 from qmpmerge.errors import (
     BackingString,
     Busy,
@@ -28,6 +28,7 @@ from qmpmerge.errors import (
     Untouched,
 )
 from qmpmerge.images import qemuimg
+from qmpmerge.journal import store
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.targets.target import Host
 
@@ -79,7 +80,9 @@ async def _without_ended_jobs(host: Host, disks: Iterable[str]) -> Layout:
     if not any(job.ours and job.status == "concluded" for job in layout.jobs):
         return layout
     for disk in disks:
-        await takeover.tidied(host, await host.chain(disk), lambda progress: None)
+        view = await host.view(layout, disk)
+        records = store.believed(store.about(view.chain))
+        await earlier.without_concluded(host, view, records, lambda progress: None)
     return await host.layout()
 
 

@@ -4,13 +4,15 @@ What can be done with a block job that is there, whoever has started it: one cal
 
 import contextlib
 
+from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
-from qmpmerge.engine import takeover
+from qmpmerge.engine import earlier
 from qmpmerge.engine.converge import Converge
 from qmpmerge.engine.patience import Patience
 from qmpmerge.engine.progress import Report
-from qmpmerge.errors import JobVerb, NoSuchJob, Unfinished
+from qmpmerge.errors import JobVerb, Locked, NoSuchJob, Unfinished
 from qmpmerge.journal import store
+from qmpmerge.journal.record import Record
 from qmpmerge.operations import follow
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
@@ -68,16 +70,21 @@ async def steer(
     steered = await jobs.steer(host.monitor, job_id, verb, speed)
     if verb == "cancel" and job.ours:
         await _settle(host, job_id)
-        await takeover.forget(host, job_id)
     return steered
 
 
 async def _settle(host: Host, job_id: str) -> None:
     """What was written down about a job that was cancelled goes, and names that it had taken away come back."""
-    for disk in await host.disks():
-        if disk.chain is not None and any(told.job == job_id for told in store.about(disk.chain)):
-            with contextlib.suppress(Unfinished):  # for `recover` to look at
-                await settle.settle(host, disk.chain)
+    layout = await host.layout()
+    for disk in layout.disks:
+        if disk.chain is not None:
+            records = [record for record in _records(disk.chain) if record.job == job_id]
+            with contextlib.suppress(Unfinished, Locked):  # for `recover` to look at
+                await settle.settle(host, await host.view(layout, disk.name), records)
+
+
+def _records(chain: Chain) -> list[Record]:
+    return [found for found in store.about(chain) if isinstance(found, Record)]
 
 
 async def _look(host: Host, job_id: str) -> Job:
@@ -90,8 +97,6 @@ async def _look(host: Host, job_id: str) -> Job:
 
 async def _dismiss(host: Host, job: Job) -> None:
     """QEMU forgets the error with the job; the next merge into the same base must know of it."""
-    if job.ours and job.error is not None:
-        for disk in await host.disks():
-            if disk.chain is not None and jobs.job_id(disk.name) == job.id:
-                return await takeover.dismiss(host, disk.chain, job)
-    return await jobs.dismiss(host.monitor, job.id)
+    chains = [disk.chain for disk in await host.disks() if disk.chain is not None] if job.ours and job.error else []
+    records = [record for chain in chains for record in _records(chain)]
+    await earlier.dismiss(host, earlier.of_job(records, job), job)

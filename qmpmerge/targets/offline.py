@@ -55,9 +55,9 @@ class OfflineHost(Host):
         active = replace(disk.chain.active, read_only=not os.access(disk.chain.active.file, os.W_OK))
         return replace(disk, name=self._name, chain=Chain((*disk.chain.images[:-1], active)))
 
-    async def chain(self, disk: str | None = None) -> ChainView:
+    async def view(self, layout: Layout, disk: str | None = None) -> ChainView:
         """As of any host, and who has it in use."""
-        view = await super().chain(disk)
+        view = await super().view(layout, disk)
         odd = [
             Oddity("in-use", user.file, f"in use by {user}: what is shown may be out of date") for user in self._users
         ]

@@ -48,9 +48,9 @@ def _refuse_taken_away(target: str) -> None:
     """An image that lost its name to a merge is no misspelt VM."""
     if os.path.lexists(target):
         return
-    told = store.beside(target)
-    if told is not None:
-        place = told.place(len(told.chain)) or "not there"
+    found = store.beside(target)
+    for record in store.believed([] if found is None else [found]):
+        place = record.place(len(record.chain)) or "not there"
         raise Unfinished(image=target, found=f"its file is {place} now", path=target)
     if os.path.lexists(f"{target}{stash.STASHED}"):
         raise Stashed(image=target, now=f"{target}{stash.STASHED}")

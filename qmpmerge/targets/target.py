@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmpmerge.chain.chain import Chain, Inode
+from qmpmerge.chain.state import State
 from qmpmerge.errors import CommandError, StreamConcluded
 from qmpmerge.images import headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.journal import store
-from qmpmerge.journal.record import Witness
+from qmpmerge.journal.record import Record
+from qmpmerge.journal.store import Disbelieved
 from qmpmerge.qemu import discovery, mutex
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job, query
@@ -93,7 +95,10 @@ class Host:
 
         Raises NoSuchDisk, DiskNeeded, NoDisk, ToolMissing.
         """
-        layout = await self.layout()
+        return await self.view(await self.layout(), disk)
+
+    async def view(self, layout: Layout, disk: str | None = None) -> ChainView:
+        """The same, of a layout that was asked for already."""
         found = layout.find(disk, self.target)
         assert found.chain is not None, "find() returns disks with an image only"
         written = await headers.read(found.chain)
@@ -144,24 +149,26 @@ class Host:
 
 
 def unfinished(disk: Disk) -> list[Oddity]:
-    """Merges of the disk that nobody is at work on, neither one of us nor a job."""
+    """Merges of the disk that nobody is at work on, neither one of us nor a job; and records that are not believed."""
     if disk.chain is None:
         return []
-    names = [
-        told.chain.active.file for told in store.about(disk.chain) if told.is_abandoned and not _is_harmless(told, disk)
-    ]
-    return [
-        Oddity("unfinished", name, f"a merge was not finished: `qmpmerge recover {shlex.quote(name)}`")
-        for name in names
-    ]
+    odd = []
+    for found in store.about(disk.chain):
+        if isinstance(found, Disbelieved):
+            what = f"what lies here as the record of a merge is not believed: {found.reason}"
+            odd.append(Oddity("record-not-believed", found.path, what))
+        elif found.is_abandoned and not _is_harmless(found, disk):
+            name = found.chain.active.file
+            odd.append(Oddity("unfinished", name, f"a merge was not finished: `qmpmerge recover {shlex.quote(name)}`"))
+    return odd
 
 
-def _is_harmless(told: Witness, disk: Disk) -> bool:
+def _is_harmless(record: Record, disk: Disk) -> bool:
     """Its job is there to be followed; or it was cancelled, and the chain is what it was."""
     assert disk.chain is not None
-    if disk.job is not None and disk.job.id == told.job:
+    if disk.job is not None and disk.job.id == record.job:
         return True
-    return told.phase == "copying" and told.chain.same_files(disk.chain)
+    return record.state is State.COPYING and record.chain.same_files(disk.chain)
 
 
 def _plain(name: str) -> str | None:

@@ -8,7 +8,7 @@ must go on writing by itself.
 
 The default run takes some moments around the pivot. All of them, for every victim:
 
-    QMPMERGE_ALL_KILLS=1 python -m pytest -s tests/test_live_kills.py
+    QMPMERGE_ALL_KILLS=1 python -m pytest -s tests/crashes/test_live_kills.py
 
 which prints a table. QMPMERGE_KILLS_LOG=FILE keeps a line for each kill.
 """

@@ -8,7 +8,7 @@ data, the merged files stashed, and nothing else left behind.
 The default run takes every eleventh moment, the three victims in turn, and the moments around the switch for each victim.
 All of them, and kills while data is copied, while the header is written, and before each write of the daemon:
 
-    QMPMERGE_ALL_KILLS=1 python -m pytest -s tests/test_offline_kills.py
+    QMPMERGE_ALL_KILLS=1 python -m pytest -s tests/crashes/test_offline_kills.py
 
 which takes about twenty minutes on two cores and prints a table. QMPMERGE_KILLS_LOG=FILE keeps a line for each kill.
 """
@@ -271,8 +271,8 @@ def look_after_kill(case: Case, first: Run, result: Killed) -> None:
     result.lock = any(name.endswith("-lock") for name in litter)
     result.private = case.left_in_tmp()
     if first.code != -9:
-        # Where the outcome is not proved, the witness stays, and the lock with its note for who comes next.
-        known = (".merged", *(("-witness", "-lock") if first.verdict.startswith("unknown") else ()))
+        # Where the outcome is not proved, the record stays, and the lock with its note for who comes next.
+        known = (".merged", *(("-record", "-lock") if first.verdict.startswith("unknown") else ()))
         result.wrong += [f"after the kill: litter {name}" for name in litter if not name.endswith(known)]
         result.wrong += [f"after the kill: {name} in /tmp" for name in result.private]
 

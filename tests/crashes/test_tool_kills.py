@@ -4,7 +4,7 @@ SIGKILL of qmpmerge at every step of a live merge, then the very same command ag
 The moments are those of `kills`: before each QMP command and after each reply. The default run
 takes a few of each merge, those around the switch among them. All of them, with a table at the end:
 
-    QMPMERGE_ALL_KILLS=1 python -m pytest -s tests/test_tool_kills.py
+    QMPMERGE_ALL_KILLS=1 python -m pytest -s tests/crashes/test_tool_kills.py
 """
 
 import contextlib
@@ -12,9 +12,8 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +48,16 @@ SAMPLE = (
 """Moments that every default run takes where they come; each merge takes two of them."""
 
 
-@dataclass
-class Table:
-    """What all kills came to."""
-
-    verdicts: Counter[str] = field(default_factory=Counter)
-    count: int = 0
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[Table]:
-    table = Table()
-    yield table
-    assert table.count > (150 if ALL else 4)
-    print(f"\n{table.count} kills of the tool, then the same command: {dict(table.verdicts)}")
-
-
 @pytest.mark.timeout(3600 if ALL else 120)
 @pytest.mark.parametrize(("merge", "kind"), CASES, ids=["-".join(case) for case in CASES])
-def test_killed_anywhere_the_same_command_ends_the_merge(merge: str, kind: str, tmp_path: Path, table: Table) -> None:
+def test_killed_anywhere_the_same_command_ends_the_merge(merge: str, kind: str, tmp_path: Path) -> None:
     story = MERGES[merge]
     moments = seen_without_a_kill(tmp_path / "first", story, kind)
     assert len(moments) >= 30
-    for number, moment in enumerate(moments if ALL else sampled(moments, CASES.index((merge, kind)))):
-        run_killed(tmp_path / str(number), story, kind, moment, table)
+    chosen = moments if ALL else sampled(moments, CASES.index((merge, kind)))
+    killed = [run_killed(tmp_path / str(number), story, kind, moment) for number, moment in enumerate(chosen)]
+    assert sum(killed) > (30 if ALL else 0)
+    print(f"\n{merge} {kind}: {sum(killed)} kills of the tool, then the same command: {story.verdict}")
 
 
 def sampled(moments: list[str], number: int) -> list[str]:
@@ -90,16 +75,15 @@ def seen_without_a_kill(folder: Path, story: Story, kind: str) -> list[str]:
     return [line for line in lines if line.startswith(("->", "<-"))]
 
 
-def run_killed(folder: Path, story: Story, kind: str, moment: str, table: Table) -> None:
+def run_killed(folder: Path, story: Story, kind: str, moment: str) -> bool:
+    """Whether the moment came: how often a job is looked at is a matter of luck."""
     with begun(folder, kind) as setup:
         killed = tool(setup, story, folder / "notes", moment)
         if killed.returncode == 0:
-            return  # how often a job is looked at is a matter of luck: this moment did not come
+            return False
         assert killed.returncode == -9, killed.stderr
         again = tool(setup, story, folder / "notes2", "never")
         document = json.loads(again.stdout)
-        table.count += 1
-        table.verdicts[document["verdict"]] += 1
         assert (document["verdict"], again.returncode) == (story.verdict, 0), (moment, document)
         assert [Path(file).name for file in document["after"]] == list(story.after), moment
         nothing_is_left(setup, moment)
@@ -107,6 +91,7 @@ def run_killed(folder: Path, story: Story, kind: str, moment: str, table: Table)
         setup.off()
     setup.content.check(folder / story.after[-1])
     assert not [file.name for file in folder.glob(".*qmpmerge*")], moment
+    return True
 
 
 def nothing_is_left(setup: Setup, moment: str) -> None:

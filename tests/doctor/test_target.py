@@ -21,10 +21,11 @@ from rig.machines import MIB, Content, Machine, machine, run
 
 import qmpmerge
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.doctor import target
+from qmpmerge.chain.state import State
+from qmpmerge.doctor import leftovers, target
 from qmpmerge.doctor.findings import Finding
 from qmpmerge.journal import locks, store
-from qmpmerge.journal.record import Witness
+from qmpmerge.journal.record import Record
 
 DEAD = 2**22 + 1
 """No process has this pid: it is past what the kernel gives."""
@@ -400,14 +401,14 @@ def leave(folder: Path) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "old.qcow2", cwd=folder)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2.merged", cwd=folder)
     (folder / ".base.raw.qmpmerge-lock").touch()
-    (folder / ".a.qcow2.qmpmerge-lock").write_text('{"job": "qmpmerge-commit-vda"}')
+    (folder / ".a.qcow2.qmpmerge-lock").write_text('{"record": "/gone", "suspect": null}')
     images = (Image(str(folder / "base.raw"), "raw", 1), Image(str(folder / "c.qcow2"), "qcow2", 1))
-    path, job = str(folder / ".c.qcow2.qmpmerge-witness"), "qmpmerge-commit-vda"
-    store.write(Witness(path, "vm1", "vda", job, Chain(images), base=1, top=2, phase="switching"))
+    path, job = str(folder / ".c.qcow2.qmpmerge-record"), "qmpmerge-commit-vda"
+    store.write(Record(path, "vm1", "vda", job, Chain(images), base=1, top=2, state=State.SWITCHING))
 
 
 LEFT = {
-    "unsettled": ("harm", ".c.qcow2.qmpmerge-witness"),
+    "unsettled": ("harm", ".c.qcow2.qmpmerge-record"),
     "stale-image": ("care", "old.qcow2"),
     "unfinished": ("note", ".a.qcow2.qmpmerge-lock"),
     "old-lock": ("note", ".base.raw.qmpmerge-lock"),
@@ -420,7 +421,7 @@ def check_left(found: dict[str, Finding], folder: Path) -> None:
         name: (severity, str(folder / file)) for name, (severity, file) in LEFT.items()
     }
     assert list(found) == list(LEFT), "the worst first"
-    assert "phase switching" in found["unsettled"].what and "qmpmerge-commit-vda" in found["unsettled"].what
+    assert "state switching" in found["unsettled"].what and "qmpmerge-commit-vda" in found["unsettled"].what
     assert found["unsettled"].command == f"qmpmerge recover {folder}/c.qcow2"
 
 
@@ -431,7 +432,7 @@ async def test_what_lies_about_beside_a_running_chain(tmp_path: Path, images: li
         check_left(found, tmp_path)
         for name in ("old-lock", "stale-image", "stashed"):
             mend(setup.machine, found[name])
-        os.unlink(tmp_path / ".c.qcow2.qmpmerge-witness")
+        os.unlink(tmp_path / ".c.qcow2.qmpmerge-record")
         found = await examined(setup.machine)
         assert (set(found), found["stashed"].where) == ({"stashed", "unfinished"}, f"{tmp_path}/old.qcow2.merged")
 
@@ -460,14 +461,16 @@ async def test_what_lies_about_beside_images(whole_folder: bool, tmp_path: Path,
         check_left({finding.name: finding for finding in await qmpmerge.examine_path(images[3])}, tmp_path)
 
 
-def test_a_witness_that_makes_no_sense_is_still_one(tmp_path: Path) -> None:
-    for name, text in (("a", "no json"), ("b", "[]"), ("c", '{"phase": null}')):
-        (tmp_path / f".{name}.qmpmerge-witness").write_text(text)
-    os.symlink("/etc/passwd", tmp_path / ".d.qmpmerge-witness")
-    found = store.witnesses(str(tmp_path))
-    assert [(told.image, told.phase, told.job) for told in found] == [
-        (str(tmp_path / name), None, None) for name in "abc"
+def test_a_record_that_is_not_believed_is_a_finding_without_a_command_that_would_refuse(tmp_path: Path) -> None:
+    for name, text in (("a", "no json"), ("b", "[]\n[]\n"), ("c", '{}\n{"schema": 1}\n')):
+        (tmp_path / f".{name}.qmpmerge-record").write_text(text)
+    os.symlink("/etc/passwd", tmp_path / ".d.qmpmerge-record")
+    found = leftovers.in_folder(str(tmp_path))
+    assert [(one.name, one.severity, one.where, one.command) for one in found] == [
+        ("unsettled", "harm", str(tmp_path / f".{name}.qmpmerge-record"), "") for name in "abcd"
     ]
+    reasons = ["it was cut short", "it makes no sense", "it is of schema 1", "it is a symlink"]
+    assert all(reason in one.what for reason, one in zip(reasons, found, strict=True))
 
 
 # --- images that cannot be walked, or are in use ----------------------------------------------------------------------
@@ -524,7 +527,7 @@ def test_the_command(tmp_path: Path, images: list[Path], content: Content) -> No
         target = setup.machine.target
         assert json.loads(said(target, "--json")) == {"schema": 1, "verdict": "done", "target": target, "findings": []}
         leave(tmp_path)
-        assert said(target).startswith(f"harm: {tmp_path}/.c.qcow2.qmpmerge-witness (unsettled)\n  what  a merge of ")
+        assert said(target).startswith(f"harm: {tmp_path}/.c.qcow2.qmpmerge-record (unsettled)\n  what  a merge of ")
     told = json.loads(said(str(tmp_path), "--json"))
     assert "shared-image" in [finding["name"] for finding in told["findings"]]
     assert set(told["findings"][0]) == {"name", "severity", "where", "what", "why", "command"}

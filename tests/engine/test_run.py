@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig.command import COMMAND, JOB, Begun, invoke
@@ -18,7 +19,9 @@ from rig.machines import Content, Machine
 from rig.server import CLIENT, stop
 
 import qmpmerge as library
-from qmpmerge.engine import before_switch, reconnect
+from qmpmerge.chain.state import State
+from qmpmerge.engine import reconnect, safeguards
+from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, LiveOnly, NoReply, SessionLost, StillRunning, TimeUp
 from qmpmerge.qemu import monitor
 
@@ -193,7 +196,7 @@ async def test_the_time_limit_holds_for_flush_comparison_and_switch(
         await asyncio.sleep(60)
 
     async with library.live(setup.machine.target) as host:
-        for place, name in ((before_switch, "make_base_durable"), (before_switch, "verify")):
+        for place, name in ((safeguards, "make_base_durable"), (safeguards, "verify")):
             with monkeypatch.context() as patch:
                 patch.setattr(place, name, for_ever)
                 with pytest.raises(StillRunning):
@@ -392,3 +395,49 @@ async def test_a_polite_follower_that_is_cancelled_takes_the_job_back(setup: Set
         with pytest.raises(asyncio.CancelledError):
             await merge
     assert job_now(setup) is None
+
+
+# --- states ----------------------------------------------------------------------------------------------------------------
+
+
+async def test_each_state_is_entered_in_its_order_and_written_down_first(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[tuple[State, State | None]] = []
+    enter = Run.enter
+
+    def watched(run: Run, state: State, **facts: Any) -> None:
+        enter(run, state, **facts)
+        entered.append((run.state, run.record.state if run.record is not None else None))
+
+    monkeypatch.setattr(Run, "enter", watched)
+    async with library.live(setup.machine.target) as host:
+        assert (await library.commit(host, top="[3]")).verdict == "merged"
+        intermediate, entered[:] = entered[:], []
+        assert (await library.commit(host)).verdict == "pivoted"
+    written = [State.COPYING, State.COPYING, State.SWITCHING, State.SWITCHED, State.PROVED, None]
+    states = [State.COPYING, State.SAFE, State.SWITCHING, State.SWITCHED, State.PROVED, State.DONE]
+    assert intermediate == list(zip(states, written, strict=True))
+    assert list(dict.fromkeys(entered)) == list(zip(states, written, strict=True))
+
+
+async def test_a_step_that_is_not_allowed_is_a_bug_and_changes_nothing(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Run] = []
+    write_down = Run.write_down
+
+    def remembered(run: Run) -> None:
+        write_down(run)
+        runs.append(run)
+
+    monkeypatch.setattr(Run, "write_down", remembered)
+    async with library.live(setup.machine.target) as host:
+        with pytest.raises(StillRunning):
+            await library.commit(host, top="[3]", speed=1, patience=library.Patience(detach=True))
+        (run,) = runs
+        assert run.state is State.LEFT and run.record is not None and run.record.state is State.COPYING
+        with pytest.raises(ValueError, match="LEFT does not lead to SWITCHED"):
+            run.enter(State.SWITCHED)
+        assert run.state is State.LEFT
+        assert (await library.commit(host, top="[3]")).verdict == "merged"

@@ -81,7 +81,7 @@ def swept() -> Iterator[Swept]:
     for layout in LAYOUTS:
         yield Swept(f"P-L-{layout}", f"the same with {layout}", LIVE, sweeps.power_cuts, layout)
     yield Swept(
-        "PN-WA", "power cut at a pivot, names, times and witness too", WRITING_ACTIVE, darkness.sweep, base_line=False
+        "PN-WA", "power cut at a pivot, names, times and record too", WRITING_ACTIVE, darkness.sweep, base_line=False
     )
     for name, story in IDLE.items():
         for_ever = partial(sweeps.errors, for_ever=True)

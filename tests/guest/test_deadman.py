@@ -254,6 +254,8 @@ def test_what_was_undone_while_the_tool_hung_is_not_undone_again(vm: Machine) ->
 async def test_it_tells_whether_it_has_acted(vm: Machine) -> None:
     async with qmpmerge.live(vm.target) as host:
         switch = deadman.Switch.start(host.monitor.descriptor, deadman.qmp("cont"))
+        async with switch.patient():
+            await asyncio.sleep(0)
         assert await switch.state() is State.IDLE
         await switch.go_on_duty(0.2)
         assert not switch.has_lapsed

@@ -15,6 +15,7 @@ import pytest
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import Locked
 from qmpmerge.journal import locks
+from qmpmerge.journal.locks import Note
 
 HOLDER = """
 import sys
@@ -214,3 +215,29 @@ def test_a_folder_where_we_may_not_write_has_no_lock() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         os.chmod(folder, 0o755)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_note_is_read_by_who_comes_next(base: Image) -> None:
+    with locks.held(base) as lock:
+        lock.suspect("long reason " * 100)
+        lock.suspect("storage")
+        lock.point_to("/vm/.c.qcow2.qmpmerge-record")
+    assert locks.noted(base) == Note("/vm/.c.qcow2.qmpmerge-record", "storage")
+    with locks.held(base) as lock:
+        assert lock.note == locks.noted(base)
+        lock.forget_record()
+    assert locks.noted(base) == Note(suspect="storage")
+    with locks.held(base) as lock:
+        lock.clear()
+    assert locks.noted(base) == Note() and [file.name for file in Path(base.file).parent.iterdir()] == ["base.raw"]
+
+
+def test_all_images_that_are_written_are_locked(base: Image, tmp_path: Path) -> None:
+    other = Image(str(tmp_path / "c.qcow2"), "qcow2", 0)
+    with locks.held(base, other), pytest.raises(Locked), locks.held(other):
+        pass
+    with locks.held(other), pytest.raises(Locked), locks.held(base, other):
+        pass
+    with locks.held(base):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["base.raw"]

@@ -15,9 +15,10 @@ from rig.machines import Content, run
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
-from qmpmerge.errors import NoSuchStash, NotVerified, NotWitnessed, OptionsConflict
+from qmpmerge.errors import NoSuchStash, NotVerified, OptionsConflict, RecordFailed
 from qmpmerge.images import files, qemuimg
-from qmpmerge.journal import record, store
+from qmpmerge.journal import store
+from qmpmerge.journal.record import Record
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ async def test_a_start_from_the_old_path_fails(kind: str, tmp_path: Path, images
         setup.machine.stop()
     assert folder.names(tmp_path) == ["a.qcow2.merged", "b.qcow2.merged", "base.raw", "c.qcow2.merged"]
     content.check(images[0])
-    assert not store.found(str(tmp_path))
+    assert not store.in_folder(str(tmp_path))
 
 
 async def test_a_paused_guest_stays_paused(setup: Setup) -> None:
@@ -135,7 +136,7 @@ async def test_a_difference_while_the_guest_is_paused_stops_the_pivot(
     with pytest.raises(NotVerified):
         await folder.live(setup, verify=True)
     assert setup.machine.session.execute("query-status")["status"] == "running"
-    assert (folder.names(tmp_path), store.found(str(tmp_path))) == (before, [])
+    assert (folder.names(tmp_path), store.in_folder(str(tmp_path))) == (before, [])
 
 
 async def test_a_file_that_somebody_holds_is_not_deleted(setup: Setup, images: list[Path]) -> None:
@@ -220,30 +221,30 @@ async def test_a_file_that_cannot_be_renamed_stays_and_that_is_said(
     assert outcome.verdict in ("merged", "pivoted")
     assert ({action for _, action, _ in told(outcome)}, folder.names(tmp_path)) == ({"keep"}, before)
     assert any("could not be renamed" in hint for hint in outcome.hints)
-    assert not store.found(str(tmp_path))
+    assert not store.in_folder(str(tmp_path))
 
 
-async def test_no_place_for_a_witness_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_place_for_a_record_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str, data: bytes) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(files, "write", refuse)
     outcome = await folder.live(setup)
     assert outcome.verdict == "pivoted"
-    assert any("no witness could be kept" in hint for hint in outcome.hints)
+    assert any("no record could be kept" in hint for hint in outcome.hints)
 
 
-async def test_a_witness_that_cannot_be_marked_stops_the_pivot(
+async def test_a_record_that_cannot_be_marked_stops_the_pivot(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(told: record.Witness) -> record.Witness:
+    def refuse(told: Record) -> Record:
         raise OSError(5, "Input/output error")
 
     before = folder.names(tmp_path)
     monkeypatch.setattr(store, "mark", refuse)
-    with pytest.raises(NotWitnessed, match="Input/output error"):
+    with pytest.raises(RecordFailed, match="Input/output error"):
         await folder.live(setup)
-    assert (folder.names(tmp_path), store.found(str(tmp_path))) == (before, [])
+    assert (folder.names(tmp_path), store.in_folder(str(tmp_path))) == (before, [])
     setup.check()
 
 

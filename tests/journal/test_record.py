@@ -1,5 +1,6 @@
-"""The witness's file: written whole, read with suspicion."""
+"""The record's file: written whole, read with suspicion."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,14 +10,19 @@ from pathlib import Path
 import pytest
 
 from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.state import State
+from qmpmerge.errors import RecordNotBelieved
+from qmpmerge.images import files
+from qmpmerge.images.files import Seen
 from qmpmerge.journal import stash, store
-from qmpmerge.journal.record import Seen, Witness
+from qmpmerge.journal.record import Record
+from qmpmerge.journal.store import Disbelieved
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Process
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Witness:
+def told(tmp_path: Path) -> Record:
     """Of a chain of three whose files are there."""
     images: list[Image] = []
     for number, name in enumerate(("base.raw", "a.qcow2", "b\udcff.qcow2")):
@@ -27,7 +33,7 @@ def told(tmp_path: Path) -> Witness:
         backing, form = (below.name, "qcow2") if below else (None, "raw")
         images.append(Image(path, form, 4096, backing=backing, inode=(status.st_dev, status.st_ino)))
     chain = Chain(tuple(images))
-    return Witness(
+    return Record(
         path=store.path_of(chain.active.file),
         target="/run/vm.sock",
         disk="vda",
@@ -43,40 +49,49 @@ def told(tmp_path: Path) -> Witness:
     )
 
 
-def test_it_is_read_as_it_was_written(told: Witness) -> None:
+def test_it_is_read_as_it_was_written(told: Record) -> None:
     assert store.write(told) == store.beside(told.chain.active.file) == told
     assert os.stat(told.path).st_mode & 0o777 == 0o600
-    assert store.found(os.path.dirname(told.path)) == store.about(told.chain) == [told]
+    assert store.in_folder(os.path.dirname(told.path)) == store.about(told.chain) == [told]
     assert not store.about(Chain((replace(told.chain.base, inode=(0, 0)),)))
     store.remove(told)
     store.remove(told)
-    assert os.listdir(os.path.dirname(told.path)) and not store.found(os.path.dirname(told.path))
+    assert os.listdir(os.path.dirname(told.path)) and not store.in_folder(os.path.dirname(told.path))
 
 
-def test_a_mark_changes_the_first_line_only(told: Witness) -> None:
+def test_a_mark_changes_the_first_line_only(told: Record) -> None:
     store.write(told)
     before = Path(told.path).read_bytes()
-    marked = store.mark(replace(told, phase="switched", verified=True, seen={}))
+    marked = store.mark(replace(told, state=State.SWITCHED, verified=True, seen={}))
     after = Path(told.path).read_bytes()
     assert store.read(told.path) == marked
     assert (len(after), after[256:], after[255:256]) == (len(before), before[256:], b"\n")
 
 
-def test_what_is_not_whole_is_not_believed(told: Witness) -> None:
+def reason(told: Record) -> str:
+    """Why what lies there now is not believed."""
+    found = store.read(told.path)
+    assert isinstance(found, Disbelieved), found
+    assert (found.path, found.image) == (told.path, told.chain.active.file)
+    return found.reason
+
+
+def test_what_is_not_whole_is_not_believed(told: Record) -> None:
     store.write(told)
     data = Path(told.path).read_bytes()
     for length in range(0, len(data), 3):
         Path(told.path).write_bytes(data[:length])
-        assert store.read(told.path) is None, length
+        assert reason(told) == "it was cut short", length
     for place in range(0, len(data), 3):
         Path(told.path).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        store.read(told.path)  # whatever it makes of it, it does not fail
+        assert store.read(told.path) is not None  # whatever it makes of it
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"phase": "done"},
+        {"state": "done"},
+        {"state": "safe"},
         {"policy": "shred"},
         {"base": 0},
         {"base": 3},
@@ -86,34 +101,97 @@ def test_what_is_not_whole_is_not_believed(told: Witness) -> None:
         {"away": [[9, "x.merged"]]},
         {"tool": {"pid": 1}},
         {"seen": [[1, 2]]},
+        {"since": "soon"},
     ],
     ids=str,
 )
-def test_what_cannot_be_is_not_believed(change: dict[str, object], told: Witness) -> None:
+def test_what_cannot_be_is_not_believed(change: dict[str, object], told: Record) -> None:
     """Names above all: nobody can have us rename a file to anything but its own stashed name."""
     store.write(told)
     state, _, rest = Path(told.path).read_bytes().partition(b"\n")
     document = {**json.loads(rest), **json.loads(state), **change}
-    Path(told.path).write_bytes(json.dumps(document).encode() + b"\n{}")
-    assert store.read(told.path) is None
+    Path(told.path).write_bytes(json.dumps(document).encode() + b"\n{}\n")
+    assert reason(told) == "it makes no sense"
 
 
-def test_what_is_not_ours_is_not_believed(told: Witness, tmp_path: Path) -> None:
+def test_another_schema_is_named(told: Record) -> None:
+    store.write(told)
+    state, _, rest = Path(told.path).read_bytes().partition(b"\n")
+    Path(told.path).write_bytes(state + b"\n" + json.dumps({**json.loads(rest), "schema": 1}).encode() + b"\n")
+    assert reason(told) == "it is of schema 1, this qmpmerge reads schema 2"
+
+
+def test_what_is_not_ours_is_not_believed(told: Record, tmp_path: Path) -> None:
     store.write(told)
     os.rename(told.path, tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", told.path)
-    assert store.read(told.path) is None
+    assert reason(told) == "it is a symlink"
     os.unlink(told.path)
     os.mkfifo(told.path)
-    assert store.read(told.path) is None
+    assert reason(told) == "it is no regular file"
+    os.unlink(told.path)
+    os.mkdir(told.path)
+    assert reason(told) == "it is no regular file"
+    os.rmdir(told.path)
     if os.geteuid() == 0:
-        os.unlink(told.path)
         store.write(told)
         os.chown(told.path, 12345, -1)
-        assert store.read(told.path) is None
+        assert reason(told) == "it belongs to another user (uid 12345)"
 
 
-def test_it_is_not_written_through_a_link(told: Witness, tmp_path: Path) -> None:
+def test_what_is_larger_than_any_record_is_neither_read_nor_written(
+    told: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "LARGEST", 1000)
+    with pytest.raises(OSError, match="File too large"):
+        store.write(told)
+    assert store.read(told.path) is None
+    Path(told.path).write_bytes(bytes(1001))
+    assert reason(told) == "it has 1001 bytes, more than any record"
+
+
+def test_a_record_of_a_thousand_layers_is_read(told: Record) -> None:
+    """0.1 wrote what it did not read: 4 MiB were its limit."""
+    name = told.chain.active.file
+    images = [replace(told.chain.base, file=f"{name}.{number:->3000}", inode=(1, number)) for number in range(2000)]
+    large = replace(told, chain=Chain(tuple(images)), top=2000, away={})
+    assert store.write(large) == large
+    assert os.stat(large.path).st_size > 4 * 1024 * 1024
+
+
+def test_a_write_that_a_full_disk_cuts_short_is_noticed(told: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+
+    def in_part(descriptor: int, data: bytes) -> int:
+        if len(data) > 100:
+            return write(descriptor, data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", in_part)
+    with pytest.raises(OSError, match="No space left"):
+        store.write(told)
+    assert store.read(told.path) is None
+
+
+def test_what_does_not_read_back_is_no_record(told: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "write", lambda path, data: Path(path).write_bytes(data[:-1]))
+    with pytest.raises(OSError, match="does not read back"):
+        store.write(told)
+
+
+def test_what_is_not_believed_may_concern_us(told: Record) -> None:
+    """Unless it lies beside an image that is there, and is no part of the chain."""
+    Path(told.path).write_text("garbage")
+    assert [type(found) for found in store.about(told.chain)] == [Disbelieved]
+    below = Chain(told.chain.images[:2])
+    assert store.about(below) == []
+    os.rename(told.chain.active.file, told.away[3])
+    assert len(store.about(below)) == 1
+    with pytest.raises(RecordNotBelieved, match="cut short"):
+        store.believed(store.about(below))
+
+
+def test_it_is_not_written_through_a_link(told: Record, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     os.symlink(victim, told.path)
@@ -122,7 +200,7 @@ def test_it_is_not_written_through_a_link(told: Witness, tmp_path: Path) -> None
     assert (victim.read_text(), store.read(told.path)) == ("precious", told)
 
 
-def test_files_are_known_by_their_inodes(told: Witness) -> None:
+def test_files_are_known_by_their_inodes(told: Record) -> None:
     active, stashed = told.chain.active.file, told.away[3]
     assert told.place(3) == active
     os.rename(active, stashed)
@@ -133,7 +211,7 @@ def test_files_are_known_by_their_inodes(told: Witness) -> None:
     assert told.place(3) is None
 
 
-def test_after_a_reboot_device_numbers_may_be_others(told: Witness) -> None:
+def test_after_a_reboot_device_numbers_may_be_others(told: Record) -> None:
     moved = Chain(tuple(replace(image, inode=(1, image.inode[1] if image.inode else 0)) for image in told.chain))
     assert replace(told, chain=moved).place(3) is None
     assert told.tool is not None

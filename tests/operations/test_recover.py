@@ -17,6 +17,7 @@ from rig.machines import MIB, Content, fill, make_chain, run
 import qmpmerge
 from qmpmerge.chain import plan
 from qmpmerge.chain.outcome import Policy
+from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob
 from qmpmerge.errors import (
     CannotRecover,
@@ -29,8 +30,8 @@ from qmpmerge.errors import (
     Unfinished,
 )
 from qmpmerge.images import files
-from qmpmerge.journal import locks, merged_files, record, stash, store
-from qmpmerge.journal.record import Witness
+from qmpmerge.journal import locks, merged_files, stash, store
+from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
 from qmpmerge.qemu import jobs
 from qmpmerge.recovery import settle
@@ -59,8 +60,8 @@ class Left:
         self.folder, self.template, self.content = folder, template, Content(bytearray(template.views[4]))
         self.images = [Path(shutil.copy(image, folder)) for image in template.images]
 
-    def merge(self, top: str = "[4]", policy: Policy = "stash") -> Witness:
-        """A witness of somebody who is dead by now; base holds all data, and nothing was switched."""
+    def merge(self, top: str = "[4]", policy: Policy = "stash") -> Record:
+        """A record of somebody who is dead by now; base holds all data, and nothing was switched."""
         chain = read(self.images)
         base, last = chain.base, chain.find(top)
         self.commit_data(chain.index(last))
@@ -68,7 +69,7 @@ class Left:
             process = proc.process(sleeper.pid)
             sleeper.kill()
         planned = plan.commit(chain, base=base.file, top=last.file)
-        told = Witness(
+        told = Record(
             path=store.path_of(str(self.images[3])),
             target="/nowhere",
             disk="vda",
@@ -88,11 +89,11 @@ class Left:
         with open(self.images[0], "r+b") as base:
             base.write(self.template.views[top])
 
-    def switching(self, told: Witness) -> Witness:
-        seen = {index: record.seen(str(self.images[index - 1])) for index in (told.base, told.top)}
-        return store.mark(replace(told, phase="switching", seen=seen))
+    def switching(self, told: Record) -> Record:
+        seen = {index: files.seen(str(self.images[index - 1])) for index in (told.base, told.top)}
+        return store.mark(replace(told, state=State.SWITCHING, seen=seen))
 
-    def away(self, told: Witness) -> Witness:
+    def away(self, told: Record) -> Record:
         told = self.switching(told)
         merged_files.take_away(told, told.top)
         return told
@@ -164,18 +165,18 @@ def guest_wrote_to_top(left: Left) -> None:
 
 
 def switched(left: Left) -> None:
-    store.mark(replace(left.away(left.merge()), phase="switched"))
+    store.mark(replace(left.away(left.merge()), state=State.SWITCHED))
     left.write(BASE, 4)
 
 
 def proved_in_part(left: Left) -> None:
-    told = store.mark(replace(left.away(left.merge()), phase="proved"))
+    told = store.mark(replace(left.away(left.merge()), state=State.PROVED))
     merged_files.take_away(told, 3)
     left.write(BASE, 5)
 
 
 def relinked_in_part(left: Left) -> None:
-    store.mark(replace(left.away(left.merge(policy="relink")), phase="proved"))
+    store.mark(replace(left.away(left.merge(policy="relink")), state=State.PROVED))
 
 
 def header_old(left: Left) -> None:
@@ -229,7 +230,7 @@ def look(left: Left, state: Callable[[Left], None], found: list[Recovery]) -> No
     right, there = STATES[state]
     assert [Path(one.right or "").name for one in found] == [right]
     assert names(left.folder) == sorted(there)
-    assert not store.found(str(left.folder))
+    assert not store.in_folder(str(left.folder))
     left.content.check(left.folder / right)
     if state is relinked_in_part:
         left.content.check(left.folder / C)
@@ -277,7 +278,7 @@ async def test_recover_can_be_killed_before_each_step(
         if found[0].verdict == "done":
             look(left, state, found)
         else:  # its last step was done
-            assert not store.found(str(folder)) and names(folder) == sorted(STATES[state][1])
+            assert not store.in_folder(str(folder)) and names(folder) == sorted(STATES[state][1])
     assert step > 2
 
 
@@ -417,9 +418,9 @@ async def test_a_live_merge_that_was_left_is_read_from_the_graph(kind: str, top:
             patch.setattr(qmpmerge.Host, "close", die)
             with pytest.raises(Death):
                 await live(setup, top=top)
-        (told,) = store.found(str(tmp_path))
-        assert told.phase == ("switching" if top == "[3]" else "switched")
-        store.mark(replace(told, phase="switching"))
+        (told,) = store.believed(store.in_folder(str(tmp_path)))
+        assert told.state is (State.SWITCHING if top == "[3]" else State.SWITCHED)
+        store.mark(replace(told, state=State.SWITCHING))
         setup.write(0x44, 3 * MIB, 4096)
         async with setup.host() as host:
             disk = None if (kind, top) == ("storage-daemon", "[4]") else setup.disk
@@ -453,7 +454,7 @@ async def test_a_killed_qemu_leaves_the_right_name(tmp_path: Path, monkeypatch: 
     with drive(tmp_path, images, content) as setup:
         take_away = merged_files.take_away
 
-        def kill(told: Witness, index: int) -> str:
+        def kill(told: Record, index: int) -> str:
             setup.machine.kill()
             return take_away(told, index)
 
@@ -466,7 +467,7 @@ async def test_a_killed_qemu_leaves_the_right_name(tmp_path: Path, monkeypatch: 
 
 
 async def test_a_job_is_followed_though_the_name_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tool dies before it has told the job to complete; the next one knows the file by the witness alone."""
+    """The tool dies before it has told the job to complete; the next one knows the file by the record alone."""
     images, content = make_chain(tmp_path), Content()
     fill(images, content)
     with drive(tmp_path, images, content) as setup:
@@ -484,7 +485,7 @@ async def test_a_job_is_followed_though_the_name_is_away(tmp_path: Path, monkeyp
             outcome = await qmpmerge.follow(host, "qmpmerge-commit-vda")
         assert (outcome.verdict, names(tmp_path)) == ("pivoted", [*STASHED[:2], BASE, STASHED[2]])
         setup.check()
-    assert not store.found(str(tmp_path))
+    assert not store.in_folder(str(tmp_path))
 
 
 async def test_a_shared_image_below_the_base_is_no_part_of_the_merge(left: Left) -> None:
@@ -505,4 +506,4 @@ async def test_a_cancelled_job_leaves_nothing_odd(tmp_path: Path) -> None:
             await jobs.steer(host.monitor, "qmpmerge-commit-vda", "cancel")
             assert (await host.chain()).oddities == ()
             assert (await qmpmerge.commit(host, "vda")).verdict == "pivoted"
-    assert not store.found(str(tmp_path))
+    assert not store.in_folder(str(tmp_path))

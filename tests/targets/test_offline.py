@@ -964,7 +964,7 @@ async def test_without_verify_nothing_is_compared(
 async def test_what_is_not_cheap_is_compared_on_demand_only(
     images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmpmerge.engine.before_switch.CHEAP_BYTES", 1)
+    monkeypatch.setattr("qmpmerge.engine.safeguards.CHEAP_BYTES", 1)
     outcome = await merged(images[3], base="[2]", top="[3]")
     assert not outcome.verified
     remove(outcome)

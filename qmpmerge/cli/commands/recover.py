@@ -27,7 +27,7 @@ def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> in
     Put names and headers right after a merge was left in the middle.
 
     PATH is the image that the VM is started from, even if it is not there any more, another image of its chain, or a
-    folder. The witness that the merge has left, QEMU where it still runs, the headers and the contents tell which image
+    folder. The record that the merge has left, QEMU where it still runs, the headers and the contents tell which image
     is right; where they do not, nothing is changed and the evidence is shown. Can be run again at any time.
 
     \b

@@ -2,7 +2,10 @@
 What an earlier qmpmerge has begun: taken over, read, proved, or told; and the note beside the base that says so.
 """
 
-import json
+import os
+import shlex
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,10 @@ from rig.machines import Content
 
 import qmpmerge
 from qmpmerge.engine.progress import Progress
-from qmpmerge.errors import Busy, JobFailed, NoSuchLayer, StillRunning
-from qmpmerge.journal import locks
+from qmpmerge.errors import Busy, JobFailed, NoSuchLayer, RecordNotBelieved, StillRunning
+from qmpmerge.journal import locks, store
+from qmpmerge.journal.locks import Note
+from qmpmerge.journal.record import Record
 
 JOB = "qmpmerge-commit-vda"
 
@@ -61,13 +66,18 @@ async def test_the_same_merge_in_other_words_is_the_same_merge(setup: Setup, ima
 
 
 async def test_since_when_is_since_it_was_begun(setup: Setup, images: list[Path]) -> None:
-    lock = images[0].parent / ".base.raw.qmpmerge-lock"
     await leave(setup, "[3]")
-    begun = json.loads(lock.read_text())["since"]
+    begun = since(images)
     async with setup.host() as host:
         with pytest.raises(StillRunning):
             await qmpmerge.follow(host, JOB, patience=qmpmerge.Patience(detach=True))
-    assert json.loads(lock.read_text())["since"] == begun
+    assert since(images) == begun
+
+
+def since(images: list[Path]) -> float:
+    record = store.beside(str(images[3]))
+    assert isinstance(record, Record)
+    return record.since
 
 
 async def test_a_job_that_is_cancelled_by_its_verb_leaves_no_note(setup: Setup, images: list[Path]) -> None:
@@ -199,29 +209,58 @@ async def test_disks_and_chain_show_the_job(setup: Setup) -> None:
     assert (disk.job.id, view.disk.job.status) == (JOB, "running")
 
 
-# --- the note ----------------------------------------------------------------------------------------------------------
+# --- the lock's note, and the record ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "note", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema": 1}', b'{"schema": 1, "images": 7}', b"[" * 100_000, b"null"]
+    "note", [b"{", b"[]", b"\xff\xfe", b'{"record": 1, "suspect": null}', b'{"record": null}', b"[" * 100_000, b"null"]
 )
-async def test_a_note_that_makes_no_sense_is_none(setup: Setup, images: list[Path], note: bytes) -> None:
+async def test_after_a_note_that_makes_no_sense_base_is_compared(setup: Setup, images: list[Path], note: bytes) -> None:
+    """It may have said just that."""
     await leave(setup, "[3]")
     (images[0].parent / ".base.raw.qmpmerge-lock").write_bytes(note)
-    outcome, told = await commit(setup, "[3]")
-    assert outcome.verdict == "merged" and "begun" not in notes(told)[0]
+    outcome, _ = await commit(setup, "[3]", verify=False)
+    assert outcome.verdict == "merged" and outcome.verified
+    assert beside(images) == []
 
 
-@pytest.mark.parametrize("change", [{"base": 9}, {"top": 1}, {"job": "theirs"}, {"images": []}, {"since": "soon"}])
-async def test_a_note_that_was_tampered_with_proves_nothing(
-    setup: Setup, images: list[Path], change: dict[str, object]
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda record: record.write_bytes(record.read_bytes()[:300]),
+        lambda record: record.write_bytes(b"garbage"),
+        lambda record: record.write_bytes(b""),
+        lambda record: record.write_bytes(record.read_bytes().replace(b'"schema": 2', b'"schema": 1')),
+        lambda record: os.truncate(record, store.LARGEST + 1),
+        lambda record: os.chown(record, 12345, -1),
+    ],
+    ids=["cut", "garbage", "empty", "schema", "large", "owner"],
+)
+async def test_a_record_that_is_not_believed_is_unknown_and_not_nothing(
+    setup: Setup, images: list[Path], spoil: Callable[[Path], object], content: Content
 ) -> None:
+    """After a pivot that nobody has proved: 0.1 called the merge unchanged, finished or clean, and let it be."""
     await leave(setup, "[4]")
     end(setup, "job-complete")
-    lock = images[0].parent / ".base.raw.qmpmerge-lock"
-    lock.write_text(json.dumps({**json.loads(lock.read_text()), **change}))
-    (images[0].parent / ".c.qcow2.qmpmerge-witness").unlink()  # which would tell by itself
+    record = images[0].parent / ".c.qcow2.qmpmerge-record"
+    spoil(record)
+    os.rename(images[3], f"{images[3]}.merged")
+    with pytest.raises(RecordNotBelieved) as refused:
+        await commit(setup)
+    with pytest.raises(RecordNotBelieved):
+        await commit(setup, dry_run=True)
+    for path in (images[3], images[0].parent):
+        with pytest.raises(RecordNotBelieved):
+            await qmpmerge.recover(path)
+    assert refused.value.path == str(record)
+    (cleaned,) = qmpmerge.clean([f"{images[3]}.merged"])
+    assert "is not believed" in (cleaned.kept or "")
+    async with setup.host() as host:
+        assert "record-not-believed" in [odd.name for odd in (await host.chain()).oddities]
+    assert record.exists() and Path(f"{images[3]}.merged").exists()
+    assert subprocess.run(shlex.split(refused.value.hint.rpartition("`")[0].rpartition("`")[2])).returncode == 0
     assert (await commit(setup))[0].verdict == "unchanged"
+    setup.check()
 
 
 async def test_a_refusal_leaves_the_note_to_who_comes_next(setup: Setup, images: list[Path]) -> None:
@@ -232,20 +271,6 @@ async def test_a_refusal_leaves_the_note_to_who_comes_next(setup: Setup, images:
     assert (images[0].parent / ".base.raw.qmpmerge-lock").read_bytes() == before
 
 
-def test_a_note_is_read_by_who_comes_next(tmp_path: Path) -> None:
-    base = qmpmerge.Image(str(tmp_path / "base.raw"), "raw", 0)
-    with locks.held(base) as lock:
-        lock.note({"a": "long note " * 100})
-        lock.note({"a": 1})
-    assert locks.noted(base) == {"a": 1}
-    with locks.held(base):
-        pass
-    assert locks.noted(base) == {"a": 1}
-    with locks.held(base) as lock:
-        lock.clear()
-    assert locks.noted(base) is None and list(tmp_path.iterdir()) == []
-
-
 async def test_an_error_that_is_dismissed_by_hand_is_not_forgotten(setup: Setup, images: list[Path]) -> None:
     await leave(setup, "[3]")
     lock = images[0].parent / ".base.raw.qmpmerge-lock"
@@ -253,4 +278,6 @@ async def test_an_error_that_is_dismissed_by_hand_is_not_forgotten(setup: Setup,
     async with setup.host() as host:
         with pytest.raises(JobFailed, match="canceled"):
             await qmpmerge.follow(host, JOB)
-    assert json.loads(lock.read_text())["suspect"] is None  # a cancelled job says nothing about the storage
+    assert locks.read(str(lock)) == Note(
+        store.path_of(str(images[3]))
+    )  # a cancelled job says nothing about the storage

@@ -1,0 +1,162 @@
+"""
+Commit: what lies above base is merged down into it.
+
+    intermediate    COPYING -> PENDING -> flush base, compare -> SAFE -> job-finalize -> flush overlay
+    active          COPYING -> READY -> SAFE -> pause, job-complete, run
+
+A plain `block-commit` is not safe; each step here avoids a harm that tests/operations/test_commit.py pins. An intermediate
+merge waits at PENDING until base is durable, since QEMU rewrites the overlay's header first and flushes afterwards. An
+active merge is never held there: it would freeze the guest.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from qmpmerge import shield
+from qmpmerge.chain.outcome import MergedFile, files_advice, launch_advice
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.state import State
+from qmpmerge.engine import blockjob, pivot, safeguards, take_back
+from qmpmerge.engine.operation import Operation
+from qmpmerge.engine.run import Run
+from qmpmerge.errors import (
+    CommandError,
+    FlushUnavailable,
+    HeaderNotDurable,
+    NotDurable,
+    NotWritable,
+    QemuRefused,
+    RecordFailed,
+)
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.monitor import Doorbell
+
+
+def operation(plan: CommitPlan) -> Operation:
+    """The operation that carries out this plan."""
+    return Active(plan) if plan.pivots else Intermediate(plan)
+
+
+@dataclass
+class Commit:
+    """What both have in common: see `Operation`."""
+
+    plan: CommitPlan
+    verdict: ClassVar[str]
+    counts: ClassVar[str]
+    pivots: ClassVar[bool]
+    decisions: ClassVar[frozenset[str]] = frozenset({"ready", "pending", "concluded"})
+
+    async def start(self, run: Run) -> None:
+        """Send block-commit: nodes always by name, nothing ended behind our back. Raises NotWritable, QemuRefused."""
+        arguments: dict[str, Any] = {
+            "job_id": run.job,
+            "device": run.disk.root,
+            "top_node": self.plan.top.node,
+            "base_node": self.plan.base.node,
+            "speed": run.speed or 0,
+            "on_error": "enospc",
+            "auto_dismiss": False,
+        }
+        try:
+            await run.host.monitor.execute("block-commit", **arguments, **await self._more(run))
+        except CommandError as error:
+            if "read-only" in error.description:  # a node with an explicit `read-only=on`, which only trying tells
+                reason = f"{error.description}: with `auto-read-only=on` it would be opened for writing when needed"
+                raise NotWritable(file=self.plan.base.file, reason=reason) from None
+            raise QemuRefused(command="block-commit", reason=error.description) from None
+
+    async def _more(self, run: Run) -> dict[str, Any]:
+        return {}
+
+    def stops_at(self, run: Run, job: Job) -> bool:
+        """Not where there is nothing to be left."""
+        return False
+
+    def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
+        """What became of the files."""
+        return files_advice(merged)
+
+
+class Intermediate(Commit):
+    """The overlay right above top is linked to base."""
+
+    verdict, counts, pivots = "merged", "scanned", False
+
+    async def _more(self, run: Run) -> dict[str, Any]:
+        """The backing string is always given: QEMU would write an absolute path, or a json: name, over a relative one."""
+        more: dict[str, Any] = {"backing_file": self.plan.backing_name, "auto_finalize": False}
+        masks = run.base_driver != self.plan.base.format
+        if masks and await run.host.monitor.accepts("block-commit", "backing-mask-protocol"):
+            more["backing_mask_protocol"] = True
+        return more
+
+    async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
+        """Base is made durable before the overlay's header is rewritten."""
+        if job.status == "pending":
+            await safeguards.make_base_durable(run, doorbell)
+            await safeguards.verify(run, doorbell)
+        if job.status != "concluded":
+            await safeguards.see_that_it_is_compared(run, doorbell)
+            await safeguards.carry_bitmaps(run, doorbell)
+
+    async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
+        """The overlay's header is rewritten, and the graph with it."""
+        return await shield.finished(self._switch(run, doorbell, job))
+
+    async def _switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
+        run.past_return = True
+        try:
+            run.enter(State.SWITCHING)
+            run.sync()
+        except OSError as error:
+            await take_back.take_back(run, doorbell)
+            path = run.record.path if run.record else ""
+            raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
+        return await blockjob.end(run, doorbell, job.status)
+
+    async def make_durable(self, run: Run) -> None:
+        """The overlay's header; and base, where somebody else ended the job before we could flush it."""
+        assert self.plan.overlay is not None, "it is no active merge"
+        try:
+            if not run.base_is_durable:
+                await run.flush(self.plan.base)
+            await run.flush(self.plan.overlay)
+        except (NotDurable, FlushUnavailable) as error:
+            raise HeaderNotDurable(
+                target=run.host.target, overlay=self.plan.overlay.file, reason=error.reason
+            ) from None
+
+
+class Active(Commit):
+    """The guest moves onto base, or keeps the overlay once base holds all data."""
+
+    verdict, counts, pivots = "pivoted", "copied", True
+
+    def stops_at(self, run: Run, job: Job) -> bool:
+        """Ready, where every write goes to both images until somebody ends it."""
+        return job.status == "ready" and run.request.ending == "ready"
+
+    async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
+        """The job has flushed base before it said that it is ready. An overlay that is kept keeps its bitmaps."""
+        if await safeguards.is_at_rest(run, job):
+            await safeguards.verify(run, doorbell)
+        if job.status != "concluded":
+            await safeguards.see_that_it_is_compared(run, doorbell)
+        if job.status in ("pending", "ready") and run.request.ending == "pivot":
+            await safeguards.carry_bitmaps(run, doorbell)
+
+    async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
+        """With the guest paused the device moves; or the job is let go."""
+        if job.status == "ready" and run.request.ending == "pivot":
+            return await pivot.pivot(run, doorbell, job.status)
+        run.past_return = True
+        run.let_go = run.let_go or (job.status == "ready" and run.request.ending == "keep")
+        return await shield.finished(blockjob.end(run, doorbell, job.status, keeps=run.let_go))
+
+    async def make_durable(self, run: Run) -> None:
+        """No header was written, and base is flushed by whoever writes to it."""
+
+    def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
+        """Which image the VM must be started from now."""
+        return [*launch_advice(self.plan.base.file, merged[-1]), *files_advice(merged)]

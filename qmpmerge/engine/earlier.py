@@ -1,0 +1,103 @@
+"""
+What was begun before us on a disk: the job of a qmpmerge that is gone, and the record that it left.
+
+A job belongs to QEMU, so whoever comes next goes on from where it stands.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+from qmpmerge.chain import plan
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.engine.progress import Progress, Report
+from qmpmerge.errors import Locked, Suspect, refuse
+from qmpmerge.journal import locks
+from qmpmerge.journal.record import Record
+from qmpmerge.qemu import jobs
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.targets.target import ChainView, Host
+
+
+def plan_of(view: ChainView, job: Job) -> CommitPlan | None:
+    """The plan that a running commit job carries out, read from the nodes it holds; None when it has just ended."""
+    edges = view.layout.job_edges.get(job.id, {})
+    if "target" in edges:
+        base, top = edges["target"][0], edges["source"][0]
+    elif "base" in edges:
+        base, top = edges["base"][0], edges["intermediate node"][0]
+    else:
+        return None
+    inside = [image.node for image in view.chain]
+    if base not in inside or top not in inside:
+        return None
+    if "base" in edges:
+        top = next(node for node in reversed(inside) if node in edges["intermediate node"]) or top
+    planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
+    refuse(planned.refusals)
+    return planned
+
+
+def under_way(view: ChainView, planned: CommitPlan) -> Job | None:
+    """The job of ours on this disk that carries out this very plan."""
+    job = view.disk.job
+    if job is None or not job.ours or job.type != "commit" or job.status == "concluded":
+        return None
+    running = plan_of(view, job)
+    same = running is not None and (running.base, running.top) == (planned.base, planned.top)
+    return job if same else None
+
+
+def of_job(records: Sequence[Record], job: Job) -> Record | None:
+    """The record of the merge that this job carries out."""
+    return next((record for record in records if record.job == job.id), None)
+
+
+async def without_concluded(host: Host, view: ChainView, records: Sequence[Record], report: Report) -> ChainView:
+    """
+    Read and dismiss a commit job of ours on this disk that ended while nobody looked, and return the view without it.
+
+    That it ended well is told, and not believed: what was asked for is proved, or done, all the same.
+    """
+    ours = (view.disk.job.id if view.disk.job else "", jobs.job_id(view.disk.name))
+    job = next((job for job in view.layout.jobs if job.id in ours and job.ours and job.status == "concluded"), None)
+    if job is None or job.type != "commit":
+        return view
+    record = of_job(records, job)
+    what = f"had failed ({job.error})" if job.error else "had ended"
+    report(_progress(view, job, f"job {job.id} {what} while nobody looked{_since(record)}; it is dismissed"))
+    await dismiss(host, record, job)
+    return await host.chain(view.disk.name)
+
+
+async def dismiss(host: Host, record: Record | None, job: Job) -> None:
+    """Take a concluded job away. An error that it ended with is noted beside base: QEMU forgets it now."""
+    if record is not None and job.error not in (None, jobs.CANCELED):
+        with contextlib.suppress(Locked), locks.taken_for(record.plan) as lock:
+            lock.suspect(job.error or "")
+    await jobs.dismiss(host.monitor, job.id)
+
+
+def going_on(view: ChainView, job: Job, record: Record | None) -> Progress:
+    """The report that we go on with a job."""
+    paused = ", where it waits to be resumed" if job.status in ("paused", "standby") and not job.has_no_space else ""
+    return _progress(
+        view, job, f"job {job.id} is at work on this already{_since(record)}: going on, it is {job.status}{paused}"
+    )
+
+
+def _progress(view: ChainView, job: Job, note: str) -> Progress:
+    counts = "copied" if job.ready else "found"
+    return Progress(view.disk.name, job.id, job.status, job.done, job.total, counts, note=note)
+
+
+def _since(record: Record | None) -> str:
+    if record is None:
+        return ""
+    return f" (begun {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.since))})"
+
+
+async def refuse_suspect(host: Host, planned: CommitPlan, suspect: str | None) -> None:
+    """What must be compared, and cannot be while a guest writes, is not begun. Raises Suspect."""
+    if suspect is not None and planned.pivots and host.is_live and await host.guest_runs():
+        raise Suspect(base=planned.base.file, reason=suspect)

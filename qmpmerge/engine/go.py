@@ -1,0 +1,200 @@
+"""
+From a job that is to be started, or is there, to a proved outcome; and the ways to leave it.
+
+Success is read back: a fresh discovery of the graph and the header on disk must equal `plan.result`, or the outcome is
+*unknown*.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import NoReturn
+
+from qmpmerge import shield
+from qmpmerge.chain.outcome import Outcome
+from qmpmerge.chain.state import NEXT, State
+from qmpmerge.engine import blockjob, proof, reconnect, take_back
+from qmpmerge.engine.converge import Ladder, climbing
+from qmpmerge.engine.patience import Patience
+from qmpmerge.engine.run import Run
+from qmpmerge.errors import (
+    Cancelled,
+    Failed,
+    JobFailed,
+    LeftCancelling,
+    NotProven,
+    StillRunning,
+    TimedOut,
+    TimeUp,
+    Untouched,
+)
+from qmpmerge.guest import pause
+from qmpmerge.qemu import jobs
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.monitor import Doorbell
+
+
+@contextlib.asynccontextmanager
+async def in_time(patience: Patience) -> AsyncIterator[None]:
+    """What comes before the job's start, within the time limit. Raises TimeUp."""
+    try:
+        async with asyncio.timeout(patience.left):
+            yield
+    except TimeoutError:
+        raise TimeUp(seconds=patience.timeout or 0.0) from None
+
+
+async def go(run: Run) -> Outcome:
+    """
+    Carry `run` out, to a proved outcome, or to `ready`.
+
+    Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits. The
+    record goes when the outcome is known, and stays when it is not, or the job goes on.
+
+    Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome could
+    not be proved, StillRunning, TimeUp.
+    """
+    run.write_down()
+    try:
+        return await _within_limits(run)
+    except (Untouched, Failed, Cancelled, asyncio.CancelledError) as error:  # the old chain was proved to be in use
+        run.undone(error)
+        raise
+    finally:
+        run.close()
+
+
+async def _within_limits(run: Run) -> Outcome:
+    patience = run.request.patience
+    try:
+        async with asyncio.timeout(patience.left):
+            return await _followed(run)
+    except asyncio.CancelledError:
+        mine = run.speed is not None or run.job.startswith(jobs.PREFIX)
+        if not mine or (patience.leaving and run.host.is_live):
+            raise _left(run) from None  # leaving somebody else's job is not ending it
+        await _taken_back(run)
+        raise
+    except (StillRunning, TimeoutError):
+        return await _stop_waiting(run)
+
+
+async def _stop_waiting(run: Run) -> NoReturn:
+    """At the time limit, or where we are to leave at once."""
+    patience = run.request.patience
+    if run.host.is_live and (patience.then == "leave" or patience.detach or run.past_return):
+        raise _left(run)
+    await _taken_back(run)
+    if run.host.is_live:
+        raise TimeUp(seconds=patience.timeout or 0.0)
+    raise TimedOut(job=run.job)
+
+
+def _left(run: Run) -> StillRunning:
+    """The error that says how to come back to the job."""
+    if State.LEFT in NEXT[run.state]:
+        run.enter(State.LEFT)
+    option = {"pivot": "", "keep": " --keep-overlay", "ready": " --wait-ready"}[run.request.ending]
+    return StillRunning(target=run.host.target, job=run.job, option=option)
+
+
+async def _taken_back(run: Run) -> None:
+    """Cancel the job and see that the old chain is in use; given up only where we are told to leave at once."""
+    work = reconnect.through(run, lambda doorbell: take_back.take_back(run, doorbell))
+    try:
+        await shield.finished(work, unless=run.request.patience.is_leaving)
+    except asyncio.CancelledError:
+        raise LeftCancelling(target=run.host.target, job=run.job) from None
+
+
+async def _followed(run: Run) -> Outcome:
+    patience, polite = run.request.patience, run.request.polite
+    is_polite = polite is not None and run.host.can_reconnect and not patience.detach
+    is_sent = run.is_started
+
+    async def work(doorbell: Doorbell) -> Outcome | None:
+        nonlocal is_sent
+        if not is_sent:
+            is_sent = True  # whatever becomes of it: it is never sent twice
+            await run.operation.start(run)
+            run.is_started = True
+        if patience.detach:
+            raise _left(run)
+        return None if is_polite else await _helped(run, doorbell)
+
+    outcome = await reconnect.through(run, work)
+    if outcome is None:
+        assert polite is not None
+        await reconnect.follow_politely(run, polite)
+        outcome = await reconnect.through(run, lambda doorbell: _helped(run, doorbell))
+    return outcome
+
+
+async def _helped(run: Run, doorbell: Doorbell) -> Outcome:
+    async with climbing(run.host.monitor, run.disk, run.job, run.watch, run.request.converge) as ladder:
+        outcome = await _to_the_end(run, doorbell, ladder)
+    return replace(outcome, rungs=tuple(ladder.rungs))
+
+
+async def _to_the_end(run: Run, doorbell: Doorbell, ladder: Ladder) -> Outcome:
+    """What cannot be looked at once the job was started is not refused, as if nothing had been done: it is unknown."""
+    try:
+        _start_deadman(run)
+        job = await _copied(run, doorbell)
+        await ladder.stop()  # the guest goes on before it is paused for the pivot, if it was paused to get here
+        if job is not None and run.operation.stops_at(run, job):
+            return proof.ready(run)
+        if job is not None:
+            job = await _switched(run, doorbell, job)
+        return await shield.finished(_proved(run, job))
+    except Untouched as error:
+        found = f"no way to look: {error}"
+        raise NotProven(target=run.host.target, expected=str(run.plan.result), found=found) from None
+
+
+def _start_deadman(run: Run) -> None:
+    """Early, so that nobody waits for it when the guest is to be paused."""
+    request = run.request
+    if (
+        run.operation.pivots
+        and run.host.is_live
+        and request.pause
+        and request.ending == "pivot"
+        and run.deadman is None
+    ):
+        run.deadman = pause.start_switch(run.host.monitor)
+
+
+async def _copied(run: Run, doorbell: Doorbell) -> Job | None:
+    """COPYING: the job where it waits for us; None where it is gone."""
+    job = await blockjob.copy(run, doorbell)
+    if job is None and not run.is_started:
+        await take_back.prove_old_chain(run)
+        raise JobFailed(job=run.job, reason="the session was lost before QEMU had started it")
+    return job
+
+
+async def _switched(run: Run, doorbell: Doorbell, job: Job) -> Job | None:
+    """COPYING to SAFE, and through SWITCHING: the job as it ended."""
+    await run.operation.safeguards(run, doorbell, job)
+    if job.status == "concluded":
+        return job
+    if run.state is State.COPYING:  # else it was there already, and a session was lost
+        run.enter(State.SAFE)
+    return await run.operation.switch(run, doorbell, job)
+
+
+async def _proved(run: Run, job: Job | None) -> Outcome:
+    """To SWITCHED, PROVED and DONE, or KEPT; for a job that ended without us, the proof."""
+    run.past_return = True
+    if job is not None:
+        await jobs.dismiss(run.host.monitor, run.job)
+        if job.error is not None:
+            await take_back.prove_old_chain(run)
+            raise take_back.failure(run, job.error)
+    if run.let_go:
+        return await proof.prove(run, "kept", run.plan.chain)
+    await run.operation.make_durable(run)
+    await run.host.close(run.old_nodes)  # what explicit -blockdev nodes the merge left open
+    return await proof.prove(run, run.operation.verdict, run.plan.result)

@@ -1,0 +1,99 @@
+"""
+What must be so before anything is switched: base durable, compared, bitmaps carried. Where it is not, the job is taken back.
+"""
+
+from qmpmerge import shield
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.engine import take_back
+from qmpmerge.engine.run import Run
+from qmpmerge.errors import BitmapsNotCarried, CommandError, FlushUnavailable, ImageUnreadable, NotDurable, NotVerified
+from qmpmerge.images import compare
+from qmpmerge.qemu import bitmaps
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.monitor import Doorbell
+
+CHEAP_BYTES = 256 * 1024 * 1024
+"""Up to this much in the merged images, base and top are compared unless the user says no."""
+CHEAP_LAYERS = 50
+"""And up to so many images: what qemu-img takes to open a chain grows with the cube, 0.03 s for 30 and 2 s for 200."""
+
+
+async def see_that_it_is_compared(run: Run, doorbell: Doorbell) -> None:
+    """Where an earlier failure makes the comparison compulsory, nothing is switched without it."""
+    if run.suspect is None or run.verified:
+        return
+    await shield.finished(take_back.take_back(run, doorbell))
+    reason = f"the guest writes, so what an earlier failure left cannot be seen ({run.suspect})"
+    raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
+
+
+async def make_base_durable(run: Run, doorbell: Doorbell) -> None:
+    """At PENDING, before the overlay's header is rewritten; where it fails the job is taken back."""
+    try:
+        every_error_seen = await run.flush(run.plan.base)
+        run.verify = run.verify if every_error_seen else True
+        run.base_is_durable = True
+    except (NotDurable, FlushUnavailable) as error:
+        await shield.finished(take_back.take_back(run, doorbell))
+        reason = error.reason
+        raise NotDurable(node=run.plan.base.file, reason=reason) from None
+
+
+async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
+    """The last step before the switch; where it fails the job is taken back."""
+    if not run.bitmaps:
+        return
+    base = run.plan.base
+    try:
+        await bitmaps.carry(run.host.monitor, await run.host.layout(), base, run.bitmaps)
+    except CommandError as error:
+        await shield.finished(take_back.take_back(run, doorbell))
+        raise BitmapsNotCarried(base=base.file, reason=error.description) from None
+
+
+async def is_at_rest(run: Run, job: Job) -> bool:
+    """
+    Whether nobody can write to the disk of a job that is ready: only then base and top can be compared.
+
+    A guest that was paused by its user stays paused; where the comparison is not compulsory that is not relied on.
+    """
+    if job.status != "ready":
+        return False
+    return not run.host.is_live or (run.suspect is not None and not await run.host.guest_runs())
+
+
+async def verify(run: Run, doorbell: Doorbell) -> None:
+    """
+    Compare what top shows with what base shows, while both still exist; a difference takes the job back.
+
+    Unless the user says no, a base on the network is compared whatever it costs: where its server was started again and
+    QEMU found it again (`reconnect-delay`), what was not flushed is lost without an error.
+    """
+    is_remote = not run.plan.base.has_path
+    if run.verify is False or (run.verify is None and not is_remote and not _is_cheap(run.plan)):
+        return
+    try:
+        same = await compare.same(run.plan)
+    except ImageUnreadable as error:
+        if run.verify is None:
+            run.notes += [not_compared(run.plan, error.reason)] if is_remote else []
+            return
+        same, reason = False, error.reason
+    else:
+        reason = compare.DIFFERENT
+    if not same:
+        await shield.finished(take_back.take_back(run, doorbell))
+        raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
+    run.verified = True
+
+
+def not_compared(planned: CommitPlan, reason: str) -> str:
+    """The hint about a base on the network that was taken as it is."""
+    return f"{planned.base.file} was not compared ({reason}): what its server lost if it was started again is not seen"
+
+
+def _is_cheap(planned: CommitPlan) -> bool:
+    """Whether what the comparison has to open and to read is little."""
+    sizes = [image.allocated for image in planned.merged]
+    few = len(planned.chain) <= CHEAP_LAYERS
+    return few and None not in sizes and sum(size or 0 for size in sizes) <= CHEAP_BYTES

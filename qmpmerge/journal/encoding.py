@@ -1,0 +1,116 @@
+"""
+A record as bytes: two lines of JSON. The first one has a fixed length, so that it can be written over in microseconds while
+a guest waits: whatever dies, the old or the new state is there, since it is less than a sector.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any, get_args
+
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.outcome import Policy
+from qmpmerge.chain.state import RECORDED, State
+from qmpmerge.errors import Error
+from qmpmerge.images.files import Seen
+from qmpmerge.journal import stash
+from qmpmerge.journal.record import Record
+from qmpmerge.processes.proc import Process
+
+SCHEMA = 2
+_STATE_BYTES = 256
+_PLAIN = ("policy", "target", "disk", "device", "job", "base", "top", "is_live", "since", "old_nodes", "base_driver")
+_IMAGE = ("file", "format", "virtual_size", "backing", "backing_format", "inode", "node")
+
+
+class NoRecord(ValueError):
+    """These bytes are no record that could be believed; the words say why."""
+
+
+def encode(record: Record) -> bytes:
+    """The whole record."""
+    return state_line(record) + json.dumps(_fixed(record)).encode() + b"\n"
+
+
+def state_line(record: Record) -> bytes:
+    """The first line: the state, and what goes with it."""
+    line = {"state": record.state.value, "verified": record.verified, "seen": _listed(record.seen)}
+    return json.dumps(line).ljust(_STATE_BYTES - 1).encode() + b"\n"
+
+
+def decode(path: str, data: bytes) -> Record:
+    """The record in the file at `path`. Raises NoRecord."""
+    state, _, rest = data.partition(b"\n")
+    if not rest.endswith(b"\n"):
+        raise NoRecord("it was cut short")
+    try:
+        entry = {**json.loads(rest), **json.loads(state)}
+        if entry["schema"] != SCHEMA:
+            raise NoRecord(f"it is of schema {entry['schema']!r}, this qmpmerge reads schema {SCHEMA}")
+        return _checked(_record(path, entry))
+    except NoRecord:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, Error):
+        raise NoRecord("it makes no sense") from None
+
+
+def _fixed(record: Record) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        **{key: getattr(record, key) for key in _PLAIN},
+        "qemu": vars(record.qemu) if record.qemu else None,
+        "tool": vars(record.tool) if record.tool else None,
+        "images": [{key: getattr(image, key) for key in _IMAGE} for image in record.chain],
+        "away": [[index, name] for index, name in record.away.items()],
+        "before": _listed(record.before),
+    }
+
+
+def _listed(seen: dict[int, Seen]) -> list[list[int]]:
+    return [[index, one.size, one.changed] for index, one in seen.items()]
+
+
+def _looks(entries: Any) -> dict[int, Seen]:
+    return {int(index): Seen(int(size), int(changed)) for index, size, changed in entries}
+
+
+def _record(path: str, entry: Any) -> Record:
+    return Record(
+        path=path,
+        target=str(entry["target"]),
+        disk=str(entry["disk"]),
+        job=str(entry["job"]),
+        device=str(entry["device"]),
+        chain=Chain(tuple(map(_image, entry["images"]))),
+        base=int(entry["base"]),
+        top=int(entry["top"]),
+        policy=entry["policy"],
+        state=State(entry["state"]),
+        qemu=_process(entry["qemu"]),
+        tool=_process(entry["tool"]),
+        is_live=bool(entry["is_live"]),
+        since=float(entry["since"]),
+        old_nodes=tuple(map(str, entry["old_nodes"])),
+        base_driver=str(entry["base_driver"]),
+        verified=bool(entry["verified"]),
+        away={int(index): str(name) for index, name in entry["away"]},
+        seen=_looks(entry["seen"]),
+        before=_looks(entry["before"]),
+    )
+
+
+def _checked(record: Record) -> Record:
+    """Nobody can have us rename a file to anything but its own stashed name."""
+    if record.state not in RECORDED or record.policy not in get_args(Policy) or record.plan.is_empty:
+        raise ValueError(record.state)
+    if not all(stash.is_stash_of(name, record.chain[index].file) for index, name in record.away.items()):
+        raise ValueError(record.away)
+    return record
+
+
+def _image(entry: Any) -> Image:
+    image = Image(**{key: entry[key] for key in _IMAGE})
+    return replace(image, inode=(int(image.inode[0]), int(image.inode[1])) if image.inode is not None else None)
+
+
+def _process(entry: Any) -> Process | None:
+    return Process(int(entry["pid"]), int(entry["started"]), str(entry["boot"])) if entry else None
