@@ -1,8 +1,8 @@
 """
 Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
 
-    async with qmpmerge.live("/run/vm1.sock") as host:
-        outcome = await qmpmerge.commit(host, "vda")
+    async with qmpmerge.live("/run/vm1.sock") as target:
+        outcome = await qmpmerge.commit(target, "vda")
 
 Names are imported when they are first used: the command line starts faster for it.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmpmerge.engine.converge import Converge
     from qmpmerge.engine.patience import Patience
     from qmpmerge.engine.progress import Progress
+    from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.operations.clean import Cleaned, clean
     from qmpmerge.operations.commit import commit
@@ -33,11 +34,10 @@ if TYPE_CHECKING:
     from qmpmerge.processes.vms import Vm, vms
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.jobs import Job
-    from qmpmerge.recovery.put_right import Recovery
     from qmpmerge.targets.live import live
     from qmpmerge.targets.offline import offline
     from qmpmerge.targets.open import opened
-    from qmpmerge.targets.target import ChainView, Host
+    from qmpmerge.targets.target import ChainView, Target
 
 _HOME = {
     "Chain": "chain.chain",
@@ -48,14 +48,14 @@ _HOME = {
     "Disk": "qemu.blockgraph",
     "Error": "errors",
     "Finding": "doctor.findings",
-    "Host": "targets.target",
     "Image": "chain.chain",
     "Job": "qemu.jobs",
     "Outcome": "chain.outcome",
     "Overlay": "operations.snapshot",
     "Patience": "engine.patience",
     "Progress": "engine.progress",
-    "Recovery": "recovery.put_right",
+    "Recovery": "engine.resume",
+    "Target": "targets.target",
     "Vm": "processes.vms",
     "clean": "operations.clean",
     "commit": "operations.commit",
@@ -80,7 +80,6 @@ __all__ = [
     "Disk",
     "Error",
     "Finding",
-    "Host",
     "Image",
     "Job",
     "Outcome",
@@ -88,6 +87,7 @@ __all__ = [
     "Patience",
     "Progress",
     "Recovery",
+    "Target",
     "Vm",
     "clean",
     "commit",

@@ -16,7 +16,7 @@ from qmpmerge.checks.question import Question, process
 from qmpmerge.errors import FORCEABLE, CommandError, NotWritable, Refused, refuse
 from qmpmerge.images import space
 from qmpmerge.qemu.bitmaps import Bitmap, Handling
-from qmpmerge.targets.target import ChainView, Host
+from qmpmerge.targets.target import ChainView, Target
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Answer:
 
 
 async def check(
-    host: Host,
+    target: Target,
     view: ChainView,
     plan: CommitPlan,
     *,
@@ -47,9 +47,9 @@ async def check(
     the chain, `speed` and `closely` are for the estimate (`space.estimate`). Raises one of the refusals of `CHECKS`, or
     SeveralRefusals with all of them.
     """
-    pid, opened = process(host, plan)
-    estimate = await space.estimate(plan, live=host.is_live, pid=pid, speed=speed, closely=closely)
-    question = Question(host, pid, opened, view, plan, ending, handling, search, estimate)
+    pid, opened = process(target, plan)
+    estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=closely)
+    question = Question(target, pid, opened, view, plan, ending, handling, search, estimate)
     checked: list[Checked] = []
     refusals: list[Refused] = []
     for name, ask in CHECKS.items():
@@ -58,7 +58,7 @@ async def check(
         refusals += insisting
         checked.append(_checked(name, question, forced=len(insisting) < len(found)))
     refuse(refusals)
-    await _rewrite_header(host, view, plan)  # the last, because it writes, if only what is there already
+    await _rewrite_header(target, view, plan)  # the last, because it writes, if only what is there already
     carried = question.bitmaps if handling == "merge" else []
     return Answer(tuple(checked), estimate, tuple(carried))
 
@@ -71,7 +71,7 @@ def _checked(name: str, question: Question, *, forced: bool) -> Checked:
     return Checked(name, "not checked", unknown[name]) if unknown.get(name) else Checked(name, "passed")
 
 
-async def _rewrite_header(host: Host, view: ChainView, plan: CommitPlan) -> None:
+async def _rewrite_header(target: Target, view: ChainView, plan: CommitPlan) -> None:
     """
     Have QEMU rewrite the overlay's header with the string it has already.
 
@@ -83,7 +83,7 @@ async def _rewrite_header(host: Host, view: ChainView, plan: CommitPlan) -> None
     if overlay is None or overlay.format != plan.top.format or overlay.backing is None:
         return
     try:
-        await host.monitor.execute(
+        await target.monitor.execute(
             "change-backing-file",
             device=view.disk.root,
             image_node_name=overlay.node,

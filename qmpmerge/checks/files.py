@@ -33,7 +33,7 @@ async def in_use(question: Question) -> AsyncIterator[Refused]:
     from qmpmerge.processes import holders
 
     pid = question.pid
-    if pid is None or not question.host.is_live:
+    if pid is None or not question.target.is_live:
         return
     users = holders.users([image.file for image in question.touched if image.has_path], excluding=[pid])
     for file in dict.fromkeys(user.file for user in users):

@@ -30,7 +30,7 @@ async def busy(question: Question) -> AsyncIterator[Refused]:
     """QEMU takes one commit job a disk."""
     disk = question.view.disk
     if disk.job is not None:
-        yield Busy(disk=disk.name, job=disk.job.id, target=question.host.target)
+        yield Busy(disk=disk.name, job=disk.job.id, target=question.target.name)
 
 
 async def temporary(question: Question) -> AsyncIterator[Refused]:
@@ -104,7 +104,7 @@ async def would_lose(question: Question) -> AsyncIterator[Refused]:
 def known_bad(question: Question) -> AsyncIterator[KnownBad]:
     """Of this version of QEMU."""
     pivots = question.plan.pivots and not question.keeps
-    return found(question.host.monitor, question.view.disk, question.plan, pivots=pivots)
+    return found(question.target.monitor, question.view.disk, question.plan, pivots=pivots)
 
 
 async def flush_unavailable(question: Question) -> AsyncIterator[Refused]:
@@ -112,6 +112,6 @@ async def flush_unavailable(question: Question) -> AsyncIterator[Refused]:
     if question.plan.overlay is None:
         return
     try:
-        await flush.check(question.host.monitor, question.plan.base)
+        await flush.check(question.target.monitor, question.plan.base)
     except FlushUnavailable as refusal:
         yield refusal

@@ -11,14 +11,14 @@ from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
 from qmpmerge.qemu.bitmaps import Bitmap, Handling, of
-from qmpmerge.targets.target import ChainView, Host
+from qmpmerge.targets.target import ChainView, Target
 
 
 @dataclass(frozen=True)
 class Question:
     """All that a check may want to know. `pid` is QEMU's, None where it is not known; `opened` is what it has open."""
 
-    host: Host
+    target: Target
     pid: int | None
     opened: set[Identity]
     view: ChainView
@@ -49,12 +49,12 @@ class Question:
         return self.plan.pivots and self.ending == "keep"
 
 
-def process(host: Host, plan: CommitPlan) -> tuple[int | None, set[Identity]]:
+def process(target: Target, plan: CommitPlan) -> tuple[int | None, set[Identity]]:
     """QEMU's pid and what it has open; what answers on the monitor may be a relay, such as ssh, which is not QEMU."""
     from qmpmerge.processes import vms
 
-    opened = proc.open_identities(host.pid) if host.pid is not None else set()
+    opened = proc.open_identities(target.pid) if target.pid is not None else set()
     ours = {proc.identity(image.file) for image in plan.chain if image.has_path}
-    if host.pid is None or not (opened & ours or vms.vm_of(host.pid) is not None):
+    if target.pid is None or not (opened & ours or vms.vm_of(target.pid) is not None):
         return None, set()
-    return host.pid, opened
+    return target.pid, opened

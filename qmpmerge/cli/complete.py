@@ -9,7 +9,7 @@ from click.shell_completion import CompletionItem
 from qmpmerge.errors import CommandError, Error
 
 if TYPE_CHECKING:
-    from qmpmerge.targets.target import Host
+    from qmpmerge.targets.target import Target
 
 
 T = TypeVar("T")
@@ -17,7 +17,7 @@ T = TypeVar("T")
 SECONDS = 1.0
 
 
-def _ask(ctx: click.Context, question: "Callable[[Host], Awaitable[list[T]]]") -> list[T]:
+def _ask(ctx: click.Context, question: "Callable[[Target], Awaitable[list[T]]]") -> list[T]:
     target = _given(ctx, "target", 0)
     if target is None:
         return []
@@ -27,8 +27,8 @@ def _ask(ctx: click.Context, question: "Callable[[Host], Awaitable[list[T]]]") -
     async def asking() -> list[T]:
         from qmpmerge.targets.open import opened
 
-        async with asyncio.timeout(2 * SECONDS), opened(target, write=False, timeout=SECONDS) as host:
-            return await question(host)
+        async with asyncio.timeout(2 * SECONDS), opened(target, write=False, timeout=SECONDS) as opened_target:
+            return await question(opened_target)
 
     try:
         return asyncio.run(asking())
@@ -56,8 +56,8 @@ def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
 def disks(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The target's disks."""
 
-    async def names(host: "Host") -> list[tuple[str, str]]:
-        return [(disk.name, str(disk.chain)) for disk in await host.disks() if disk.chain is not None]
+    async def names(target: "Target") -> list[tuple[str, str]]:
+        return [(disk.name, str(disk.chain)) for disk in await target.disks() if disk.chain is not None]
 
     return [CompletionItem(name, help=chain) for name, chain in _ask(ctx, names) if name.startswith(incomplete)]
 
@@ -72,8 +72,8 @@ def assignments(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
 def layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The images of the disk's chain: by index where nothing is typed yet, by path after a slash."""
 
-    async def images(host: "Host") -> list[tuple[str, str]]:
-        disk = await host.disk(_given(ctx, "disk", 1))
+    async def images(target: "Target") -> list[tuple[str, str]]:
+        disk = await target.disk(_given(ctx, "disk", 1))
         numbered = list(enumerate(disk.chain or (), 1))
         return [(f"[{index}]", image.file) for index, image in numbered] + [(image.file, "") for _, image in numbered]
 
@@ -88,7 +88,7 @@ def layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
 def jobs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The target's jobs."""
 
-    async def ids(host: "Host") -> list[tuple[str, str]]:
-        return [(job.id, job.status) for job in await host.jobs()]
+    async def ids(target: "Target") -> list[tuple[str, str]]:
+        return [(job.id, job.status) for job in await target.jobs()]
 
     return [CompletionItem(name, help=status) for name, status in _ask(ctx, ids) if name.startswith(incomplete)]

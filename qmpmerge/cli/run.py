@@ -20,7 +20,7 @@ from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, Offline, 
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.targets.target import Host
+    from qmpmerge.targets.target import Target
 
 
 def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
@@ -94,10 +94,10 @@ async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Ou
         raise Cancelled from None
 
 
-def on_host(
+def on_target(
     target: str,
     options: Options,
-    work: "Callable[[Host, Output], Awaitable[str]]",
+    work: "Callable[[Target, Output], Awaitable[str]]",
     *,
     write: bool = False,
     live: bool = False,
@@ -108,7 +108,7 @@ def on_host(
     The passphrase of encrypted images is asked for on the terminal where the user did not give it.
     """
 
-    async def with_host(output: "Output") -> str:
+    async def with_target(output: "Output") -> str:
         from qmpmerge.qemu.monitor import GREETING_SECONDS
         from qmpmerge.targets.open import is_image, opened
 
@@ -126,16 +126,16 @@ def on_host(
             "trace": trace,
         }
         try:
-            async with opened(target, secret=secret, **given) as host:
-                return await work(host, output)
+            async with opened(target, secret=secret, **given) as opened_target:
+                return await work(opened_target, output)
         except NeedsSecret as error:
             if secret is not None or not sys.stdin.isatty():
                 raise
             secret = click.prompt(f"passphrase of {error.image}", hide_input=True, err=True)
-        async with opened(target, secret=secret, **given) as host:
-            return await work(host, output)
+        async with opened(target, secret=secret, **given) as opened_target:
+            return await work(opened_target, output)
 
-    return with_host
+    return with_target
 
 
 def _read_secret(file: str) -> str:

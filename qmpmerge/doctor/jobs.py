@@ -13,7 +13,7 @@ from qmpmerge.qemu import jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Monitor
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 SETTLE_SECONDS = 0.2
 """A job is paused for a moment at every drain: what is meant by it is seen by looking twice."""
@@ -69,24 +69,24 @@ async def settled(monitor: Monitor) -> list[Job]:
     return [job for job in await jobs.query(monitor) if first.get(job.id) == job.status]
 
 
-def crashing(host: Host, known: list[Job]) -> list[Finding]:
+def crashing(target: Target, known: list[Job]) -> list[Finding]:
     """Those that make it dangerous to ask for anything else."""
     why = "QEMU 7.2 to 10.0 crash, with the guest, when anybody asks for their nodes now: nothing else was looked at"
     return [
         Finding(
-            "stream-concluded", "harm", job.id, "it has ended and was not dismissed", why, _verb(host, job, "dismiss")
+            "stream-concluded", "harm", job.id, "it has ended and was not dismissed", why, _verb(target, job, "dismiss")
         )
         for job in known
         if job.type == "stream" and job.status == "concluded"
     ]
 
 
-def examine(host: Host, layout: Layout, known: list[Job]) -> Iterator[Finding]:
+def examine(target: Target, layout: Layout, known: list[Job]) -> Iterator[Finding]:
     """One finding for each of `known` that waits, unless a qmpmerge is at work on it."""
     for job in known:
         meaning = _MEANINGS.get(_state(layout, job))
         if meaning is not None and not _is_watched(layout, job):
-            yield _finding(host, job, meaning)
+            yield _finding(target, job, meaning)
 
 
 def _state(layout: Layout, job: Job) -> str:
@@ -105,22 +105,22 @@ def _is_watched(layout: Layout, job: Job) -> bool:
     return job.ours and any(map(locks.is_held, beside))
 
 
-def _finding(host: Host, job: Job, meaning: Meaning) -> Finding:
+def _finding(target: Target, job: Job, meaning: Meaning) -> Finding:
     severity, what, why, verb = meaning
     what += f": {job.error}" if job.error else ""
     what += f" (possible now: {', '.join(job.verbs)})" if job.verbs else ""
     name = "job-no-space" if job.io_status == "nospace" else f"job-{job.status}"
-    return Finding(name, severity, job.id, what, why, _command(host, job, verb))
+    return Finding(name, severity, job.id, what, why, _command(target, job, verb))
 
 
-def _command(host: Host, job: Job, verb: str) -> str:
+def _command(target: Target, job: Job, verb: str) -> str:
     """The verb of ours; for types of jobs that we do not follow, QEMU's own command, but for what only their owner knows."""
     if verb in job.verbs:
-        return _verb(host, job, verb)
+        return _verb(target, job, verb)
     if verb == "pivot":
         return ""
-    return qmp(host.monitor.name, ("job-finalize" if job.status == "pending" else "job-resume", {"id": job.id}))
+    return qmp(target.monitor.name, ("job-finalize" if job.status == "pending" else "job-resume", {"id": job.id}))
 
 
-def _verb(host: Host, job: Job, verb: str) -> str:
-    return f"qmpmerge job {shlex.quote(host.target)} {shlex.quote(job.id)} {verb}"
+def _verb(target: Target, job: Job, verb: str) -> str:
+    return f"qmpmerge job {shlex.quote(target.name)} {shlex.quote(job.id)} {verb}"

@@ -23,7 +23,7 @@ from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import DEEPEST
 from qmpmerge.processes import holders, proc
 from qmpmerge.qemu.blockgraph import Disk, Layout
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 DEEP = 300
 """Images in a chain from which on it costs: `query-block` takes 0.1 s there and 0.4 s at 500, all I/O standing still."""
@@ -32,25 +32,30 @@ JOB_FILTERS = frozenset({"commit_top", "mirror_top", "backup-top", "copy-before-
 """Nodes that a job puts above a disk and takes away at its end; who makes backups by hand may insert the last one."""
 
 
-async def examine(host: Host, *, search: Collection[str] = ()) -> tuple[Finding, ...]:
+async def examine(target: Target, *, search: Collection[str] = ()) -> tuple[Finding, ...]:
     """
     All findings about a running QEMU or qemu-storage-daemon, the worst first; empty where nothing is odd.
 
-    `search` are more folders in which images may be built on those in use. Raises what `Host.layout` raises, but for
+    `search` are more folders in which images may be built on those in use. Raises what `Target.layout` raises, but for
     StreamConcluded, which is a finding.
     """
-    known = await jobs.settled(host.monitor)
-    crashing = jobs.crashing(host, known)
+    known = await jobs.settled(target.monitor)
+    crashing = jobs.crashing(target, known)
     if crashing:
         return sort(crashing)
-    layout = await host.layout()
+    layout = await target.layout()
     at_work = [job.id for job in known]
-    found = [*jobs.examine(host, layout, known), *_filters(layout), *_unneeded(host, layout), *_bitmaps(host, layout)]
-    found += [*await _exports(host), *await _server(host), *await _guest(host, layout)]
+    found = [
+        *jobs.examine(target, layout, known),
+        *_filters(layout),
+        *_unneeded(target, layout),
+        *_bitmaps(target, layout),
+    ]
+    found += [*await _exports(target), *await _server(target), *await _guest(target, layout)]
     for disk in layout.disks:
         if disk.chain is not None and disk.root in layout.held:
-            found += await _chain(host, disk)
-            found += leftovers.beside(disk.chain, search, pid=host.pid, jobs=at_work)
+            found += await _chain(target, disk)
+            found += leftovers.beside(disk.chain, search, pid=target.pid, jobs=at_work)
     return sort(found)
 
 
@@ -68,7 +73,7 @@ def _filters(layout: Layout) -> Iterator[Finding]:
                 yield Finding("filter-left", "care", name, what, why)
 
 
-def _unneeded(host: Host, layout: Layout) -> Iterator[Finding]:
+def _unneeded(target: Target, layout: Layout) -> Iterator[Finding]:
     """Nodes that no device, export or job reaches, by trees; each is closed from its top down."""
     roots = [*layout.held, *(node for edges in layout.job_edges.values() for nodes in edges.values() for node in nodes)]
     needed = {name for root in roots for name in layout.subtree(root)}
@@ -81,16 +86,16 @@ def _unneeded(host: Host, layout: Layout) -> Iterator[Finding]:
         what = f"no device, export or job uses it ({', '.join(named)})"
         why = "its files stay open" + (" for writing, and locked: nobody else can use them" if writable else "")
         why += "; keep it if it waits for a device"
-        command = qmp(host.monitor.name, *(("blockdev-del", {"node-name": name}) for name in named)) if named else ""
+        command = qmp(target.monitor.name, *(("blockdev-del", {"node-name": name}) for name in named)) if named else ""
         yield Finding("unused-node", "care" if writable else "note", top, what, why, command)
 
 
-def _bitmaps(host: Host, layout: Layout) -> Iterator[Finding]:
+def _bitmaps(target: Target, layout: Layout) -> Iterator[Finding]:
     for name, node in layout.nodes.items():
         for bitmap in node.info.get("dirty-bitmaps", ()):
             if bitmap.get("inconsistent"):
                 given = {"node": name, "name": bitmap["name"]}
-                command = qmp(host.monitor.name, ("block-dirty-bitmap-remove", given))
+                command = qmp(target.monitor.name, ("block-dirty-bitmap-remove", given))
                 yield inconsistent(name, bitmap["name"], command)
 
 
@@ -104,26 +109,26 @@ def inconsistent(where: str, bitmap: str, command: str) -> Finding:
 # --- what a killed qmpmerge left in QEMU ----------------------------------------------------------------------------
 
 
-async def _exports(host: Host) -> list[Finding]:
+async def _exports(target: Target) -> list[Finding]:
     try:
-        exports = await host.monitor.execute("query-block-exports")
+        exports = await target.monitor.execute("query-block-exports")
     except CommandError:
         return []
-    return [_export(host, entry["id"], entry["node-name"]) for entry in exports if leftovers.is_orphan(entry["id"])]
+    return [_export(target, entry["id"], entry["node-name"]) for entry in exports if leftovers.is_orphan(entry["id"])]
 
 
-def _export(host: Host, export: str, node: str) -> Finding:
+def _export(target: Target, export: str, node: str) -> Finding:
     what = f"an NBD export of {node} that a killed qmpmerge left"
-    command = qmp(host.monitor.name, ("block-export-del", {"id": export, "mode": "hard"}))
+    command = qmp(target.monitor.name, ("block-export-del", {"id": export, "mode": "hard"}))
     return Finding("export-left", "care", export, what, "it keeps the node from being closed", command)
 
 
-async def _server(host: Host) -> list[Finding]:
+async def _server(target: Target) -> list[Finding]:
     """QEMU does not tell whether its NBD server runs: the folder of the socket tells whose it is."""
-    listening = await asyncio.to_thread(holders.listening, host.pid) if host.pid is not None else []
+    listening = await asyncio.to_thread(holders.listening, target.pid) if target.pid is not None else []
     what = "QEMU's NBD server runs for a qmpmerge that was killed"
     why = "QEMU has only one, and others who want it are refused; the next merge of ours stops it too"
-    command = qmp(host.monitor.name, ("nbd-server-stop", {}))
+    command = qmp(target.monitor.name, ("nbd-server-stop", {}))
     left = [path for path in listening if leftovers.is_orphan(os.path.basename(os.path.dirname(path)))]
     return [Finding("server-left", "note", path, what, why, command) for path in left]
 
@@ -143,43 +148,43 @@ _STANDING: dict[str, tuple[Severity, str, str]] = {
 """What it means that a guest does not run, by its RunState; one that was never started (`prelaunch`) is as it should be."""
 
 
-async def _guest(host: Host, layout: Layout) -> list[Finding]:
+async def _guest(target: Target, layout: Layout) -> list[Finding]:
     """A guest that stands still or is throttled. Whether its filesystems are frozen only its agent could tell."""
     found: list[Finding] = []
     with contextlib.suppress(CommandError):  # a storage daemon has no guest
-        status = (await host.monitor.execute("query-status"))["status"]
+        status = (await target.monitor.execute("query-status"))["status"]
         if status in _STANDING:
             severity, what, why = _STANDING[status]
             found.append(
-                Finding(f"guest-{status}", severity, host.target, what, why, qmp(host.monitor.name, ("cont", {})))
+                Finding(f"guest-{status}", severity, target.name, what, why, qmp(target.monitor.name, ("cont", {})))
             )
         if all(len(disk.chain or ()) < DEEP for disk in layout.disks):  # else the question alone takes seconds
-            found += _throttled(host, await host.monitor.execute("query-block"))
+            found += _throttled(target, await target.monitor.execute("query-block"))
     return found
 
 
 _NO_LIMITS = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
 
 
-def _throttled(host: Host, devices: list[dict[str, Any]]) -> Iterator[Finding]:
+def _throttled(target: Target, devices: list[dict[str, Any]]) -> Iterator[Finding]:
     for entry in devices:
         group = str(entry.get("inserted", {}).get("group", ""))
         if leftovers.is_orphan(group):
             device = {"device": entry["device"]} if entry["device"] else {"id": entry["qdev"]}
             what = f"a killed qmpmerge left its limit on the guest's writes (throttle group {group})"
             why = "the guest's disk is slow until the limit is lifted; limits of your own must be set again after it"
-            command = qmp(host.monitor.name, ("block_set_io_throttle", {**device, **_NO_LIMITS}))
+            command = qmp(target.monitor.name, ("block_set_io_throttle", {**device, **_NO_LIMITS}))
             yield Finding("throttle-left", "harm", next(iter(device.values())), what, why, command)
 
 
 # --- chains -------------------------------------------------------------------------------------------------------
 
 
-async def _chain(host: Host, disk: Disk) -> list[Finding]:
+async def _chain(target: Target, disk: Disk) -> list[Finding]:
     assert disk.chain is not None, "empty drives are left out"
     written = await headers.read(disk.chain)
     odd = [_odd(disk.chain, odd) for odd in headers.oddities(disk.chain, written)]
-    return [*odd, *_replaced(host, disk.chain), *_deep(host, disk), *disguised(disk.chain.images)]
+    return [*odd, *_replaced(target, disk.chain), *_deep(target, disk), *disguised(disk.chain.images)]
 
 
 _WHY_ODD = {
@@ -208,9 +213,9 @@ def rebase(image: str, below: Image | None) -> str:
     return shlex.join(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", below.format, "-b", name, image])
 
 
-def _replaced(host: Host, chain: Chain) -> Iterator[Finding]:
+def _replaced(target: Target, chain: Chain) -> Iterator[Finding]:
     """The file at a path is not the one that QEMU has open."""
-    opened = proc.open_files(host.pid) if host.pid is not None else None
+    opened = proc.open_files(target.pid) if target.pid is not None else None
     for image in chain if opened else ():
         if image.inode is not None and _is_regular(image.file) and image.inode not in (opened or ()):
             what = "another file is there now than the one that QEMU has open"
@@ -225,11 +230,11 @@ def _is_regular(path: str) -> bool:
         return False
 
 
-def _deep(host: Host, disk: Disk) -> Iterator[Finding]:
+def _deep(target: Target, disk: Disk) -> Iterator[Finding]:
     depth = len(disk.chain or ())
     if depth < DEEP:
         return
-    command = f"qmpmerge commit {shlex.quote(host.target)} {shlex.quote(disk.name)} --top '[{depth - 1}]'"
+    command = f"qmpmerge commit {shlex.quote(target.name)} {shlex.quote(disk.name)} --top '[{depth - 1}]'"
     yield deep(disk.name, depth, command)
 
 

@@ -11,7 +11,7 @@ from qmpmerge.qemu.monitor import Doorbell
 
 async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False) -> Job | None:
     """Tell the job to end, and wait until it has."""
-    monitor = run.host.monitor
+    monitor = run.target.monitor
     while True:
         try:
             if status == "pending":
@@ -27,7 +27,7 @@ async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False)
             # A pending job of ours is on its way already.
             wanted = ("concluded", status) if status == "ready" else ("concluded",)
             await doorbell.wait(jobs.LOOK_AGAIN_SECONDS / 5)
-        deadline = run.deadline if run.host.is_live else None
+        deadline = run.deadline if run.target.is_live else None
         job = await jobs.follow(monitor, doorbell, run.job, wanted, tell=lambda job: None, deadline=deadline)
         if job is None or job.status == "concluded":
             return job
@@ -38,7 +38,7 @@ async def copy(run: Run, doorbell: Doorbell) -> Job | None:
     """Follow the job until it wants a decision, or is over."""
     meter = Meter(run.disk.name, run.operation.counts)
     return await jobs.follow(
-        run.host.monitor,
+        run.target.monitor,
         doorbell,
         run.job,
         run.operation.decisions,

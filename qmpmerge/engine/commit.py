@@ -28,8 +28,12 @@ from qmpmerge.errors import (
     QemuRefused,
     RecordFailed,
 )
+from qmpmerge.journal.record import Record
+from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
+from qmpmerge.recovery.evidence import Judgement, Use, by_contents, by_header, judge
+from qmpmerge.targets.target import Target
 
 
 def operation(plan: CommitPlan) -> Operation:
@@ -59,7 +63,7 @@ class Commit:
             "auto_dismiss": False,
         }
         try:
-            await run.host.monitor.execute("block-commit", **arguments, **await self._more(run))
+            await run.target.monitor.execute("block-commit", **arguments, **await self._more(run))
         except CommandError as error:
             if "read-only" in error.description:  # a node with an explicit `read-only=on`, which only trying tells
                 reason = f"{error.description}: with `auto-read-only=on` it would be opened for writing when needed"
@@ -87,7 +91,7 @@ class Intermediate(Commit):
         """The backing string is always given: QEMU would write an absolute path, or a json: name, over a relative one."""
         more: dict[str, Any] = {"backing_file": self.plan.backing_name, "auto_finalize": False}
         masks = run.base_driver != self.plan.base.format
-        if masks and await run.host.monitor.accepts("block-commit", "backing-mask-protocol"):
+        if masks and await run.target.monitor.accepts("block-commit", "backing-mask-protocol"):
             more["backing_mask_protocol"] = True
         return more
 
@@ -115,6 +119,13 @@ class Intermediate(Commit):
             raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
         return await blockjob.end(run, doorbell, job.status)
 
+    async def evidence(
+        self, record: Record, target: Target | None, use: Use | None = None, *, layout: Layout | None = None
+    ) -> Judgement:
+        """The overlay's header is looked at."""
+        assert self.plan.overlay is not None, "it is no active merge"
+        return await judge(record, target, use, layout=layout, kept=self.plan.overlay, decide=by_header)
+
     async def make_durable(self, run: Run) -> None:
         """The overlay's header; and base, where somebody else ended the job before we could flush it."""
         assert self.plan.overlay is not None, "it is no active merge"
@@ -124,7 +135,7 @@ class Intermediate(Commit):
             await run.flush(self.plan.overlay)
         except (NotDurable, FlushUnavailable) as error:
             raise HeaderNotDurable(
-                target=run.host.target, overlay=self.plan.overlay.file, reason=error.reason
+                target=run.target.name, overlay=self.plan.overlay.file, reason=error.reason
             ) from None
 
 
@@ -153,6 +164,12 @@ class Active(Commit):
         run.past_return = True
         run.let_go = run.let_go or (job.status == "ready" and run.request.ending == "keep")
         return await shield.finished(blockjob.end(run, doorbell, job.status, keeps=run.let_go))
+
+    async def evidence(
+        self, record: Record, target: Target | None, use: Use | None = None, *, layout: Layout | None = None
+    ) -> Judgement:
+        """No header is written: names, contents and times are looked at."""
+        return await judge(record, target, use, layout=layout, kept=self.plan.base, decide=by_contents)
 
     async def make_durable(self, run: Run) -> None:
         """No header was written, and base is flushed by whoever writes to it."""

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.progress import Progress, Report
 from qmpmerge.errors import Locked, Suspect, refuse
 from qmpmerge.journal import locks
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.targets.target import ChainView, Host
+from qmpmerge.targets.target import ChainView, Target
 
 
 def plan_of(view: ChainView, job: Job) -> CommitPlan | None:
@@ -53,7 +54,7 @@ def of_job(records: Sequence[Record], job: Job) -> Record | None:
     return next((record for record in records if record.job == job.id), None)
 
 
-async def without_concluded(host: Host, view: ChainView, records: Sequence[Record], report: Report) -> ChainView:
+async def without_concluded(target: Target, view: ChainView, records: Sequence[Record], report: Report) -> ChainView:
     """
     Read and dismiss a commit job of ours on this disk that ended while nobody looked, and return the view without it.
 
@@ -66,16 +67,16 @@ async def without_concluded(host: Host, view: ChainView, records: Sequence[Recor
     record = of_job(records, job)
     what = f"had failed ({job.error})" if job.error else "had ended"
     report(_progress(view, job, f"job {job.id} {what} while nobody looked{_since(record)}; it is dismissed"))
-    await dismiss(host, record, job)
-    return await host.chain(view.disk.name)
+    await dismiss(target, record, job)
+    return await target.chain(view.disk.name)
 
 
-async def dismiss(host: Host, record: Record | None, job: Job) -> None:
+async def dismiss(target: Target, record: Record | None, job: Job) -> None:
     """Take a concluded job away. An error that it ended with is noted beside base: QEMU forgets it now."""
     if record is not None and job.error not in (None, jobs.CANCELED):
         with contextlib.suppress(Locked), locks.taken_for(record.plan) as lock:
             lock.suspect(job.error or "")
-    await jobs.dismiss(host.monitor, job.id)
+    await jobs.dismiss(target.monitor, job.id)
 
 
 def going_on(view: ChainView, job: Job, record: Record | None) -> Progress:
@@ -97,7 +98,7 @@ def _since(record: Record | None) -> str:
     return f" (begun {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.since))})"
 
 
-async def refuse_suspect(host: Host, planned: CommitPlan, suspect: str | None) -> None:
+async def refuse_suspect(target: Target, operation: Operation, suspect: str | None) -> None:
     """What must be compared, and cannot be while a guest writes, is not begun. Raises Suspect."""
-    if suspect is not None and planned.pivots and host.is_live and await host.guest_runs():
-        raise Suspect(base=planned.base.file, reason=suspect)
+    if suspect is not None and operation.pivots and target.is_live and await target.guest_runs():
+        raise Suspect(base=operation.plan.base.file, reason=suspect)

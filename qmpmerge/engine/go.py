@@ -72,7 +72,7 @@ async def _within_limits(run: Run) -> Outcome:
             return await _followed(run)
     except asyncio.CancelledError:
         mine = run.speed is not None or run.job.startswith(jobs.PREFIX)
-        if not mine or (patience.leaving and run.host.is_live):
+        if not mine or (patience.leaving and run.target.is_live):
             raise _left(run) from None  # leaving somebody else's job is not ending it
         await _taken_back(run)
         raise
@@ -83,10 +83,10 @@ async def _within_limits(run: Run) -> Outcome:
 async def _stop_waiting(run: Run) -> NoReturn:
     """At the time limit, or where we are to leave at once."""
     patience = run.request.patience
-    if run.host.is_live and (patience.then == "leave" or patience.detach or run.past_return):
+    if run.target.is_live and (patience.then == "leave" or patience.detach or run.past_return):
         raise _left(run)
     await _taken_back(run)
-    if run.host.is_live:
+    if run.target.is_live:
         raise TimeUp(seconds=patience.timeout or 0.0)
     raise TimedOut(job=run.job)
 
@@ -96,7 +96,7 @@ def _left(run: Run) -> StillRunning:
     if State.LEFT in NEXT[run.state]:
         run.enter(State.LEFT)
     option = {"pivot": "", "keep": " --keep-overlay", "ready": " --wait-ready"}[run.request.ending]
-    return StillRunning(target=run.host.target, job=run.job, option=option)
+    return StillRunning(target=run.target.name, job=run.job, option=option)
 
 
 async def _taken_back(run: Run) -> None:
@@ -105,12 +105,12 @@ async def _taken_back(run: Run) -> None:
     try:
         await shield.finished(work, unless=run.request.patience.is_leaving)
     except asyncio.CancelledError:
-        raise LeftCancelling(target=run.host.target, job=run.job) from None
+        raise LeftCancelling(target=run.target.name, job=run.job) from None
 
 
 async def _followed(run: Run) -> Outcome:
     patience, polite = run.request.patience, run.request.polite
-    is_polite = polite is not None and run.host.can_reconnect and not patience.detach
+    is_polite = polite is not None and run.target.can_reconnect and not patience.detach
     is_sent = run.is_started
 
     async def work(doorbell: Doorbell) -> Outcome | None:
@@ -132,7 +132,7 @@ async def _followed(run: Run) -> Outcome:
 
 
 async def _helped(run: Run, doorbell: Doorbell) -> Outcome:
-    async with climbing(run.host.monitor, run.disk, run.job, run.watch, run.request.converge) as ladder:
+    async with climbing(run.target.monitor, run.disk, run.job, run.watch, run.request.converge) as ladder:
         outcome = await _to_the_end(run, doorbell, ladder)
     return replace(outcome, rungs=tuple(ladder.rungs))
 
@@ -150,7 +150,7 @@ async def _to_the_end(run: Run, doorbell: Doorbell, ladder: Ladder) -> Outcome:
         return await shield.finished(_proved(run, job))
     except Untouched as error:
         found = f"no way to look: {error}"
-        raise NotProven(target=run.host.target, expected=str(run.plan.result), found=found) from None
+        raise NotProven(target=run.target.name, expected=str(run.plan.result), found=found) from None
 
 
 def _start_deadman(run: Run) -> None:
@@ -158,12 +158,12 @@ def _start_deadman(run: Run) -> None:
     request = run.request
     if (
         run.operation.pivots
-        and run.host.is_live
+        and run.target.is_live
         and request.pause
         and request.ending == "pivot"
         and run.deadman is None
     ):
-        run.deadman = pause.start_switch(run.host.monitor)
+        run.deadman = pause.start_switch(run.target.monitor)
 
 
 async def _copied(run: Run, doorbell: Doorbell) -> Job | None:
@@ -189,12 +189,12 @@ async def _proved(run: Run, job: Job | None) -> Outcome:
     """To SWITCHED, PROVED and DONE, or KEPT; for a job that ended without us, the proof."""
     run.past_return = True
     if job is not None:
-        await jobs.dismiss(run.host.monitor, run.job)
+        await jobs.dismiss(run.target.monitor, run.job)
         if job.error is not None:
             await take_back.prove_old_chain(run)
             raise take_back.failure(run, job.error)
     if run.let_go:
         return await proof.prove(run, "kept", run.plan.chain)
     await run.operation.make_durable(run)
-    await run.host.close(run.old_nodes)  # what explicit -blockdev nodes the merge left open
+    await run.target.close(run.old_nodes)  # what explicit -blockdev nodes the merge left open
     return await proof.prove(run, run.operation.verdict, run.plan.result)

@@ -4,8 +4,12 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.journal.record import Record
+from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
+from qmpmerge.recovery.evidence import Judgement, Use
+from qmpmerge.targets.target import Target
 
 if TYPE_CHECKING:
     from qmpmerge.engine.run import Run
@@ -52,6 +56,12 @@ class Operation(Protocol):
 
     async def make_durable(self, run: "Run") -> None:
         """After the switch, what the proof needs to be durable. Raises HeaderNotDurable."""
+        ...
+
+    async def evidence(
+        self, record: Record, target: Target | None, use: Use | None = None, *, layout: Layout | None = None
+    ) -> Judgement:
+        """How `record` was left, as `recovery.evidence.judge` looks at it. Raises Undecided, and what asking QEMU raises."""
         ...
 
     def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:

@@ -34,8 +34,8 @@ async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     Raises NotVerified, RecordFailed with the job taken back; PauseUnproven; what a lost session raises.
     """
     exported = await _is_exported(run)
-    async with paused(run.host.monitor, run.deadman) as pause:
-        rests = (pause.guest_rests or not run.host.is_live) and not exported and await _is_clean(run)
+    async with paused(run.target.monitor, run.deadman) as pause:
+        rests = (pause.guest_rests or not run.target.is_live) and not exported and await _is_clean(run)
         top = run.plan.top
         is_there = not top.has_path or os.path.exists(top.file)
         if run.verify is True and rests and not run.verified and is_there:
@@ -125,7 +125,7 @@ async def _is_clean(run: Run) -> bool:
     """Wait until the job has nothing left to copy; a writer that does not rest is not waited for for ever."""
     deadline = time.monotonic() + CLEAN_SECONDS
     while time.monotonic() < deadline:
-        known = await run.host.monitor.execute("query-block-jobs")
+        known = await run.target.monitor.execute("query-block-jobs")
         job = next((job for job in known if job["device"] == run.job), None)
         if job is None:
             return False
@@ -136,19 +136,19 @@ async def _is_clean(run: Run) -> bool:
 
 async def _is_exported(run: Run) -> bool:
     """Whether somebody can write past the guest; what we have opened ourselves we have not exported."""
-    if not run.host.is_live:
+    if not run.target.is_live:
         return False
     try:
-        return bool(await run.host.monitor.execute("query-block-exports"))
+        return bool(await run.target.monitor.execute("query-block-exports"))
     except CommandError:
         return True
 
 
 async def _has_moved(run: Run, job: Job | None) -> bool | None:
     """As the graph tells it; a disk that nobody uses has no device to look at, and nobody who could write."""
-    if not run.host.is_live:
+    if not run.target.is_live:
         return job is not None and job.error is None
-    layout = await run.host.layout()
-    moved = evidence.has_moved(layout, run.disk.drive or run.disk.qdev, run.plan)
+    layout = await run.target.layout()
+    moved = evidence.has_moved(layout, run.disk.drive or run.disk.qdev, run.plan.top, run.plan.base)
     is_used = bool(run.disk.drive or run.disk.qdev or layout.exported)
     return moved if is_used else job is not None and job.error is None

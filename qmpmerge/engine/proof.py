@@ -18,7 +18,7 @@ async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
     view = await view_after(run, expected)
     if not _is_shown(run, expected, view.chain):
-        raise NotProven(target=run.host.target, expected=_in_full(expected), found=_in_full(view.chain))
+        raise NotProven(target=run.target.name, expected=_in_full(expected), found=_in_full(view.chain))
     if expected is run.plan.result:
         await _see_header_on_server(run)
     merged = await run.finish(State.KEPT if verdict == "kept" else State.DONE)
@@ -41,7 +41,7 @@ async def _see_header_on_server(run: Run) -> None:
         run.notes.append(f"the header of {overlay.file} could not be read back from its server")
     elif header.backing != run.plan.backing_name:
         found = f"{overlay.file} (backing {header.backing}) on its server, which may have lost what QEMU wrote"
-        raise NotProven(target=run.host.target, expected=_in_full(run.plan.result), found=found)
+        raise NotProven(target=run.target.name, expected=_in_full(run.plan.result), found=found)
 
 
 def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
@@ -101,6 +101,6 @@ def _outcome(
 
 def ready(run: Run) -> Outcome:
     """The outcome of a merge that was to stop at ready."""
-    command = f"qmpmerge job {shlex.quote(run.host.target)} {run.job}"
+    command = f"qmpmerge job {shlex.quote(run.target.name)} {run.job}"
     hints = (f"every write now goes to both images; `{command} pivot`, `{command} keep` or `{command} cancel` ends it",)
     return _outcome(run, "ready", run.plan.chain, hints)

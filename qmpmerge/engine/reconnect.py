@@ -20,7 +20,7 @@ from qmpmerge.processes import proc
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 T = TypeVar("T")
 
@@ -35,39 +35,39 @@ async def through(run: Run, work: Callable[[Doorbell], Awaitable[T]]) -> T:
     Raises SessionLost or NoReply where there is no second one: then the outcome is unknown.
     """
     try:
-        async with run.host.monitor.listening() as doorbell:
+        async with run.target.monitor.listening() as doorbell:
             return await work(doorbell)
     except (SessionLost, NoReply) as lost:
-        if not run.host.can_reconnect:
+        if not run.target.can_reconnect:
             raise
         again = _again(run, work, lost)
         return await (shield.finished(again) if run.past_return else again)
 
 
 async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: SessionLost | NoReply) -> T:
-    pid = run.host.pid
+    pid = run.target.pid
     before = None if pid is None else proc.process(pid)
     if run.deadman is not None:  # it has the old connection too, and QEMU serves one at a time
         run.deadman.close()
         run.deadman = None
-    await reconnect(run.host, lost)
-    if pid is not None and (before is None or proc.process(run.host.pid or 0) != before):
+    await reconnect(run.target, lost)
+    if pid is not None and (before is None or proc.process(run.target.pid or 0) != before):
         await _see_the_new_qemu(run)
-    async with run.host.monitor.listening() as doorbell:
+    async with run.target.monitor.listening() as doorbell:
         return await work(doorbell)
 
 
-async def reconnect(host: Host, lost: SessionLost | NoReply) -> None:
+async def reconnect(target: Target, lost: SessionLost | NoReply) -> None:
     """A new session, at the first try. Raises `lost` where there is none: what the target does now is not known."""
     try:
-        await host.reconnect()
+        await target.reconnect()
     except Untouched:
         raise lost from None
 
 
 async def _see_the_new_qemu(run: Run) -> None:
     """Another QEMU has no job of ours. Where it was started from the old chain, the merge has failed and that is all."""
-    if await jobs.look(run.host.monitor, run.job) is None:
+    if await jobs.look(run.target.monitor, run.job) is None:
         now = await take_back.view_after(run, run.plan.chain)
         if now.chain.same_files(run.plan.chain):
             raise JobFailed(job=run.job, reason="QEMU was started anew, and the job ended with the old one")
@@ -81,12 +81,12 @@ async def follow_politely(run: Run, every: float) -> Job | None:
     """
     meter = Meter(run.disk.name, run.operation.counts)
     while True:
-        job = await jobs.look(run.host.monitor, run.job)
+        job = await jobs.look(run.target.monitor, run.job)
         if job is None or job.status in run.operation.decisions:
             return job
         blockjob.tell(run, meter, job)
-        await jobs.resume_for_space(run.host.monitor, job)
-        await run.host.monitor.close()
+        await jobs.resume_for_space(run.target.monitor, job)
+        await run.target.monitor.close()
         await _sleep(run, every)
         await our_turn(run)
 
@@ -95,15 +95,15 @@ async def _sleep(run: Run, seconds: float) -> None:
     left = run.request.patience.left
     await asyncio.sleep(seconds if left is None else max(0.0, min(seconds, left)))
     if left is not None and left <= seconds:
-        raise StillRunning(target=run.host.target, job=run.job)
+        raise StillRunning(target=run.target.name, job=run.job)
 
 
 async def our_turn(run: Run) -> None:
     """Wait for a session of our own. Raises Unreachable where the monitor is gone, and not only held by somebody else."""
     while True:
         with contextlib.suppress(MonitorSilent):
-            await run.host.reconnect()
+            await run.target.reconnect()
             return
         if run.deadline is not None and time.monotonic() >= run.deadline:
-            raise StillRunning(target=run.host.target, job=run.job)
+            raise StillRunning(target=run.target.name, job=run.job)
         await asyncio.sleep(POLITE_TRIES_SECONDS)

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import time
 from dataclasses import dataclass, field, replace
 
@@ -10,22 +9,22 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import NEXT, RECORDED, State
+from qmpmerge.engine import first_record
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.progress import Report
 from qmpmerge.engine.rates import Watch
 from qmpmerge.engine.request import Request
-from qmpmerge.errors import CannotRecord, JobFailed, NotDurable, NotVerified
+from qmpmerge.errors import CannotRecord, CannotRecover, JobFailed, NotDurable, NotVerified
 from qmpmerge.guest.deadman import Switch
 from qmpmerge.images import compare
 from qmpmerge.images.files import Seen
-from qmpmerge.journal import merged_files, record, stash, store
+from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
-from qmpmerge.processes import proc
 from qmpmerge.qemu import flush, jobs
 from qmpmerge.qemu.bitmaps import Bitmap
 from qmpmerge.qemu.blockgraph import Disk
-from qmpmerge.targets.target import ChainView, Host
+from qmpmerge.targets.target import ChainView, Target
 
 log = logging.getLogger("qmpmerge")
 
@@ -36,19 +35,20 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 @dataclass
 class Run:
     """
-    One operation on the chain of `disk`, under `lock`. `speed` is None where its job is there already.
+    One operation on a chain, under `lock`. `carrier` is where it is carried out and `shown` the disk there; both are None
+    where they are gone, and only files are left to be dealt with. `speed` is None where its job is there already.
 
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_started` says
     that QEMU has confirmed the start, `let_go` that the overlay is kept, `past_return` that the job may have been told to
     end. `old_nodes` are those that the operation leaves open, top down. `notes` are sentences for the user.
     """
 
-    host: Host
-    disk: Disk
     operation: Operation
     request: Request
-    report: Report
     lock: Lock
+    carrier: Target | None
+    shown: Disk | None
+    report: Report
     job: str
     old_nodes: tuple[str, ...]
     base_driver: str
@@ -72,55 +72,73 @@ class Run:
 
     @classmethod
     def begin(
-        cls, host: Host, view: ChainView, operation: Operation, request: Request, *, report: Report, lock: Lock
+        cls, target: Target, operation: Operation, request: Request, lock: Lock, *, view: ChainView, report: Report
     ) -> "Run":
         """One whose job is to be started."""
-        run = cls.resume(host, view, operation, request, report=report, lock=lock)
+        run = cls.resume(target, operation, request, lock, view=view, report=report)
         run.speed, run.is_started = request.speed, False
         return run
 
     @classmethod
     def resume(
         cls,
-        host: Host,
-        view: ChainView,
+        target: Target | None,
         operation: Operation,
         request: Request,
-        *,
-        report: Report,
         lock: Lock,
+        *,
+        view: ChainView | None = None,
         record: Record | None = None,
+        state: State = State.PLANNED,
+        report: Report = lambda progress: None,
     ) -> "Run":
         """
-        One that was begun before: its job is at work, or `record` says that it has ended well, and nobody has proved it.
+        One that was begun before. Either its job is at work, or `record` says that it has ended well and nobody has proved
+        it: then `view` shows the disk, and `go` goes on from there. Or it was left, and `state` is what the evidence says of
+        it: then only `finish` and `undone` are to come.
 
         Images are known by their files: the QEMU that has them now may have been started since, and call its nodes
         otherwise.
         """
-        plan, layout = operation.plan, view.layout
-        if record is not None and record.is_done(view.chain):
-            there = set(layout.subtree(view.disk.root))
+        if view is None or (record is not None and record.is_done(view.chain)):
+            assert record is not None, "what has nothing to show was written down"
+            there = set() if view is None else set(view.layout.subtree(view.disk.root))
             job, driver = record.job, record.base_driver
             old_nodes = [node for node in record.old_nodes if node not in there]
         else:
+            plan, layout = operation.plan, view.layout
             job = view.disk.job.id if view.disk.job else jobs.job_id(view.disk.name)
             driver = layout.nodes[plan.base.node or ""].driver
             old_nodes = layout.between(plan.top.node or "", plan.base.node or "")
         suspect = lock.note.suspect
         return cls(
-            host=host,
-            disk=view.disk,
             operation=operation,
             request=request,
-            report=report,
             lock=lock,
+            carrier=target,
+            shown=view.disk if view is not None else None,
+            report=report,
             job=job,
             old_nodes=tuple(old_nodes),
             base_driver=driver,
+            state=state,
             record=record,
             verify=request.compares if suspect is None else True,
+            verified=record is not None and record.verified and state is State.SWITCHED,
             suspect=suspect,
         )
+
+    @property
+    def target(self) -> Target:
+        """Where it is carried out."""
+        assert self.carrier is not None, "only files are left to be dealt with"
+        return self.carrier
+
+    @property
+    def disk(self) -> Disk:
+        """The disk there."""
+        assert self.shown is not None, "only files are left to be dealt with"
+        return self.shown
 
     @property
     def plan(self) -> CommitPlan:
@@ -138,7 +156,7 @@ class Run:
 
     async def flush(self, image: Image) -> bool:
         """As `flush.flush` does."""
-        return await flush.flush(self.host.monitor, image, opened=self.host.opened.get(image.node or ""))
+        return await flush.flush(self.target.monitor, image, opened=self.target.opened.get(image.node or ""))
 
     # --- states ---------------------------------------------------------------------------------------------------
 
@@ -169,7 +187,7 @@ class Run:
         try:
             if not path:
                 raise PermissionError(errno.EPERM, "no image of it is a regular file")
-            self.record = store.write(self._new_record(path))
+            self.record = store.write(first_record.of_run(self, path))
             self.lock.point_to(path)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -188,20 +206,25 @@ class Run:
         if self.record is not None:
             store.sync(self.record)
 
-    def undone(self, error: BaseException) -> None:
+    def undone(self, error: BaseException | None = None) -> None:
         """
-        To UNDONE, after `error`: the old chain was proved to be in use. The active image has its name again, and the record
-        goes; the lock still says so where base is suspect.
+        To UNDONE, after `error`: the old chain was proved to be in use. The merged images have their names again, and the
+        record goes; the lock still says so where base is suspect.
         """
         if State.UNDONE not in NEXT[self.state] or not self._names_given_back():
             return
-        self._forget_record()
-        suspect = self.suspect or _suspicion(error)
-        if suspect is None:
-            self.lock.clear()
-        else:
-            self.lock.suspect(suspect)
+        self._forget_record(_suspicion(error) or self.suspect)
         self.enter(State.UNDONE)
+
+    def give_names_back(self) -> None:
+        """The merged images get their own names back. Raises OSError, CannotRecover where one is under neither of its names."""
+        known = self.record
+        for index in range(known.base + 1, known.top + 1) if known is not None else ():
+            assert known is not None
+            image = known.chain[index]
+            if known.place(index) is None and image.inode is not None:
+                raise CannotRecover(file=image.file, reason="it is neither there nor under its stashed name")
+            merged_files.give_back(known, index)
 
     async def finish(self, state: State) -> tuple[MergedFile, ...]:
         """
@@ -213,8 +236,7 @@ class Run:
             self._names_given_back()
         else:
             merged = await self._files_dealt_with()
-        self._forget_record()
-        self.lock.clear()
+        self._forget_record(None if self.verified else self.suspect)
         self.enter(state)
         return tuple(merged)
 
@@ -231,38 +253,12 @@ class Run:
         chain = self.plan.chain
         return self.record.path if self.record is not None else store.place_of(chain, chain.index(self.plan.base))
 
-    def _new_record(self, path: str) -> Record:
-        """What to write down; of one that was begun before, with what its record knows."""
-        plan, host = self.plan, self.host
-        base, top = plan.chain.index(plan.base), plan.chain.index(plan.top)
-        new = Record(
-            path=path,
-            target=_address(host.target),
-            disk=self.disk.name,
-            device=self.disk.drive or self.disk.qdev,
-            job=self.job,
-            chain=plan.chain,
-            base=base,
-            top=top,
-            policy=self.request.merged_files,
-            qemu=proc.process(host.pid) if host.pid is not None else None,
-            tool=proc.process(os.getpid()),
-            is_live=host.is_live,
-            since=time.time(),
-            old_nodes=self.old_nodes,
-            base_driver=self.base_driver,
-            away={} if self.request.merged_files == "keep" else stash.names_away(plan.chain, base, top),
-            before=record.looks(plan.chain, range(base + 1, top + (plan.overlay is not None))),
-        )
-        return new if self.record is None else _continued(new, self.record)
-
     def _names_given_back(self) -> bool:
-        if self.record is not None:
-            try:
-                merged_files.give_back(self.record, self.record.top)
-            except OSError as error:
-                self.notes.append(f"{self.plan.top.file} could not get its name back: {error.strerror or error}")
-                return False
+        try:
+            self.give_names_back()
+        except (OSError, CannotRecover) as error:
+            self.notes.append(f"the merged images could not get their names back: {error}")
+            return False
         return True
 
     async def _files_dealt_with(self) -> list[MergedFile]:
@@ -273,21 +269,23 @@ class Run:
         except OSError as error:  # what was written before tells enough
             self.notes.append(f"the record cannot be written: {error.strerror or error}")
             self.state = State.PROVED
-        known = self.record or self._new_record("")
+        known = self.record or first_record.of_run(self, "")
         done, hints = await merged_files.finish(replace(known, verified=self.verified))
         self.notes += hints
         return done
 
-    def _forget_record(self) -> None:
+    def _forget_record(self, suspect: str | None) -> None:
+        """Nothing remains but the suspicion about base, where there is one."""
         if self.record is not None:
             try:
                 store.remove(self.record)
             except OSError as error:
                 self.notes.append(f"{self.record.path} cannot be removed: {error.strerror or error}")
             self.record = None
+        self.lock.conclude(suspect)
 
 
-def _suspicion(error: BaseException) -> str | None:
+def _suspicion(error: BaseException | None) -> str | None:
     """
     The reason where after this failure base may not hold what QEMU believes: not where somebody cancelled the job, or
     where base and top could not be compared.
@@ -297,20 +295,3 @@ def _suspicion(error: BaseException) -> str | None:
     if isinstance(error, JobFailed | NotDurable):
         return error.reason if error.reason != jobs.CANCELED else None
     return None
-
-
-def _continued(new: Record, known: Record) -> Record:
-    """
-    It knows the files by their inodes. Where the job was told to complete, maybe, the name stays away until it is known
-    what came of it.
-    """
-    away, before = {**new.away, **known.away}, {**new.before, **known.before}
-    return replace(
-        new, chain=known.chain, away=away, before=before, state=known.state, seen=known.seen, since=known.since
-    )
-
-
-def _address(target: str) -> str:
-    """What the user called the host, so that it means the same from every folder."""
-    path = target.removeprefix("unix:")
-    return os.path.abspath(path) if os.path.lexists(path) else target

@@ -45,7 +45,7 @@ async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
         return
     base = run.plan.base
     try:
-        await bitmaps.carry(run.host.monitor, await run.host.layout(), base, run.bitmaps)
+        await bitmaps.carry(run.target.monitor, await run.target.layout(), base, run.bitmaps)
     except CommandError as error:
         await shield.finished(take_back.take_back(run, doorbell))
         raise BitmapsNotCarried(base=base.file, reason=error.description) from None
@@ -59,7 +59,7 @@ async def is_at_rest(run: Run, job: Job) -> bool:
     """
     if job.status != "ready":
         return False
-    return not run.host.is_live or (run.suspect is not None and not await run.host.guest_runs())
+    return not run.target.is_live or (run.suspect is not None and not await run.target.guest_runs())
 
 
 async def verify(run: Run, doorbell: Doorbell) -> None:

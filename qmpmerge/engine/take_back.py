@@ -18,7 +18,7 @@ CANCEL_SECONDS = 60.0
 
 async def take_back(run: Run, doorbell: Doorbell) -> None:
     """Cancel the job and see that the old chain is in use. Raises NotProven where it is not."""
-    monitor = run.host.monitor
+    monitor = run.target.monitor
     with contextlib.suppress(CommandError):  # it may have ended by itself
         await monitor.execute("job-cancel", id=run.job)
     try:
@@ -33,7 +33,7 @@ async def take_back(run: Run, doorbell: Doorbell) -> None:
         if job is not None:
             await jobs.dismiss(monitor, run.job)
     except StillRunning:
-        raise NotProven(target=run.host.target, expected="the job cancelled", found="it still running") from None
+        raise NotProven(target=run.target.name, expected="the job cancelled", found="it still running") from None
     await prove_old_chain(run)
 
 
@@ -41,7 +41,7 @@ async def prove_old_chain(run: Run) -> None:
     """See that the chain is what it was before. Raises NotProven."""
     after = await view_after(run, run.plan.chain)
     if not after.chain.same_files(run.plan.chain):
-        raise NotProven(target=run.host.target, expected=str(run.plan.chain), found=str(after.chain))
+        raise NotProven(target=run.target.name, expected=str(run.plan.chain), found=str(after.chain))
 
 
 def failure(run: Run, reason: str) -> JobFailed:
@@ -55,8 +55,8 @@ def failure(run: Run, reason: str) -> JobFailed:
 async def view_after(run: Run, expected: Chain) -> ChainView:
     """The disk as it is now. Where its device was unplugged meanwhile, only the node of its active image has a name."""
     try:
-        return await run.host.chain(run.name_after(expected))
+        return await run.target.chain(run.name_after(expected))
     except NoSuchDisk:
         if expected.active.node is None:
             raise
-        return await run.host.chain(expected.active.node)
+        return await run.target.chain(expected.active.node)

@@ -51,22 +51,18 @@ class Lock:
         self.note = note
 
     def point_to(self, record: str) -> None:
-        """Say where the record lies, until `clear`."""
+        """Say where the record lies, until `conclude`."""
         self._write(replace(self.note, record=record))
 
     def suspect(self, reason: str) -> None:
-        """Say that base is suspect, until `clear`."""
+        """Say that base is suspect, until `conclude`."""
         self._write(replace(self.note, suspect=reason))
 
-    def clear(self) -> None:
-        """There is nothing to be told any more: the file goes with the lock."""
+    def conclude(self, suspect: str | None) -> None:
+        """The record is gone. Without a suspicion there is nothing to be told any more: the file goes with the lock."""
         self.note = Note()
-
-    def forget_record(self) -> None:
-        """The record is gone; a suspicion stays."""
-        self.note = replace(self.note, record=None)
-        if self.note.suspect is not None:
-            self.suspect(self.note.suspect)
+        if suspect is not None:
+            self.suspect(suspect)
 
     def _write(self, note: Note) -> None:
         """What there is no room for is not said: base's own filesystem may be full, and its job waits for that."""

@@ -49,7 +49,7 @@ async def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
     that cannot be renamed stays, and that is said.
     """
     done, hints = deal_with(record)
-    if record.policy == "relink" and record.plan.pivots:
+    if record.policy == "relink" and record.top == len(record.chain):
         reason = await relink(record)
         if reason is None:
             done[-1] = MergedFile(record.chain.active.file, "relink", done[-1].now)
@@ -66,7 +66,7 @@ def deal_with(record: Record) -> tuple[list[MergedFile], list[str]]:
     for index in range(record.base + 1, record.top + 1):
         image = record.chain[index]
         try:
-            if index <= needed and not (record.plan.pivots and index == record.top):
+            if index <= needed and image != record.chain.active:
                 hints.append(f"{image.file} stays where it is: {user} is built on it")
                 done.append(MergedFile(image.file, "keep", record.place(index) or image.file))
             else:

@@ -13,7 +13,7 @@ from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
 from qmpmerge.engine import commit as engine
-from qmpmerge.engine import earlier, go, proof
+from qmpmerge.engine import earlier, go, proof, resume
 from qmpmerge.engine.converge import Converge
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.patience import Patience
@@ -28,12 +28,11 @@ from qmpmerge.qemu import bitmaps as dirty
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.bitmaps import Handling
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.recovery import settle
-from qmpmerge.targets.target import ChainView, Host
+from qmpmerge.targets.target import ChainView, Target
 
 
 async def commit(
-    host: Host,
+    target: Target,
     disk: str | None = None,
     *,
     base: str | None = None,
@@ -95,25 +94,25 @@ async def commit(
     )
     with contextlib.ExitStack() as stack:
         async with go.in_time(request.patience):
-            begun = await _Beginning(host, request, report, stack).of(disk)
+            begun = await _Beginning(target, request, report, stack).of(disk)
         return begun if isinstance(begun, Outcome) else await go.go(begun)
 
 
 class _Beginning:
     """From what is asked for to a run, with its locks on `stack`; or to an outcome, where nothing is left to be run."""
 
-    def __init__(self, host: Host, request: Request, report: Report, stack: contextlib.ExitStack) -> None:
-        self._host = host
+    def __init__(self, target: Target, request: Request, report: Report, stack: contextlib.ExitStack) -> None:
+        self._target = target
         self._request = request
         self._report = report
         self._stack = stack
 
     async def of(self, disk: str | None) -> Run | Outcome:
-        view = await self._host.chain(disk)
+        view = await self._target.chain(disk)
         records = store.believed(store.about(view.chain))
         if self._request.dry_run:
             return await self._begun(view, records)
-        view = await earlier.without_concluded(self._host, view, records, self._report)
+        view = await earlier.without_concluded(self._target, view, records, self._report)
         request = self._request
         for record in records:
             meant = record.is_what(base=request.base, top=request.top, shallow=request.shallow)
@@ -128,9 +127,9 @@ class _Beginning:
 
     async def _settled(self, view: ChainView, disk: str | None, records: list[Record]) -> Run | Outcome:
         """What an earlier merge left is put right first; that may be all there was to do."""
-        settled = await settle.settle(self._host, view, records)
+        settled = await resume.settle(self._target, view, records)
         if settled.changed:
-            view, records = await self._host.chain(disk), settled.left
+            view, records = await self._target.chain(disk), settled.left
         try:
             begun = await self._begun(view, records)
         except NoSuchLayer:
@@ -148,49 +147,47 @@ class _Beginning:
         )
         if planned.is_empty:
             return Outcome("unchanged", view.disk.name, view.chain, view.chain)
-        self._refuse_what_does_not_go_together(planned)
+        operation = engine.operation(planned)
+        self._refuse_what_does_not_go_together(operation)
         lock = self._locked(planned)
         job = None if request.dry_run else earlier.under_way(view, planned)
         if job is not None:
-            return await self._taken_over(view, planned, lock, job, earlier.of_job(records, job))
+            return await self._taken_over(view, operation, lock, job, earlier.of_job(records, job))
         answer = await self._checked(view, planned)
-        await earlier.refuse_suspect(self._host, planned, lock.note.suspect)
+        await earlier.refuse_suspect(self._target, operation, lock.note.suspect)
         if request.dry_run:
             return proof.planned(view.disk.name, planned, request.merged_files, answer.checks, answer.estimate)
-        operation = engine.operation(planned)
-        run = Run.begin(self._host, view, operation, request, report=self._report, lock=lock)
+        run = Run.begin(self._target, operation, request, lock, view=view, report=self._report)
         run.bitmaps = answer.bitmaps
         return run
 
     async def _taken_over(
-        self, view: ChainView, planned: CommitPlan, lock: Lock, job: Job, record: Record | None
+        self, view: ChainView, operation: Operation, lock: Lock, job: Job, record: Record | None
     ) -> Run:
         self._report(earlier.going_on(view, job, record))
-        await jobs.set_speed(self._host.monitor, job, self._request.speed)
-        run = self._resumed(view, engine.operation(planned), lock, record)
-        if (
-            self._request.bitmaps != "drop"
-        ):  # whoever has started the job was not refused for them, so what can come along does
-            run.bitmaps = dirty.portable(view.layout, planned)
+        await jobs.set_speed(self._target.monitor, job, self._request.speed)
+        run = self._resumed(view, operation, lock, record)
+        # Whoever has started the job was not refused for them, so what can come along does.
+        run.bitmaps = () if self._request.bitmaps == "drop" else dirty.portable(view.layout, run.plan)
         return run
 
     def _resumed(self, view: ChainView, operation: Operation, lock: Lock, record: Record | None) -> Run:
-        return Run.resume(self._host, view, operation, self._request, report=self._report, lock=lock, record=record)
+        return Run.resume(self._target, operation, self._request, lock, view=view, record=record, report=self._report)
 
     def _locked(self, planned: CommitPlan) -> Lock:
         return self._stack.enter_context(locks.taken_for(planned))
 
-    def _refuse_what_does_not_go_together(self, planned: CommitPlan) -> None:
+    def _refuse_what_does_not_go_together(self, operation: Operation) -> None:
         request = self._request
-        if not self._host.is_live:
+        if not self._target.is_live:
             request.refuse_offline()
-        elif request.verify is True and not request.pause and planned.pivots:
+        elif request.verify is True and not request.pause and operation.pivots:
             raise OptionsConflict(options=["--verify", "--no-pause"])
 
     async def _checked(self, view: ChainView, planned: CommitPlan) -> Answer:
         request = self._request
         return await check.check(
-            self._host,
+            self._target,
             view,
             planned,
             ending=request.ending,

@@ -19,7 +19,7 @@ from qmpmerge.journal.record import Record
 from qmpmerge.qemu import bitmaps, jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.targets.target import ChainView, Host
+from qmpmerge.targets.target import ChainView, Target
 
 LOOKS = 5
 """How often a job to be followed is looked for again when it has moved on between two questions."""
@@ -29,7 +29,7 @@ LOOK_AGAIN_SECONDS = 0.2
 
 
 async def follow(
-    host: Host,
+    target: Target,
     job_id: str,
     *,
     ending: Ending = "pivot",
@@ -59,52 +59,54 @@ async def follow(
     )
     with contextlib.ExitStack() as stack:
         async with go.in_time(request.patience):
-            run = await _begun(host, job_id, request, report, needs_ready=needs_ready, stack=stack)
+            run = await _begun(target, job_id, request, report, needs_ready=needs_ready, stack=stack)
         return await go.go(run)
 
 
 async def _begun(
-    host: Host, job_id: str, request: Request, report: Report, *, needs_ready: bool, stack: contextlib.ExitStack
+    target: Target, job_id: str, request: Request, report: Report, *, needs_ready: bool, stack: contextlib.ExitStack
 ) -> Run:
     """The merge that the job carries out, or has carried out."""
     for _ in range(LOOKS):
-        layout, job = await _job_to_follow(host, job_id, request.ending if needs_ready else None, request.patience)
-        view = await _view_of(host, layout, job)
+        layout, job = await _job_to_follow(target, job_id, request.ending if needs_ready else None, request.patience)
+        view = await _view_of(target, layout, job)
         record = earlier.of_job(store.believed(store.about(view.chain)), job) if view is not None else None
-        planned = await _planned(host, view, job, record)
+        planned = await _planned(target, view, job, record)
         if view is not None and planned is not None:
             break
         await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)  # it is on its way to another state
     else:
         raise JobVerb(job=job_id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
     lock = stack.enter_context(locks.taken_for(planned))
-    run = Run.resume(host, view, engine.operation(planned), request, report=report, lock=lock, record=record)
+    run = Run.resume(target, engine.operation(planned), request, lock, view=view, record=record, report=report)
     run.bitmaps = () if job.status == "concluded" else bitmaps.portable(view.layout, planned)
     return run
 
 
-async def _planned(host: Host, view: ChainView | None, job: Job, record: Record | None) -> CommitPlan | None:
+async def _planned(target: Target, view: ChainView | None, job: Job, record: Record | None) -> CommitPlan | None:
     """What the job does, or has done; None where it is on its way to another state."""
     if job.status == "concluded":
         if view is None or record is None or not record.is_done(view.chain):
-            await _raise_unseen_end(host, view, job, record)
+            await _raise_unseen_end(target, view, job, record)
         return record.as_called_now(view.chain)
     return earlier.plan_of(view, job) if view is not None else None
 
 
-async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None, patience: Patience) -> tuple[Layout, Job]:
+async def _job_to_follow(
+    target: Target, job_id: str, ready_for: Ending | None, patience: Patience
+) -> tuple[Layout, Job]:
     """The job, and all that was seen together with it."""
-    layout, job = await _look(host, job_id)
+    layout, job = await _look(target, job_id)
     if job.status == "aborting":  # it holds no nodes any more, so whose it was cannot be told before it has ended
-        await jobs.ended(host.monitor, job_id, patience.deadline)
-        layout, job = await _look(host, job_id)
+        await jobs.ended(target.monitor, job_id, patience.deadline)
+        layout, job = await _look(target, job_id)
     for _ in range(LOOKS):
         in_standby = job.status == "standby" and ready_for is not None
         has_just_ended = job.disk is None and job.status != "concluded"  # QEMU told of it, and then of no nodes of it
         if not (in_standby or has_just_ended):
             break
         await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)
-        layout, job = await _look(host, job_id)
+        layout, job = await _look(target, job_id)
     if job.type != "commit" or (ready_for is not None and job.status != "ready"):
         raise JobVerb(job=job.id, verb=ready_for or "follow", status=f"{job.status} ({job.type})", verbs=job.verbs)
     if job.disk is None and job.status != "concluded":
@@ -112,29 +114,29 @@ async def _job_to_follow(host: Host, job_id: str, ready_for: Ending | None, pati
     return layout, job
 
 
-async def _look(host: Host, job_id: str) -> tuple[Layout, Job]:
-    layout = await host.layout()
+async def _look(target: Target, job_id: str) -> tuple[Layout, Job]:
+    layout = await target.layout()
     job = next((job for job in layout.jobs if job.id == job_id), None)
     if job is None:
-        raise NoSuchJob(job=job_id, target=host.target, known=[job.id for job in layout.jobs])
+        raise NoSuchJob(job=job_id, target=target.name, known=[job.id for job in layout.jobs])
     return layout, job
 
 
-async def _view_of(host: Host, layout: Layout, job: Job) -> ChainView | None:
+async def _view_of(target: Target, layout: Layout, job: Job) -> ChainView | None:
     """The chain that the job is, or was, at work on; None where nobody can tell."""
     disk = next((disk for disk in layout.disks if disk.name == job.disk or jobs.job_id(disk.name) == job.id), None)
-    return None if disk is None or disk.chain is None else await host.view(layout, disk.name)
+    return None if disk is None or disk.chain is None else await target.view(layout, disk.name)
 
 
-async def _raise_unseen_end(host: Host, view: ChainView | None, job: Job, record: Record | None) -> NoReturn:
+async def _raise_unseen_end(target: Target, view: ChainView | None, job: Job, record: Record | None) -> NoReturn:
     """
     A job that ended while nobody looked, and not as its record says that it was to: an error is told.
 
     Without an error and without a record it may have switched or been let go, durably or not: what it was to do is not
     known any more, so the chain is shown as it is now and nothing is claimed.
     """
-    await earlier.dismiss(host, record, job)
+    await earlier.dismiss(target, record, job)
     if job.error is not None:
         raise JobFailed(job=job.id, reason=job.error)
     found = f"that it had ended before we looked; the chain now is {view.chain if view else 'unknown'}"
-    raise NotProven(target=host.target, expected=f"job {job.id} at work", found=found)
+    raise NotProven(target=target.name, expected=f"job {job.id} at work", found=found)

@@ -1,8 +1,7 @@
 """
 After a crash: put names and headers right, as far as the evidence goes.
 
-Whoever died at whatever moment, the record says what was under way and `evidence` which image is right. What is done
-about it here can itself be interrupted anywhere and be done again: each step leaves a state that is judged the same way.
+Which records are meant is found out here; `engine.resume` brings each to an end.
 """
 
 import contextlib
@@ -10,15 +9,15 @@ import os
 from collections.abc import Sequence
 
 from qmpmerge.chain.chain import Image
+from qmpmerge.engine import resume
+from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import NothingThere
 from qmpmerge.images import files, qcow2
 from qmpmerge.journal import locks, stash, store
 from qmpmerge.journal.record import Record
 from qmpmerge.journal.store import Found
 from qmpmerge.qemu.monitor import Trace
-from qmpmerge.recovery import evidence, put_right
 from qmpmerge.recovery.evidence import Use
-from qmpmerge.recovery.put_right import Recovery
 
 
 def verdict_of(found: Sequence[Recovery]) -> str:
@@ -41,7 +40,7 @@ async def recover(
     records = store.believed(_concerned(path))
     if not records:
         return [_nothing(path)]
-    return [await _recovered(record, use, dry_run=dry_run, trace=trace) for record in records]
+    return [await resume.recover(record, use, dry_run=dry_run, trace=trace) for record in records]
 
 
 def _concerned(path: str) -> list[Found]:
@@ -63,19 +62,6 @@ def _active_folder(base: str) -> list[str]:
     """Where the lock beside a base says that the record is: a golden image may lie far from what is built on it."""
     record = locks.noted(Image(base, "raw", 0)).record
     return [] if record is None else [os.path.dirname(record)]
-
-
-async def _recovered(record: Record, use: Use | None, *, dry_run: bool, trace: Trace | None) -> Recovery:
-    async with put_right.carrier(record, trace) as host:
-        with locks.taken_for(record.plan) as lock:
-            judged = await evidence.judge(record, host, use)
-            if dry_run:
-                action = put_right.action_of(judged, record)
-                return Recovery("planned", record.chain.active.file, judged.right, action, judged.reasons)
-            recovery = await put_right.put_right(record, judged, host)
-            if judged.way != "leave":
-                lock.forget_record()
-            return recovery
 
 
 def _nothing(path: str) -> Recovery:

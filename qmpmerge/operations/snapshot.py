@@ -30,7 +30,7 @@ from qmpmerge.errors import (
 from qmpmerge.images import qemuimg
 from qmpmerge.journal import store
 from qmpmerge.qemu.blockgraph import Disk, Layout
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _Order:
 
 
 async def snapshot(
-    host: Host,
+    target: Target,
     files: Mapping[str, str | os.PathLike[str]],
     *,
     relative: bool = False,
@@ -68,29 +68,29 @@ async def snapshot(
     snapshot. Raises FileExists, CannotCreate, Busy, Temporary, BackingString, QemuRefused, AgentFailed; NotProven when a
     fresh look does not show the overlays.
     """
-    layout = await _without_ended_jobs(host, files)
-    orders = [_order(host, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
+    layout = await _without_ended_jobs(target, files)
+    orders = [_order(target, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
     _refuse_twice(orders)
-    return await shield.finished(_carry_out(host, layout, orders, os.fspath(agent) if agent is not None else None))
+    return await shield.finished(_carry_out(target, layout, orders, os.fspath(agent) if agent is not None else None))
 
 
-async def _without_ended_jobs(host: Host, disks: Iterable[str]) -> Layout:
+async def _without_ended_jobs(target: Target, disks: Iterable[str]) -> Layout:
     """A merge of ours that ended while nobody looked keeps no disk busy."""
-    layout = await host.layout()
+    layout = await target.layout()
     if not any(job.ours and job.status == "concluded" for job in layout.jobs):
         return layout
     for disk in disks:
-        view = await host.view(layout, disk)
+        view = await target.view(layout, disk)
         records = store.believed(store.about(view.chain))
-        await earlier.without_concluded(host, view, records, lambda progress: None)
-    return await host.layout()
+        await earlier.without_concluded(target, view, records, lambda progress: None)
+    return await target.layout()
 
 
-def _order(host: Host, layout: Layout, name: str, file: str, relative: bool) -> _Order:
-    disk = layout.find(name, host.target)
+def _order(target: Target, layout: Layout, name: str, file: str, relative: bool) -> _Order:
+    disk = layout.find(name, target.name)
     assert disk.chain is not None, "find() returns disks with an image only"
     if disk.job is not None:
-        raise Busy(disk=disk.name, job=disk.job.id, target=host.target)
+        raise Busy(disk=disk.name, job=disk.job.id, target=target.name)
     below = disk.chain.active
     if below.has_path and below.inode is None and below.name.startswith("vl."):
         raise Temporary(disk=disk.name, file=below.file)
@@ -125,16 +125,16 @@ def _refuse_twice(orders: list[_Order]) -> None:
             raise FileExists(file=order.file)
 
 
-async def _carry_out(host: Host, layout: Layout, orders: list[_Order], agent: str | None) -> tuple[Overlay, ...]:
+async def _carry_out(target: Target, layout: Layout, orders: list[_Order], agent: str | None) -> tuple[Overlay, ...]:
     async with contextlib.AsyncExitStack() as undo:
         for order in orders:
             await undo.enter_async_context(_file(order))
         for order in orders:
-            await undo.enter_async_context(_node(host, layout, order))
+            await undo.enter_async_context(_node(target, layout, order))
         async with _quiet(agent):
-            await _transaction(host, orders)
+            await _transaction(target, orders)
             undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
-    return await _prove(host, orders)
+    return await _prove(target, orders)
 
 
 @contextlib.asynccontextmanager
@@ -174,12 +174,12 @@ def _make_empty(order: _Order) -> os.stat_result:
 
 
 @contextlib.asynccontextmanager
-async def _node(host: Host, layout: Layout, order: _Order) -> AsyncIterator[None]:
+async def _node(target: Target, layout: Layout, order: _Order) -> AsyncIterator[None]:
     """The overlay as a node, with the cache settings of the image below; closed again when the block fails."""
     told = layout.nodes[order.below.node or ""].info
     cache = {key: bool(told.get("cache", {}).get(key, False)) for key in ("direct", "no-flush")}
     try:
-        await host.monitor.execute(
+        await target.monitor.execute(
             "blockdev-add",
             driver="qcow2",
             node_name=order.node,
@@ -195,16 +195,16 @@ async def _node(host: Host, layout: Layout, order: _Order) -> AsyncIterator[None
         yield
     except Untouched:
         with contextlib.suppress(CommandError):
-            await host.monitor.execute("blockdev-del", node_name=order.node)
+            await target.monitor.execute("blockdev-del", node_name=order.node)
         raise
 
 
-async def _transaction(host: Host, orders: list[_Order]) -> None:
+async def _transaction(target: Target, orders: list[_Order]) -> None:
     actions = [
         {"type": "blockdev-snapshot", "data": {"node": order.below.node, "overlay": order.node}} for order in orders
     ]
     try:
-        await host.monitor.execute("transaction", actions=actions)
+        await target.monitor.execute("transaction", actions=actions)
     except CommandError as error:
         raise QemuRefused(command="the snapshot", reason=error.description) from None
 
@@ -220,13 +220,13 @@ async def _quiet(agent: str | None) -> AsyncIterator[None]:
         yield
 
 
-async def _prove(host: Host, orders: list[_Order]) -> tuple[Overlay, ...]:
+async def _prove(target: Target, orders: list[_Order]) -> tuple[Overlay, ...]:
     """Every disk's chain must be what it was with the overlay on top, in the graph and in the overlay's header."""
     for order in orders:
         assert order.disk.chain is not None
-        view = await host.chain(order.node)
+        view = await target.chain(order.node)
         expected = " <-- ".join([*order.disk.chain.files, order.file])
         odd = [oddity for oddity in view.oddities if oddity.file == order.file]
         if " <-- ".join(view.chain.files) != expected or view.chain.active.backing != order.backing or odd:
-            raise NotProven(target=host.target, expected=expected, found=" <-- ".join(view.chain.files))
+            raise NotProven(target=target.name, expected=expected, found=" <-- ".join(view.chain.files))
     return tuple(Overlay(order.disk.name, order.file, order.node) for order in orders)

@@ -6,7 +6,7 @@ import contextlib
 
 from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
-from qmpmerge.engine import earlier
+from qmpmerge.engine import earlier, resume
 from qmpmerge.engine.converge import Converge
 from qmpmerge.engine.patience import Patience
 from qmpmerge.engine.progress import Report
@@ -16,14 +16,13 @@ from qmpmerge.journal.record import Record
 from qmpmerge.operations import follow
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.recovery import settle
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
 
 
 async def steer(
-    host: Host,
+    target: Target,
     job_id: str,
     verb: str,
     *,
@@ -46,14 +45,14 @@ async def steer(
 
     Raises NoSuchJob, JobVerb, QemuRefused, and what `merge.follow` raises.
     """
-    job = await _look(host, job_id)
+    job = await _look(target, job_id)
     if verb not in job.verbs and not (verb in jobs.FINISHING and job.type == "commit"):
         raise JobVerb(job=job.id, verb=verb, status=job.status, verbs=job.verbs)
     if verb in jobs.FINISHING or (verb == "finalize" and job.type == "commit"):
         ready_for = verb in ("pivot", "keep")
         ending = "keep" if verb == "keep" else "pivot" if verb == "pivot" else ending
         return await follow.follow(
-            host,
+            target,
             job_id,
             ending=ending,
             needs_ready=ready_for,
@@ -65,38 +64,38 @@ async def steer(
             polite=polite,
         )
     if verb == "dismiss":
-        await _dismiss(host, job)
-        return await jobs.look(host.monitor, job_id)
-    steered = await jobs.steer(host.monitor, job_id, verb, speed)
+        await _dismiss(target, job)
+        return await jobs.look(target.monitor, job_id)
+    steered = await jobs.steer(target.monitor, job_id, verb, speed)
     if verb == "cancel" and job.ours:
-        await _settle(host, job_id)
+        await _settle(target, job_id)
     return steered
 
 
-async def _settle(host: Host, job_id: str) -> None:
+async def _settle(target: Target, job_id: str) -> None:
     """What was written down about a job that was cancelled goes, and names that it had taken away come back."""
-    layout = await host.layout()
+    layout = await target.layout()
     for disk in layout.disks:
         if disk.chain is not None:
             records = [record for record in _records(disk.chain) if record.job == job_id]
             with contextlib.suppress(Unfinished, Locked):  # for `recover` to look at
-                await settle.settle(host, await host.view(layout, disk.name), records)
+                await resume.settle(target, await target.view(layout, disk.name), records)
 
 
 def _records(chain: Chain) -> list[Record]:
     return [found for found in store.about(chain) if isinstance(found, Record)]
 
 
-async def _look(host: Host, job_id: str) -> Job:
-    known = await jobs.query(host.monitor)
+async def _look(target: Target, job_id: str) -> Job:
+    known = await jobs.query(target.monitor)
     job = next((job for job in known if job.id == job_id), None)
     if job is None:
-        raise NoSuchJob(job=job_id, target=host.target, known=[job.id for job in known])
+        raise NoSuchJob(job=job_id, target=target.name, known=[job.id for job in known])
     return job
 
 
-async def _dismiss(host: Host, job: Job) -> None:
+async def _dismiss(target: Target, job: Job) -> None:
     """QEMU forgets the error with the job; the next merge into the same base must know of it."""
-    chains = [disk.chain for disk in await host.disks() if disk.chain is not None] if job.ours and job.error else []
+    chains = [disk.chain for disk in await target.disks() if disk.chain is not None] if job.ours and job.error else []
     records = [record for chain in chains for record in _records(chain)]
-    await earlier.dismiss(host, earlier.of_job(records, job), job)
+    await earlier.dismiss(target, earlier.of_job(records, job), job)

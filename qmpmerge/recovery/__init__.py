@@ -1,1 +1,1 @@
-"""The evidence after a crash: which image is right, and what puts the rest right."""
+"""The evidence after a crash: which image is right."""

@@ -6,13 +6,12 @@ Nothing is changed here, and nothing guessed: where the evidence does not decide
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
-from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
 from qmpmerge.errors import CommandError, ImageUnreadable, NoDisk, NoSuchDisk, Undecided
 from qmpmerge.images import files, qcow2, qemuimg
@@ -21,7 +20,7 @@ from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 Way = Literal["back", "finish", "repoint", "leave"]
 """
@@ -41,28 +40,39 @@ class Judgement:
     right: str
     reasons: tuple[str, ...]
 
+    @property
+    def state(self) -> State:
+        """Where the crash has left the operation."""
+        return State.SWITCHED if self.way == "finish" else State.COPYING
+
+
+Decide = Callable[[Record, bool | None, Use | None], Awaitable[Judgement]]
+"""
+Judges an operation by its record, by what QEMU's graph shows (see `has_moved`; None also where QEMU is gone), and by what
+the user says. Raises Undecided.
+"""
+
 
 async def judge(
-    record: Record, host: Host | None, use: Use | None = None, *, layout: Layout | None = None
+    record: Record, target: Target | None, use: Use | None, *, layout: Layout | None, kept: Image, decide: Decide
 ) -> Judgement:
     """
-    Judge one merge. `host` is the QEMU that carried it out, where it still runs; `layout` is what it has shown, where
-    that was asked for already.
+    Judge one operation. `target` is the QEMU that carried it out, where it still runs; `layout` is what it has shown, where
+    that was asked for already. `kept` is the image that the disk shows once it is done, in the place of top; `decide` looks
+    at the rest where the graph does not show that it was not done.
 
-    Raises Undecided, and what asking the host raises.
+    Raises Undecided, and what asking QEMU raises.
     """
     moved = None
-    if host is not None:
+    if target is not None:
         seen = next((job for job in layout.jobs if job.id == record.job), None) if layout is not None else None
         if layout is None or seen is None or seen.status == "concluded":
-            seen = await jobs.look(host.monitor, record.job)  # first: one that is over by now moves nothing any more
-            layout = await host.layout()
-        moved = has_moved(layout, record.device, record.plan)
+            seen = await jobs.look(target.monitor, record.job)  # first: one that is over by now moves nothing any more
+            layout = await target.layout()
+        moved = has_moved(layout, record.device, record.plan.top, kept)
         if moved is False:
             return _judge_old(record, seen)
-    if record.plan.pivots:
-        return await _judge_pivot(record, moved, use)
-    return await _judge_header(record, moved, use)
+    return await decide(record, moved, use)
 
 
 def _back(record: Record, *reasons: str) -> Judgement:
@@ -85,7 +95,8 @@ def _judge_old(record: Record, job: Job | None) -> Judgement:
 # --- active: the device may have moved ------------------------------------------------------------------------------
 
 
-async def _judge_pivot(record: Record, moved: bool | None, use: Use | None) -> Judgement:
+async def by_contents(record: Record, moved: bool | None, use: Use | None) -> Judgement:
+    """`Decide` for an active merge, which writes to no header: whether the move was seen, else names, contents and times."""
     base, top = record.chain[record.base], record.chain.active
     if moved:
         return _finish(record, f"QEMU uses {base.name}")
@@ -138,7 +149,8 @@ def _by_user(record: Record, use: Use | None, reasons: Sequence[str]) -> Judgeme
 # --- intermediate: the header may have been rewritten ----------------------------------------------------------------
 
 
-async def _judge_header(record: Record, moved: bool | None, use: Use | None) -> Judgement:
+async def by_header(record: Record, moved: bool | None, use: Use | None) -> Judgement:
+    """`Decide` for an intermediate merge: what the overlay's header names, and whether base was complete by then."""
     overlay = record.plan.overlay
     assert overlay is not None
     points = _points_to(record, overlay)
@@ -181,21 +193,19 @@ def _points_to(record: Record, overlay: Image) -> Literal["base", "old"] | None:
 # --- what all of it rests on -----------------------------------------------------------------------------------------
 
 
-def has_moved(layout: Layout, device: str, planned: CommitPlan) -> bool | None:
+def has_moved(layout: Layout, device: str, top: Image, kept: Image) -> bool | None:
     """
-    Whether QEMU's graph shows the new chain under the disk; None where it shows neither.
+    Whether QEMU's graph shows the new chain, without `top` and with `kept`, under the disk; None where it shows neither.
 
     Nodes that the merge has left over look like the old chain, so only what a device, or an export, uses is looked at.
     """
-    kept = planned.base if planned.pivots else planned.overlay
-    assert kept is not None
     if device:
         with contextlib.suppress(NoSuchDisk, NoDisk):
             chain = layout.find(device, "").chain or ()
-            return False if _is_in(planned.top, chain) else True if _is_in(kept, chain) else None
+            return False if _is_in(top, chain) else True if _is_in(kept, chain) else None
         return None
     used = {node for root in layout.exported for node in layout.subtree(root)}
-    return False if planned.top.node in used else True if kept.node in used else None
+    return False if top.node in used else True if kept.node in used else None
 
 
 def _is_in(image: Image, chain: Iterable[Image]) -> bool:
@@ -203,7 +213,7 @@ def _is_in(image: Image, chain: Iterable[Image]) -> bool:
 
 
 async def same(record: Record, reasons: list[str]) -> bool | None:
-    """Whether top and base show the same data; None where it cannot be record. The reason is added to `reasons`."""
+    """Whether top and base show the same data; None where that cannot be seen. The reason is added to `reasons`."""
     base, top = record.chain[record.base], record.plan.top
     images = [placed(record, index) for index in range(1, record.top + 1)]
     known = [image for image in images if image is not None]

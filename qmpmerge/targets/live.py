@@ -11,7 +11,7 @@ from qmpmerge.errors import LibvirtManaged, MonitorSilent, MonitorTaken, NoSuchT
 from qmpmerge.qemu import connect, monitor
 from qmpmerge.qemu.monitor import Trace
 from qmpmerge.sockets import Address
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 
 @contextlib.asynccontextmanager
@@ -21,7 +21,7 @@ async def live(
     timeout: float = monitor.GREETING_SECONDS,
     force: frozenset[str] = frozenset(),
     trace: Trace | None = None,
-) -> AsyncIterator[Host]:
+) -> AsyncIterator[Target]:
     """
     A session with the running QEMU or qemu-storage-daemon that `target` names: a socket path, ``unix:PATH``,
     ``tcp:HOST:PORT``, a VM's name, or ``pid:N``.
@@ -37,15 +37,15 @@ async def live(
         session = await connect.connect(address, timeout=timeout, trace=trace)
     except MonitorSilent as error:
         raise await _with_holder(error, address) from None
-    host = Host(session, target, lambda: connect.connect(address, timeout=timeout, trace=trace))
+    live_target = Target(session, target, lambda: connect.connect(address, timeout=timeout, trace=trace))
     try:
         if pid is not None and session.pid not in (None, pid):
             raise MonitorTaken(target=target, pid=pid, other=session.pid)
         if "libvirt" not in force:
             _refuse_libvirt(session.pid, target)
-        yield host
+        yield live_target
     finally:
-        await host.monitor.close()
+        await live_target.monitor.close()
 
 
 def find(target: str) -> tuple[Address, int | None]:

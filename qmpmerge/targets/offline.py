@@ -27,12 +27,12 @@ from qmpmerge.processes.holders import User
 from qmpmerge.qemu import discovery, storagedaemon
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.monitor import Monitor, Trace
-from qmpmerge.targets.target import ChainView, Host
+from qmpmerge.targets.target import ChainView, Target
 
 SECRET = "qmpmerge-secret"  # noqa: S105 - the id of the object, not the passphrase
 
 
-class OfflineHost(Host):
+class OfflineTarget(Target):
     """One disk: the chain whose active image the user named. `users` are the processes that hold an image of it."""
 
     is_live = False
@@ -56,7 +56,7 @@ class OfflineHost(Host):
         return replace(disk, name=self._name, chain=Chain((*disk.chain.images[:-1], active)))
 
     async def view(self, layout: Layout, disk: str | None = None) -> ChainView:
-        """As of any host, and who has it in use."""
+        """As of any target, and who has it in use."""
         view = await super().view(layout, disk)
         odd = [
             Oddity("in-use", user.file, f"in use by {user}: what is shown may be out of date") for user in self._users
@@ -72,7 +72,7 @@ async def offline(
     allow: Collection[str] = (),
     secret: str | None = None,
     trace: Trace | None = None,
-) -> AsyncIterator[OfflineHost]:
+) -> AsyncIterator[OfflineTarget]:
     """
     Open the chain whose active image is `image`.
 
@@ -90,7 +90,7 @@ async def offline(
             _refuse_used(layers, users)
         async with daemon.session(trace=trace) as session:
             opened = await _open(session, layers, write=write, secret=secret)
-            yield OfflineHost(session, image, users, opened)
+            yield OfflineTarget(session, image, users, opened)
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:

@@ -1,5 +1,5 @@
 """
-The two doors to disks: `live` to a running QEMU, `offline` to images that nobody holds. Behind both stands a `Host`.
+The two doors to disks: `live` to a running QEMU, `offline` to images that nobody holds. Behind both stands a `Target`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Collection
 from qmpmerge.errors import Stashed, Unfinished
 from qmpmerge.journal import stash, store
 from qmpmerge.qemu.monitor import GREETING_SECONDS, Trace
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 
 @contextlib.asynccontextmanager
@@ -23,7 +23,7 @@ async def opened(
     allow: Collection[str] = (),
     secret: str | None = None,
     trace: Trace | None = None,
-) -> AsyncIterator[Host]:
+) -> AsyncIterator[Target]:
     """
     The door that `target` calls for: an image file or a block device is opened offline, all else is live.
 
@@ -35,13 +35,13 @@ async def opened(
     if is_image(target):
         from qmpmerge.targets.offline import offline
 
-        async with offline(target, write=write, allow=allow, secret=secret, trace=trace) as host:
-            yield host
+        async with offline(target, write=write, allow=allow, secret=secret, trace=trace) as opened_target:
+            yield opened_target
     else:
         from qmpmerge.targets.live import live
 
-        async with live(target, timeout=timeout, force=frozenset(force), trace=trace) as host:
-            yield host
+        async with live(target, timeout=timeout, force=frozenset(force), trace=trace) as opened_target:
+            yield opened_target
 
 
 def _refuse_taken_away(target: str) -> None:

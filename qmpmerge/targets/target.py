@@ -1,6 +1,6 @@
 """
-A host: where the disks are. The doors to it are in `doors`; everything above talks to a `Host` and does not care which
-of them was used.
+A target: what the user calls by one word, with a QMP session to its disks. `live`, `offline` and `open` make one; everything
+above talks to a `Target` and does not care which of them did.
 """
 
 import json
@@ -34,18 +34,18 @@ class ChainView:
     layout: Layout
 
 
-class Host:
+class Target:
     """
-    A place with disks and a QMP session to it. `target` is what the user called it.
+    Disks and the QMP session to them. `name` is what the user called it.
 
     `is_live` says that somebody else, a guest, can write to the disks at any time.
     """
 
     is_live = True
 
-    def __init__(self, session: Monitor, target: str, connect: Callable[[], Awaitable[Monitor]] | None = None) -> None:
+    def __init__(self, session: Monitor, name: str, connect: Callable[[], Awaitable[Monitor]] | None = None) -> None:
         self.monitor = session
-        self.target = target
+        self.name = name
         self.opened: Mapping[str, Mapping[str, Any]] = {}
         """The nodes that we have opened ourselves: their names and options."""
         self._connect = connect
@@ -87,7 +87,7 @@ class Host:
 
     async def disk(self, name: str | None = None) -> Disk:
         """The disk that `name` means; without one the only disk with a backing chain."""
-        return (await self.layout()).find(name, self.target)
+        return (await self.layout()).find(name, self.name)
 
     async def chain(self, disk: str | None = None) -> ChainView:
         """
@@ -99,7 +99,7 @@ class Host:
 
     async def view(self, layout: Layout, disk: str | None = None) -> ChainView:
         """The same, of a layout that was asked for already."""
-        found = layout.find(disk, self.target)
+        found = layout.find(disk, self.name)
         assert found.chain is not None, "find() returns disks with an image only"
         written = await headers.read(found.chain)
         odd = (*headers.oddities(found.chain, written), *unfinished(found))

@@ -81,11 +81,11 @@ def plain(vm: Machine, device: str = "c", **arguments: object) -> dict[str, Any]
 
 async def refused(vm: Machine | Path, kind: type[R], **options: Any) -> R:
     """What a merge is refused for; nothing else may be wrong, and nothing is left behind."""
-    target = vm.target if isinstance(vm, Machine) else vm
-    async with qmpmerge.opened(target) as host:
+    name = vm.target if isinstance(vm, Machine) else vm
+    async with qmpmerge.opened(name) as target:
         with pytest.raises(kind) as found:
-            await qmpmerge.commit(host, **options)
-        assert not await host.jobs()
+            await qmpmerge.commit(target, **options)
+        assert not await target.jobs()
     return found.value
 
 
@@ -132,8 +132,8 @@ async def test_all_that_says_no_is_told_at_once(vm: Machine, images: list[Path])
     text = invoke("commit", vm.target)
     assert [line.split(":")[0] for line in text.err.splitlines()] == ["refused", "hint"] * 2
     await refused(vm, WouldLose, force=["dependents"])
-    async with qmpmerge.live(vm.target) as host:
-        outcome = await qmpmerge.commit(host, force=["dependents", "would-lose"], dry_run=True)
+    async with qmpmerge.live(vm.target) as target:
+        outcome = await qmpmerge.commit(target, force=["dependents", "would-lose"], dry_run=True)
     assert {check.name for check in outcome.checks if check.result == "forced"} == {"dependents", "would-lose"}
 
 
@@ -183,8 +183,8 @@ async def test_an_image_on_the_base_is_protected(kind: str, images: list[Path], 
 
 async def test_a_stashed_image_is_no_obstacle(images: list[Path], vm: Machine) -> None:
     overlay(images[0].parent / "old.qcow2.merged", "base.raw")
-    async with qmpmerge.live(vm.target) as host:
-        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+    async with qmpmerge.live(vm.target) as target:
+        assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
 
 
 @contextlib.contextmanager
@@ -235,8 +235,8 @@ async def test_a_reader_is_named_and_can_be_known_to_be_harmless(vm: Machine, im
         try:
             in_use = await refused(vm, InUse, top="[3]")
             assert (in_use.file, in_use.holders) == (str(images[1]), [f"cat (pid {cat.pid})"])
-            async with qmpmerge.live(vm.target) as host:
-                assert (await qmpmerge.commit(host, top="[3]", force=["in-use"])).verdict == "merged"
+            async with qmpmerge.live(vm.target) as target:
+                assert (await qmpmerge.commit(target, top="[3]", force=["in-use"])).verdict == "merged"
         finally:
             cat.kill()
 
@@ -250,9 +250,9 @@ def test_plain_commit_of_a_busy_disk(vm: Machine) -> None:
 
 async def test_a_strangers_job_is_named(vm: Machine) -> None:
     vm.session.execute("block-commit", job_id="first", device="c", top_node="b", base_node="a", speed=1)
-    async with qmpmerge.live(vm.target) as host:
+    async with qmpmerge.live(vm.target) as target:
         with pytest.raises(Busy) as busy:
-            await qmpmerge.commit(host, top="[2]")
+            await qmpmerge.commit(target, top="[2]")
     assert busy.value.job == "first"
 
 
@@ -282,8 +282,8 @@ async def test_another_file_under_the_name_is_left_alone(vm: Machine, images: li
 
 async def test_a_merged_image_whose_name_is_gone_is_saved(vm: Machine, images: list[Path], content: Content) -> None:
     images[2].unlink()
-    async with qmpmerge.live(vm.target) as host:
-        assert (await qmpmerge.commit(host, force=["dependents"])).verdict == "pivoted"
+    async with qmpmerge.live(vm.target) as target:
+        assert (await qmpmerge.commit(target, force=["dependents"])).verdict == "pivoted"
     vm.stop()
     content.check(images[0])
 
@@ -308,8 +308,8 @@ async def test_a_header_that_tells_another_chain_is_left_alone(vm: Machine, imag
     repoint(images[3], "z.qcow2")
     found = await refused(vm, Disagrees, top="[3]")
     assert (found.header, found.graph) == ("z.qcow2", str(images[2]))
-    async with qmpmerge.live(vm.target) as host:
-        assert [odd.file for odd in (await host.chain()).oddities] == [str(images[3])]
+    async with qmpmerge.live(vm.target) as target:
+        assert [odd.file for odd in (await target.chain()).oddities] == [str(images[3])]
     assert "z.qcow2" in run("qemu-img", "info", "-U", images[3])
 
 
@@ -347,8 +347,8 @@ async def test_a_json_name_of_the_base_is_kept_to_the_letter(tmp_path: Path, ima
     content = Content()
     run("qemu-io", "-f", "qcow2", "-c", content.put(9, 0, MIB), images[2])
     with drive(tmp_path, images, content) as setup:
-        async with setup.host() as host:
-            assert (await qmpmerge.commit(host, top="[3]")).after.active.backing == name
+        async with setup.target() as target:
+            assert (await qmpmerge.commit(target, top="[3]")).after.active.backing == name
         setup.off()
     content.check(images[3])
 
@@ -385,8 +385,8 @@ async def test_a_base_without_a_recorded_format_is_refused(tmp_path: Path, image
     unrecorded(images)
     with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
         assert (await refused(vm, NoFormat)).image == str(images[1])
-        async with qmpmerge.live(vm.target) as host:
-            assert (await qmpmerge.commit(host, force=["no-format"])).verdict == "pivoted"
+        async with qmpmerge.live(vm.target) as target:
+            assert (await qmpmerge.commit(target, force=["no-format"])).verdict == "pivoted"
 
 
 @harm("foreign-name", "a file of yours is overwritten, because an image from elsewhere names it as its backing file")
@@ -486,9 +486,9 @@ async def test_plain_commit_fills_the_filesystem(images: list[Path], content: Co
         with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
             found = await refused(vm, NoSpace)
             assert found.growth > 2 * MIB >= found.free
-            async with qmpmerge.live(vm.target) as host:
+            async with qmpmerge.live(vm.target) as target:
                 with pytest.raises(errors.StillRunning):
-                    await qmpmerge.commit(host, force=["no-space"], patience=qmpmerge.Patience(detach=True))
+                    await qmpmerge.commit(target, force=["no-space"], patience=qmpmerge.Patience(detach=True))
             while (job := vm.session.execute("query-block-jobs")[0])["io-status"] == "ok":
                 pass
             assert (job["io-status"], os.statvfs(full).f_bavail) == ("nospace", 0)
@@ -543,9 +543,9 @@ async def test_the_estimate_is_what_happens(form: str, top: str | None, tmp_path
             run("qemu-io", "-f", image.suffix[1:], "-c", f"write {write}", image)
     os.sync()
     before = images[0].stat().st_blocks * 512
-    async with qmpmerge.offline(images[3]) as host:
-        told = (await qmpmerge.commit(host, top=top, dry_run=True)).estimate
-        outcome = await qmpmerge.commit(host, top=top)
+    async with qmpmerge.offline(images[3]) as target:
+        told = (await qmpmerge.commit(target, top=top, dry_run=True)).estimate
+        outcome = await qmpmerge.commit(target, top=top)
     os.sync()
     assert told is not None and told.copy is not None and told.growth is not None
     assert told.copy == (6 * MIB if top is None else 5 * MIB)
@@ -598,8 +598,8 @@ async def test_what_would_be_lost_is_named(top: str | None, tmp_path: Path, laye
         keeping = invoke("commit", vm.target, "--keep-overlay", "--dry-run", *(["--top", top] if top else []))
         assert keeping.code == (3 if top else 0), "only an overlay that is kept keeps what is in it"
     assert (await refused(layers[2], WouldLose, top=top)).lost == lost
-    async with qmpmerge.offline(layers[2]) as host:
-        await qmpmerge.commit(host, top=top, bitmaps="drop", force=["would-lose"])
+    async with qmpmerge.offline(layers[2]) as target:
+        await qmpmerge.commit(target, top=top, bitmaps="drop", force=["would-lose"])
     assert "daily" not in run("qemu-img", "info", layers[0])
 
 
@@ -611,8 +611,8 @@ async def test_bitmaps_come_along(live: bool, top: str | None, tmp_path: Path, l
     with machine(tmp_path, *nodes(layers), *device("top")) as vm:
         before = dirty(vm, "mid")
         if live:
-            async with qmpmerge.live(vm.target) as host:
-                await qmpmerge.commit(host, top=top, bitmaps="merge")
+            async with qmpmerge.live(vm.target) as target:
+                await qmpmerge.commit(target, top=top, bitmaps="merge")
             assert set(bitmaps(vm, "low")) == {"daily", "other"}
             assert dirty(vm, "low") == before
             if top is None:
@@ -621,8 +621,8 @@ async def test_bitmaps_come_along(live: bool, top: str | None, tmp_path: Path, l
                 before = dirty(vm, "low")
         vm.stop()
     if not live:
-        async with qmpmerge.offline(layers[2]) as host:
-            await qmpmerge.commit(host, top=top, bitmaps="merge")
+        async with qmpmerge.offline(layers[2]) as target:
+            await qmpmerge.commit(target, top=top, bitmaps="merge")
     with machine(tmp_path, *nodes([layers[0]]), *device("low")) as vm:
         assert dirty(vm, "low") == before
         told = bitmaps(vm, "low")["daily"]
@@ -636,10 +636,10 @@ async def test_no_write_of_the_guest_falls_between(tmp_path: Path, layers: list[
         vm.session.execute("block-commit", job_id="j", device="top", auto_dismiss=False)
         while vm.session.execute("query-jobs")[0]["status"] != "ready":
             pass
-        async with qmpmerge.live(vm.target) as host:
-            view = await host.chain()
+        async with qmpmerge.live(vm.target) as target:
+            view = await target.chain()
             found = of(view.layout, view.chain.images[1:])
-            await carry(host.monitor, view.layout, view.chain.base, found)
+            await carry(target.monitor, view.layout, view.chain.base, found)
         vm.io(BACKEND, "write -P 7 5M 64k")
         expected = dirty(vm, "top", "hourly")
         vm.session.execute("job-complete", id="j")
@@ -654,8 +654,8 @@ async def test_bitmaps_are_merged_into_those_of_their_names(tmp_path: Path, laye
     with machine(tmp_path, *nodes(layers), *device("top")) as vm:
         vm.session.execute("block-dirty-bitmap-add", node="top", name="daily", granularity=65536)
         vm.io(BACKEND, "write -P 6 4M 64k")
-        async with qmpmerge.live(vm.target) as host:
-            await qmpmerge.commit(host, bitmaps="merge")
+        async with qmpmerge.live(vm.target) as target:
+            await qmpmerge.commit(target, bitmaps="merge")
         told = bitmaps(vm, "low")["daily"]
         assert (told["recording"], told["count"], told["granularity"]) == (True, (256 + 128) * 1024, 128 * 1024)
         vm.io(BACKEND, "write -P 6 6M 64k")
@@ -665,10 +665,10 @@ async def test_bitmaps_are_merged_into_those_of_their_names(tmp_path: Path, laye
 async def test_bitmaps_come_along_with_a_job_that_was_left(tmp_path: Path, layers: list[Path]) -> None:
     with machine(tmp_path, *nodes(layers), *device("top")) as vm:
         before = dirty(vm, "mid")
-        async with qmpmerge.live(vm.target) as host:
-            job = (await qmpmerge.commit(host, bitmaps="merge", ending="ready")).job
+        async with qmpmerge.live(vm.target) as target:
+            job = (await qmpmerge.commit(target, bitmaps="merge", ending="ready")).job
             assert job is not None and not bitmaps(vm, "low")
-            assert (await qmpmerge.follow(host, job)).verdict == "pivoted"
+            assert (await qmpmerge.follow(target, job)).verdict == "pivoted"
         assert dirty(vm, "low") == before
 
 
@@ -685,8 +685,8 @@ async def test_behind_a_relay_the_process_is_not_taken_for_qemu(
     with listening(relay) as listener:
         carried_on = threading.Thread(target=relayed, args=(listener, vm.target))
         carried_on.start()
-        async with qmpmerge.live(str(relay)) as host:
-            outcome = await qmpmerge.commit(host, top="[3]", dry_run=True)
+        async with qmpmerge.live(str(relay)) as target:
+            outcome = await qmpmerge.commit(target, top="[3]", dry_run=True)
         carried_on.join()
     assert {check.name for check in outcome.checks if check.result == "not checked"} == {"in-use", "replaced"}
 
@@ -720,8 +720,8 @@ async def test_bitmaps_that_cannot_come_along(handling: Handling, vm: Machine) -
     if handling == "merge":
         assert "raw" in (await refused(vm, BitmapsStay, bitmaps="merge")).bitmaps[0]
         return
-    async with qmpmerge.live(vm.target) as host:
-        assert (await qmpmerge.commit(host, bitmaps="drop")).verdict == "pivoted"
+    async with qmpmerge.live(vm.target) as target:
+        assert (await qmpmerge.commit(target, bitmaps="drop")).verdict == "pivoted"
 
 
 # --- known to be bad ----------------------------------------------------------------------------------------------------
@@ -733,43 +733,43 @@ async def test_an_nvme_disk_is_not_moved_by_qemu_7(tmp_path: Path, images: list[
         with machine(tmp_path, *nodes(images), "-device", f"nvme,drive=c,{name}serial=1") as vm:
             harmful: list[dict[str, Any]] = [{}, {"ending": "ready"}]
             harmless: list[dict[str, Any]] = [{"top": "[3]"}, {"ending": "keep"}, {"force": ["known-bad"]}]
-            async with qmpmerge.live(vm.target) as host:
+            async with qmpmerge.live(vm.target) as target:
                 for options in harmful:
-                    if (6, 0, 0) <= host.monitor.version < (10, 0, 0):
+                    if (6, 0, 0) <= target.monitor.version < (10, 0, 0):
                         with pytest.raises(KnownBad):
-                            await qmpmerge.commit(host, dry_run=True, **options)
+                            await qmpmerge.commit(target, dry_run=True, **options)
                 for options in harmless:
-                    assert (await qmpmerge.commit(host, dry_run=True, **options)).verdict == "planned"
+                    assert (await qmpmerge.commit(target, dry_run=True, **options)).verdict == "planned"
 
 
 async def test_chains_that_are_too_deep(vm: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_bad, "DEEPEST", 2)
-    async with qmpmerge.live(vm.target) as host:
-        assert (await qmpmerge.commit(host, top="[3]", dry_run=True)).verdict == "planned"
-        expected = pytest.raises(KnownBad) if host.monitor.version >= (8, 0, 0) else contextlib.nullcontext()
+    async with qmpmerge.live(vm.target) as target:
+        assert (await qmpmerge.commit(target, top="[3]", dry_run=True)).verdict == "planned"
+        expected = pytest.raises(KnownBad) if target.monitor.version >= (8, 0, 0) else contextlib.nullcontext()
         with expected:
-            await qmpmerge.commit(host, dry_run=True)
+            await qmpmerge.commit(target, dry_run=True)
 
 
 # --- hostile images -----------------------------------------------------------------------------------------------------
 
 LOOK = """
 import asyncio, sys, qmpmerge
-async def main(target, good, *gifts):
+async def main(name, good, *gifts):
     for gift in gifts:
         for write in (False, True):
             try:
-                async with qmpmerge.offline(gift, write=write) as host:
-                    await host.chain()
-                    await qmpmerge.commit(host)
+                async with qmpmerge.offline(gift, write=write) as target:
+                    await target.chain()
+                    await qmpmerge.commit(target)
             except qmpmerge.Error as refused:
                 print(refused.name)
-    async with qmpmerge.offline(good) as host:
-        await qmpmerge.commit(host, dry_run=True)
-    async with qmpmerge.live(target) as host:
-        await host.chain()
+    async with qmpmerge.offline(good) as target:
+        await qmpmerge.commit(target, dry_run=True)
+    async with qmpmerge.live(name) as target:
+        await target.chain()
         try:
-            await qmpmerge.commit(host, dry_run=True)
+            await qmpmerge.commit(target, dry_run=True)
         except qmpmerge.Error as refused:
             print(refused)
 asyncio.run(main(*sys.argv[1:]))

@@ -20,9 +20,9 @@ async def test_a_command_without_a_disk_means_the_one_that_is_used(top: str | No
         while jobs := session.execute("query-jobs"):
             if jobs[0]["status"] == "ready":
                 session.execute("job-complete", id="plain")
-        async with qmpmerge.live(setup.machine.target) as host:
-            assert [disk.name for disk in await host.disks()] == ["disk0", "b" if top else "c"]
-            view = await host.chain()
+        async with qmpmerge.live(setup.machine.target) as target:
+            assert [disk.name for disk in await target.disks()] == ["disk0", "b" if top else "c"]
+            view = await target.chain()
             assert view.disk.name == "disk0"
             assert str(view.chain) == ("base.raw <-- c.qcow2" if top else "base.raw")
         setup.check()

@@ -39,8 +39,8 @@ def content() -> Content:
 async def examined(vm: Machine) -> dict[str, Finding]:
     """The findings by name; everything is as it was before."""
     before = state(vm)
-    async with qmpmerge.live(vm.target) as host:
-        found = await qmpmerge.examine(host)
+    async with qmpmerge.live(vm.target) as target:
+        found = await qmpmerge.examine(target)
     assert state(vm) == before
     assert len({finding.name for finding in found}) == len(found), found
     return {finding.name: finding for finding in found}
@@ -93,28 +93,21 @@ def commit(vm: Machine, top: str = "b", **options: Any) -> None:
     )
 
 
-def wait_for(vm: Machine, status: str) -> None:
-    (job,) = vm.session.execute("query-jobs")
-    while job["status"] != status:
-        assert job["status"] != "concluded", job
-        (job,) = vm.session.execute("query-jobs")
-
-
 async def test_an_intermediate_job_in_each_state(tmp_path: Path, images: list[Path], content: Content) -> None:
     run("qemu-io", "-f", "qcow2", "-c", "write 0 8M", images[2])
     with blockdev(tmp_path, images, content) as setup:
         vm = setup.machine
         commit(vm, backing_file="base.raw", auto_finalize=False, speed=1)
-        async with qmpmerge.live(vm.target) as host:
-            assert not await qmpmerge.examine(host)  # it runs, and changes by itself
+        async with qmpmerge.live(vm.target) as target:
+            assert not await qmpmerge.examine(target)  # it runs, and changes by itself
         vm.session.execute("job-pause", id="j")
-        wait_for(vm, "paused")
+        vm.wait_for_job("paused")
         paused = (await examined(vm))["job-paused"]
         assert (paused.severity, paused.where) == ("care", "j")
         assert "resume" in paused.what
         mend(vm, paused)
         vm.session.execute("block-job-set-speed", device="j", speed=0)
-        wait_for(vm, "pending")
+        vm.wait_for_job("pending")
         pending = (await examined(vm))["job-pending"]
         assert (pending.severity, pending.command) == ("care", f"qmpmerge job {vm.target} j follow")
         vm.session.execute("job-cancel", id="j")
@@ -125,15 +118,15 @@ async def test_an_active_job_in_each_state(tmp_path: Path, images: list[Path], c
     with blockdev(tmp_path, images, content) as setup:
         vm = setup.machine
         commit(vm, "c", auto_finalize=False)
-        wait_for(vm, "ready")
+        vm.wait_for_job("ready")
         ready = (await examined(vm))["job-ready"]
         assert (ready.severity, ready.command) == ("care", f"qmpmerge job {vm.target} j pivot")
         vm.session.execute("job-pause", id="j")
-        wait_for(vm, "standby")
+        vm.wait_for_job("standby")
         mend(vm, (await examined(vm))["job-standby"])
-        wait_for(vm, "ready")
+        vm.wait_for_job("ready")
         vm.session.execute("job-complete", id="j")
-        wait_for(vm, "pending")
+        vm.wait_for_job("pending")
         frozen = (await examined(vm))["job-pending"]
         assert frozen.severity == "harm" and "stands still" in frozen.why
         vm.session.execute("job-finalize", id="j")
@@ -149,8 +142,8 @@ async def found_and_closed(vm: Machine) -> None:
     found = await examined(vm)
     assert set(found) == {"unused-node"}
     mend(vm, found["unused-node"])
-    async with qmpmerge.live(vm.target) as host:
-        stale = await qmpmerge.examine(host)
+    async with qmpmerge.live(vm.target) as target:
+        stale = await qmpmerge.examine(target)
     assert [(finding.name, finding.where[-7:]) for finding in stale] == [
         ("stale-image", f"{name}.qcow2") for name in "abc"
     ]
@@ -161,7 +154,7 @@ async def test_a_job_without_space(tmp_path: Path, images: list[Path], content: 
     run("qemu-io", "-f", "qcow2", "-c", "write 0 1M", images[2])
     with machine(tmp_path, *injecting(images, "base", full)) as vm:
         commit(vm, on_error="enospc", backing_file="base.raw")
-        wait_for(vm, "paused")
+        vm.wait_for_job("paused")
         found = (await examined(vm))["job-no-space"]
         assert (found.severity, found.command) == ("care", f"qmpmerge job {vm.target} j follow")
 
@@ -180,16 +173,16 @@ async def test_jobs_of_types_that_we_do_not_follow(tmp_path: Path, images: list[
             "auto_dismiss": False,
         }
         vm.session.execute("blockdev-mirror", **job)
-        wait_for(vm, "ready")
+        vm.wait_for_job("ready")
         found = await examined(vm)
         assert (set(found), found["job-ready"].command) == ({"job-ready"}, "")  # only its owner knows what for
         vm.session.execute("job-cancel", id="j")
-        wait_for(vm, "concluded")
+        vm.wait_for_job("concluded")
         vm.session.execute("job-dismiss", id="j")
         vm.session.execute("blockdev-backup", **job)
-        wait_for(vm, "pending")
+        vm.wait_for_job("pending")
         mend(vm, (await examined(vm))["job-pending"])
-        wait_for(vm, "concluded")
+        vm.wait_for_job("concluded")
 
 
 async def test_a_stream_that_was_not_dismissed_is_all_that_is_said(
@@ -199,9 +192,9 @@ async def test_a_stream_that_was_not_dismissed_is_all_that_is_said(
     with blockdev(tmp_path, images, content) as setup:
         vm = setup.machine
         vm.session.execute("block-stream", job_id="j", device="c", base_node="b", auto_dismiss=False)
-        wait_for(vm, "concluded")
-        async with qmpmerge.live(vm.target) as host:
-            (found,) = await qmpmerge.examine(host)
+        vm.wait_for_job("concluded")
+        async with qmpmerge.live(vm.target) as target:
+            (found,) = await qmpmerge.examine(target)
         assert (found.name, found.severity) == ("stream-concluded", "harm")
         mend(vm, found)
         assert not await examined(vm)
@@ -209,8 +202,8 @@ async def test_a_stream_that_was_not_dismissed_is_all_that_is_said(
 
 async def test_a_job_that_a_qmpmerge_drives_is_no_finding(tmp_path: Path, images: list[Path], content: Content) -> None:
     with blockdev(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.commit(host, "disk0", ending="ready")
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.commit(target, "disk0", ending="ready")
             assert outcome.job is not None
         assert set(await examined(setup.machine)) == {"job-ready"}
         with locks.held(Image(str(images[0]), "raw", 0)):

@@ -130,8 +130,8 @@ async def test_a_guest_that_outruns_the_copy_is_told_once_what_helps(guest: Gues
             stuck.set()
 
     with guest.writing():
-        async with qmpmerge.live(guest.vm.target) as host:
-            merge = asyncio.ensure_future(qmpmerge.commit(host, report=report))
+        async with qmpmerge.live(guest.vm.target) as target:
+            merge = asyncio.ensure_future(qmpmerge.commit(target, report=report))
             await asyncio.wait({merge, asyncio.ensure_future(stuck.wait())}, return_when=asyncio.FIRST_COMPLETED)
             merge.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -145,8 +145,8 @@ async def test_a_guest_that_outruns_the_copy_is_told_once_what_helps(guest: Gues
 
 async def test_a_quiet_guest_gets_no_help(guest: Guest) -> None:
     seen: list[Progress] = []
-    async with qmpmerge.live(guest.vm.target) as host:
-        outcome = await qmpmerge.commit(host, report=seen.append, converge=Converge())
+    async with qmpmerge.live(guest.vm.target) as target:
+        outcome = await qmpmerge.commit(target, report=seen.append, converge=Converge())
     assert (outcome.verdict, outcome.rungs) == ("pivoted", ())
     assert False not in [told.converging for told in seen]
 
@@ -160,8 +160,8 @@ async def test_our_own_limit_is_taken_off(tmp_path: Path, images: list[Path]) ->
         guest = Guest(vm, Content(bytearray(SIZE)))
         vm.io(BACKEND, guest.content.put(7, 0, SIZE))
         with guest.writing():
-            async with qmpmerge.live(vm.target) as host:
-                outcome = await qmpmerge.commit(host, "vda", speed=COPIED, ending="ready", converge=Converge())
+            async with qmpmerge.live(vm.target) as target:
+                outcome = await qmpmerge.commit(target, "vda", speed=COPIED, ending="ready", converge=Converge())
         assert (outcome.verdict, outcome.rungs) == ("ready", ("the job's own limit of 12 MiB/s is taken off",))
         await pivot(guest, images[0])
 
@@ -173,9 +173,9 @@ async def pivot(guest: Guest, base: Path) -> None:
     The bench's writes come in through the human monitor, which no pivot keeps out: QEMU 7.2 aborts over one
     (`child->perm & BLK_PERM_WRITE`), as it does over an NVMe disk's.
     """
-    async with qmpmerge.live(guest.vm.target) as host:
-        (job,) = await host.jobs()
-        assert (await qmpmerge.follow(host, job.id, needs_ready=True)).verdict == "pivoted"
+    async with qmpmerge.live(guest.vm.target) as target:
+        (job,) = await target.jobs()
+        assert (await qmpmerge.follow(target, job.id, needs_ready=True)).verdict == "pivoted"
     guest.vm.stop()
     guest.content.check(base)
 
@@ -195,8 +195,8 @@ async def test_the_guest_is_throttled_and_gets_its_own_limits_back(guest: Guest,
             during.append(guest.limits())
 
     with guest.writing():
-        async with qmpmerge.live(guest.vm.target) as host:
-            outcome = await qmpmerge.commit(host, ending="ready", report=report, converge=Converge(tell=tell))
+        async with qmpmerge.live(guest.vm.target) as target:
+            outcome = await qmpmerge.commit(target, ending="ready", report=report, converge=Converge(tell=tell))
     assert outcome.verdict == "ready"
     assert told == [f"disk0: {rung}" for rung in outcome.rungs]
     assert outcome.rungs[0].startswith("the guest's writes are limited to ")
@@ -211,8 +211,8 @@ async def test_the_guest_is_paused_for_the_rest_and_runs_again(guest: Guest, ima
     guest.stands_still = True
     guest.ask("cont")
     with guest.writing():
-        async with qmpmerge.live(guest.vm.target) as host:
-            outcome = await qmpmerge.commit(host, converge=Converge(floor=1024 * MIB, pause=20))
+        async with qmpmerge.live(guest.vm.target) as target:
+            outcome = await qmpmerge.commit(target, converge=Converge(floor=1024 * MIB, pause=20))
         assert guest.ask("query-status")["running"]
     assert outcome.verdict == "pivoted"
     assert outcome.rungs[-1] == "the guest is paused, for 20 s at the most"
@@ -225,8 +225,8 @@ async def test_a_pause_that_would_not_do_is_not_made(guest: Guest) -> None:
     told: list[str] = []
     watch = Watch()
     watch.rates = Rates(dirty=9.0, copy=8.0, rest=80)
-    async with qmpmerge.live(guest.vm.target) as host:
-        ladder = Ladder(host.monitor, await host.disk(), "j", watch, Converge(pause=2, tell=told.append))
+    async with qmpmerge.live(guest.vm.target) as target:
+        ladder = Ladder(target.monitor, await target.disk(), "j", watch, Converge(pause=2, tell=told.append))
         await ladder.pause()
         watch.rates = Rates(dirty=9.0, copy=8.0, rest=8)
         await ladder.pause()
@@ -238,8 +238,8 @@ async def test_a_pause_that_would_not_do_is_not_made(guest: Guest) -> None:
 
 async def test_a_guest_that_nobody_can_throttle(tmp_path: Path, images: list[Path]) -> None:
     with storage_daemon(tmp_path, images, Content()) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            ladder = Ladder(host.monitor, await host.disk(), "j", Watch(), Converge())
+        async with qmpmerge.live(setup.machine.target) as target:
+            ladder = Ladder(target.monitor, await target.disk(), "j", Watch(), Converge())
             for step in ladder.throttling():
                 await step()
             await ladder.come_down()
@@ -256,9 +256,9 @@ async def test_a_job_that_fails_leaves_no_limit(guest: Guest) -> None:
         guest.ask("job-cancel", id="qmpmerge-commit-disk0")
 
     with guest.writing():
-        async with qmpmerge.live(guest.vm.target) as host:
+        async with qmpmerge.live(guest.vm.target) as target:
             with pytest.raises(JobFailed):
-                await qmpmerge.commit(host, converge=Converge(tell=cancel))
+                await qmpmerge.commit(target, converge=Converge(tell=cancel))
     assert [limits["bps_wr"] > 0 for limits in during] == [True]
     assert guest.limits() == SIX
 
@@ -274,8 +274,8 @@ async def test_who_leaves_the_job_takes_the_limit_along(guest: Guest) -> None:
         merge.cancel()
 
     with guest.writing():
-        async with qmpmerge.live(guest.vm.target) as host:
-            work = qmpmerge.commit(host, converge=Converge(tell=leave), patience=patience)
+        async with qmpmerge.live(guest.vm.target) as target:
+            work = qmpmerge.commit(target, converge=Converge(tell=leave), patience=patience)
             merge = asyncio.ensure_future(work)
             with pytest.raises(StillRunning):
                 await merge
@@ -360,8 +360,8 @@ def test_nothing_is_said_too_early() -> None:
 async def test_a_drive_is_throttled_by_its_id(tmp_path: Path, images: list[Path]) -> None:
     with machine(tmp_path, "-drive", f"file={images[1]},if=none,id=vda", *device("vda")) as vm:
         guest = Guest(vm, Content())
-        async with qmpmerge.live(vm.target) as host:
-            throttle = Throttle(host.monitor, await host.disk())
+        async with qmpmerge.live(vm.target) as target:
+            throttle = Throttle(target.monitor, await target.disk())
             async with throttle.undone():
                 await throttle.limit(3 * MIB)
                 assert guest.limits()["bps_wr"] == 3 * MIB
@@ -369,8 +369,8 @@ async def test_a_drive_is_throttled_by_its_id(tmp_path: Path, images: list[Path]
 
 
 async def test_a_disk_that_is_gone_cannot_be_throttled(guest: Guest) -> None:
-    async with qmpmerge.live(guest.vm.target) as host:
-        throttle = Throttle(host.monitor, qmpmerge.Disk("x", "x", "", "c", None, ()))
+    async with qmpmerge.live(guest.vm.target) as target:
+        throttle = Throttle(target.monitor, qmpmerge.Disk("x", "x", "", "c", None, ()))
         with pytest.raises(CommandError):
             async with throttle.undone():
                 raise AssertionError("not reached")

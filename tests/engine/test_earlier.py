@@ -24,16 +24,16 @@ JOB = "qmpmerge-commit-vda"
 
 async def leave(setup: Setup, top: str) -> None:
     """Begin a merge that takes for ever, and go away."""
-    async with setup.host() as host:
+    async with setup.target() as target:
         with pytest.raises(StillRunning):
             patience = qmpmerge.Patience(detach=True)
-            await qmpmerge.commit(host, setup.disk, top=top, speed=1, patience=patience)
+            await qmpmerge.commit(target, setup.disk, top=top, speed=1, patience=patience)
 
 
 async def commit(setup: Setup, top: str | None = None, **options: object) -> tuple[qmpmerge.Outcome, list[Progress]]:
     told: list[Progress] = []
-    async with setup.host() as host:
-        return await qmpmerge.commit(host, setup.disk, top=top, report=told.append, **options), told  # type: ignore[arg-type]
+    async with setup.target() as target:
+        return await qmpmerge.commit(target, setup.disk, top=top, report=told.append, **options), told  # type: ignore[arg-type]
 
 
 def notes(told: list[Progress]) -> list[str]:
@@ -68,9 +68,9 @@ async def test_the_same_merge_in_other_words_is_the_same_merge(setup: Setup, ima
 async def test_since_when_is_since_it_was_begun(setup: Setup, images: list[Path]) -> None:
     await leave(setup, "[3]")
     begun = since(images)
-    async with setup.host() as host:
+    async with setup.target() as target:
         with pytest.raises(StillRunning):
-            await qmpmerge.follow(host, JOB, patience=qmpmerge.Patience(detach=True))
+            await qmpmerge.follow(target, JOB, patience=qmpmerge.Patience(detach=True))
     assert since(images) == begun
 
 
@@ -82,8 +82,8 @@ def since(images: list[Path]) -> float:
 
 async def test_a_job_that_is_cancelled_by_its_verb_leaves_no_note(setup: Setup, images: list[Path]) -> None:
     await leave(setup, "[3]")
-    async with setup.host() as host:
-        await qmpmerge.steer(host, JOB, "cancel")
+    async with setup.target() as target:
+        await qmpmerge.steer(target, JOB, "cancel")
     assert beside(images) == []
 
 
@@ -115,10 +115,11 @@ async def test_a_strangers_job_is_not_taken_over(setup: Setup, images: list[Path
 async def test_a_paused_job_is_taken_over_and_said_to_wait(setup: Setup) -> None:
     await leave(setup, "[3]")
     setup.machine.session.execute("job-pause", id=JOB)
+    setup.machine.wait_for_job("paused")
     told: list[Progress] = []
-    async with setup.host() as host:
+    async with setup.target() as target:
         with pytest.raises(StillRunning):
-            await qmpmerge.commit(host, "vda", top="[3]", report=told.append, timeout=0.5)
+            await qmpmerge.commit(target, "vda", top="[3]", report=told.append, timeout=0.5)
     assert "it is paused, where it waits to be resumed" in notes(told)[0]
     assert setup.machine.session.execute("query-jobs")[0]["status"] == "paused"
 
@@ -165,9 +166,9 @@ async def test_a_merge_that_somebody_else_finalized_is_proved_and_made_durable(
 async def test_follow_proves_what_the_note_tells_too(setup: Setup) -> None:
     await leave(setup, "[3]")
     end(setup, "job-finalize")
-    async with setup.host() as host:
-        assert (await qmpmerge.follow(host, JOB)).verdict == "merged"
-        assert not await host.jobs()
+    async with setup.target() as target:
+        assert (await qmpmerge.follow(target, JOB)).verdict == "merged"
+        assert not await target.jobs()
 
 
 async def test_a_job_that_let_the_overlay_go_unseen_is_begun_again(setup: Setup, images: list[Path]) -> None:
@@ -180,9 +181,9 @@ async def test_a_job_that_let_the_overlay_go_unseen_is_begun_again(setup: Setup,
 async def test_a_snapshot_does_not_mind_a_job_that_has_ended(setup: Setup, images: list[Path]) -> None:
     await leave(setup, "[3]")
     setup.machine.session.execute("job-cancel", id=JOB)
-    async with setup.host() as host:
-        await qmpmerge.snapshot(host, {"vda": f"{images[0].parent}/new.qcow2"})
-        assert not await host.jobs()
+    async with setup.target() as target:
+        await qmpmerge.snapshot(target, {"vda": f"{images[0].parent}/new.qcow2"})
+        assert not await target.jobs()
 
 
 def end(setup: Setup, command: str) -> None:
@@ -202,9 +203,9 @@ def end(setup: Setup, command: str) -> None:
 
 async def test_disks_and_chain_show_the_job(setup: Setup) -> None:
     await leave(setup, "[3]")
-    async with setup.host() as host:
-        (disk,) = await host.disks()
-        view = await host.chain()
+    async with setup.target() as target:
+        (disk,) = await target.disks()
+        view = await target.chain()
     assert disk.job is not None and view.disk.job is not None
     assert (disk.job.id, view.disk.job.status) == (JOB, "running")
 
@@ -255,8 +256,8 @@ async def test_a_record_that_is_not_believed_is_unknown_and_not_nothing(
     assert refused.value.path == str(record)
     (cleaned,) = qmpmerge.clean([f"{images[3]}.merged"])
     assert "is not believed" in (cleaned.kept or "")
-    async with setup.host() as host:
-        assert "record-not-believed" in [odd.name for odd in (await host.chain()).oddities]
+    async with setup.target() as target:
+        assert "record-not-believed" in [odd.name for odd in (await target.chain()).oddities]
     assert record.exists() and Path(f"{images[3]}.merged").exists()
     assert subprocess.run(shlex.split(refused.value.hint.rpartition("`")[0].rpartition("`")[2])).returncode == 0
     assert (await commit(setup))[0].verdict == "unchanged"
@@ -275,9 +276,9 @@ async def test_an_error_that_is_dismissed_by_hand_is_not_forgotten(setup: Setup,
     await leave(setup, "[3]")
     lock = images[0].parent / ".base.raw.qmpmerge-lock"
     setup.machine.session.execute("job-cancel", id=JOB)
-    async with setup.host() as host:
+    async with setup.target() as target:
         with pytest.raises(JobFailed, match="canceled"):
-            await qmpmerge.follow(host, JOB)
+            await qmpmerge.follow(target, JOB)
     assert locks.read(str(lock)) == Note(
         store.path_of(str(images[3]))
     )  # a cancelled job says nothing about the storage

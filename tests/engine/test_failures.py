@@ -38,11 +38,11 @@ UNREADABLE = "inject-error.0.event=read_aio,inject-error.0.iotype=read,inject-er
 
 
 @contextlib.asynccontextmanager
-async def begun(target: str, top: str = "[3]", speed: int = 1) -> AsyncIterator["asyncio.Task[library.Outcome]"]:
+async def begun(name: str, top: str = "[3]", speed: int = 1) -> AsyncIterator["asyncio.Task[library.Outcome]"]:
     """A merge that has begun and does not end by itself."""
     seen = asyncio.Event()
-    async with library.live(target) as host:
-        merge = asyncio.ensure_future(library.commit(host, top=top, speed=speed, report=lambda told: seen.set()))
+    async with library.live(name) as target:
+        merge = asyncio.ensure_future(library.commit(target, top=top, speed=speed, report=lambda told: seen.set()))
         waiting = asyncio.ensure_future(seen.wait())
         await asyncio.wait({merge, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -97,8 +97,8 @@ async def test_a_full_disk_is_told_and_waited_for(
             (small / "filler").unlink(missing_ok=True)
 
     with drive(tmp_path, images, content) as setup:
-        async with setup.host() as host:
-            outcome = await library.commit(host, "vda", top=top, force=["no-space"], report=make_room)
+        async with setup.target() as target:
+            outcome = await library.commit(target, "vda", top=top, force=["no-space"], report=make_room)
         assert outcome.verdict in ("merged", "pivoted")
         setup.check()
     short = next(told for told in seen if told.shortage is not None)
@@ -132,9 +132,9 @@ def test_a_full_disk_in_text_and_json_and_ctrl_c(small: Path, tmp_path: Path) ->
 async def test_a_quota_is_called_a_quota(tmp_path: Path, images: list[Path], content: Content, top: str) -> None:
     """QEMU does not wait there, as it does for a full disk."""
     with machine(tmp_path, *injecting(images, "base", failing("write", 122))) as vm:
-        async with library.live(vm.target) as host:
+        async with library.live(vm.target) as target:
             with pytest.raises(OutOfQuota, match="quota exceeded on /") as failed:
-                await library.commit(host, top=top)
+                await library.commit(target, top=top)
         assert "raise the quota" in failed.value.hint and failed.value.exit_code == 5
         await untouched(vm)
         vm.stop()
@@ -149,9 +149,9 @@ async def test_a_merged_image_that_cannot_be_read_fails_the_job(
     tmp_path: Path, images: list[Path], content: Content, top: str
 ) -> None:
     with machine(tmp_path, *injecting(images, "b", UNREADABLE)) as vm:
-        async with library.live(vm.target) as host:
+        async with library.live(vm.target) as target:
             with pytest.raises(JobFailed, match="Input/output error"):
-                await library.commit(host, top=top)
+                await library.commit(target, top=top)
         await untouched(vm)
         vm.stop()
     content.check(images[3])
@@ -164,13 +164,13 @@ async def test_after_a_write_error_the_next_merge_compares_whatever_it_is_told(
     """QEMU may believe that base holds what the storage has lost. The note that says so goes once they were compared."""
     note = tmp_path / ".base.raw.qmpmerge-lock"
     with machine(tmp_path, *injecting(images, "base", failing("write", 5, once=True))) as vm:
-        async with library.live(vm.target) as host:
+        async with library.live(vm.target) as target:
             with pytest.raises(JobFailed):
-                await library.commit(host, top=top)
+                await library.commit(target, top=top)
         assert json.loads(note.read_text())["suspect"] == "Input/output error"
         await untouched(vm)
-        async with library.live(vm.target) as host:
-            outcome = await library.commit(host, top=top, verify=False)
+        async with library.live(vm.target) as target:
+            outcome = await library.commit(target, top=top, verify=False)
         assert outcome.verified and not note.exists()
         vm.stop()
     content.check(outcome.after.active.file)
@@ -181,9 +181,9 @@ async def test_what_an_earlier_failure_left_in_base_is_found(
 ) -> None:
     """Storage that says yes and writes nothing, as it looks after a server has lost what was not flushed."""
     with machine(tmp_path, *injecting(images, "base", failing("write", 5, once=True))) as vm:
-        async with library.live(vm.target) as host:
+        async with library.live(vm.target) as target:
             with pytest.raises(JobFailed):
-                await library.commit(host, top="[3]")
+                await library.commit(target, top="[3]")
 
             def corrupt(direction: str, text: str) -> None:
                 if "block-export-add" in text and direction == "->":
@@ -191,9 +191,9 @@ async def test_what_an_earlier_failure_left_in_base_is_found(
                         file.seek(2 * MIB)
                         file.write(b"lost")
 
-        async with library.live(vm.target, trace=corrupt) as host:
+        async with library.live(vm.target, trace=corrupt) as target:
             with pytest.raises(library.errors.NotVerified, match="different data"):
-                await library.commit(host, top="[3]", verify=False)
+                await library.commit(target, top="[3]", verify=False)
         await untouched(vm)
         vm.stop()
     assert (tmp_path / ".base.raw.qmpmerge-lock").exists()
@@ -205,15 +205,15 @@ async def test_a_guest_that_runs_is_not_moved_onto_a_suspect_base(
 ) -> None:
     """It cannot be compared while the guest writes; what lies below an overlay can."""
     with machine(tmp_path, *injecting(images, "base", failing("write", 5, once=True))) as vm:
-        async with library.live(vm.target) as host:
+        async with library.live(vm.target) as target:
             with pytest.raises(JobFailed):
-                await library.commit(host)
+                await library.commit(target)
             vm.session.execute("cont")
             with pytest.raises(Suspect, match="Input/output error") as refused:
-                await library.commit(host)
+                await library.commit(target)
             assert "qmpmerge snapshot" in refused.value.hint
-            assert (await library.commit(host, top="[3]")).verified
-            assert (await library.commit(host)).verdict == "pivoted"
+            assert (await library.commit(target, top="[3]")).verified
+            assert (await library.commit(target)).verdict == "pivoted"
         vm.stop()
     content.check(images[0])
 
@@ -239,19 +239,19 @@ async def test_a_server_that_went_away_and_came_back(tmp_path: Path, images: lis
                 await merge
         second = stack.enter_context(nbd_server(tmp_path / "server", images[0]))
         assert second == uri
-        async with library.live(vm.target) as host:
-            assert not await host.jobs()
-            outcome = await again(host)
+        async with library.live(vm.target) as target:
+            assert not await target.jobs()
+            outcome = await again(target)
         assert (outcome.verdict, outcome.verified) == ("merged", True)
         vm.stop()
         content.check(images[3])
 
 
-async def again(host: library.Host) -> library.Outcome:
+async def again(target: library.Target) -> library.Outcome:
     """A lost server is noticed by the first who asks: QEMU connects anew for the one after."""
     for _ in range(5):
         with contextlib.suppress(JobFailed, library.errors.NotDurable):
-            return await library.commit(host, top="[3]", verify=False)
+            return await library.commit(target, top="[3]", verify=False)
     raise AssertionError("it does not come back")
 
 
@@ -291,8 +291,8 @@ async def test_a_qemu_that_ends_leaves_the_old_chain_and_the_merge_can_be_made_a
         assert ended.value.exit_code in (5, 6)
     content.check(images[3])
     with drive(tmp_path, images, content) as setup:
-        async with setup.host() as host:
-            assert (await library.commit(host, top="[3]")).verdict == "merged"
+        async with setup.target() as target:
+            assert (await library.commit(target, top="[3]")).verdict == "merged"
     content.check(images[3])
 
 
@@ -303,16 +303,16 @@ async def test_a_device_may_be_unplugged_meanwhile(
     """The nodes stay for as long as the job holds them, or their user does, and so does the proof."""
     scsi = ["-device", "virtio-scsi-pci,id=bus", "-device", "scsi-hd,drive=c,id=disk0"]
     with machine(tmp_path, *nodes(images), *scsi) as vm:
-        async with library.live(vm.target) as host:
-            outcome = await library.commit(host, "disk0", top=top, ending="ready") if top == "[4]" else None
+        async with library.live(vm.target) as target:
+            outcome = await library.commit(target, "disk0", top=top, ending="ready") if top == "[4]" else None
         async with begun(vm.target, top) if outcome is None else contextlib.nullcontext() as merge:
             vm.session.execute("device_del", id="disk0")
             vm.session.execute("block-job-set-speed", device="qmpmerge-commit-disk0", speed=0)
             if merge is not None:
                 outcome = await merge
             else:
-                async with library.live(vm.target) as host:
-                    outcome = await library.follow(host, "qmpmerge-commit-disk0")
+                async with library.live(vm.target) as target:
+                    outcome = await library.follow(target, "qmpmerge-commit-disk0")
         assert outcome.verdict in ("merged", "pivoted")
         vm.stop()
     content.check(outcome.after.active.file)
@@ -331,18 +331,18 @@ async def test_nothing_else_can_be_done_with_the_disk_meanwhile(
     with blockdev(tmp_path, images, content) as setup:
         ask = setup.machine.session.ask
         assert "error" not in ask("blockdev-add", driver="qcow2", node_name="new", file=new, backing=None)
-        async with setup.host() as host:
+        async with setup.target() as target:
             with pytest.raises(library.errors.StillRunning):
                 patience = library.Patience(detach=True)
-                await library.commit(host, top=top, ending="ready", speed=1, patience=patience)
+                await library.commit(target, top=top, ending="ready", speed=1, patience=patience)
             for command, arguments in FORBIDDEN:
                 assert "error" in ask(command, **arguments), command
             with pytest.raises(Busy):
-                await library.snapshot(host, {"disk0": str(tmp_path / "other.qcow2")})
+                await library.snapshot(target, {"disk0": str(tmp_path / "other.qcow2")})
             with pytest.raises(Busy):
-                await library.commit(host, base="[2]", top="[3]")
+                await library.commit(target, base="[2]", top="[3]")
             setup.check()
-            assert (await library.commit(host, top=top)).verdict in ("merged", "pivoted")
+            assert (await library.commit(target, top=top)).verdict in ("merged", "pivoted")
         setup.check()
 
 

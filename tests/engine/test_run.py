@@ -125,8 +125,8 @@ async def test_from_the_switch_to_the_proof_signals_wait(setup: Setup, top: str)
             patience.leave()
             tasks[0].cancel()
 
-    async with library.live(setup.machine.target, trace=signals) as host:
-        tasks.append(asyncio.ensure_future(library.commit(host, "vda", top=top, patience=patience)))
+    async with library.live(setup.machine.target, trace=signals) as target:
+        tasks.append(asyncio.ensure_future(library.commit(target, "vda", top=top, patience=patience)))
         assert (await tasks[0]).verdict in ("merged", "pivoted")
     assert job_now(setup) is None
     nothing_is_left_behind(setup)
@@ -153,9 +153,9 @@ def test_detach_leaves_once_the_job_has_been_started(setup: Setup, top: str) -> 
 
 
 async def test_offline_nothing_can_be_left(images: list[Path], content: Content) -> None:
-    async with Images(images[3], content).host() as host:
+    async with Images(images[3], content).target() as target:
         with pytest.raises(LiveOnly, match="--detach"):
-            await library.commit(host, patience=library.Patience(detach=True))
+            await library.commit(target, patience=library.Patience(detach=True))
 
 
 @ALL_TOPS
@@ -164,6 +164,7 @@ def test_at_the_time_limit_the_job_can_be_cancelled(setup: Setup, top: str) -> N
     if top == "[4]":  # so small a disk heeds no limit, so it is paused instead
         assert invoke("commit", setup.machine.target, "--wait-ready").code == 0
         setup.machine.session.execute("job-pause", id=JOB)
+        setup.machine.wait_for_job("standby")
     run = invoke("commit", setup.machine.target, *options, "--json")
     assert (run.code, run.document["error"]["name"], job_now(setup)) == (130, "time-up", None)
     nothing_is_left_behind(setup)
@@ -171,20 +172,20 @@ def test_at_the_time_limit_the_job_can_be_cancelled(setup: Setup, top: str) -> N
 
 async def test_the_time_limit_holds_where_qemu_stands_still(setup: Setup) -> None:
     """While it is followed, and before anything is sent."""
-    async with library.live(setup.machine.target) as host:
+    async with library.live(setup.machine.target) as target:
         begun = asyncio.Event()
         following = asyncio.ensure_future(
-            library.commit(host, top="[3]", speed=1, timeout=1.0, report=lambda told: begun.set())
+            library.commit(target, top="[3]", speed=1, timeout=1.0, report=lambda told: begun.set())
         )
         await begun.wait()
         stop(setup.machine)
         with pytest.raises(StillRunning):
             await following
     setup.machine.process.send_signal(signal.SIGCONT)
-    async with library.live(setup.machine.target) as host:
+    async with library.live(setup.machine.target) as target:
         stop(setup.machine)
         with pytest.raises(TimeUp):
-            await library.commit(host, top="[3]", timeout=0.3)
+            await library.commit(target, top="[3]", timeout=0.3)
     setup.machine.process.send_signal(signal.SIGCONT)
     assert job_now(setup) == "running"
 
@@ -195,24 +196,24 @@ async def test_the_time_limit_holds_for_flush_comparison_and_switch(
     async def for_ever(*_: object) -> None:
         await asyncio.sleep(60)
 
-    async with library.live(setup.machine.target) as host:
+    async with library.live(setup.machine.target) as target:
         for place, name in ((safeguards, "make_base_durable"), (safeguards, "verify")):
             with monkeypatch.context() as patch:
                 patch.setattr(place, name, for_ever)
                 with pytest.raises(StillRunning):
-                    await library.commit(host, top="[3]", timeout=0.5)
+                    await library.commit(target, top="[3]", timeout=0.5)
             assert job_now(setup) == "pending"
-        assert (await library.commit(host, top="[3]")).verdict == "merged"
+        assert (await library.commit(target, top="[3]")).verdict == "merged"
 
 
 # --- sessions that are lost ----------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
-async def losing(setup: Setup, moment: str, count: int = 1) -> AsyncIterator[tuple[library.Host, list[str]]]:
+async def losing(setup: Setup, moment: str, count: int = 1) -> AsyncIterator[tuple[library.Target, list[str]]]:
     """A host whose session is cut off under it at a moment of the conversation; yields the commands that were sent."""
     sent: list[str] = []
-    hosts: list[library.Host] = []
+    hosts: list[library.Target] = []
 
     def cut(direction: str, text: str) -> None:
         if direction == "->":
@@ -221,9 +222,9 @@ async def losing(setup: Setup, moment: str, count: int = 1) -> AsyncIterator[tup
             client = hosts[0].monitor._client
             asyncio.get_running_loop().call_soon(client._writer.transport.abort)  # type: ignore[union-attr]
 
-    async with library.live(setup.machine.target, trace=cut) as host:
-        hosts.append(host)
-        yield host, sent
+    async with library.live(setup.machine.target, trace=cut) as target:
+        hosts.append(target)
+        yield target, sent
 
 
 @pytest.mark.parametrize(
@@ -244,13 +245,13 @@ async def test_a_lost_session_is_made_again_and_qemu_asked_for_the_truth(
     setup: Setup, content: Content, top: str, moment: str
 ) -> None:
     """What was being sent may have been lost or not; nothing is sent a second time without a look."""
-    async with losing(setup, moment) as (host, sent):
+    async with losing(setup, moment) as (target, sent):
         try:
-            outcome = await library.commit(host, "vda", top=top)
+            outcome = await library.commit(target, "vda", top=top)
         except JobFailed as error:  # it was lost before QEMU had it
             assert moment == "-> block-commit" and "before QEMU had started it" in error.reason
             assert sent.count("block-commit") == 1
-            outcome = await library.commit(host, "vda", top=top)
+            outcome = await library.commit(target, "vda", top=top)
     assert outcome.verdict == {"[3]": "merged", "[4]": "pivoted"}[top]
     assert job_now(setup) is None
     setup.check()
@@ -259,14 +260,14 @@ async def test_a_lost_session_is_made_again_and_qemu_asked_for_the_truth(
 
 
 async def test_a_session_that_is_lost_twice_is_an_unknown_outcome(setup: Setup) -> None:
-    async with losing(setup, "-> job-finalize", count=2) as (host, _):
+    async with losing(setup, "-> job-finalize", count=2) as (target, _):
         try:
-            outcome = await library.commit(host, "vda", top="[3]")
+            outcome = await library.commit(target, "vda", top="[3]")
             assert outcome.verdict == "merged"  # QEMU had the first one already
         except SessionLost as lost:
             assert lost.verdict == "unknown"
-    async with library.live(setup.machine.target) as host:
-        outcome = await library.commit(host, "vda", top=f"{setup.machine.folder}/b.qcow2")
+    async with library.live(setup.machine.target) as target:
+        outcome = await library.commit(target, "vda", top=f"{setup.machine.folder}/b.qcow2")
         assert outcome.verdict == "merged"
 
 
@@ -276,8 +277,8 @@ async def test_a_monitor_that_stops_answering_mid_job_and_comes_back(
     """The first question after SIGSTOP gets no reply in time; by the time we come back QEMU runs again."""
     monkeypatch.setattr(monitor.Monitor.execute, "__kwdefaults__", {"timeout": 0.5})
     begun = asyncio.Event()
-    async with library.live(setup.machine.target) as host:
-        merge = asyncio.ensure_future(library.commit(host, top="[3]", speed=1, report=lambda told: begun.set()))
+    async with library.live(setup.machine.target) as target:
+        merge = asyncio.ensure_future(library.commit(target, top="[3]", speed=1, report=lambda told: begun.set()))
         await begun.wait()
         stop(setup.machine)
         await asyncio.sleep(1.2)
@@ -292,8 +293,8 @@ async def test_a_monitor_that_never_answers_again_is_an_unknown_outcome(
 ) -> None:
     monkeypatch.setattr(monitor.Monitor.execute, "__kwdefaults__", {"timeout": 0.5})
     begun = asyncio.Event()
-    async with library.live(setup.machine.target, timeout=0.5) as host:
-        merge = asyncio.ensure_future(library.commit(host, top="[3]", speed=1, report=lambda told: begun.set()))
+    async with library.live(setup.machine.target, timeout=0.5) as target:
+        merge = asyncio.ensure_future(library.commit(target, top="[3]", speed=1, report=lambda told: begun.set()))
         await begun.wait()
         stop(setup.machine)
         with pytest.raises(NoReply) as lost:
@@ -305,8 +306,8 @@ async def test_a_monitor_that_never_answers_again_is_an_unknown_outcome(
 
 
 async def followed(setup: Setup) -> library.Outcome:
-    async with library.live(setup.machine.target) as host:
-        return await library.commit(host, top="[3]")
+    async with library.live(setup.machine.target) as target:
+        return await library.commit(target, top="[3]")
 
 
 async def test_a_qemu_that_was_started_anew_is_not_the_one_that_had_the_job(
@@ -316,8 +317,8 @@ async def test_a_qemu_that_was_started_anew_is_not_the_one_that_had_the_job(
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(drive(tmp_path, images, content))
         begun = asyncio.Event()
-        async with library.live(first.machine.target) as host:
-            merge = asyncio.ensure_future(library.commit(host, top="[3]", speed=1, report=lambda told: begun.set()))
+        async with library.live(first.machine.target) as target:
+            merge = asyncio.ensure_future(library.commit(target, top="[3]", speed=1, report=lambda told: begun.set()))
             await begun.wait()
             second = replaced(first.machine, stack, tmp_path, images, content)
             with pytest.raises(JobFailed, match="started anew") as failed:
@@ -340,10 +341,10 @@ def replaced(
 async def test_a_polite_follower_lets_others_at_the_monitor(setup: Setup, content: Content, top: str) -> None:
     """It would be refused otherwise: a monitor serves one client at a time."""
     begun = asyncio.Event()
-    async with library.live(setup.machine.target) as host:
+    async with library.live(setup.machine.target) as target:
         speed = 0 if top == "[4]" else 1
         merge = asyncio.ensure_future(
-            library.commit(host, top=top, speed=speed, polite=0.2, report=lambda told: begun.set())
+            library.commit(target, top=top, speed=speed, polite=0.2, report=lambda told: begun.set())
         )
         if top == "[3]":
             await begun.wait()
@@ -352,7 +353,7 @@ async def test_a_polite_follower_lets_others_at_the_monitor(setup: Setup, conten
                 await library.steer(other, JOB, "speed", speed=0)
         outcome = await merge
         assert outcome.verdict in ("merged", "pivoted")
-        assert (await host.disks())[0].chain is not None  # the session is there again
+        assert (await target.disks())[0].chain is not None  # the session is there again
     setup.off()
     content.check(outcome.after.active.file)
 
@@ -362,8 +363,8 @@ async def test_a_polite_follower_waits_for_its_turn_and_heeds_the_limit(
 ) -> None:
     monkeypatch.setattr(reconnect, "POLITE_TRIES_SECONDS", 0.05)
     begun = asyncio.Event()
-    async with library.live(setup.machine.target, timeout=0.2) as host:
-        following = library.commit(host, top="[3]", speed=1, polite=0.3, timeout=3, report=lambda told: begun.set())
+    async with library.live(setup.machine.target, timeout=0.2) as target:
+        following = library.commit(target, top="[3]", speed=1, polite=0.3, timeout=3, report=lambda told: begun.set())
         merge = asyncio.ensure_future(following)
         await begun.wait()
         async with another(setup.machine.target):
@@ -386,8 +387,8 @@ async def another(path: str) -> AsyncIterator[None]:
 
 async def test_a_polite_follower_that_is_cancelled_takes_the_job_back(setup: Setup) -> None:
     begun = asyncio.Event()
-    async with library.live(setup.machine.target) as host:
-        following = library.commit(host, top="[3]", speed=1, polite=30, report=lambda told: begun.set())
+    async with library.live(setup.machine.target) as target:
+        following = library.commit(target, top="[3]", speed=1, polite=30, report=lambda told: begun.set())
         merge = asyncio.ensure_future(following)
         await begun.wait()
         await asyncio.sleep(0.1)
@@ -411,10 +412,10 @@ async def test_each_state_is_entered_in_its_order_and_written_down_first(
         entered.append((run.state, run.record.state if run.record is not None else None))
 
     monkeypatch.setattr(Run, "enter", watched)
-    async with library.live(setup.machine.target) as host:
-        assert (await library.commit(host, top="[3]")).verdict == "merged"
+    async with library.live(setup.machine.target) as target:
+        assert (await library.commit(target, top="[3]")).verdict == "merged"
         intermediate, entered[:] = entered[:], []
-        assert (await library.commit(host)).verdict == "pivoted"
+        assert (await library.commit(target)).verdict == "pivoted"
     written = [State.COPYING, State.COPYING, State.SWITCHING, State.SWITCHED, State.PROVED, None]
     states = [State.COPYING, State.SAFE, State.SWITCHING, State.SWITCHED, State.PROVED, State.DONE]
     assert intermediate == list(zip(states, written, strict=True))
@@ -432,12 +433,12 @@ async def test_a_step_that_is_not_allowed_is_a_bug_and_changes_nothing(
         runs.append(run)
 
     monkeypatch.setattr(Run, "write_down", remembered)
-    async with library.live(setup.machine.target) as host:
+    async with library.live(setup.machine.target) as target:
         with pytest.raises(StillRunning):
-            await library.commit(host, top="[3]", speed=1, patience=library.Patience(detach=True))
+            await library.commit(target, top="[3]", speed=1, patience=library.Patience(detach=True))
         (run,) = runs
         assert run.state is State.LEFT and run.record is not None and run.record.state is State.COPYING
         with pytest.raises(ValueError, match="LEFT does not lead to SWITCHED"):
             run.enter(State.SWITCHED)
         assert run.state is State.LEFT
-        assert (await library.commit(host, top="[3]")).verdict == "merged"
+        assert (await library.commit(target, top="[3]")).verdict == "merged"

@@ -40,21 +40,21 @@ from qmpmerge.guest.throttle import Throttle
 deadman.AGAIN_SECONDS = {AGAIN}
 
 async def main(target, what):
-    async with qmpmerge.live(target) as host:
+    async with qmpmerge.live(target) as target:
         if "pause" in what:
-            async with pause.paused(host.monitor, pause.start_switch(host.monitor)):
+            async with pause.paused(target.monitor, pause.start_switch(target.monitor)):
                 await wait()
         if "throttle" in what:
-            throttle = Throttle(host.monitor, await host.disk())
+            throttle = Throttle(target.monitor, await target.disk())
             async with throttle.undone():
                 await throttle.limit(1024 * 1024)
                 if "both" in what:
-                    async with deadman.armed(host.monitor.descriptor, deadman.qmp("cont")):
-                        await host.monitor.execute("stop")
+                    async with deadman.armed(target.monitor.descriptor, deadman.qmp("cont")):
+                        await target.monitor.execute("stop")
                         await wait()
                 await wait()
         if "idle" in what:
-            pause.start_switch(host.monitor)
+            pause.start_switch(target.monitor)
             await wait()
 
 async def wait():
@@ -177,13 +177,13 @@ def test_a_qemu_that_dies_ends_the_duty(vm: Machine) -> None:
 @pytest.mark.parametrize("seconds", [0.3])
 async def test_a_turn_is_free_only_when_the_guest_runs_again(vm: Machine, seconds: float) -> None:
     """Else another merge could take the guest that a dead one has paused for one at rest."""
-    async with qmpmerge.live(f"{vm.folder}/other") as host:
+    async with qmpmerge.live(f"{vm.folder}/other") as target:
         with tool(vm, "pause") as (process, switches):
             with hanging(vm):
                 end(process)
                 with pytest.raises(TimeoutError):
-                    await take(host.monitor, seconds)
-            await take(host.monitor, 30)
+                    await take(target.monitor, seconds)
+            await take(target.monitor, 30)
             assert is_running(vm)
             assert all_end(switches)
 
@@ -211,11 +211,11 @@ import qmpmerge
 from qmpmerge.guest import deadman
 
 async def main():
-    async with qmpmerge.live(sys.argv[1]) as host:
-        async with deadman.armed(host.monitor.descriptor, deadman.qmp("cont"), limit=1.0) as switch:
-            await host.monitor.execute("stop")
+    async with qmpmerge.live(sys.argv[1]) as target:
+        async with deadman.armed(target.monitor.descriptor, deadman.qmp("cont"), limit=1.0) as switch:
+            await target.monitor.execute("stop")
             if sys.argv[2] == "9":
-                os.write(host.monitor.descriptor, b'{"execute": "que')
+                os.write(target.monitor.descriptor, b'{"execute": "que')
             print("stopped", flush=True)
             if sys.argv[2] == "dismiss":
                 return switch.dismiss()
@@ -252,8 +252,8 @@ def test_what_was_undone_while_the_tool_hung_is_not_undone_again(vm: Machine) ->
 
 
 async def test_it_tells_whether_it_has_acted(vm: Machine) -> None:
-    async with qmpmerge.live(vm.target) as host:
-        switch = deadman.Switch.start(host.monitor.descriptor, deadman.qmp("cont"))
+    async with qmpmerge.live(vm.target) as target:
+        switch = deadman.Switch.start(target.monitor.descriptor, deadman.qmp("cont"))
         async with switch.patient():
             await asyncio.sleep(0)
         assert await switch.state() is State.IDLE
@@ -266,34 +266,34 @@ async def test_it_tells_whether_it_has_acted(vm: Machine) -> None:
         assert (await switch.state(), switch.has_lapsed) == (State.ACTED, True)
         switch.arm(60)
         assert (await switch.state(), switch.has_lapsed) == (State.ACTED, True)
-        assert await host.monitor.execute("query-name") == {}
+        assert await target.monitor.execute("query-name") == {}
         switch.dismiss()
         assert await switch.state() is State.GONE
 
 
 async def test_what_we_cannot_undo_it_does_on_our_word(vm: Machine) -> None:
     """Also in the presence of our own session, which reads from the connection too and is lost over it."""
-    async with qmpmerge.live(vm.target) as host:
-        switch = deadman.Switch.start(host.monitor.descriptor, deadman.qmp("cont"))
+    async with qmpmerge.live(vm.target) as target:
+        switch = deadman.Switch.start(target.monitor.descriptor, deadman.qmp("cont"))
         await switch.go_on_duty()
-        await host.monitor.execute("stop")
-        await host.monitor.close()
+        await target.monitor.execute("stop")
+        await target.monitor.close()
         assert await switch.act() is Answer.DONE
         assert is_running(vm)
 
 
 async def test_a_refusal_is_told(vm: Machine) -> None:
-    async with qmpmerge.live(vm.target) as host:
+    async with qmpmerge.live(vm.target) as target:
         limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), MIB)
         undo = deadman.qmp("block_set_io_throttle", device="nobody", **limits)
-        switch = deadman.Switch.start(host.monitor.descriptor, undo)
+        switch = deadman.Switch.start(target.monitor.descriptor, undo)
         await switch.go_on_duty()
-        await host.monitor.close()
+        await target.monitor.close()
         assert await switch.act() is Answer.REFUSED
 
 
 async def test_a_connection_that_is_closed_has_no_switch(vm: Machine) -> None:
-    async with qmpmerge.live(vm.target) as host:
-        await host.monitor.close()
+    async with qmpmerge.live(vm.target) as target:
+        await target.monitor.close()
         with pytest.raises(OSError, match="closed"):
-            deadman.Switch.start(host.monitor.descriptor, deadman.qmp("cont"))
+            deadman.Switch.start(target.monitor.descriptor, deadman.qmp("cont"))

@@ -24,10 +24,10 @@ import qmpmerge
 from qmpmerge.guest import pause
 
 async def main():
-    async with qmpmerge.live(sys.argv[1]) as host:
-        switch = pause.start_switch(host.monitor)
-        async with pause.paused(host.monitor, switch, limit=float(sys.argv[3])):
-            os.write(host.monitor.descriptor, sys.argv[2].encode())
+    async with qmpmerge.live(sys.argv[1]) as target:
+        switch = pause.start_switch(target.monitor)
+        async with pause.paused(target.monitor, switch, limit=float(sys.argv[3])):
+            os.write(target.monitor.descriptor, sys.argv[2].encode())
             print("paused", flush=True)
             await asyncio.sleep(60)
 
@@ -105,20 +105,20 @@ def children(pid: int) -> list[int]:
 
 async def test_a_paused_guest_stays_paused(vm: Machine) -> None:
     vm.session.execute("stop")
-    async with qmpmerge.live(vm.target) as host:
-        switch = start_switch(host.monitor)
+    async with qmpmerge.live(vm.target) as target:
+        switch = start_switch(target.monitor)
         assert switch is not None
-        async with paused(host.monitor, switch) as pause:
+        async with paused(target.monitor, switch) as pause:
             assert pause.guest_rests
         switch.close()
     assert (pause.milliseconds, status(vm)) == (None, "paused")
 
 
 async def test_a_guest_that_the_user_stops_afterwards_stays_stopped(vm: Machine) -> None:
-    async with qmpmerge.live(vm.target) as host:
-        switch = start_switch(host.monitor)
+    async with qmpmerge.live(vm.target) as target:
+        switch = start_switch(target.monitor)
         assert switch is not None
-        async with paused(host.monitor, switch) as pause:
+        async with paused(target.monitor, switch) as pause:
             assert status(vm) == "paused"
         assert status(vm) == "running"
         vm.session.execute("stop")
@@ -127,29 +127,29 @@ async def test_a_guest_that_the_user_stops_afterwards_stays_stopped(vm: Machine)
 
 
 async def test_without_a_guard_nobody_is_paused(vm: Machine) -> None:
-    async with qmpmerge.live(vm.target) as host, paused(host.monitor, None) as pause:
+    async with qmpmerge.live(vm.target) as target, paused(target.monitor, None) as pause:
         assert status(vm) == "running"
     assert not pause.guest_rests
 
 
 async def test_a_dead_guard_pauses_nobody(vm: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    async with qmpmerge.live(vm.target) as host:
-        switch = start_switch(host.monitor)
+    async with qmpmerge.live(vm.target) as target:
+        switch = start_switch(target.monitor)
         assert switch is not None
-        async with paused(host.monitor, switch) as pause:
+        async with paused(target.monitor, switch) as pause:
             assert status(vm) == "running"
         switch.close()
     assert (pause.guest_rests, pause.is_unguarded) == (False, True)
 
 
 async def test_a_cancelled_pause_ends(vm: Machine) -> None:
-    async with qmpmerge.live(vm.target) as host:
-        switch, inside = pause.start_switch(host.monitor), asyncio.Event()
+    async with qmpmerge.live(vm.target) as target:
+        switch, inside = pause.start_switch(target.monitor), asyncio.Event()
         assert switch is not None
 
         async def wait() -> None:
-            async with pause.paused(host.monitor, switch):
+            async with pause.paused(target.monitor, switch):
                 inside.set()
                 await asyncio.sleep(60)
 
@@ -164,11 +164,11 @@ async def test_a_cancelled_pause_ends(vm: Machine) -> None:
 
 async def test_a_session_that_ends_in_the_pause_is_taken_over(vm: Machine) -> None:
     """The connection is the guard's too, so the guest runs again although our half of it is broken."""
-    async with qmpmerge.live(vm.target) as host:
-        switch = pause.start_switch(host.monitor)
+    async with qmpmerge.live(vm.target) as target:
+        switch = pause.start_switch(target.monitor)
         with contextlib.suppress(PauseUnproven):
-            async with pause.paused(host.monitor, switch):
-                await host.monitor._client.disconnect()
+            async with pause.paused(target.monitor, switch):
+                await target.monitor._client.disconnect()
         assert switch is not None
         switch.close()
     assert becomes(vm, "running")
@@ -180,17 +180,17 @@ async def test_a_cancellation_that_comes_as_the_guest_is_let_run_again_is_taken_
 
     async def work() -> None:
         nonlocal came_to_the_end
-        async with qmpmerge.live(vm.target) as host:
-            execute = host.monitor.execute
+        async with qmpmerge.live(vm.target) as target:
+            execute = target.monitor.execute
 
             async def interrupted(command: str, **arguments: object) -> object:
                 if command == "cont":
                     task.cancel()
                 return await execute(command, **arguments)  # type: ignore[arg-type]
 
-            host.monitor.execute = interrupted  # type: ignore[method-assign]
-            switch = pause.start_switch(host.monitor)
-            async with pause.paused(host.monitor, switch):
+            target.monitor.execute = interrupted  # type: ignore[method-assign]
+            switch = pause.start_switch(target.monitor)
+            async with pause.paused(target.monitor, switch):
                 assert status(vm) == "paused"
             came_to_the_end = True
             assert switch is not None
@@ -204,8 +204,8 @@ async def test_a_cancellation_that_comes_as_the_guest_is_let_run_again_is_taken_
 
 async def test_a_stop_that_took_longer_than_the_limit_proves_no_rest(vm: Machine) -> None:
     """The switch has let the guest run again by then, and QEMU hears of both at once."""
-    async with qmpmerge.live(vm.target) as host:
-        execute = host.monitor.execute
+    async with qmpmerge.live(vm.target) as target:
+        execute = target.monitor.execute
 
         async def late(command: str, **arguments: object) -> object:
             if command == "stop":
@@ -213,9 +213,9 @@ async def test_a_stop_that_took_longer_than_the_limit_proves_no_rest(vm: Machine
                 asyncio.get_running_loop().call_later(1, vm.process.send_signal, signal.SIGCONT)
             return await execute(command, **arguments)  # type: ignore[arg-type]
 
-        host.monitor.execute = late  # type: ignore[method-assign]
-        switch = start_switch(host.monitor)
-        async with paused(host.monitor, switch, limit=0.3) as pause:
+        target.monitor.execute = late  # type: ignore[method-assign]
+        switch = start_switch(target.monitor)
+        async with paused(target.monitor, switch, limit=0.3) as pause:
             assert becomes(vm, "running")
             assert not pause.guest_rests
     assert pause.milliseconds is not None and status(vm) == "running"

@@ -191,9 +191,9 @@ def siblings(images: list[Path]) -> list[str]:
 
 async def test_all_are_named_offline(images: list[Path], siblings: list[str], content: Content) -> None:
     for top in ("[3]", None):
-        async with qmpmerge.offline(images[3]) as host:
+        async with qmpmerge.offline(images[3]) as target:
             with pytest.raises(Dependents) as refused:
-                await qmpmerge.commit(host, top=top)
+                await qmpmerge.commit(target, top=top)
         assert sorted(refused.value.dependents) == siblings
         assert sorted(refused.value.images) == [str(images[1]), str(images[2])]
         assert all(name in str(refused.value) for name in siblings)
@@ -202,11 +202,11 @@ async def test_all_are_named_offline(images: list[Path], siblings: list[str], co
 
 async def test_all_are_named_live(images: list[Path], siblings: list[str], content: Content, tmp_path: Path) -> None:
     with drive(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
+        async with qmpmerge.live(setup.machine.target) as target:
             with pytest.raises(Dependents) as refused:
-                await qmpmerge.commit(host, top="[3]")
+                await qmpmerge.commit(target, top="[3]")
             assert sorted(refused.value.dependents) == siblings
-            outcome = await qmpmerge.commit(host, top="[3]", force=["dependents"])
+            outcome = await qmpmerge.commit(target, top="[3]", force=["dependents"])
         assert outcome.verdict == "merged"
         setup.check()
 
@@ -231,12 +231,12 @@ def test_the_command_line_refuses_searches_and_is_forced(
 
 async def test_dependents_of_images_outside_the_range_do_not_matter(images: list[Path], content: Content) -> None:
     sibling(images[0].parent / "on-a.qcow2", "a.qcow2")
-    async with qmpmerge.offline(images[3]) as host:
+    async with qmpmerge.offline(images[3]) as target:
         with pytest.raises(Dependents):
-            await qmpmerge.commit(host, base="[1]", top="[2]")
+            await qmpmerge.commit(target, base="[1]", top="[2]")
     sibling(images[0].parent / "on-a.qcow2", "elsewhere.qcow2")
-    async with qmpmerge.offline(images[3]) as host:
-        assert (await qmpmerge.commit(host, base="[1]", top="[2]")).verdict == "merged"
+    async with qmpmerge.offline(images[3]) as target:
+        assert (await qmpmerge.commit(target, base="[1]", top="[2]")).verdict == "merged"
     content.check(images[3])
 
 
@@ -247,17 +247,17 @@ async def test_an_image_that_is_built_on_the_base_is_protected(
     other = sibling(images[0].parent / "other.qcow2", "base.raw", "raw")
     before = view(other, tmp_path)
     with pytest.raises(Dependents) as refused:
-        async with qmpmerge.offline(images[3]) as host:
-            await qmpmerge.commit(host)
+        async with qmpmerge.offline(images[3]) as target:
+            await qmpmerge.commit(target)
     assert refused.value.dependents == [str(other)]
     assert view(other, tmp_path) == before
 
 
 async def test_what_an_earlier_merge_has_stashed_is_no_obstacle(images: list[Path], content: Content) -> None:
-    async with qmpmerge.offline(images[3]) as host:
-        await qmpmerge.commit(host, top="[3]")
-    async with qmpmerge.offline(images[3]) as host:
-        assert (await qmpmerge.commit(host)).verdict == "pivoted"
+    async with qmpmerge.offline(images[3]) as target:
+        await qmpmerge.commit(target, top="[3]")
+    async with qmpmerge.offline(images[3]) as target:
+        assert (await qmpmerge.commit(target)).verdict == "pivoted"
     content.check(images[0])
 
 

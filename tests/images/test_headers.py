@@ -82,10 +82,10 @@ async def test_headers_that_agree(tmp_path: Path) -> None:
 async def test_a_live_chain_whose_header_is_changed_behind_qemu_s_back(tmp_path: Path) -> None:
     make_chain(tmp_path)
     with machines.machine(tmp_path, "-drive", "if=none,id=vda,file=c.qcow2,format=qcow2") as machine:
-        async with qmpmerge.live(machine.target) as host:
-            before = await host.chain("vda")
+        async with qmpmerge.live(machine.target) as target:
+            before = await target.chain("vda")
             rewrite(tmp_path / "b.qcow2", b"a.qcow2", b"other.qcow2")
-            after = await host.chain("vda")
+            after = await target.chain("vda")
     assert not before.oddities
     assert after.chain.files == before.chain.files, "QEMU still uses the old chain"
     assert [image.backing for image in after.chain] == [None, "base.raw", "other.qcow2", "b.qcow2"]

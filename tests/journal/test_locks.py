@@ -225,10 +225,10 @@ def test_a_note_is_read_by_who_comes_next(base: Image) -> None:
     assert locks.noted(base) == Note("/vm/.c.qcow2.qmpmerge-record", "storage")
     with locks.held(base) as lock:
         assert lock.note == locks.noted(base)
-        lock.forget_record()
+        lock.conclude("storage")
     assert locks.noted(base) == Note(suspect="storage")
     with locks.held(base) as lock:
-        lock.clear()
+        lock.conclude(None)
     assert locks.noted(base) == Note() and [file.name for file in Path(base.file).parent.iterdir()] == ["base.raw"]
 
 

@@ -30,8 +30,8 @@ def setup(tmp_path: Path, images: list[Path], content: Content) -> Iterator[Setu
 
 
 async def offline(image: Path, **options: Any) -> Outcome:
-    async with qmpmerge.offline(image) as host:
-        return await qmpmerge.commit(host, **options)
+    async with qmpmerge.offline(image) as target:
+        return await qmpmerge.commit(target, **options)
 
 
 def told(outcome: Outcome) -> list[tuple[str, str, str | None]]:
@@ -117,8 +117,8 @@ async def test_what_was_changed_since_is_not_deleted(setup: Setup, images: list[
         if direction == "->" and "job-finalize" in text:
             os.utime(images[1])
 
-    async with qmpmerge.live(setup.machine.target, trace=touch) as host:
-        outcome = await qmpmerge.commit(host, top="[3]", merged_files="delete")
+    async with qmpmerge.live(setup.machine.target, trace=touch) as target:
+        outcome = await qmpmerge.commit(target, top="[3]", merged_files="delete")
     assert [action for _, action, _ in told(outcome)] == ["stash", "delete"]
     assert any("was changed since" in hint for hint in outcome.hints)
 
@@ -146,8 +146,8 @@ async def test_a_file_that_somebody_holds_is_not_deleted(setup: Setup, images: l
             if direction == "->" and "job-finalize" in text:
                 stack.enter_context(held(images[1]))
 
-        async with qmpmerge.live(setup.machine.target, trace=hold) as host:
-            outcome = await qmpmerge.commit(host, top="[3]", merged_files="delete")
+        async with qmpmerge.live(setup.machine.target, trace=hold) as target:
+            outcome = await qmpmerge.commit(target, top="[3]", merged_files="delete")
         assert [action for _, action, _ in told(outcome)] == ["stash", "delete"]
         (kept,) = qmpmerge.clean([images[1].parent])
         assert kept.kept is not None and "in use by sleep" in kept.kept

@@ -53,9 +53,9 @@ async def test_an_overlay_whose_header_cannot_be_written_is_refused(
         images, "c", "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28"
     )
     with machine(tmp_path, *failing) as vm:
-        async with qmpmerge.live(vm.target) as host:
+        async with qmpmerge.live(vm.target) as target:
             with pytest.raises(NotWritable, match="No space left") as refused:
-                await qmpmerge.commit(host, top="[3]")
+                await qmpmerge.commit(target, top="[3]")
         assert refused.value.file == str(images[3])
         await faults.untouched(vm)
         vm.stop()
@@ -82,8 +82,8 @@ async def test_relative_names_stay_relative_in_long_chains(tmp_path: Path) -> No
     content = Content()
     fill(images[:6], content)
     with blockdev(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.commit(host, top="[13]", base="[1]")
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.commit(target, top="[13]", base="[1]")
             assert outcome.after.active.backing == "base.raw"
             setup.check()
         setup.machine.stop()
@@ -93,8 +93,8 @@ async def test_relative_names_stay_relative_in_long_chains(tmp_path: Path) -> No
 async def test_absolute_names_stay_absolute(tmp_path: Path, images: list[Path], content: Content) -> None:
     run("qemu-img", "rebase", "-u", "-F", "qcow2", "-b", images[2], images[3])
     with drive(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.commit(host, top="[3]")
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.commit(target, top="[3]")
         assert outcome.after.active.backing == str(images[0])
         assert outcome.after.active.backing_format == "raw"
 
@@ -105,8 +105,8 @@ async def test_a_bare_file_node_as_raw_base(tmp_path: Path, images: list[Path], 
     del explicit[2:4]
     explicit = [part.replace("backing=base,", "backing=base-file,") for part in explicit]
     with machine(tmp_path, *explicit, *device("c")) as vm:
-        async with qmpmerge.live(vm.target) as host:
-            outcome = await qmpmerge.commit(host, top="[3]")
+        async with qmpmerge.live(vm.target) as target:
+            outcome = await qmpmerge.commit(target, top="[3]")
         assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
         vm.stop()
     content.check(images[3])
@@ -121,9 +121,9 @@ async def test_a_base_that_cannot_be_flushed_stops_the_merge(
     tmp_path: Path, images: list[Path], content: Content
 ) -> None:
     with machine(tmp_path, *faults.injecting(images, "base", FLUSH_FAILS)) as vm:
-        async with qmpmerge.live(vm.target) as host:
+        async with qmpmerge.live(vm.target) as target:
             with pytest.raises(NotDurable, match="Input/output error"):
-                await qmpmerge.commit(host, top="[3]")
+                await qmpmerge.commit(target, top="[3]")
         await faults.untouched(vm)
         vm.stop()
     content.check(images[3])
@@ -146,24 +146,24 @@ async def test_a_running_nbd_server_is_used_and_left_alone(setup: Setup, tmp_pat
     setup.machine.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": address}})
     (root,) = [disk.root for disk in await disks(setup)]
     setup.machine.session.execute("block-export-add", type="nbd", id="theirs", node_name=root, name="theirs")
-    async with qmpmerge.live(setup.machine.target) as host:
-        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+    async with qmpmerge.live(setup.machine.target) as target:
+        assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
     (export,) = setup.machine.session.execute("query-block-exports")
     assert export["id"] == "theirs"
     assert os.path.exists(address)
 
 
 async def disks(setup: Setup) -> list[qmpmerge.Disk]:
-    async with qmpmerge.live(setup.machine.target) as host:
-        return await host.disks()
+    async with qmpmerge.live(setup.machine.target) as target:
+        return await target.disks()
 
 
 async def test_a_server_that_a_killed_qmpmerge_left_is_stopped(setup: Setup, tmp_path: Path) -> None:
     folder = tmp_path / f"qmpmerge-{2**22 + 1}-dead"
     folder.mkdir()
     setup.machine.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": f"{folder}/nbd"}})
-    async with qmpmerge.live(setup.machine.target) as host:
-        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+    async with qmpmerge.live(setup.machine.target) as target:
+        assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
     assert "not running" in setup.machine.session.ask("nbd-server-stop")["error"]["desc"]
 
 
@@ -183,8 +183,8 @@ async def test_a_server_that_is_gone_when_it_is_looked_for(
         return []
 
     monkeypatch.setattr(holders, "listening", listening)
-    async with qmpmerge.live(setup.machine.target) as host:
-        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+    async with qmpmerge.live(setup.machine.target) as target:
+        assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
     assert looks == 1
 
 
@@ -197,9 +197,9 @@ async def test_a_write_error_fails_the_job_and_leaves_the_chain(
 ) -> None:
     failing = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=5"
     with machine(tmp_path, *faults.injecting(images, "base", failing)) as vm:
-        async with qmpmerge.live(vm.target) as host:
+        async with qmpmerge.live(vm.target) as target:
             with pytest.raises(JobFailed, match="Input/output error"):
-                await qmpmerge.commit(host, top=top)
+                await qmpmerge.commit(target, top=top)
         await faults.untouched(vm)
         vm.stop()
     content.check(images[3])
@@ -213,8 +213,8 @@ async def test_a_job_that_ran_out_of_space_goes_on_once_there_is_some(
     once = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28,inject-error.0.once=on"
     seen: list[Progress] = []
     with machine(tmp_path, *faults.injecting(images, "base", once)) as vm:
-        async with qmpmerge.live(vm.target) as host:
-            outcome = await qmpmerge.commit(host, top=top, report=seen.append)
+        async with qmpmerge.live(vm.target) as target:
+            outcome = await qmpmerge.commit(target, top=top, report=seen.append)
         vm.stop()
     short = [told.shortage for told in seen if told.shortage]
     assert {shortage.filesystem for shortage in short} == {mount_point(str(images[0]))}
@@ -238,8 +238,8 @@ async def test_a_killed_qemu_is_an_unknown_outcome(setup: Setup, content: Conten
 async def slow(setup: Setup, top: str) -> AsyncIterator["asyncio.Task[qmpmerge.Outcome]"]:
     """A merge that has begun and will not end by itself: QEMU copies a first piece and then waits."""
     begun = asyncio.Event()
-    async with qmpmerge.live(setup.machine.target) as host:
-        work = qmpmerge.commit(host, setup.disk, top=top, speed=1, report=lambda told: begun.set())
+    async with qmpmerge.live(setup.machine.target) as target:
+        work = qmpmerge.commit(target, setup.disk, top=top, speed=1, report=lambda told: begun.set())
         merge = asyncio.ensure_future(work)
         await begun.wait()
         yield merge
@@ -256,8 +256,8 @@ async def test_a_cancelled_task_puts_the_old_chain_back(
             with pytest.raises(asyncio.CancelledError):
                 await merge
             assert not setup.machine.session.execute("query-jobs")
-        async with qmpmerge.live(setup.machine.target) as host:
-            assert (await host.chain()).chain.files == [str(image) for image in images]
+        async with qmpmerge.live(setup.machine.target) as target:
+            assert (await target.chain()).chain.files == [str(image) for image in images]
         setup.check()
 
 
@@ -265,21 +265,21 @@ async def test_a_cancelled_task_puts_the_old_chain_back(
 async def test_a_job_that_was_left_is_followed_to_its_end(
     top: str, verdict: str, setup: Setup, images: list[Path], content: Content
 ) -> None:
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(StillRunning) as left:
-            await qmpmerge.commit(host, "vda", top=top, speed=1, patience=qmpmerge.Patience(detach=True))
+            await qmpmerge.commit(target, "vda", top=top, speed=1, patience=qmpmerge.Patience(detach=True))
         assert left.value.facts == {"target": setup.machine.target, "job": JOB, "option": ""}
     setup.write(0x66, 4 * MIB, 64 * 1024)
-    async with qmpmerge.live(setup.machine.target) as host:
-        (job,) = await host.jobs()
+    async with qmpmerge.live(setup.machine.target) as target:
+        (job,) = await target.jobs()
         assert (job.id, job.disk, job.ours, job.type) == (JOB, "vda", True, "commit")
         assert "follow" in job.verbs
         with pytest.raises(Busy):
-            await qmpmerge.commit(host, "vda", base="[2]", top=top)
+            await qmpmerge.commit(target, "vda", base="[2]", top=top)
         with pytest.raises(Busy):
-            await qmpmerge.snapshot(host, {"vda": f"{images[0].parent}/new.qcow2"})
-        await jobs.steer(host.monitor, JOB, "speed", 0)
-        outcome = await qmpmerge.follow(host, JOB)
+            await qmpmerge.snapshot(target, {"vda": f"{images[0].parent}/new.qcow2"})
+        await jobs.steer(target.monitor, JOB, "speed", 0)
+        outcome = await qmpmerge.follow(target, JOB)
     assert outcome.verdict == verdict
     assert outcome.before.files == [str(image) for image in images]
     setup.check()
@@ -296,8 +296,8 @@ async def test_a_cancellation_while_the_job_is_being_started_takes_it_back(top: 
         if direction == "->" and "block-commit" in text:
             asyncio.get_running_loop().call_soon(tasks[0].cancel)
 
-    async with qmpmerge.live(setup.machine.target, trace=cancel_at_the_start) as host:
-        tasks.append(asyncio.ensure_future(qmpmerge.commit(host, "vda", top=top, speed=1)))
+    async with qmpmerge.live(setup.machine.target, trace=cancel_at_the_start) as target:
+        tasks.append(asyncio.ensure_future(qmpmerge.commit(target, "vda", top=top, speed=1)))
         with pytest.raises(asyncio.CancelledError):
             await tasks[0]
     await faults.untouched(setup.machine)
@@ -315,14 +315,14 @@ async def test_a_strangers_job_is_followed_when_the_user_says_so(
             "block-commit", job_id="theirs", device="c", top_node=top, base_node="base", speed=1, auto_finalize=finalize,
             auto_dismiss=False, **options
         )  # fmt: skip
-        async with qmpmerge.live(setup.machine.target) as host:
+        async with qmpmerge.live(setup.machine.target) as target:
             with pytest.raises(Busy):
-                await qmpmerge.commit(host)
-            (job,) = await host.jobs()
+                await qmpmerge.commit(target)
+            (job,) = await target.jobs()
             assert (job.ours, job.disk) == (False, "disk0")
-            await jobs.steer(host.monitor, "theirs", "speed", 0)
+            await jobs.steer(target.monitor, "theirs", "speed", 0)
             try:
-                outcome = await qmpmerge.follow(host, "theirs")
+                outcome = await qmpmerge.follow(target, "theirs")
             except NotProven:  # it ended before we looked, and what it was to do is not known any more
                 setup.check()
                 return
@@ -333,31 +333,31 @@ async def test_a_strangers_job_is_followed_when_the_user_says_so(
 
 
 async def test_follow_needs_a_job(setup: Setup) -> None:
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(NoSuchJob):
-            await qmpmerge.follow(host, "nothing")
+            await qmpmerge.follow(target, "nothing")
 
 
 async def test_a_job_that_ended_unseen_is_read_and_dismissed(setup: Setup) -> None:
     with contextlib.suppress(StillRunning):
-        async with qmpmerge.live(setup.machine.target) as host:
-            await qmpmerge.commit(host, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
+        async with qmpmerge.live(setup.machine.target) as target:
+            await qmpmerge.commit(target, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
     setup.machine.session.execute("job-cancel", id=JOB)
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(JobFailed, match="canceled"):
-            await qmpmerge.follow(host, JOB)
-        assert not await host.jobs()
+            await qmpmerge.follow(target, JOB)
+        assert not await target.jobs()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_ready_then_pivot(kind: str, tmp_path: Path, images: list[Path], content: Content) -> None:
     with KINDS[kind](tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.commit(host, setup.disk, ending="ready")
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.commit(target, setup.disk, ending="ready")
             assert (outcome.verdict, outcome.after.files) == ("ready", [str(image) for image in images])
             setup.write(0x77, 5 * MIB, 64 * 1024)
             assert outcome.job is not None
-            outcome = await qmpmerge.follow(host, outcome.job, needs_ready=True)
+            outcome = await qmpmerge.follow(target, outcome.job, needs_ready=True)
             assert (outcome.verdict, str(outcome.after)) == ("pivoted", "base.raw")
         setup.check()
         setup.machine.stop()
@@ -367,8 +367,8 @@ async def test_ready_then_pivot(kind: str, tmp_path: Path, images: list[Path], c
 @pytest.mark.parametrize("kind", KINDS)
 async def test_the_overlay_can_be_kept(kind: str, tmp_path: Path, images: list[Path], content: Content) -> None:
     with KINDS[kind](tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.commit(host, setup.disk, ending="keep")
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.commit(target, setup.disk, ending="keep")
             assert (outcome.verdict, outcome.merged) == ("kept", ())
             assert outcome.after.files == [str(image) for image in images]
         before = Content(bytearray(content.data))
@@ -380,11 +380,11 @@ async def test_the_overlay_can_be_kept(kind: str, tmp_path: Path, images: list[P
 
 
 async def test_pivot_needs_a_ready_job(setup: Setup) -> None:
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with contextlib.suppress(StillRunning):
-            await qmpmerge.commit(host, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
+            await qmpmerge.commit(target, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
         with pytest.raises(JobVerb) as refused:
-            await qmpmerge.follow(host, JOB, needs_ready=True)
+            await qmpmerge.follow(target, JOB, needs_ready=True)
         assert "pivot" not in refused.value.verbs
 
 
@@ -393,8 +393,8 @@ async def test_pivot_needs_a_ready_job(setup: Setup) -> None:
 
 async def test_a_dry_run_changes_nothing(setup: Setup, tmp_path: Path, images: list[Path]) -> None:
     before = faults.digests(tmp_path)
-    async with qmpmerge.live(setup.machine.target) as host:
-        outcome = await qmpmerge.commit(host, "vda", top="[3]", dry_run=True)
+    async with qmpmerge.live(setup.machine.target) as target:
+        outcome = await qmpmerge.commit(target, "vda", top="[3]", dry_run=True)
     assert (outcome.verdict, str(outcome.after)) == ("planned", "base.raw <-- c.qcow2")
     assert [merged.file for merged in outcome.merged] == [str(image) for image in images[1:3]]
     await faults.untouched(setup.machine)
@@ -406,9 +406,9 @@ async def test_a_shorter_layer_is_refused(tmp_path: Path) -> None:
     """QEMU would show the base's stale data beyond the short layer's end."""
     short(tmp_path)
     with machine(tmp_path, "-drive", f"file={tmp_path}/top.qcow2,if=none,id=vda", *device("vda")) as vm:
-        async with qmpmerge.live(vm.target) as host:
+        async with qmpmerge.live(vm.target) as target:
             with pytest.raises(ShorterLayer) as refused:
-                await qmpmerge.commit(host, top="[2]")
+                await qmpmerge.commit(target, top="[2]")
         assert refused.value.facts["base_size"] == 8 * MIB
         vm.io("vda", f"read -P 0 {6 * MIB} 1M")
 
@@ -437,11 +437,11 @@ def short(folder: Path) -> None:
 async def test_a_snapshot_on_drive_is_refused(tmp_path: Path, images: list[Path]) -> None:
     before = faults.digests(tmp_path)
     with machine(tmp_path, "-drive", f"file={images[3]},if=none,id=vda,snapshot=on", *device("vda")) as vm:
-        async with qmpmerge.live(vm.target) as host:
+        async with qmpmerge.live(vm.target) as target:
             with pytest.raises(Temporary):
-                await qmpmerge.commit(host, "vda")
+                await qmpmerge.commit(target, "vda")
             with pytest.raises(Temporary):
-                await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/new.qcow2"})
+                await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/new.qcow2"})
     assert faults.digests(tmp_path) == before
 
 
@@ -450,28 +450,28 @@ async def test_read_only_base_nodes_are_refused_by_qemu(tmp_path: Path, images: 
         part.replace("auto-read-only=on", "read-only=on") if "base-file" in part else part for part in nodes(images)
     ]
     with machine(tmp_path, *explicit, *device("c")) as vm:
-        async with qmpmerge.live(vm.target) as host:
+        async with qmpmerge.live(vm.target) as target:
             with pytest.raises(NotWritable, match="read-only"):
-                await qmpmerge.commit(host)
+                await qmpmerge.commit(target)
         await faults.untouched(vm)
 
 
 async def test_addresses_that_lead_nowhere(setup: Setup) -> None:
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(NoSuchDisk, match="no disk nope"):
-            await qmpmerge.commit(host, "nope")
+            await qmpmerge.commit(target, "nope")
         with pytest.raises(NoSuchLayer) as refused:
-            await qmpmerge.commit(host, "vda", base="[9]")
+            await qmpmerge.commit(target, "vda", base="[9]")
         assert len(refused.value.known) == 4
         with pytest.raises(BaseIsTop):
-            await qmpmerge.commit(host, "vda", base="vda[4]")
+            await qmpmerge.commit(target, "vda", base="vda[4]")
     await faults.untouched(setup.machine)
 
 
 async def test_a_disk_without_a_chain_is_unchanged(tmp_path: Path, images: list[Path], content: Content) -> None:
     with drive(tmp_path, images[:1], content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            assert (await qmpmerge.commit(host)).verdict == "unchanged"
+        async with qmpmerge.live(setup.machine.target) as target:
+            assert (await qmpmerge.commit(target)).verdict == "unchanged"
 
 
 async def test_two_disks(tmp_path: Path) -> None:
@@ -482,14 +482,14 @@ async def test_two_disks(tmp_path: Path) -> None:
     for name, images in (("vda", first), ("vdb", second)):
         drives += ["-drive", f"file={images[-1]},if=none,id={name}", "-device", f"virtio-blk-pci,drive={name}"]
     with machine(tmp_path, *drives) as vm:
-        async with qmpmerge.live(vm.target) as host:
+        async with qmpmerge.live(vm.target) as target:
             with pytest.raises(DiskNeeded) as needed:
-                await qmpmerge.commit(host)
+                await qmpmerge.commit(target)
             assert needed.value.known == ["vda", "vdb"]
-            outcome = await qmpmerge.commit(host, "vdb")
+            outcome = await qmpmerge.commit(target, "vdb")
             assert outcome.after.files == [str(second[0])]
             # With one chain left there is one disk that can be meant.
-            assert (await qmpmerge.commit(host)).after.files == [str(first[0])]
+            assert (await qmpmerge.commit(target)).after.files == [str(first[0])]
 
 
 # --- what is left behind ------------------------------------------------------------------------------------------------
@@ -503,8 +503,8 @@ async def test_merged_files_are_let_go(
     """Explicit nodes stay open after a commit, the old active one even locked: we close them, and nothing else."""
     inodes = {image.name: (image.stat().st_dev, image.stat().st_ino) for image in images}
     with KINDS[kind](tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.commit(host, setup.disk, top=top)
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.commit(target, setup.disk, top=top)
             held = proc.open_files(setup.machine.process.pid)
         assert held is not None
         open_now = [name for name, inode in inodes.items() if inode in held]
@@ -515,20 +515,20 @@ async def test_merged_files_are_let_go(
 async def test_filters_above_the_disk_stay(tmp_path: Path, images: list[Path], content: Content) -> None:
     """With the default top-node QEMU drops them: the guest's throttling would be gone."""
     with filters(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            await qmpmerge.commit(host)
-            assert (await host.disk()).nodes == ("cor", "throttled", "base")
+        async with qmpmerge.live(setup.machine.target) as target:
+            await qmpmerge.commit(target)
+            assert (await target.disk()).nodes == ("cor", "throttled", "base")
 
 
 async def test_progress_tells_what_it_counts(setup: Setup, content: Content) -> None:
     seen: list[Progress] = []
-    async with qmpmerge.live(setup.machine.target) as host:
-        outcome = await qmpmerge.commit(host, top="[3]", report=seen.append)
+    async with qmpmerge.live(setup.machine.target) as target:
+        outcome = await qmpmerge.commit(target, top="[3]", report=seen.append)
         assert {told.counts for told in seen} == {"scanned"}
         assert seen[-1].done == seen[-1].total == len(content.data)
         remove(outcome)
         seen.clear()
-        outcome = await qmpmerge.commit(host, report=seen.append)
+        outcome = await qmpmerge.commit(target, report=seen.append)
         assert {told.counts for told in seen} == {"copied"}
         assert outcome.copied == seen[-1].done > 0
         assert outcome.copied < len(content.data)
@@ -542,9 +542,9 @@ async def test_a_stopped_follower_does_not_stop_the_next(setup: Setup, content: 
     assert b'"progress"' in tool.stderr.readline()
     tool.kill()
     tool.communicate()
-    async with qmpmerge.live(setup.machine.target) as host:
-        await jobs.steer(host.monitor, JOB, "speed", 0)
-        assert (await qmpmerge.follow(host, JOB)).verdict == "merged"
+    async with qmpmerge.live(setup.machine.target) as target:
+        await jobs.steer(target.monitor, JOB, "speed", 0)
+        assert (await qmpmerge.follow(target, JOB)).verdict == "merged"
     setup.check()
     setup.machine.stop()
     content.check(images[3])

@@ -18,7 +18,8 @@ import qmpmerge
 from qmpmerge.chain import plan
 from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.state import State
-from qmpmerge.engine import blockjob
+from qmpmerge.engine import blockjob, resume
+from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import (
     CannotRecover,
     Locked,
@@ -34,9 +35,7 @@ from qmpmerge.journal import locks, merged_files, stash, store
 from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
 from qmpmerge.qemu import jobs
-from qmpmerge.recovery import settle
-from qmpmerge.recovery.put_right import Recovery
-from qmpmerge.targets import target
+from qmpmerge.targets.target import unfinished
 
 BASE, C = "base.raw", "c.qcow2"
 STASHED = [f"{name}.qcow2.merged" for name in "abc"]
@@ -315,7 +314,7 @@ async def test_two_that_were_written_to_are_shown_and_not_chosen_from(use: Any, 
     ]
     assert names(left.folder) == before
     with pytest.raises(Unfinished, match="written to since"):
-        await settle.resume(str(left.images[3]))
+        await resume.settle_image(str(left.images[3]))
     (chosen,) = await qmpmerge.recover(left.images[3], use=use)
     assert Path(chosen.right or "").name == (BASE if use == "base" else C)
     left.content.check(chosen.right or "")
@@ -390,13 +389,13 @@ async def test_a_stashed_image_is_no_misspelt_vm(left: Left) -> None:
 
 async def test_the_next_merge_puts_it_right_first(left: Left) -> None:
     header_new(left)
-    async with qmpmerge.offline(left.images[3]) as host:
-        assert [odd.name for odd in (await host.chain()).oddities] == ["unfinished"]
-        assert [odd.name for odd in target.unfinished(await host.disk())] == ["unfinished"]
-        outcome = await qmpmerge.commit(host, top=str(left.images[2]))
+    async with qmpmerge.offline(left.images[3]) as target:
+        assert [odd.name for odd in (await target.chain()).oddities] == ["unfinished"]
+        assert [odd.name for odd in unfinished(await target.disk())] == ["unfinished"]
+        outcome = await qmpmerge.commit(target, top=str(left.images[2]))
         assert (outcome.verdict, outcome.after.files) == ("merged", [str(left.images[0]), str(left.images[3])])
         assert names(left.folder) == [*STASHED[:2], BASE, C]
-        assert (await qmpmerge.commit(host)).verdict == "pivoted"
+        assert (await qmpmerge.commit(target)).verdict == "pivoted"
     left.content.check(left.images[0])
 
 
@@ -415,17 +414,17 @@ async def test_a_live_merge_that_was_left_is_read_from_the_graph(kind: str, top:
             def die(*_arguments: object) -> None:
                 raise Death
 
-            patch.setattr(qmpmerge.Host, "close", die)
+            patch.setattr(qmpmerge.Target, "close", die)
             with pytest.raises(Death):
                 await live(setup, top=top)
         (told,) = store.believed(store.in_folder(str(tmp_path)))
         assert told.state is (State.SWITCHING if top == "[3]" else State.SWITCHED)
         store.mark(replace(told, state=State.SWITCHING))
         setup.write(0x44, 3 * MIB, 4096)
-        async with setup.host() as host:
+        async with setup.target() as target:
             disk = None if (kind, top) == ("storage-daemon", "[4]") else setup.disk
-            outcome = await qmpmerge.commit(host, disk, top=None if top == "[4]" else str(images[2]))
-            left = {node.info.get("drv") for node in (await host.layout()).nodes.values()}
+            outcome = await qmpmerge.commit(target, disk, top=None if top == "[4]" else str(images[2]))
+            left = {node.info.get("drv") for node in (await target.layout()).nodes.values()}
         assert outcome.verdict == ("merged" if top == "[3]" else "pivoted")
         assert names(tmp_path) == [*STASHED[:2], BASE, *([C] if top == "[3]" else STASHED[2:])]
         assert top == "[3]" or "qcow2" not in left
@@ -436,10 +435,10 @@ async def test_a_job_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
     images, content = make_chain(tmp_path), Content()
     fill(images, content)
     with drive(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
+        async with qmpmerge.live(setup.machine.target) as target:
             with contextlib.suppress(StillRunning):
-                await qmpmerge.commit(host, "vda", speed=1, timeout=0.2)
-            assert (await host.chain()).oddities == ()
+                await qmpmerge.commit(target, "vda", speed=1, timeout=0.2)
+            assert (await target.chain()).oddities == ()
         (found,) = await qmpmerge.recover(tmp_path)
         assert found.verdict == "running" and "follow" in found.hints[0]
         setup.machine.kill()
@@ -481,8 +480,8 @@ async def test_a_job_is_followed_though_the_name_is_away(tmp_path: Path, monkeyp
                 await live(setup)
         assert not images[3].exists()
         setup.write(0x45, 3 * MIB, 4096)
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.follow(host, "qmpmerge-commit-vda")
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.follow(target, "qmpmerge-commit-vda")
         assert (outcome.verdict, names(tmp_path)) == ("pivoted", [*STASHED[:2], BASE, STASHED[2]])
         setup.check()
     assert not store.in_folder(str(tmp_path))
@@ -500,10 +499,10 @@ async def test_a_cancelled_job_leaves_nothing_odd(tmp_path: Path) -> None:
     images, content = make_chain(tmp_path), Content()
     fill(images, content)
     with drive(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
+        async with qmpmerge.live(setup.machine.target) as target:
             with contextlib.suppress(StillRunning):
-                await qmpmerge.commit(host, "vda", speed=1, timeout=0.2)
-            await jobs.steer(host.monitor, "qmpmerge-commit-vda", "cancel")
-            assert (await host.chain()).oddities == ()
-            assert (await qmpmerge.commit(host, "vda")).verdict == "pivoted"
+                await qmpmerge.commit(target, "vda", speed=1, timeout=0.2)
+            await jobs.steer(target.monitor, "qmpmerge-commit-vda", "cancel")
+            assert (await target.chain()).oddities == ()
+            assert (await qmpmerge.commit(target, "vda")).verdict == "pivoted"
     assert not store.in_folder(str(tmp_path))

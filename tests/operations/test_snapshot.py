@@ -21,7 +21,7 @@ from qmpmerge.errors import (
     SessionLost,
 )
 from qmpmerge.operations import snapshot
-from qmpmerge.targets.target import Host
+from qmpmerge.targets.target import Target
 
 
 @pytest.fixture
@@ -51,30 +51,30 @@ def two(tmp_path: Path, base: Path) -> Iterator[Machine]:
 
 async def unchanged(vm: Machine, *left: Path) -> None:
     """No overlay, no node, no file but those that were there."""
-    async with qmpmerge.live(vm.target) as host:
-        layout = await host.layout()
+    async with qmpmerge.live(vm.target) as target:
+        layout = await target.layout()
     assert all(disk.chain is not None and len(disk.chain) == 1 for disk in layout.disks)
     assert not [name for name in layout.nodes if name.startswith("qmpmerge")]
     assert sorted(vm.folder.glob("*.qcow2")) == sorted(left)
 
 
 async def test_several_disks_at_once(two: Machine, tmp_path: Path) -> None:
-    async with qmpmerge.live(two.target) as host:
-        made = await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/b.qcow2"})
+    async with qmpmerge.live(two.target) as target:
+        made = await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/b.qcow2"})
         assert [(overlay.disk, overlay.file) for overlay in made] == [
             ("vda", f"{tmp_path}/a.qcow2"),
             ("vdb", f"{tmp_path}/b.qcow2"),
         ]
-        assert str((await host.chain("vda")).chain) == "base.raw <-- a.qcow2"
-        assert str((await host.chain("vdb")).chain) == "other.raw <-- b.qcow2"
+        assert str((await target.chain("vda")).chain) == "base.raw <-- a.qcow2"
+        assert str((await target.chain("vdb")).chain) == "other.raw <-- b.qcow2"
 
 
 async def test_a_file_that_exists_is_never_overwritten(two: Machine, tmp_path: Path) -> None:
     taken = tmp_path / "taken.qcow2"
     taken.write_text("precious")
-    async with qmpmerge.live(two.target) as host:
+    async with qmpmerge.live(two.target) as target:
         with pytest.raises(FileExists):
-            await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2", "vdb": str(taken)})
+            await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2", "vdb": str(taken)})
     assert taken.read_text() == "precious"
     await unchanged(two, taken)
 
@@ -84,9 +84,9 @@ async def test_nor_is_a_symlink_followed(setup: Setup, tmp_path: Path, leads_to:
     (tmp_path / "precious").write_text("precious")
     link = tmp_path / "link.qcow2"
     link.symlink_to(tmp_path / leads_to)
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(FileExists):
-            await qmpmerge.snapshot(host, {"vda": str(link)})
+            await qmpmerge.snapshot(target, {"vda": str(link)})
     assert (tmp_path / "precious").read_text() == "precious"
     assert not (tmp_path / "nowhere").exists()
 
@@ -97,16 +97,16 @@ async def test_a_failing_transaction_leaves_nothing(
     """The second disk is in use by a mirror that QEMU was told to make meanwhile."""
     real = snapshot._transaction
 
-    async def meanwhile(host: Host, orders: list[snapshot._Order]) -> None:
+    async def meanwhile(target: Target, orders: list[snapshot._Order]) -> None:
         root = orders[1].disk.root
         two.session.execute("blockdev-add", driver="null-co", node_name="sink", size=SIZE)
         two.session.execute("blockdev-mirror", job_id="j", device=root, target="sink", sync="full")
-        await real(host, orders)
+        await real(target, orders)
 
     monkeypatch.setattr(snapshot, "_transaction", meanwhile)
-    async with qmpmerge.live(two.target) as host:
+    async with qmpmerge.live(two.target) as target:
         with pytest.raises(QemuRefused, match="busy"):
-            await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/b.qcow2"})
+            await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/b.qcow2"})
     two.session.execute("block-job-cancel", device="j", force=True)
     await unchanged(two)
 
@@ -117,10 +117,10 @@ async def test_an_overlay_that_qemu_cannot_open_leaves_nothing(
     async def not_an_image(path: str, **options: object) -> None:
         Path(path).write_text("not an image")
 
-    async with qmpmerge.live(two.target) as host:
+    async with qmpmerge.live(two.target) as target:
         monkeypatch.setattr("qmpmerge.images.qemuimg.create_overlay", not_an_image)
         with pytest.raises(QemuRefused, match="blockdev-add"):
-            await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/b.qcow2"})
+            await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/b.qcow2"})
     await unchanged(two)
 
 
@@ -129,33 +129,35 @@ async def test_nothing_is_removed_when_the_outcome_is_unknown(
 ) -> None:
     """The session ends after QEMU got the command: the guest may write to the overlay by now."""
 
-    async def lost(host: Host, orders: list[snapshot._Order]) -> None:
-        raise SessionLost(target=host.target, command="transaction", reason="as if")
+    async def lost(target: Target, orders: list[snapshot._Order]) -> None:
+        raise SessionLost(target=target.name, command="transaction", reason="as if")
 
     monkeypatch.setattr(snapshot, "_transaction", lost)
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(SessionLost):
-            await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2"})
+            await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2"})
     assert (tmp_path / "a.qcow2").exists()
 
 
 async def test_one_overlay_a_disk_and_one_disk_an_overlay(two: Machine, tmp_path: Path) -> None:
-    async with qmpmerge.live(two.target) as host:
+    async with qmpmerge.live(two.target) as target:
         with pytest.raises(FileExists):
             await qmpmerge.snapshot(
-                host, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/../{tmp_path.name}/a.qcow2"}
+                target, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/../{tmp_path.name}/a.qcow2"}
             )
         with pytest.raises(OptionsConflict):
-            await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2", f"{tmp_path}/base.raw": f"{tmp_path}/b.qcow2"})
+            await qmpmerge.snapshot(
+                target, {"vda": f"{tmp_path}/a.qcow2", f"{tmp_path}/base.raw": f"{tmp_path}/b.qcow2"}
+            )
         with pytest.raises(NoSuchDisk):
-            await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2", "vdz": f"{tmp_path}/b.qcow2"})
+            await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2", "vdz": f"{tmp_path}/b.qcow2"})
     await unchanged(two)
 
 
 async def test_no_folder(setup: Setup, tmp_path: Path) -> None:
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(CannotCreate, match="No such file"):
-            await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/none/a.qcow2"})
+            await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/none/a.qcow2"})
     await unchanged(setup.machine)
 
 
@@ -165,9 +167,9 @@ async def test_no_folder(setup: Setup, tmp_path: Path) -> None:
 )
 async def test_backing_names(setup: Setup, tmp_path: Path, folder: str, relative: bool, written: str) -> None:
     (tmp_path / "sub").mkdir()
-    async with qmpmerge.live(setup.machine.target) as host:
-        await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/{folder}/a.qcow2"}, relative=relative)
-        view = await host.chain("vda")
+    async with qmpmerge.live(setup.machine.target) as target:
+        await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/{folder}/a.qcow2"}, relative=relative)
+        view = await target.chain("vda")
     assert (view.chain.active.backing, view.chain.active.backing_format) == (written.format(tmp_path), "raw")
     assert not view.oddities
     run("qemu-img", "info", "-U", "--backing-chain", tmp_path / folder / "a.qcow2")
@@ -178,8 +180,8 @@ async def test_a_relative_file_is_relative_to_the_tool(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    async with qmpmerge.live(setup.machine.target) as host:
-        (overlay,) = await qmpmerge.snapshot(host, {"vda": "a.qcow2"})
+    async with qmpmerge.live(setup.machine.target) as target:
+        (overlay,) = await qmpmerge.snapshot(target, {"vda": "a.qcow2"})
     assert overlay.file == f"{tmp_path}/here/a.qcow2"
 
 
@@ -187,19 +189,19 @@ async def test_a_relative_file_is_relative_to_the_tool(
     "name", ["sp ace,comma.qcow2", "a:b.qcow2", "-dash.qcow2", "new\nline.qcow2", "quote'\"%.qcow2"]
 )
 async def test_odd_names(setup: Setup, tmp_path: Path, name: str) -> None:
-    async with qmpmerge.live(setup.machine.target) as host:
-        await qmpmerge.snapshot(host, {"vda": str(tmp_path / name)})
+    async with qmpmerge.live(setup.machine.target) as target:
+        await qmpmerge.snapshot(target, {"vda": str(tmp_path / name)})
         setup.write(0x31, MIB, MIB)
-        await qmpmerge.snapshot(host, {"vda": str(tmp_path / f"2{name}")})
-        view = await host.chain("vda")
+        await qmpmerge.snapshot(target, {"vda": str(tmp_path / f"2{name}")})
+        view = await target.chain("vda")
         assert (view.chain.files, view.oddities) == (
             [str(tmp_path / part) for part in ("base.raw", name, f"2{name}")],
             (),
         )
-        outcome = await qmpmerge.commit(host, "vda", top="[2]")
+        outcome = await qmpmerge.commit(target, "vda", top="[2]")
         assert outcome.verdict == "merged"
         remove(outcome)
-        assert (await qmpmerge.commit(host, "vda")).verdict == "pivoted"
+        assert (await qmpmerge.commit(target, "vda")).verdict == "pivoted"
     setup.check()
 
 
@@ -210,9 +212,9 @@ async def test_the_overlay_has_owner_mode_size_and_cache_of_the_image_below(tmp_
     disk = ["-drive", f"file={base},format=raw,if=none,id=vda,cache=none,detect-zeroes=on", *device("vda")]
     with machine(tmp_path, *disk) as vm:
         vm.session.execute("block_resize", device="vda", size=SIZE + MIB)
-        async with qmpmerge.live(vm.target) as host:
-            (overlay,) = await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2"})
-            told = (await host.layout()).nodes[overlay.node].info
+        async with qmpmerge.live(vm.target) as target:
+            (overlay,) = await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2"})
+            told = (await target.layout()).nodes[overlay.node].info
     made = os.stat(overlay.file)
     assert stat.S_IMODE(made.st_mode) == 0o640
     assert made.st_uid == base.stat().st_uid
@@ -221,9 +223,9 @@ async def test_the_overlay_has_owner_mode_size_and_cache_of_the_image_below(tmp_
 
 
 async def test_an_agent_that_is_not_there_means_no_snapshot(setup: Setup, tmp_path: Path) -> None:
-    async with qmpmerge.live(setup.machine.target) as host:
+    async with qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(AgentFailed):
-            await qmpmerge.snapshot(host, {"vda": f"{tmp_path}/a.qcow2"}, agent=f"{tmp_path}/no-agent")
+            await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2"}, agent=f"{tmp_path}/no-agent")
     await unchanged(setup.machine)
 
 

@@ -55,37 +55,31 @@ def active(vm: Machine) -> None:
     vm.session.execute("block-commit", job_id=ID, device="vda", auto_dismiss=False)
 
 
-def until(vm: Machine, status: str) -> None:
-    """Wait for the state; drains by others may take a job through standby and back."""
-    while (now := vm.session.execute("query-jobs")[0]["status"]) != status:
-        assert now not in ("concluded", "null"), f"{now} instead of {status}"
-
-
 def running(vm: Machine) -> None:
     intermediate(vm, speed=SLOW)
-    until(vm, "running")
+    vm.wait_for_job("running")
 
 
 def paused(vm: Machine) -> None:
     running(vm)
     vm.session.execute("job-pause", id=ID)
-    until(vm, "paused")
+    vm.wait_for_job("paused")
 
 
 def ready(vm: Machine) -> None:
     active(vm)
-    until(vm, "ready")
+    vm.wait_for_job("ready")
 
 
 def standby(vm: Machine) -> None:
     ready(vm)
     vm.session.execute("job-pause", id=ID)
-    until(vm, "standby")
+    vm.wait_for_job("standby")
 
 
 def pending(vm: Machine) -> None:
     intermediate(vm)
-    until(vm, "pending")
+    vm.wait_for_job("pending")
 
 
 def concluded(vm: Machine) -> None:
@@ -120,8 +114,8 @@ LEGAL = {
 
 
 async def steer(vm: Machine, verb: str) -> Outcome | Job | None:
-    async with qmpmerge.live(vm.target) as host:
-        return await qmpmerge.steer(host, ID, verb, speed=SLOW * 2)
+    async with qmpmerge.live(vm.target) as target:
+        return await qmpmerge.steer(target, ID, verb, speed=SLOW * 2)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -156,7 +150,7 @@ async def test_a_job_is_steered(vm: Machine, state: str, verb: str, then: str) -
     STATES[state](vm)
     job = await steer(vm, verb)
     assert isinstance(job, Job)
-    until(vm, then)
+    vm.wait_for_job(then)
     if verb == "speed":
         assert job.speed == SLOW * 2
 
@@ -166,8 +160,8 @@ async def test_a_job_can_be_cancelled_in_every_state(vm: Machine, state: str) ->
     STATES[state](vm)
     assert await steer(vm, "cancel") is None
     assert vm.session.execute("query-jobs") == []
-    async with qmpmerge.live(vm.target) as host:
-        assert str((await host.chain()).chain) == "base.raw <-- a.qcow2 <-- b.qcow2"
+    async with qmpmerge.live(vm.target) as target:
+        assert str((await target.chain()).chain) == "base.raw <-- a.qcow2 <-- b.qcow2"
 
 
 @pytest.mark.parametrize("verb", ["finalize", "follow"])
@@ -175,8 +169,8 @@ async def test_a_pending_merge_is_flushed_and_compared_before_it_is_finalized(vm
     """A plain `job-finalize` would rewrite the header before base is durable."""
     pending(vm)
     said: list[str] = []
-    async with qmpmerge.live(vm.target, trace=lambda direction, text: said.append(text)) as host:
-        outcome = await qmpmerge.steer(host, ID, verb)
+    async with qmpmerge.live(vm.target, trace=lambda direction, text: said.append(text)) as target:
+        outcome = await qmpmerge.steer(target, ID, verb)
     assert isinstance(outcome, Outcome)
     assert (outcome.verdict, outcome.verified) == ("merged", True)
     commands = [json.loads(text)["execute"] for text in said if text.startswith('{"execute"')]
@@ -221,12 +215,12 @@ async def test_a_job_that_waits_for_another_can_be_cancelled_and_nothing_else(vm
     status = ""
     while status != "waiting":
         status = next(job["status"] for job in vm.session.execute("query-jobs") if job["id"] == "quick")
-    async with qmpmerge.live(vm.target) as host:
+    async with qmpmerge.live(vm.target) as target:
         for verb in set(VERBS) - {"cancel"}:
             with pytest.raises(JobVerb) as refused:
-                await qmpmerge.steer(host, "quick", verb)
+                await qmpmerge.steer(target, "quick", verb)
             assert refused.value.verbs == ["cancel"]
-        assert await qmpmerge.steer(host, "quick", "cancel") is None
+        assert await qmpmerge.steer(target, "quick", "cancel") is None
 
 
 def test_the_states_that_cannot_be_held_come_and_go(vm: Machine) -> None:
@@ -242,14 +236,14 @@ def test_the_states_that_cannot_be_held_come_and_go(vm: Machine) -> None:
 async def test_no_command_that_this_qemu_calls_deprecated_is_sent(tmp_path: Path, vm: Machine) -> None:
     """By its schema, and not by its version: with every verb, and a whole merge of each kind."""
     said: list[str] = []
-    async with qmpmerge.live(vm.target, trace=lambda direction, text: said.append(text)) as host:
-        await qmpmerge.commit(host, top="[2]", ending="pivot")
-        await qmpmerge.commit(host, ending="ready")
+    async with qmpmerge.live(vm.target, trace=lambda direction, text: said.append(text)) as target:
+        await qmpmerge.commit(target, top="[2]", ending="pivot")
+        await qmpmerge.commit(target, ending="ready")
         for verb in ("pause", "resume", "speed", "keep"):
-            await qmpmerge.steer(host, ID, verb, speed=SLOW)
+            await qmpmerge.steer(target, ID, verb, speed=SLOW)
             if verb != "keep":
-                until(vm, "standby" if verb == "pause" else "ready")
-        await qmpmerge.commit(host)
+                vm.wait_for_job("standby" if verb == "pause" else "ready")
+        await qmpmerge.commit(target)
     sent = {json.loads(text)["execute"] for text in said if text.startswith('{"execute"')}
     schema: Any = vm.session.execute("query-qmp-schema")
     known = {entry["name"]: entry for entry in schema if entry["meta-type"] == "command"}
@@ -260,16 +254,16 @@ async def test_no_command_that_this_qemu_calls_deprecated_is_sent(tmp_path: Path
 @pytest.mark.parametrize("speed", [1, 2**40, 2**63 - 1])
 async def test_any_speed_that_qemu_takes_can_be_set(vm: Machine, speed: int) -> None:
     running(vm)
-    async with qmpmerge.live(vm.target) as host:
-        job = await qmpmerge.steer(host, ID, "speed", speed=speed)
+    async with qmpmerge.live(vm.target) as target:
+        job = await qmpmerge.steer(target, ID, "speed", speed=speed)
         assert job is None or (isinstance(job, Job) and job.speed == speed)
 
 
 async def test_a_speed_that_qemu_does_not_take_is_refused_and_the_old_one_stays(vm: Machine) -> None:
     running(vm)
-    async with qmpmerge.live(vm.target) as host:
+    async with qmpmerge.live(vm.target) as target:
         for speed in (-1, 2**63, 2**70):
             with pytest.raises(QemuRefused, match="speed"):
-                await qmpmerge.steer(host, ID, "speed", speed=speed)
-            (job,) = await host.jobs()
+                await qmpmerge.steer(target, ID, "speed", speed=speed)
+            (job,) = await target.jobs()
             assert (job.speed, job.status) == (SLOW, "running")

@@ -808,10 +808,10 @@ def name(tmp_path: Path) -> str:
 
 async def test_a_running_qemu_is_found_by_its_name_and_by_its_pid(tmp_path: Path, name: str) -> None:
     with machine(tmp_path, "-name", name) as vm:
-        for target in (name, f"pid:{vm.process.pid}"):
-            assert live.find(target) == (vm.target, vm.process.pid)
-            async with live.live(target) as host:
-                assert host.pid == vm.process.pid and host.target == target
+        for word in (name, f"pid:{vm.process.pid}"):
+            assert live.find(word) == (vm.target, vm.process.pid)
+            async with live.live(word) as target:
+                assert target.pid == vm.process.pid and target.name == word
 
 
 def test_a_path_that_exists_is_never_taken_for_a_name(

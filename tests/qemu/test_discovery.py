@@ -75,13 +75,13 @@ def virtio(root: str, name: str = "disk0") -> list[str]:
 
 
 async def ask(machine: Machine, disk: str | None = None) -> ChainView:
-    async with qmpmerge.live(machine.target) as host:
-        return await host.chain(disk)
+    async with qmpmerge.live(machine.target) as target:
+        return await target.chain(disk)
 
 
 async def ask_all(machine: Machine) -> Layout:
-    async with qmpmerge.live(machine.target) as host:
-        return await host.layout()
+    async with qmpmerge.live(machine.target) as target:
+        return await target.layout()
 
 
 Told = tuple[str, str, str | None, str | None]
@@ -627,9 +627,9 @@ async def concluded(folder: Path) -> tuple[ChainView, list[Job]]:
             "block-commit", job_id="quick", device="c", top_node="b", base_node="base",
             backing_file="base.raw", auto_dismiss=False,
         )  # fmt: skip
-        until(machine, "concluded")
-        async with qmpmerge.live(machine.target) as host:
-            return await host.chain("disk0"), await host.jobs()
+        machine.wait_for_job("concluded")
+        async with qmpmerge.live(machine.target) as target:
+            return await target.chain("disk0"), await target.jobs()
 
 
 async def test_a_concluded_commit_holds_its_disk_until_it_is_dismissed(tmp_path: Path) -> None:
@@ -647,24 +647,19 @@ async def test_a_concluded_commit_is_on_the_disk_that_it_was_started_on(tmp_path
     assert [job.disk for job in jobs] == ["disk0"]
 
 
-def until(machine: Machine, status: str) -> None:
-    while [job["status"] for job in machine.session.execute("query-jobs")] != [status]:
-        pass
-
-
 async def test_a_concluded_stream_makes_discovery_refuse(tmp_path: Path) -> None:
     """On QEMU 7.2 to 10.0 the question for the nodes would kill the guest: it must not even be asked."""
     make_chain(tmp_path)
     with machines.machine(tmp_path, *nodes(), *virtio("c")) as machine:
         machine.session.execute("block-stream", job_id="stream", device="c", auto_dismiss=False)
-        until(machine, "concluded")
+        machine.wait_for_job("concluded")
         asked: list[str] = []
-        async with qmpmerge.live(machine.target, trace=sent(asked)) as host:
-            for question in (host.disks, host.chain, host.layout, host.disk):
+        async with qmpmerge.live(machine.target, trace=sent(asked)) as target:
+            for question in (target.disks, target.chain, target.layout, target.disk):
                 with pytest.raises(StreamConcluded) as refused:
                     await question()
                 assert refused.value.job == "stream"
-            assert [(job.id, job.status) for job in await host.jobs()] == [("stream", "concluded")]
+            assert [(job.id, job.status) for job in await target.jobs()] == [("stream", "concluded")]
         assert set(asked) <= {"query-jobs", "query-block-jobs"}
         assert machine.session.execute("query-status")["status"] == "prelaunch"
         machine.session.execute("job-dismiss", id="stream")
@@ -767,8 +762,8 @@ async def test_200_layers_take_four_questions(tmp_path: Path, start: Callable[[l
     files = make_layers(tmp_path, 200)
     asked: list[str] = []
     with machines.machine(tmp_path, *start(files)) as machine:
-        async with qmpmerge.live(machine.target, trace=sent(asked)) as host:
-            view = await host.chain()
+        async with qmpmerge.live(machine.target, trace=sent(asked)) as target:
+            view = await target.chain()
     assert view.chain.files == [str(file) for file in files]
     assert [image.backing for image in view.chain] == [None, *(str(file) for file in files[:-1])]
     assert [image.inode for image in view.chain] == [identity(file) for file in files]
@@ -787,8 +782,8 @@ async def test_500_layers(tmp_path: Path) -> None:
     files = make_layers(tmp_path, 500)
     asked: list[str] = []
     with machines.machine(tmp_path, *drive(files[-1])) as machine:
-        async with qmpmerge.live(machine.target, trace=sent(asked)) as host:
-            view = await host.chain("vda")
+        async with qmpmerge.live(machine.target, trace=sent(asked)) as target:
+            view = await target.chain("vda")
     assert len(files) > DEEP
     assert (view.disk.name, view.disk.drive, view.disk.root) == ("vda", "vda", view.chain.active.node)
     assert view.chain.files == [str(file) for file in files]

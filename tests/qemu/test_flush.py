@@ -42,9 +42,9 @@ def pending(tmp_path: Path, images: list[Path], request: pytest.FixtureRequest) 
 
 
 async def flushed(daemon: Machine) -> bool:
-    async with qmpmerge.live(daemon.target) as host:
-        base = (await host.chain("b")).chain.base
-        return await flush.flush(host.monitor, base, opened=OPTIONS)
+    async with qmpmerge.live(daemon.target) as target:
+        base = (await target.chain("b")).chain.base
+        return await flush.flush(target.monitor, base, opened=OPTIONS)
 
 
 @pytest.mark.parametrize("pending", [""], indirect=True)
@@ -67,8 +67,8 @@ async def test_on_a_running_vm_base_and_top_are_compared(top: str, tmp_path: Pat
     fill(images, content)
     run("qemu-io", "-c", content.put(0x77, SIZE + MIB, MIB), images[-1])
     with drive(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            outcome = await qmpmerge.commit(host, top=top, verify=False)
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.commit(target, top=top, verify=False)
         assert outcome.verified == (top == "[2]")
         assert outcome.after.base.virtual_size == 2 * SIZE
         setup.check()
@@ -90,8 +90,10 @@ async def test_merges_of_one_qemu_take_turns_at_its_nbd_server(tmp_path: Path) -
         arguments += ["-drive", f"file={images[-1]},if=none,id={name}", "-device", f"virtio-blk-pci,drive={name}"]
     heard: list[str] = []
     with machine(tmp_path, *arguments) as vm:
-        async with qmpmerge.live(vm.target, trace=lambda direction, text: heard.append(f"{direction} {text}")) as host:
-            merges = [qmpmerge.commit(host, images[0].parent.name, top="[3]") for images in chains]
+        async with qmpmerge.live(
+            vm.target, trace=lambda direction, text: heard.append(f"{direction} {text}")
+        ) as target:
+            merges = [qmpmerge.commit(target, images[0].parent.name, top="[3]") for images in chains]
             outcomes = await asyncio.gather(*merges)
         vm.stop()
     assert [outcome.verdict for outcome in outcomes] == ["merged"] * len(chains)

@@ -17,7 +17,7 @@ import qmpmerge
 from qmpmerge.qemu import mutex
 
 async def main():
-    async with qmpmerge.live(sys.argv[1]) as host, mutex.taken("work", host.monitor):
+    async with qmpmerge.live(sys.argv[1]) as target, mutex.taken("work", target.monitor):
         print("taken", flush=True)
         await asyncio.sleep(60)
 
@@ -37,8 +37,10 @@ async def test_pivots_of_two_disks_pause_the_guest_one_after_the_other(tmp_path:
     heard: list[str] = []
     with machine(tmp_path, *arguments) as vm:
         vm.session.execute("cont")
-        async with qmpmerge.live(vm.target, trace=lambda direction, text: heard.append(f"{direction} {text}")) as host:
-            outcomes = await asyncio.gather(*(qmpmerge.commit(host, name) for name in ("one", "two")))
+        async with qmpmerge.live(
+            vm.target, trace=lambda direction, text: heard.append(f"{direction} {text}")
+        ) as target:
+            outcomes = await asyncio.gather(*(qmpmerge.commit(target, name) for name in ("one", "two")))
         assert vm.session.execute("query-status")["running"]
         vm.stop()
     said = [word for line in heard for word in ("stop", "cont") if line == f'-> {{"execute": "{word}"}}']
@@ -56,11 +58,11 @@ async def test_a_turn_is_waited_for_and_freed_with_its_holder(tmp_path: Path) ->
         arguments = (sys.executable, "-c", HOLDER, other)
         holder = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
         assert holder.stdout is not None and await holder.stdout.readline() == b"taken\n"
-        async with qmpmerge.live(vm.target) as host:
+        async with qmpmerge.live(vm.target) as target:
             with pytest.raises(TimeoutError):
-                await taken(host.monitor, 0.1)
+                await taken(target.monitor, 0.1)
             holder.kill()
-            await taken(host.monitor, 30)
+            await taken(target.monitor, 30)
         await holder.wait()
 
 

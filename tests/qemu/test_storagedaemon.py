@@ -59,9 +59,9 @@ async def test_a_qemu_without_a_machine_does_the_same(
     top: str, images: list[Path], content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", programs(tmp_path / "bin", SYSTEM, "qemu-img"))
-    async with qmpmerge.offline(images[3]) as host:
-        assert program_of(host.pid) == SYSTEM
-        outcome = await qmpmerge.commit(host, top=top, verify=True)
+    async with qmpmerge.offline(images[3]) as target:
+        assert program_of(target.pid) == SYSTEM
+        outcome = await qmpmerge.commit(target, top=top, verify=True)
     assert outcome.verified
     monkeypatch.undo()
     content.check(outcome.after.active.file)
@@ -120,15 +120,15 @@ def test_nobody_else_can_reach_it(images: list[Path], content: Content) -> None:
 
 async def test_it_ends_with_the_block_an_exception_and_a_cancellation(images: list[Path]) -> None:
     async def held(begun: "asyncio.Future[int]") -> None:
-        async with qmpmerge.offline(images[3]) as host:
-            begun.set_result(host.pid or 0)
+        async with qmpmerge.offline(images[3]) as target:
+            begun.set_result(target.pid or 0)
             await asyncio.Event().wait()
 
-    async with qmpmerge.offline(images[3]) as host:
-        first = host.pid or 0
+    async with qmpmerge.offline(images[3]) as target:
+        first = target.pid or 0
     with pytest.raises(ZeroDivisionError):
-        async with qmpmerge.offline(images[3]) as host:
-            second = host.pid or 0
+        async with qmpmerge.offline(images[3]) as target:
+            second = target.pid or 0
             raise ZeroDivisionError
     begun = asyncio.get_running_loop().create_future()
     task = asyncio.ensure_future(held(begun))
@@ -143,16 +143,16 @@ async def test_it_ends_with_the_block_an_exception_and_a_cancellation(images: li
 @pytest.mark.parametrize("top", ["[3]", "[4]"])
 async def test_a_cancelled_merge_puts_the_old_chain_back(top: str, images: list[Path], content: Content) -> None:
     begun = asyncio.Event()
-    async with qmpmerge.offline(images[3]) as host:
-        work = qmpmerge.commit(host, top=top, speed=1, report=lambda told: begun.set())
+    async with qmpmerge.offline(images[3]) as target:
+        work = qmpmerge.commit(target, top=top, speed=1, report=lambda told: begun.set())
         merge = asyncio.ensure_future(work)
         await begun.wait()
         merge.cancel()
         with pytest.raises(asyncio.CancelledError):
             await merge
-        assert not await host.jobs()
-        assert (await host.chain()).chain.files == [str(image) for image in images]
-        assert (await qmpmerge.commit(host, top="[3]")).verdict == "merged"
+        assert not await target.jobs()
+        assert (await target.chain()).chain.files == [str(image) for image in images]
+        assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
     content.check(images[3])
 
 
@@ -161,17 +161,17 @@ async def test_an_exception_in_the_middle_of_a_merge(images: list[Path], content
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        async with qmpmerge.offline(images[3]) as host:
-            await qmpmerge.commit(host, top="[3]", speed=1, report=report)
+        async with qmpmerge.offline(images[3]) as target:
+            await qmpmerge.commit(target, top="[3]", speed=1, report=report)
     content.check(images[3])
 
 
 async def test_a_daemon_that_dies_is_a_lost_session(images: list[Path], content: Content) -> None:
     with pytest.raises(SessionLost) as lost:
-        async with qmpmerge.offline(images[3]) as host:
-            assert host.pid is not None
-            os.kill(host.pid, signal.SIGKILL)
-            await qmpmerge.commit(host)
+        async with qmpmerge.offline(images[3]) as target:
+            assert target.pid is not None
+            os.kill(target.pid, signal.SIGKILL)
+            await qmpmerge.commit(target)
     assert lost.value.verdict == "unknown"
     content.check(images[3])
 

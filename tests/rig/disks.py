@@ -24,7 +24,7 @@ class Setup:
     content: Content
     guest: Callable[[str], None]
 
-    def host(self) -> AbstractAsyncContextManager[qmpmerge.Host]:
+    def target(self) -> AbstractAsyncContextManager[qmpmerge.Target]:
         """A session with whatever has the disk now."""
         return qmpmerge.opened(self.machine.target)
 
@@ -55,7 +55,7 @@ class Images(Setup):
         self.disk = active.name
         self.guest = self._io
 
-    def host(self) -> AbstractAsyncContextManager[qmpmerge.Host]:
+    def target(self) -> AbstractAsyncContextManager[qmpmerge.Target]:
         return qmpmerge.opened(self.active)
 
     def moved(self, active: str) -> None:

@@ -29,8 +29,8 @@ def header(image: Path) -> str:
 async def untouched(vm: Machine, expected: str = "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2") -> None:
     """QEMU lives, no job is left, and the chain is the old one in graph and headers."""
     assert vm.process.poll() is None
-    async with qmpmerge.live(vm.target) as host:
-        assert not await host.jobs()
-        view = await host.chain()
+    async with qmpmerge.live(vm.target) as target:
+        assert not await target.jobs()
+        view = await target.chain()
         assert (str(view.chain), view.oddities) == (expected, ())
     assert not vm.session.execute("query-block-exports")

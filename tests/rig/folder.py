@@ -9,8 +9,8 @@ from rig.disks import Setup
 
 
 async def live(setup: Setup, **options: Any) -> Outcome:
-    async with qmpmerge.live(setup.machine.target) as host:
-        return await qmpmerge.commit(host, setup.disk, **options)
+    async with qmpmerge.live(setup.machine.target) as target:
+        return await qmpmerge.commit(target, setup.disk, **options)
 
 
 def names(folder: Path) -> list[str]:

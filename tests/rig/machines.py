@@ -71,6 +71,11 @@ class Machine:
     session: Session
     folder: Path
 
+    def wait_for_job(self, status: str) -> None:
+        """Wait until the only job is in this state, which it may reach after its command was answered."""
+        while (job := self.session.execute("query-jobs")[0])["status"] != status:
+            assert job["status"] not in ("concluded", "null"), f"{job} instead of {status}"
+
     def io(self, device: str, command: str) -> None:
         """
         Do guest I/O on a drive id, a node, or a device by its QOM path.

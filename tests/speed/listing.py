@@ -98,9 +98,9 @@ def checks_of_a_merge(figures: Figures, folder: Path, runs: int, crowd: int) -> 
             figures.add(SECTION, f"all checks of it, {name}", OURS, asyncio.run(_checked(vm.target)))
 
 
-async def _checked(target: str) -> float:
-    async with qmpmerge.live(target) as host:
-        view = await host.chain()
+async def _checked(name: str) -> float:
+    async with qmpmerge.live(name) as target:
+        view = await target.chain()
         begun = time.perf_counter()
-        await check(host, view, plan.commit(view.chain, top="[9]"))
+        await check(target, view, plan.commit(view.chain, top="[9]"))
         return (time.perf_counter() - begun) * 1000

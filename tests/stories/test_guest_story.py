@@ -67,16 +67,16 @@ async def test_the_story_on_three_disks_while_the_guest_writes(iothread: bool, t
         await vm.run("mkfs.ext4 -q /dev/vdb && mount /dev/vdb /mnt && truncate -s 8M /mnt/file")
         writers = [await vm.start_writer(place, SEED, rate=300) for place in PLACES.values()]
         await advance(writers)
-        async with qmpmerge.live(vm.monitor) as host:
+        async with qmpmerge.live(vm.monitor) as target:
             for layer in "abc":
                 overlays = {name: str(tmp_path / f"{name}-{layer}.qcow2") for name in PLACES}
-                await qmpmerge.snapshot(host, overlays, agent=vm.agent_socket if layer == "b" else None)
+                await qmpmerge.snapshot(target, overlays, agent=vm.agent_socket if layer == "b" else None)
                 await advance(writers)
             # What is below b was frozen, what is below c was not.
             assert not has_a_journal_to_replay(tmp_path / "disk-two-a.qcow2")
             assert has_a_journal_to_replay(tmp_path / "disk-two-b.qcow2")
             for top, depth in (("[3]", 2), (None, 1)):
-                outcomes = await asyncio.gather(*(qmpmerge.commit(host, name, top=top) for name in PLACES))
+                outcomes = await asyncio.gather(*(qmpmerge.commit(target, name, top=top) for name in PLACES))
                 assert [len(outcome.after) for outcome in outcomes] == [depth] * 3
                 await advance(writers)
         last = [await writer.stop() for writer in writers]
@@ -108,12 +108,12 @@ async def test_a_guest_killed_in_the_middle_of_a_merge_goes_on_from_its_chain(to
     async with guest([disk("drive", base)], agent=False) as vm:
         writer = await vm.start_writer("/dev/vda", SEED + 1)
         await writer.advance(100)
-        async with qmpmerge.live(vm.monitor) as host:
+        async with qmpmerge.live(vm.monitor) as target:
             for name in ("a.qcow2", "b.qcow2", "c.qcow2"):
-                await qmpmerge.snapshot(host, {"vda": str(tmp_path / name)})
+                await qmpmerge.snapshot(target, {"vda": str(tmp_path / name)})
                 await writer.advance(100)
             with pytest.raises(qmpmerge.errors.StillRunning):
-                await qmpmerge.commit(host, "vda", top=top, speed=1024, patience=qmpmerge.Patience(detach=True))
+                await qmpmerge.commit(target, "vda", top=top, speed=1024, patience=qmpmerge.Patience(detach=True))
         await writer.advance(100)
         await vm.kill()
     verdict = await check_image(active, SEED + 1, writer.acknowledged)
@@ -122,8 +122,8 @@ async def test_a_guest_killed_in_the_middle_of_a_merge_goes_on_from_its_chain(to
     async with guest([disk("drive", active)], agent=False) as vm:
         assert (await vm.check("/dev/vda", SEED + 1, writer.acknowledged)).clean
         last = await write_on(vm, writer.acknowledged)
-        async with qmpmerge.live(vm.monitor) as host:
-            outcome = await qmpmerge.commit(host, "vda", top=top)
+        async with qmpmerge.live(vm.monitor) as target:
+            outcome = await qmpmerge.commit(target, "vda", top=top)
         last = await write_on(vm, last)
     verdict = await check_image(Path(outcome.after.active.file), SEED + 1, last, form=outcome.after.active.format)
     assert verdict.clean, verdict.said
@@ -147,12 +147,12 @@ async def test_asking_for_a_flush_again_and_again_does_no_harm_to_a_busy_guest(k
     async with guest([disk(kind, base)], agent=False) as vm:
         writer = await vm.start_writer("/dev/vda" if kind == "drive" else "/dev/sda", SEED + 2)
         await writer.advance(50)
-        async with qmpmerge.live(vm.monitor) as host:
-            chain = (await host.disk()).chain
+        async with qmpmerge.live(vm.monitor) as target:
+            chain = (await target.disk()).chain
             assert chain is not None
             for _ in range(150):
-                await flush.check(host.monitor, chain.base)
-                await flush.flush(host.monitor, chain.base)
+                await flush.check(target.monitor, chain.base)
+                await flush.flush(target.monitor, chain.base)
         await writer.advance(50)
         last = await writer.stop()
     assert (await check_image(base, SEED + 2, last, form="raw")).clean
@@ -167,14 +167,14 @@ async def test_plain_pivot_of_a_busy_nvme_disk(tmp_path: Path) -> None:
     async with guest([disk], agent=False) as vm:
         writer = await vm.start_writer("/dev/nvme0n1", SEED + 3)
         with contextlib.suppress(SessionLost, GuestFailed):
-            async with qmpmerge.live(vm.monitor) as host:
-                is_bad = host.monitor.version < (10, 0, 0)
+            async with qmpmerge.live(vm.monitor) as target:
+                is_bad = target.monitor.version < (10, 0, 0)
                 for number in range(30 if is_bad else 3):
                     top = tmp_path / f"{number}.qcow2"
-                    (overlay,) = await qmpmerge.snapshot(host, {"n0": str(top)})
+                    (overlay,) = await qmpmerge.snapshot(target, {"n0": str(top)})
                     await writer.advance(100)
-                    await plain_pivot(host)
-                    await host.monitor.execute("blockdev-del", node_name=overlay.node)
+                    await plain_pivot(target)
+                    await target.monitor.execute("blockdev-del", node_name=overlay.node)
                     await writer.advance(50)
         if not is_bad:
             assert vm.process.returncode is None
@@ -184,10 +184,10 @@ async def test_plain_pivot_of_a_busy_nvme_disk(tmp_path: Path) -> None:
     assert verdict.clean, verdict.said
 
 
-async def plain_pivot(host: qmpmerge.Host) -> None:
-    await host.monitor.execute("block-commit", device="n0", job_id="j", auto_dismiss=False)
-    async with host.monitor.listening() as doorbell:
-        await jobs.follow(host.monitor, doorbell, "j", ("ready",), tell=lambda job: None)
-        await host.monitor.execute("job-complete", id="j")
-        await jobs.follow(host.monitor, doorbell, "j", ("concluded",), tell=lambda job: None)
-        await host.monitor.execute("job-dismiss", id="j")
+async def plain_pivot(target: qmpmerge.Target) -> None:
+    await target.monitor.execute("block-commit", device="n0", job_id="j", auto_dismiss=False)
+    async with target.monitor.listening() as doorbell:
+        await jobs.follow(target.monitor, doorbell, "j", ("ready",), tell=lambda job: None)
+        await target.monitor.execute("job-complete", id="j")
+        await jobs.follow(target.monitor, doorbell, "j", ("concluded",), tell=lambda job: None)
+        await target.monitor.execute("job-dismiss", id="j")

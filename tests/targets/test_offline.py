@@ -61,8 +61,8 @@ def images(folder: Path) -> list[Path]:
 
 async def merged(image: Path | str, *, allow: Sequence[str] = (), secret: str | None = None, **rest: Any) -> Outcome:
     """The merged files keep their names: what becomes of them is test_disposal's matter."""
-    async with qmpmerge.offline(image, allow=allow, secret=secret) as host:
-        return await qmpmerge.commit(host, merged_files="keep", **rest)
+    async with qmpmerge.offline(image, allow=allow, secret=secret) as target:
+        return await qmpmerge.commit(target, merged_files="keep", **rest)
 
 
 def state(folder: Path) -> dict[str, tuple[str, int]]:
@@ -129,8 +129,8 @@ async def test_the_result_is_that_of_a_live_merge(
     shutil.copytree(folder, other)
     copies = [other / image.name for image in images]
     with drive(tmp_path / "live", copies, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
-            live = await qmpmerge.commit(host, **options)
+        async with qmpmerge.live(setup.machine.target) as target:
+            live = await qmpmerge.commit(target, **options)
         setup.check()
         setup.machine.stop()
     outcome = await merged(images[3], **options)
@@ -692,10 +692,10 @@ async def test_while_we_hold_it_nobody_else_writes(images: list[Path], content: 
     def report(told: qmpmerge.Progress) -> None:
         refused.append(cannot_write(images[0]))
 
-    async with qmpmerge.offline(images[3]) as host:
+    async with qmpmerge.offline(images[3]) as target:
         for image in images[1:]:
             cannot_write(image)
-        await qmpmerge.commit(host, top="[3]", report=report)
+        await qmpmerge.commit(target, top="[3]", report=report)
     assert refused
     content.check(images[3])
 
@@ -730,8 +730,8 @@ def test_looking_changes_nothing(images: list[Path], content: Content, folder: P
 
 
 async def test_a_dry_run_leaves_the_data_alone(images: list[Path], content: Content, folder: Path) -> None:
-    async with qmpmerge.offline(images[3]) as host:
-        outcome = await qmpmerge.commit(host, top="[3]", dry_run=True)
+    async with qmpmerge.offline(images[3]) as target:
+        outcome = await qmpmerge.commit(target, top="[3]", dry_run=True)
     assert (outcome.verdict, basenames(outcome)) == ("planned", ["base.raw", "c.qcow2"])
     assert header(images[3]) == ("b.qcow2", "qcow2")
     content.check(images[3])
@@ -840,8 +840,8 @@ async def test_a_copy_may_be_kept(images: list[Path], content: Content) -> None:
 async def test_a_snapshot(images: list[Path], content: Content, folder: Path) -> None:
     with open(images[3], "rb") as file:
         before = hashlib.sha256(file.read()).hexdigest()
-    async with qmpmerge.offline(images[3]) as host:
-        (overlay,) = await qmpmerge.snapshot(host, {"c.qcow2": folder / "d.qcow2"})
+    async with qmpmerge.offline(images[3]) as target:
+        (overlay,) = await qmpmerge.snapshot(target, {"c.qcow2": folder / "d.qcow2"})
     assert (overlay.disk, overlay.file) == ("c.qcow2", str(folder / "d.qcow2"))
     assert header(folder / "d.qcow2") == ("c.qcow2", "qcow2")
     assert hashlib.sha256(images[3].read_bytes()).hexdigest() == before
@@ -876,22 +876,22 @@ def test_a_snapshot_of_a_raw_image_from_elsewhere(folder: Path, tmp_path: Path) 
 async def test_a_snapshot_over_an_existing_file_is_refused(images: list[Path], content: Content, folder: Path) -> None:
     (folder / "dangling").symlink_to("nowhere")
     for file in (images[0], folder / "c.qcow2", folder / "dangling", folder):
-        async with qmpmerge.offline(images[3]) as host:
+        async with qmpmerge.offline(images[3]) as target:
             with pytest.raises(FileExists):
-                await qmpmerge.snapshot(host, {"c.qcow2": file})
+                await qmpmerge.snapshot(target, {"c.qcow2": file})
     content.check(images[3])
 
 
 async def test_there_is_one_disk(images: list[Path], folder: Path) -> None:
-    async with qmpmerge.offline(images[3]) as host:
+    async with qmpmerge.offline(images[3]) as target:
         with pytest.raises(NoSuchDisk) as refused:
-            await qmpmerge.snapshot(host, {"c.qcow2": folder / "d.qcow2", "vdb": folder / "e.qcow2"})
+            await qmpmerge.snapshot(target, {"c.qcow2": folder / "d.qcow2", "vdb": folder / "e.qcow2"})
         assert refused.value.known == ["c.qcow2"]
         with pytest.raises(OptionsConflict):
-            await qmpmerge.snapshot(host, {"c.qcow2": folder / "d.qcow2", "layer4": folder / "e.qcow2"})
+            await qmpmerge.snapshot(target, {"c.qcow2": folder / "d.qcow2", "layer4": folder / "e.qcow2"})
         with pytest.raises(NoSuchDisk):
-            await qmpmerge.commit(host, "vda")
-        assert len(await host.disks()) == 1
+            await qmpmerge.commit(target, "vda")
+        assert len(await target.disks()) == 1
     assert sorted(file.name for file in folder.iterdir()) == sorted(NAMES)
 
 
@@ -927,13 +927,13 @@ def corrupting(monkeypatch: pytest.MonkeyPatch, base: Path) -> Iterator[None]:
 async def test_a_base_that_went_wrong_is_found(
     top: str, images: list[Path], content: Content, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with qmpmerge.offline(images[3]) as host:
+    async with qmpmerge.offline(images[3]) as target:
         with corrupting(monkeypatch, images[0]), pytest.raises(NotVerified, match="they show different data") as failed:
-            await qmpmerge.commit(host, top=top, verify=True)
+            await qmpmerge.commit(target, top=top, verify=True)
         assert (failed.value.exit_code, failed.value.base) == (5, str(images[0]))
-        view = await host.chain()
+        view = await target.chain()
         assert view.chain.files == [str(image) for image in images]
-        assert not await host.jobs()
+        assert not await target.jobs()
     assert header(images[3]) == ("b.qcow2", "qcow2")
     content.check(images[3])
     again = await merged(images[3], top=top, verify=True)
@@ -943,11 +943,11 @@ async def test_a_base_that_went_wrong_is_found(
 
 async def test_live_too(images: list[Path], content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with blockdev(tmp_path, images, content) as setup:
-        async with qmpmerge.live(setup.machine.target) as host:
+        async with qmpmerge.live(setup.machine.target) as target:
             with corrupting(monkeypatch, images[0]), pytest.raises(NotVerified):
-                await qmpmerge.commit(host, top="[3]", verify=True)
-            assert (await host.chain()).chain.files == [str(image) for image in images]
-            assert (await qmpmerge.commit(host, top="[3]", verify=True)).verified
+                await qmpmerge.commit(target, top="[3]", verify=True)
+            assert (await target.chain()).chain.files == [str(image) for image in images]
+            assert (await qmpmerge.commit(target, top="[3]", verify=True)).verified
         setup.check()
 
 

@@ -8,13 +8,13 @@ import click
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import POLITE_SECONDS, Help, Options, Size, converging, for_images, for_jobs, shared
-from qmpmerge.cli.run import on_host, run
+from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Ending, Policy
     from qmpmerge.cli.render.output import Output
     from qmpmerge.qemu.bitmaps import Handling
-    from qmpmerge.targets.target import Host
+    from qmpmerge.targets.target import Target
 
 
 @group.cli.command()
@@ -105,11 +105,11 @@ def commit(
       130  cancelled by Ctrl-C, or at --timeout: the old chain is in use
     """
 
-    async def work(host: "Host", output: "Output") -> str:
+    async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import commit as operation
 
         outcome = await operation.commit(
-            host,
+            target,
             disk,
             base=base,
             top=top,
@@ -131,7 +131,7 @@ def commit(
         output.commit(outcome)
         return outcome.verdict
 
-    begun = on_host(target, options, work, write=True)
+    begun = on_target(target, options, work, write=True)
     return run(options, begun if dry_run else resuming(target, options, begun))
 
 
@@ -146,11 +146,11 @@ def resuming(
         try:
             return await begun(output)
         except Unfinished as error:
-            from qmpmerge.recovery import settle
+            from qmpmerge.engine import resume
 
             if error.path != target:
                 raise
-            outcome = await settle.resume(target, trace=output.trace if options.verbose else None)
+            outcome = await resume.settle_image(target, trace=output.trace if options.verbose else None)
         if outcome is None:
             return await begun(output)
         output.commit(outcome)

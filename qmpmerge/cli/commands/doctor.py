@@ -8,11 +8,11 @@ import click
 from qmpmerge.cli import options
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import Options, for_images, shared
-from qmpmerge.cli.run import on_host, run
+from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.targets.target import Host
+    from qmpmerge.targets.target import Target
 
 
 @group.cli.command()
@@ -45,13 +45,13 @@ def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
         output.doctor(target, await images.examine_path(target, allow=options.allow, search=search))
         return "done"
 
-    async def on_live(host: "Host", output: "Output") -> str:
+    async def on_live(target: "Target", output: "Output") -> str:
         from qmpmerge.doctor.target import examine
 
-        output.doctor(target, await examine(host, search=search))
+        output.doctor(target.name, await examine(target, search=search))
         return "done"
 
     from qmpmerge.targets.open import is_image
 
     is_path = is_image(target) or os.path.isdir(target)
-    return run(options, work if is_path else on_host(target, options, on_live))
+    return run(options, work if is_path else on_target(target, options, on_live))

@@ -7,12 +7,12 @@ import click
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import POLITE_SECONDS, Help, Options, Size, converging, for_jobs, shared
-from qmpmerge.cli.run import on_host, run
+from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Ending, Policy
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.targets.target import Host
+    from qmpmerge.targets.target import Target
 
 
 VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
@@ -66,12 +66,12 @@ def job(
     if (verb == "speed") != (speed is not None):
         raise click.UsageError("`speed` takes a SIZE, as in `speed 50M`; the other verbs take none")
 
-    async def work(host: "Host", output: "Output") -> str:
+    async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.chain.outcome import Outcome
         from qmpmerge.operations import steer
 
         done = await steer.steer(
-            host,
+            target,
             job_id,
             verb,
             speed=speed or 0,
@@ -89,4 +89,4 @@ def job(
         output.commit(done)
         return done.verdict
 
-    return run(options, on_host(target, options, work, live=True))
+    return run(options, on_target(target, options, work, live=True))

@@ -7,11 +7,11 @@ import click
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import Options, for_images, shared
-from qmpmerge.cli.run import on_host, run
+from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.targets.target import Host
+    from qmpmerge.targets.target import Target
 
 
 @group.cli.command()
@@ -52,14 +52,14 @@ def disks(target: str, options: Options) -> int:
     Exit codes: 0, 3 refused, 4 no session with TARGET, 6 it stopped answering.
     """
 
-    async def work(host: "Host", output: "Output") -> str:
+    async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.targets.target import unfinished
 
-        found = await host.disks()
+        found = await target.disks()
         output.disks(found, [odd for disk in found for odd in unfinished(disk)])
         return "done"
 
-    return run(options, on_host(target, options, work))
+    return run(options, on_target(target, options, work))
 
 
 @group.cli.command()
@@ -85,11 +85,11 @@ def chain(target: str, disk: str | None, options: Options) -> int:
     Exit codes: 0, 3 refused, 4 no session with TARGET, 6 it stopped answering.
     """
 
-    async def work(host: "Host", output: "Output") -> str:
-        output.chain(await host.chain(disk))
+    async def work(target: "Target", output: "Output") -> str:
+        output.chain(await target.chain(disk))
         return "done"
 
-    return run(options, on_host(target, options, work))
+    return run(options, on_target(target, options, work))
 
 
 @group.cli.command()
@@ -105,8 +105,8 @@ def jobs(target: str, options: Options) -> int:
     Exit codes: 0, 4 no session with TARGET, 6 it stopped answering.
     """
 
-    async def work(host: "Host", output: "Output") -> str:
-        output.jobs(await host.jobs())
+    async def work(target: "Target", output: "Output") -> str:
+        output.jobs(await target.jobs())
         return "done"
 
-    return run(options, on_host(target, options, work, live=True))
+    return run(options, on_target(target, options, work, live=True))

@@ -7,11 +7,11 @@ import click
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import Assignment, Options, for_images, shared
-from qmpmerge.cli.run import on_host, run
+from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.targets.target import Host
+    from qmpmerge.targets.target import Target
 
 
 @group.cli.command()
@@ -62,10 +62,10 @@ def snapshot(
     if doubled:
         raise click.UsageError(f"{doubled[0]} is named twice: a disk gets one overlay at a time")
 
-    async def work(host: "Host", output: "Output") -> str:
+    async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import snapshot as operation
 
-        output.snapshot(await operation.snapshot(host, dict(overlays), relative=relative, agent=agent))
+        output.snapshot(await operation.snapshot(target, dict(overlays), relative=relative, agent=agent))
         return "created"
 
-    return run(options, on_host(target, options, work, write=True))
+    return run(options, on_target(target, options, work, write=True))

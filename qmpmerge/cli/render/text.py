@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
     from qmpmerge.doctor.findings import Finding
     from qmpmerge.engine.progress import Progress, Shortage
+    from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.clean import Cleaned
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.jobs import Job
-    from qmpmerge.recovery.put_right import Recovery
     from qmpmerge.targets.target import ChainView
 
 

@@ -13,6 +13,7 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import AmbiguousName, Cancelled, NoReply, NoSuchLayer, ShorterLayer
 from qmpmerge.images.headers import Oddity
 from qmpmerge.operations.clean import Cleaned
@@ -20,7 +21,6 @@ from qmpmerge.operations.snapshot import Overlay
 from qmpmerge.processes.vms import Vm
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.recovery.put_right import Recovery
 from qmpmerge.targets.target import ChainView
 
 GIB = 1024**3

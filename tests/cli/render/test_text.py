@@ -15,6 +15,7 @@ from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.cli.render.humanize import visible
 from qmpmerge.cli.render.text import TextOutput
 from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, ShorterLayer, StillRunning
 from qmpmerge.images.headers import Oddity
 from qmpmerge.operations.clean import Cleaned
@@ -22,7 +23,6 @@ from qmpmerge.operations.snapshot import Overlay
 from qmpmerge.processes.vms import Vm
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.recovery.put_right import Recovery
 from qmpmerge.targets.target import ChainView
 
 GIB = 1024**3

@@ -1,0 +1,56 @@
+"""What is written down before the job is started."""
+
+import os
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qmpmerge.journal import record, stash
+from qmpmerge.journal.record import Record
+from qmpmerge.processes import proc
+
+if TYPE_CHECKING:
+    from qmpmerge.engine.run import Run
+
+
+def of_run(run: "Run", path: str) -> Record:
+    """The record of this run, to lie at `path`; of one that was begun before, with what its record knows."""
+    plan, target = run.plan, run.target
+    base, top = plan.chain.index(plan.base), plan.chain.index(plan.top)
+    new = Record(
+        path=path,
+        target=_address(target.name),
+        disk=run.disk.name,
+        device=run.disk.drive or run.disk.qdev,
+        job=run.job,
+        chain=plan.chain,
+        base=base,
+        top=top,
+        policy=run.request.merged_files,
+        qemu=proc.process(target.pid) if target.pid is not None else None,
+        tool=proc.process(os.getpid()),
+        is_live=target.is_live,
+        since=time.time(),
+        old_nodes=run.old_nodes,
+        base_driver=run.base_driver,
+        away={} if run.request.merged_files == "keep" else stash.names_away(plan.chain, base, top),
+        before=record.looks(plan.chain, range(base + 1, top + (plan.overlay is not None))),
+    )
+    return new if run.record is None else _continued(new, run.record)
+
+
+def _continued(new: Record, known: Record) -> Record:
+    """
+    It knows the files by their inodes. Where the job was told to complete, maybe, the name stays away until it is known
+    what came of it.
+    """
+    away, before = {**new.away, **known.away}, {**new.before, **known.before}
+    return replace(
+        new, chain=known.chain, away=away, before=before, state=known.state, seen=known.seen, since=known.since
+    )
+
+
+def _address(target: str) -> str:
+    """What the user called the target, so that it means the same from every folder."""
+    path = target.removeprefix("unix:")
+    return os.path.abspath(path) if os.path.lexists(path) else target

@@ -1,0 +1,240 @@
+"""
+What was begun, and left: how it stands, and the way from there to an end. `commit`, `follow`, `recover` and the same command
+again all come in here or through `Run.resume`, with one record.
+
+Whoever died at whatever moment, the record says what was under way and `recovery.evidence` which image is right. What is
+done about it can itself be interrupted anywhere and be done again: each step leaves a state that is judged the same way.
+"""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from qmpmerge.chain.chain import Chain
+from qmpmerge.chain.outcome import MergedFile, Outcome
+from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.state import State
+from qmpmerge.engine import commit
+from qmpmerge.engine.request import Request
+from qmpmerge.engine.run import Run
+from qmpmerge.errors import (
+    CannotRecover,
+    CommandError,
+    FlushUnavailable,
+    ImageUnreadable,
+    NotDurable,
+    Undecided,
+    Unfinished,
+    Unreachable,
+)
+from qmpmerge.images import files, qemuimg
+from qmpmerge.journal import locks, store
+from qmpmerge.journal.locks import Lock
+from qmpmerge.journal.record import Record
+from qmpmerge.processes import proc
+from qmpmerge.qemu import jobs
+from qmpmerge.qemu.blockgraph import Layout
+from qmpmerge.qemu.monitor import Trace
+from qmpmerge.recovery.evidence import Judgement, Use, Way
+from qmpmerge.targets.live import live
+from qmpmerge.targets.target import ChainView, Target
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """
+    What became of one merge that was not finished, or of none.
+
+    `verdict` is ``done``, ``planned`` (a dry run), ``running`` (a job is at work), or ``unchanged``. `right` is the image to
+    start the VM from, `reasons` why, `merged` what was done with the merged files, where the merge was finished.
+    """
+
+    verdict: str
+    image: str
+    right: str | None
+    action: str
+    reasons: tuple[str, ...] = ()
+    merged: tuple[MergedFile, ...] = ()
+    hints: tuple[str, ...] = ()
+
+
+@dataclass
+class Settled:
+    """
+    What came of earlier merges: the `outcome` of one that had happened, the records that are `left` (their jobs go on, or
+    somebody is at work on them), and whether anything was `changed`.
+    """
+
+    outcome: Outcome | None = None
+    left: list[Record] = field(default_factory=list)
+    changed: bool = False
+
+
+# --- recover ----------------------------------------------------------------------------------------------------------
+
+
+async def recover(record: Record, use: Use | None, *, dry_run: bool, trace: Trace | None) -> Recovery:
+    """
+    Bring one merge to an end, as the evidence says, or where that does not decide, as the user does with `use`.
+
+    Raises Undecided, Locked, CannotRecover, and what a session with the QEMU that carried it out raises.
+    """
+    async with _carrier(record, trace) as target:
+        with locks.taken_for(record.plan) as lock:
+            judged = await commit.operation(record.plan).evidence(record, target, use)
+            if dry_run:
+                action = _action(judged, record)
+                return Recovery("planned", record.chain.active.file, judged.right, action, judged.reasons)
+            return await _ended(record, judged, target, lock)
+
+
+@contextlib.asynccontextmanager
+async def _carrier(record: Record, trace: Trace | None) -> AsyncIterator[Target | None]:
+    """A session with the QEMU that carried the merge out; None where it is gone, as a private daemon always is."""
+    if not record.is_live or (record.qemu is not None and not record.qemu.is_alive):
+        yield None
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            session = live(record.target, force=frozenset({"libvirt"}), trace=trace)
+            target: Target | None = await stack.enter_async_context(session)
+        except Unreachable:
+            if record.qemu is not None:
+                raise
+            target = None
+        yield target
+
+
+# --- the next merge ---------------------------------------------------------------------------------------------------
+
+
+async def settle(target: Target, view: ChainView, records: Sequence[Record]) -> Settled:
+    """
+    Before a merge: end what an earlier one of the chain left, where that is beyond doubt. Raises Unfinished, Locked.
+    """
+    settled = Settled()
+    for record in records:
+        if not record.is_abandoned:
+            settled.left.append(record)
+            continue
+        way, outcome = await _settled(record, target, None if settled.changed else view.layout)
+        if way == "leave":
+            settled.left.append(record)
+        else:
+            settled.changed = True
+        settled.outcome = outcome or settled.outcome
+    return settled
+
+
+async def settle_image(image: str, *, trace: Trace | None = None) -> Outcome | None:
+    """The same for an image whose name is gone, or whose chain cannot be opened as it is. Raises RecordNotBelieved too."""
+    found = store.beside(image)
+    if found is None:
+        return None
+    (record,) = store.believed([found])
+    async with _carrier(record, trace) as target:
+        return (await _settled(record, target, None))[1]
+
+
+async def _settled(record: Record, target: Target | None, layout: Layout | None) -> tuple[Way, Outcome | None]:
+    carrier = target if target is not None and _is_carrier(record, target) else None
+    operation = commit.operation(record.plan)
+    try:
+        with locks.taken_for(record.plan) as lock:
+            judged = await operation.evidence(record, carrier, layout=layout)
+            if judged.way == "repoint" or (judged.way != "leave" and carrier is None and _runs(record)):
+                raise _unfinished(record, judged.reasons)
+            recovery = await _ended(record, judged, carrier, lock)
+    except Undecided as error:
+        raise _unfinished(record, error.evidence) from None
+    if judged.way != "finish":
+        return judged.way, None
+    hints = ("an earlier run had merged them; what remained was done now", *recovery.hints)
+    after = Chain(tuple(replace(image, inode=files.inode(image.file)) for image in record.plan.result))
+    outcome = Outcome(operation.verdict, record.disk, record.chain, after, record.job, recovery.merged, hints=hints)
+    return judged.way, outcome
+
+
+def _is_carrier(record: Record, target: Target) -> bool:
+    return target.is_live and record.is_live and (record.qemu is None or record.qemu == proc.process(target.pid or 0))
+
+
+def _runs(record: Record) -> bool:
+    """Whether the QEMU that carried it out runs, though we have no session with it."""
+    return record.is_live and record.qemu is not None and record.qemu.is_alive
+
+
+def _unfinished(record: Record, reasons: Sequence[str]) -> Unfinished:
+    image = record.chain.active.file
+    return Unfinished(image=image, found="; ".join(reasons), path=image)
+
+
+# --- from the evidence to an end --------------------------------------------------------------------------------------
+
+
+async def _ended(record: Record, judged: Judgement, target: Target | None, lock: Lock) -> Recovery:
+    """Do what was judged. Raises CannotRecover."""
+    image = record.chain.active.file
+    request = Request(merged_files=record.policy)
+    run = Run.resume(target, commit.operation(record.plan), request, lock, record=record, state=judged.state)
+    merged: tuple[MergedFile, ...] = ()
+    try:
+        if judged.way == "leave":
+            run.notes.append(f"`qmpmerge job {record.target} {record.job} follow` goes on with it")
+        elif judged.way == "finish":
+            merged = await _finished(run)
+            run.notes[:0] = run.operation.advice(merged)
+        else:
+            await _undone(run, judged)
+    except OSError as error:
+        raise CannotRecover(file=error.filename or image, reason=error.strerror or str(error)) from None
+    verdict = "running" if judged.way == "leave" else "done"
+    return Recovery(verdict, image, judged.right, _action(judged, record), judged.reasons, merged, tuple(run.notes))
+
+
+def _action(judged: Judgement, record: Record) -> str:
+    """For what was done, and for what would be."""
+    return {
+        "back": "the merge did not happen, the old chain keeps its names",
+        "finish": "the merge had happened, what was left over is its files",
+        "repoint": f"{record.chain[min(record.top + 1, len(record.chain))].name} goes back to its old backing file",
+        "leave": "a job is at work",
+    }[judged.way]
+
+
+async def _finished(run: Run) -> tuple[MergedFile, ...]:
+    """The new chain is right: make it durable, then deal with the merged files. Raises OSError, CannotRecover."""
+    for image in run.plan.written:
+        try:
+            if run.carrier is None and files.is_regular(image.file):
+                files.sync(image.file)
+            elif run.carrier is not None and run.plan.overlay is not None:
+                await run.flush(image)
+        except (NotDurable, FlushUnavailable) as error:
+            raise CannotRecover(file=image.file, reason=error.reason) from None
+    if run.carrier is not None:
+        with contextlib.suppress(CommandError):
+            await jobs.dismiss(run.carrier.monitor, run.job)
+        await run.carrier.close(_left_open(run.plan, await run.carrier.layout()))
+    return await run.finish(State.DONE)
+
+
+def _left_open(plan: CommitPlan, layout: Layout) -> list[str]:
+    """The nodes of the merged images, where they still are those and no others of the same name."""
+    nodes = layout.between(plan.top.node or "", plan.base.node or "")
+    files_there = {os.path.basename(str(layout.nodes[node].info.get("file"))) for node in nodes}
+    return nodes if plan.top.name in files_there else []
+
+
+async def _undone(run: Run, judged: Judgement) -> None:
+    """The old chain is right: give it its names, and where need be its header, back. Raises OSError, CannotRecover."""
+    run.give_names_back()
+    overlay = run.plan.overlay
+    if judged.way == "repoint" and overlay is not None and overlay.backing is not None:
+        try:
+            await qemuimg.repoint(overlay.file, overlay.backing, run.plan.top.format)
+        except ImageUnreadable as error:
+            raise CannotRecover(file=overlay.file, reason=error.reason) from None
+        files.sync(overlay.file)
+    run.undone()
