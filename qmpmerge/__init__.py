@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qmpmerge.doctor.findings import Finding
     from qmpmerge.doctor.images import examine_path
     from qmpmerge.doctor.target import examine
-    from qmpmerge.engine.converge import Converge
-    from qmpmerge.engine.patience import Patience
-    from qmpmerge.engine.progress import Progress
+    from qmpmerge.engine.pace.converge import Converge
+    from qmpmerge.engine.pace.patience import Patience
+    from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.operations.clean import Cleaned, clean
@@ -44,7 +44,7 @@ _HOME = {
     "ChainView": "targets.target",
     "Cleaned": "operations.clean",
     "CommitPlan": "chain.plan",
-    "Converge": "engine.converge",
+    "Converge": "engine.pace.converge",
     "Disk": "qemu.blockgraph",
     "Error": "errors",
     "Finding": "doctor.findings",
@@ -52,8 +52,8 @@ _HOME = {
     "Job": "qemu.jobs",
     "Outcome": "chain.outcome",
     "Overlay": "operations.snapshot",
-    "Patience": "engine.patience",
-    "Progress": "engine.progress",
+    "Patience": "engine.pace.patience",
+    "Progress": "engine.pace.progress",
     "Recovery": "engine.resume",
     "Target": "targets.target",
     "Vm": "processes.vms",

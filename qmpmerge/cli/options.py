@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from qmpmerge.cli import complete
-from qmpmerge.engine.patience import Patience
+from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import FORCEABLE
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.engine.converge import Converge
+    from qmpmerge.engine.pace.converge import Converge
 
 
 POLITE_SECONDS = 5.0
@@ -146,7 +146,7 @@ class Help:
 
     def told_to(self, output: "Output") -> "Converge":
         """The same, with each rung noted."""
-        from qmpmerge.engine.converge import Converge
+        from qmpmerge.engine.pace.converge import Converge
 
         return Converge(self.floor, self.pause, output.note)
 

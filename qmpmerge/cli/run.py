@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpmerge.cli.options import Options
-from qmpmerge.engine.patience import Patience
+from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, Offline, SecretUnreadable
 
 if TYPE_CHECKING:

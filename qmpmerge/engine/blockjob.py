@@ -1,12 +1,20 @@
-"""The block job of an operation: followed to where it waits for us, and told to end."""
+"""The block job of an operation: followed to where it waits for us, told to end, or taken back."""
 
-from qmpmerge.engine import progress
-from qmpmerge.engine.progress import Meter, Shortage
+import contextlib
+import errno
+import os
+import time
+
+from qmpmerge.engine import proof
+from qmpmerge.engine.pace import progress
+from qmpmerge.engine.pace.progress import Meter, Shortage
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import CommandError
+from qmpmerge.errors import CommandError, JobFailed, NotProven, OutOfQuota, StillRunning
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
+
+CANCEL_SECONDS = 60.0
 
 
 async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False) -> Job | None:
@@ -32,6 +40,35 @@ async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False)
         if job is None or job.status == "concluded":
             return job
         status = job.status
+
+
+async def take_back(run: Run, doorbell: Doorbell) -> None:
+    """Cancel the job and see that the old chain is in use. Raises NotProven where it is not."""
+    monitor = run.target.monitor
+    with contextlib.suppress(CommandError):  # it may have ended by itself
+        await monitor.execute("job-cancel", id=run.job)
+    try:
+        job = await jobs.follow(
+            monitor,
+            doorbell,
+            run.job,
+            ("concluded",),
+            tell=lambda job: None,
+            deadline=time.monotonic() + CANCEL_SECONDS,
+        )
+        if job is not None:
+            await jobs.dismiss(monitor, run.job)
+    except StillRunning:
+        raise NotProven(target=run.target.name, expected="the job cancelled", found="it still running") from None
+    await proof.prove_old_chain(run)
+
+
+def failure(run: Run, reason: str) -> JobFailed:
+    """The error that a job ended with, where the old chain has been seen to be in use."""
+    if reason == os.strerror(errno.EDQUOT):
+        filesystem = progress.of(run.plan.base, 0).filesystem
+        return OutOfQuota(job=run.job, reason=reason, filesystem=filesystem)
+    return JobFailed(job=run.job, reason=reason)
 
 
 async def copy(run: Run, doorbell: Doorbell) -> Job | None:

@@ -16,7 +16,7 @@ from qmpmerge import shield
 from qmpmerge.chain.outcome import MergedFile, files_advice, launch_advice
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
-from qmpmerge.engine import blockjob, pivot, safeguards, take_back
+from qmpmerge.engine import blockjob, pivot, safeguards
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -114,7 +114,7 @@ class Intermediate(Commit):
             run.enter(State.SWITCHING)
             run.sync()
         except OSError as error:
-            await take_back.take_back(run, doorbell)
+            await blockjob.take_back(run, doorbell)
             path = run.record.path if run.record else ""
             raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
         return await blockjob.end(run, doorbell, job.status)

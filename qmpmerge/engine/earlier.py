@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from qmpmerge.chain import plan
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine.operation import Operation
-from qmpmerge.engine.progress import Progress, Report
+from qmpmerge.engine.pace.progress import Progress, Report
 from qmpmerge.errors import Locked, Suspect, refuse
 from qmpmerge.journal import locks
 from qmpmerge.journal.record import Record

@@ -14,9 +14,9 @@ from typing import NoReturn
 from qmpmerge import shield
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import NEXT, State
-from qmpmerge.engine import blockjob, proof, reconnect, take_back
-from qmpmerge.engine.converge import Ladder, climbing
-from qmpmerge.engine.patience import Patience
+from qmpmerge.engine import blockjob, proof, reconnect
+from qmpmerge.engine.pace.converge import Ladder, climbing
+from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     Cancelled,
@@ -101,7 +101,7 @@ def _left(run: Run) -> StillRunning:
 
 async def _taken_back(run: Run) -> None:
     """Cancel the job and see that the old chain is in use; given up only where we are told to leave at once."""
-    work = reconnect.through(run, lambda doorbell: take_back.take_back(run, doorbell))
+    work = reconnect.through(run, lambda doorbell: blockjob.take_back(run, doorbell))
     try:
         await shield.finished(work, unless=run.request.patience.is_leaving)
     except asyncio.CancelledError:
@@ -170,7 +170,7 @@ async def _copied(run: Run, doorbell: Doorbell) -> Job | None:
     """COPYING: the job where it waits for us; None where it is gone."""
     job = await blockjob.copy(run, doorbell)
     if job is None and not run.is_started:
-        await take_back.prove_old_chain(run)
+        await proof.prove_old_chain(run)
         raise JobFailed(job=run.job, reason="the session was lost before QEMU had started it")
     return job
 
@@ -191,8 +191,8 @@ async def _proved(run: Run, job: Job | None) -> Outcome:
     if job is not None:
         await jobs.dismiss(run.target.monitor, run.job)
         if job.error is not None:
-            await take_back.prove_old_chain(run)
-            raise take_back.failure(run, job.error)
+            await proof.prove_old_chain(run)
+            raise blockjob.failure(run, job.error)
     if run.let_go:
         return await proof.prove(run, "kept", run.plan.chain)
     await run.operation.make_durable(run)

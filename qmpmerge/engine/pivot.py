@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from qmpmerge import shield
 from qmpmerge.chain.state import State
-from qmpmerge.engine import blockjob, safeguards, take_back
+from qmpmerge.engine import blockjob, safeguards
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import CommandError, RecordFailed
 from qmpmerge.guest.pause import paused
@@ -64,7 +64,7 @@ async def _move(run: Run, doorbell: Doorbell, status: str, rests: bool) -> Job |
         if not rests:  # else nothing will be written to the base before we have waited for it
             await syncing
     except OSError as error:
-        await take_back.take_back(run, doorbell)
+        await blockjob.take_back(run, doorbell)
         path = run.record.path if run.record else run.plan.top.file
         raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
     job = await blockjob.end(run, doorbell, status)

@@ -8,10 +8,10 @@ from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Polic
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.run import Run
-from qmpmerge.engine.take_back import view_after
-from qmpmerge.errors import NotProven
+from qmpmerge.errors import NoSuchDisk, NotProven
 from qmpmerge.images import nbd
 from qmpmerge.journal import stash
+from qmpmerge.targets.target import ChainView
 
 
 async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
@@ -27,6 +27,23 @@ async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
     if left:
         hints.append(f"still open in QEMU, in use by somebody else: {', '.join(left)}")
     return _outcome(run, verdict, view.chain, tuple(hints), merged)
+
+
+async def prove_old_chain(run: Run) -> None:
+    """See that the chain is what it was before. Raises NotProven."""
+    after = await view_after(run, run.plan.chain)
+    if not after.chain.same_files(run.plan.chain):
+        raise NotProven(target=run.target.name, expected=str(run.plan.chain), found=str(after.chain))
+
+
+async def view_after(run: Run, expected: Chain) -> ChainView:
+    """The disk as it is now. Where its device was unplugged meanwhile, only the node of its active image has a name."""
+    try:
+        return await run.target.chain(run.name_after(expected))
+    except NoSuchDisk:
+        if expected.active.node is None:
+            raise
+        return await run.target.chain(expected.active.node)
 
 
 async def _see_header_on_server(run: Run) -> None:

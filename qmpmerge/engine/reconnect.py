@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from qmpmerge import shield
-from qmpmerge.engine import blockjob, take_back
-from qmpmerge.engine.progress import Meter
+from qmpmerge.engine import blockjob, proof
+from qmpmerge.engine.pace.progress import Meter
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, MonitorSilent, NoReply, SessionLost, StillRunning, Untouched
 from qmpmerge.processes import proc
@@ -68,7 +68,7 @@ async def reconnect(target: Target, lost: SessionLost | NoReply) -> None:
 async def _see_the_new_qemu(run: Run) -> None:
     """Another QEMU has no job of ours. Where it was started from the old chain, the merge has failed and that is all."""
     if await jobs.look(run.target.monitor, run.job) is None:
-        now = await take_back.view_after(run, run.plan.chain)
+        now = await proof.view_after(run, run.plan.chain)
         if now.chain.same_files(run.plan.chain):
             raise JobFailed(job=run.job, reason="QEMU was started anew, and the job ended with the old one")
 

@@ -4,8 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from qmpmerge.chain.outcome import Ending, Policy
-from qmpmerge.engine.converge import Converge
-from qmpmerge.engine.patience import Patience
+from qmpmerge.engine.pace.converge import Converge
+from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import LiveOnly, OptionsConflict
 from qmpmerge.qemu.bitmaps import Handling
 

@@ -11,8 +11,8 @@ from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import NEXT, RECORDED, State
 from qmpmerge.engine import first_record
 from qmpmerge.engine.operation import Operation
-from qmpmerge.engine.progress import Report
-from qmpmerge.engine.rates import Watch
+from qmpmerge.engine.pace.progress import Report
+from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.engine.request import Request
 from qmpmerge.errors import CannotRecord, CannotRecover, JobFailed, NotDurable, NotVerified
 from qmpmerge.guest.deadman import Switch

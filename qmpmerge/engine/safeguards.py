@@ -4,7 +4,7 @@ What must be so before anything is switched: base durable, compared, bitmaps car
 
 from qmpmerge import shield
 from qmpmerge.chain.plan import CommitPlan
-from qmpmerge.engine import take_back
+from qmpmerge.engine import blockjob
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import BitmapsNotCarried, CommandError, FlushUnavailable, ImageUnreadable, NotDurable, NotVerified
 from qmpmerge.images import compare
@@ -22,7 +22,7 @@ async def see_that_it_is_compared(run: Run, doorbell: Doorbell) -> None:
     """Where an earlier failure makes the comparison compulsory, nothing is switched without it."""
     if run.suspect is None or run.verified:
         return
-    await shield.finished(take_back.take_back(run, doorbell))
+    await shield.finished(blockjob.take_back(run, doorbell))
     reason = f"the guest writes, so what an earlier failure left cannot be seen ({run.suspect})"
     raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
 
@@ -34,7 +34,7 @@ async def make_base_durable(run: Run, doorbell: Doorbell) -> None:
         run.verify = run.verify if every_error_seen else True
         run.base_is_durable = True
     except (NotDurable, FlushUnavailable) as error:
-        await shield.finished(take_back.take_back(run, doorbell))
+        await shield.finished(blockjob.take_back(run, doorbell))
         reason = error.reason
         raise NotDurable(node=run.plan.base.file, reason=reason) from None
 
@@ -47,7 +47,7 @@ async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
     try:
         await bitmaps.carry(run.target.monitor, await run.target.layout(), base, run.bitmaps)
     except CommandError as error:
-        await shield.finished(take_back.take_back(run, doorbell))
+        await shield.finished(blockjob.take_back(run, doorbell))
         raise BitmapsNotCarried(base=base.file, reason=error.description) from None
 
 
@@ -82,7 +82,7 @@ async def verify(run: Run, doorbell: Doorbell) -> None:
     else:
         reason = compare.DIFFERENT
     if not same:
-        await shield.finished(take_back.take_back(run, doorbell))
+        await shield.finished(blockjob.take_back(run, doorbell))
         raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
     run.verified = True
 

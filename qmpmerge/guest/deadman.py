@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from qmpmerge import shield
 from qmpmerge.guest import deadman_child
-from qmpmerge.guest.deadman_child import Answer, State
+from qmpmerge.guest.deadman_child import Duty, Undoing
 
 NEVER = float("inf")
 
@@ -94,14 +94,14 @@ class Switch:
         not answer.
         """
         self.arm(limit, turn)
-        state = State.GONE
+        state = Duty.GONE
         try:
             state = await self.state()
         finally:
-            if state is not State.ARMED:
+            if state is not Duty.ARMED:
                 self.dismiss()
-        if state is not State.ARMED:
-            raise OSError("it does not answer" if state is State.GONE else "it was late")
+        if state is not Duty.ARMED:
+            raise OSError("it does not answer" if state is Duty.GONE else "it was late")
 
     def arm(self, limit: float, turn: socket.socket | None = None) -> None:
         """From now on it waits `limit` seconds for a word of ours; where it is gone nobody is told."""
@@ -115,13 +115,13 @@ class Switch:
         """Whether we were silent for so long that it may have acted: then what it undoes may be undone already."""
         return self._has_lapsed or time.monotonic() >= self._deadline
 
-    async def state(self) -> State:
+    async def state(self) -> Duty:
         """Ask it. It acts between our words only: what it has sent by the answer it has sent wholly."""
         self._send(deadman_child.ASK)
         with contextlib.suppress(OSError):  # TimeoutError too
             async with asyncio.timeout(REPLY_SECONDS):
-                return State(await asyncio.get_running_loop().sock_recv(self._control, 64))
-        return State.GONE
+                return Duty(await asyncio.get_running_loop().sock_recv(self._control, 64))
+        return Duty.GONE
 
     @contextlib.asynccontextmanager
     async def patient(self) -> AsyncIterator[None]:
@@ -138,7 +138,7 @@ class Switch:
         finally:
             beating.cancel()
 
-    async def act(self, seconds: float = UNDO_SECONDS) -> Answer:
+    async def act(self, seconds: float = UNDO_SECONDS) -> Undoing:
         """
         Have it undo what we could not, and wait for that; after `seconds` it goes on without us.
 
@@ -147,8 +147,8 @@ class Switch:
         self._control.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = await asyncio.to_thread(self._process.wait, seconds)
-            return Answer(status) if status >= 0 else Answer.NONE
-        return Answer.NONE
+            return Undoing(status) if status >= 0 else Undoing.NONE
+        return Undoing.NONE
 
     def dismiss(self) -> None:
         """There is nothing to undo (any more). Takes a millisecond; then the connection and the turn are ours alone."""

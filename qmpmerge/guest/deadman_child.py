@@ -7,7 +7,7 @@ and nothing of ours. Standard input is the control socket, which keeps messages 
     tool    ARM, limit   undo when I am gone, or not heard of for `limit` seconds from now; sent again, they count anew.
                          A descriptor that comes along (the tool's turn) is kept open until this process ends
     tool    ASK          where do you stand?
-    child   a State      the answer to ASK
+    child   a Duty       the answer to ASK
 
 While the tool lives only it reads from the connection, for two readers would take each other's replies. Once it is gone
 the child reads, and stays until the other side (QEMU, or the guest's agent) has answered or closed the connection: the
@@ -29,8 +29,8 @@ ARM = b"a"
 ASK = b"?"
 
 
-class State(enum.Enum):
-    """Where the child stands while the tool lives, and what it answers to ASK."""
+class Duty(enum.Enum):
+    """What the child has to do while the tool lives, and what it answers to ASK."""
 
     IDLE = b"i"
     """Nothing is to be undone: it ends with the tool."""
@@ -42,7 +42,7 @@ class State(enum.Enum):
     """Never said: the child has ended or is silent."""
 
 
-class Answer(enum.IntEnum):
+class Undoing(enum.IntEnum):
     """What came of the request; the exit status of the process."""
 
     DONE = 0
@@ -74,7 +74,7 @@ _KEPT = 64 * 1024
 _BEGIN_ANEW = b"\xff\n"
 
 
-class Request:
+class UndoRequest:
     """
     What undoes it, and how its answer is known.
 
@@ -96,15 +96,15 @@ class Request:
                 with contextlib.suppress(BlockingIOError):
                     rest = rest[self._connection.send(rest) :]
 
-    def see_it_done(self, again: float, *, was_sent: bool) -> Answer:
+    def see_it_done(self, again: float, *, was_sent: bool) -> Undoing:
         """Send it until it is answered or the connection is closed; `again` is the seconds between two tries."""
-        answer, refusals = self._answer(0) if was_sent else Answer.NONE, 0
-        while answer is Answer.NONE or (answer is Answer.REFUSED and refusals < TRIES):
+        answer, refusals = self._answer(0) if was_sent else Undoing.NONE, 0
+        while answer is Undoing.NONE or (answer is Undoing.REFUSED and refusals < TRIES):
             if not was_sent or self._is_read():  # a QEMU that hangs gets it once
                 self.send(first=_BEGIN_ANEW)
             was_sent = True
             answer = self._answer(again)
-            if answer is Answer.REFUSED:
+            if answer is Undoing.REFUSED:
                 refusals += 1
                 time.sleep(REFUSED_SECONDS)
         return answer
@@ -113,29 +113,29 @@ class Request:
         """Whether the other side has read all that was sent."""
         return not any(fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4)))
 
-    def _answer(self, seconds: float) -> Answer:
+    def _answer(self, seconds: float) -> Undoing:
         """What comes in the next `seconds`."""
         deadline = time.monotonic() + seconds
         while select.select([self._connection], [], [], max(0.0, deadline - time.monotonic()))[0]:
             with contextlib.suppress(BlockingIOError):
                 received = _receive(self._connection)
                 if not received:
-                    return Answer.CLOSED
+                    return Undoing.CLOSED
                 self._received = self._received[-_KEPT:] + received
             before, end, after = self._received.partition(self._end)
             if end and b"\n" in after:
                 return self._judge(before, after)
-        return Answer.NONE
+        return Undoing.NONE
 
-    def _judge(self, before: bytes, after: bytes) -> Answer:
+    def _judge(self, before: bytes, after: bytes) -> Undoing:
         rest_of_line, _, self._received = after.partition(b"\n")
         is_error = b'"error"' in before.rpartition(b"\n")[2] + rest_of_line
-        return Answer.DONE if self._done in before + self._end and not is_error else Answer.REFUSED
+        return Undoing.DONE if self._done in before + self._end and not is_error else Undoing.REFUSED
 
 
-def watch(control: socket.socket, request: Request) -> State:
+def watch(control: socket.socket, request: UndoRequest) -> Duty:
     """Return when the tool is gone; send the request where it is not heard of for longer than its limit."""
-    state, deadline = State.IDLE, _NEVER
+    state, deadline = Duty.IDLE, _NEVER
     while True:
         left = deadline - time.monotonic()
         if select.select([control], [], [], max(0.0, min(left, _LONGEST_WAIT)))[0]:
@@ -145,11 +145,11 @@ def watch(control: socket.socket, request: Request) -> State:
             if word == ASK:
                 _reply(control, state)
             else:
-                state = State.ACTED if state is State.ACTED else State.ARMED
+                state = Duty.ACTED if state is Duty.ACTED else Duty.ARMED
                 deadline = time.monotonic() + float(word.removeprefix(ARM))
         elif left <= 0:
             request.send()  # without a reset of the parser, over which the tool would lose its session
-            state, deadline = State.ACTED, _NEVER
+            state, deadline = Duty.ACTED, _NEVER
 
 
 def _receive(connection: socket.socket) -> bytes:
@@ -162,21 +162,21 @@ def _receive(connection: socket.socket) -> bytes:
         return b""
 
 
-def _reply(control: socket.socket, state: State) -> None:
+def _reply(control: socket.socket, state: Duty) -> None:
     with contextlib.suppress(OSError):
         control.send(state.value)
 
 
-def main(again: str, *words: str) -> Answer:
+def main(again: str, *words: str) -> Undoing:
     """Be on duty, and see the request done if the tool ends while it is armed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    request = Request(socket.socket(fileno=1), *map(str.encode, words))
+    request = UndoRequest(socket.socket(fileno=1), *map(str.encode, words))
     state = watch(socket.socket(fileno=0), request)
-    if state is State.IDLE:
-        return Answer.DONE
+    if state is Duty.IDLE:
+        return Undoing.DONE
     time.sleep(TICK_SECONDS)
-    return request.see_it_done(float(again), was_sent=state is State.ACTED)
+    return request.see_it_done(float(again), was_sent=state is Duty.ACTED)
 
 
 if __name__ == "__main__":

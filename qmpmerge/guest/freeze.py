@@ -16,7 +16,7 @@ from qmpmerge import shield
 from qmpmerge.errors import AgentFailed, FreezeUnproven, ThawUnproven
 from qmpmerge.guest import agent
 from qmpmerge.guest.deadman import Switch, Undo
-from qmpmerge.guest.deadman_child import Answer
+from qmpmerge.guest.deadman_child import Undoing
 
 
 @contextlib.asynccontextmanager
@@ -80,7 +80,7 @@ async def _release(path: str, channel: agent.Channel, switch: Switch, *, seconds
     else:
         switch.dismiss()
         return held
-    if await switch.act() is not Answer.DONE:
+    if await switch.act() is not Undoing.DONE:
         raise ThawUnproven(agent=path, reason=reason)
     return 0
 

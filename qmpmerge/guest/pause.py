@@ -15,7 +15,7 @@ from qmpmerge import shield
 from qmpmerge.errors import CommandError, NoReply, PauseUnproven, SessionLost
 from qmpmerge.guest import deadman
 from qmpmerge.guest.deadman import Switch
-from qmpmerge.guest.deadman_child import Answer
+from qmpmerge.guest.deadman_child import Undoing
 from qmpmerge.qemu import mutex
 from qmpmerge.qemu.monitor import Monitor
 
@@ -90,7 +90,7 @@ async def _resume(monitor: Monitor, switch: Switch) -> None:
     try:
         await monitor.execute("cont")
     except SessionLost as error:  # most likely QEMU is gone, and then nothing is paused
-        if await switch.act() not in (Answer.DONE, Answer.CLOSED):
+        if await switch.act() not in (Undoing.DONE, Undoing.CLOSED):
             raise PauseUnproven(target=monitor.name, reason=str(error)) from None
     except (NoReply, CommandError) as error:
         raise PauseUnproven(target=monitor.name, reason=str(error)) from None

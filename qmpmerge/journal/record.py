@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image, Inode
@@ -59,7 +60,7 @@ class Record:
     seen: dict[int, Seen] = field(default_factory=dict)
     before: dict[int, Seen] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def plan(self) -> CommitPlan:
         """What was to be done."""
         return plan.commit(self.chain, base=f"[{self.base}]", top=f"[{self.top}]")

@@ -14,10 +14,10 @@ from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
 from qmpmerge.engine import commit as engine
 from qmpmerge.engine import earlier, go, proof, resume
-from qmpmerge.engine.converge import Converge
 from qmpmerge.engine.operation import Operation
-from qmpmerge.engine.patience import Patience
-from qmpmerge.engine.progress import Report
+from qmpmerge.engine.pace.converge import Converge
+from qmpmerge.engine.pace.patience import Patience
+from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchLayer, OptionsConflict

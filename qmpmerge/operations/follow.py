@@ -8,9 +8,9 @@ from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine import commit as engine
 from qmpmerge.engine import earlier, go
-from qmpmerge.engine.converge import Converge
-from qmpmerge.engine.patience import Patience
-from qmpmerge.engine.progress import Report
+from qmpmerge.engine.pace.converge import Converge
+from qmpmerge.engine.pace.patience import Patience
+from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, JobVerb, NoSuchJob, NotProven

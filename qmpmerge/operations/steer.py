@@ -7,9 +7,9 @@ import contextlib
 from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.engine import earlier, resume
-from qmpmerge.engine.converge import Converge
-from qmpmerge.engine.patience import Patience
-from qmpmerge.engine.progress import Report
+from qmpmerge.engine.pace.converge import Converge
+from qmpmerge.engine.pace.patience import Patience
+from qmpmerge.engine.pace.progress import Report
 from qmpmerge.errors import JobVerb, Locked, NoSuchJob, Unfinished
 from qmpmerge.journal import store
 from qmpmerge.journal.record import Record

@@ -87,10 +87,6 @@ class Disk:
     )
     """What a user can mean by a disk's name, in the order of who wins: name, qdev id, node, the active image's path."""
 
-    def is_called(self, name: str) -> bool:
-        """Whether a user can mean this disk by `name`; an empty drive has no name that a merge could take."""
-        return self.chain is not None and any(role(self, name) for role in Disk.ROLES)
-
 
 @dataclass(frozen=True)
 class Layout:

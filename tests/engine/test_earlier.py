@@ -13,7 +13,7 @@ from rig.disks import KINDS, Setup
 from rig.machines import Content
 
 import qmpmerge
-from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.errors import Busy, JobFailed, NoSuchLayer, RecordNotBelieved, StillRunning
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Note

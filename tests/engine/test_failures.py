@@ -19,7 +19,7 @@ from rig.faults import injecting, untouched
 from rig.machines import MIB, SIZE, Content, fill, machine, make_chain, run
 
 import qmpmerge as library
-from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.errors import Busy, JobFailed, OutOfQuota, SessionLost, Suspect
 from qmpmerge.qemu import jobs
 

@@ -22,7 +22,7 @@ from rig.machines import MIB, Machine, machine, make_chain
 
 import qmpmerge
 from qmpmerge.guest import deadman
-from qmpmerge.guest.deadman_child import Answer, State
+from qmpmerge.guest.deadman_child import Duty, Undoing
 from qmpmerge.qemu import mutex
 from qmpmerge.qemu.monitor import Monitor
 
@@ -256,19 +256,19 @@ async def test_it_tells_whether_it_has_acted(vm: Machine) -> None:
         switch = deadman.Switch.start(target.monitor.descriptor, deadman.qmp("cont"))
         async with switch.patient():
             await asyncio.sleep(0)
-        assert await switch.state() is State.IDLE
+        assert await switch.state() is Duty.IDLE
         await switch.go_on_duty(0.2)
         assert not switch.has_lapsed
         async with switch.patient():
             await asyncio.sleep(0.5)
-            assert (await switch.state(), switch.has_lapsed) == (State.ARMED, False)
+            assert (await switch.state(), switch.has_lapsed) == (Duty.ARMED, False)
         await asyncio.sleep(0.5)
-        assert (await switch.state(), switch.has_lapsed) == (State.ACTED, True)
+        assert (await switch.state(), switch.has_lapsed) == (Duty.ACTED, True)
         switch.arm(60)
-        assert (await switch.state(), switch.has_lapsed) == (State.ACTED, True)
+        assert (await switch.state(), switch.has_lapsed) == (Duty.ACTED, True)
         assert await target.monitor.execute("query-name") == {}
         switch.dismiss()
-        assert await switch.state() is State.GONE
+        assert await switch.state() is Duty.GONE
 
 
 async def test_what_we_cannot_undo_it_does_on_our_word(vm: Machine) -> None:
@@ -278,7 +278,7 @@ async def test_what_we_cannot_undo_it_does_on_our_word(vm: Machine) -> None:
         await switch.go_on_duty()
         await target.monitor.execute("stop")
         await target.monitor.close()
-        assert await switch.act() is Answer.DONE
+        assert await switch.act() is Undoing.DONE
         assert is_running(vm)
 
 
@@ -289,7 +289,7 @@ async def test_a_refusal_is_told(vm: Machine) -> None:
         switch = deadman.Switch.start(target.monitor.descriptor, undo)
         await switch.go_on_duty()
         await target.monitor.close()
-        assert await switch.act() is Answer.REFUSED
+        assert await switch.act() is Undoing.REFUSED
 
 
 async def test_a_connection_that_is_closed_has_no_switch(vm: Machine) -> None:

@@ -23,7 +23,7 @@ from rig.guests import Guest, guest
 from qmpmerge.errors import AgentFailed, FreezeUnproven, ThawUnproven
 from qmpmerge.guest import agent, freeze
 from qmpmerge.guest.deadman import Switch
-from qmpmerge.guest.deadman_child import TRIES, State
+from qmpmerge.guest.deadman_child import TRIES, Duty
 
 FREEZE = "guest-fsfreeze-freeze"
 THAW = "guest-fsfreeze-thaw"
@@ -488,7 +488,7 @@ async def test_a_switch_that_is_thawing_is_not_interrupted(fake: FakeAgent, monk
     begun, asked = asyncio.Event(), asyncio.Event()
     ask = Switch.state
 
-    async def ask_it(switch: Switch) -> State:
+    async def ask_it(switch: Switch) -> Duty:
         assert not fake.more.is_set(), "nobody has written since"
         state = await ask(switch)
         asked.set()

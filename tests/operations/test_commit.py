@@ -19,7 +19,7 @@ from rig.harms import harm
 from rig.machines import MIB, Content, fill, machine, make_chain, run
 
 import qmpmerge
-from qmpmerge.engine.progress import Progress, mount_point
+from qmpmerge.engine.pace.progress import Progress, mount_point
 from qmpmerge.errors import (
     BaseIsTop,
     Busy,

@@ -407,8 +407,9 @@ async def test_relative_names_are_resolved_where_qemu_runs(tmp_path: Path, monke
     with machines.machine(tmp_path, *drive("c.qcow2"), *virtio("vda")) as machine:
         view = await ask(machine)
         assert told(view.chain, tmp_path) == CHAIN and not view.oddities
-        assert view.disk.is_called(str(tmp_path / "c.qcow2"))
-        assert not view.disk.is_called("c.qcow2"), "that is the other one, from where the tool runs"
+        assert view.layout.find(str(tmp_path / "c.qcow2"), machine.target) == view.disk
+        with pytest.raises(NoSuchDisk):  # that is the other one, from where the tool runs
+            view.layout.find("c.qcow2", machine.target)
 
 
 async def test_an_active_image_reached_by_a_link_in_another_folder(tmp_path: Path) -> None:
@@ -423,7 +424,8 @@ async def test_an_active_image_reached_by_a_link_in_another_folder(tmp_path: Pat
     assert view.chain.active.inode == identity(files[-1])
     assert told(view.chain, tmp_path)[:-1] == CHAIN[:-1]
     assert not view.oddities
-    assert view.disk.is_called(str(files[-1])) and view.disk.is_called(str(link))
+    for name in (files[-1], link):
+        assert view.layout.find(str(name), machine.target) == view.disk
 
 
 ODD_NAMES = ["with space", "co,mma", "co:lon", "quo\"te'", "new\nline", "per%cent", "back\\slash", "$(x)", "nbd:x", "ü"]
@@ -792,4 +794,6 @@ async def test_500_layers(tmp_path: Path) -> None:
 
 
 def test_an_empty_drive_is_called_nothing() -> None:
-    assert not Disk(name="cd0", drive="cd0", qdev="", root="", chain=None, nodes=()).is_called("cd0")
+    empty = Disk(name="cd0", drive="cd0", qdev="", root="", chain=None, nodes=())
+    with pytest.raises(NoSuchDisk):
+        Layout((empty,), (), {}, {}).find("cd0", "vm")

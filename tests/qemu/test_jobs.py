@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rig.machines import MIB, Content, Machine, fill, machine, make_chain
 
-from qmpmerge.engine.progress import Meter, Progress
+from qmpmerge.engine.pace.progress import Meter, Progress
 from qmpmerge.errors import JobVerb, NoSuchJob, QemuRefused, StillRunning
 from qmpmerge.qemu import connect, jobs
 from qmpmerge.qemu.jobs import VERBS, Job

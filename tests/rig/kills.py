@@ -26,7 +26,7 @@ import psutil
 
 from qmpmerge.cli import main
 from qmpmerge.cli.render.json import JsonOutput
-from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.images import files
 from qmpmerge.journal import store
 

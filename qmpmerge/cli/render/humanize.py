@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.pace.progress import Progress
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome

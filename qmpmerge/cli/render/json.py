@@ -10,7 +10,7 @@ from qmpmerge.cli.render.humanize import cleaned_verdict
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Estimate, MergedFile, Outcome
     from qmpmerge.doctor.findings import Finding
-    from qmpmerge.engine.progress import Progress
+    from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity

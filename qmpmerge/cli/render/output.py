@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
     from qmpmerge.doctor.findings import Finding
-    from qmpmerge.engine.progress import Progress
+    from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity

@@ -12,7 +12,7 @@ from qmpmerge.cli.render.humanize import visible
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
     from qmpmerge.doctor.findings import Finding
-    from qmpmerge.engine.progress import Progress, Shortage
+    from qmpmerge.engine.pace.progress import Progress, Shortage
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity

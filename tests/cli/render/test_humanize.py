@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qmpmerge.chain.outcome import Checked, Estimate
 from qmpmerge.cli.render import humanize
-from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.pace.progress import Progress
 
 KIB, MIB, GIB, TIB, PIB = (1024**power for power in range(1, 6))
 

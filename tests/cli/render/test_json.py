@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.cli.render.json import JsonOutput
-from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import AmbiguousName, Cancelled, NoReply, NoSuchLayer, ShorterLayer
 from qmpmerge.images.headers import Oddity

@@ -14,7 +14,7 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.cli.render.humanize import visible
 from qmpmerge.cli.render.text import TextOutput
-from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, ShorterLayer, StillRunning
 from qmpmerge.images.headers import Oddity

@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 from qmpmerge import shield
-from qmpmerge.engine.rates import Watch
+from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.errors import CommandError, Error
 from qmpmerge.guest import deadman
 from qmpmerge.guest.throttle import Throttle

@@ -23,10 +23,10 @@ from rig.disks import BACKEND, device, storage_daemon
 from rig.machines import MIB, Content, Machine, machine, make_chain
 
 import qmpmerge
-from qmpmerge.engine import rates
-from qmpmerge.engine.converge import Converge, Ladder
-from qmpmerge.engine.progress import Progress
-from qmpmerge.engine.rates import Rates, Watch
+from qmpmerge.engine.pace import rates
+from qmpmerge.engine.pace.converge import Converge, Ladder
+from qmpmerge.engine.pace.progress import Progress
+from qmpmerge.engine.pace.rates import Rates, Watch
 from qmpmerge.errors import CommandError, JobFailed, StillRunning
 from qmpmerge.guest.throttle import Throttle
 from qmpmerge.qemu.jobs import Job
@@ -286,7 +286,7 @@ async def test_who_leaves_the_job_takes_the_limit_along(guest: Guest) -> None:
 
 # --- when we are stopped ------------------------------------------------------------------------------------------
 
-TOOL = "from qmpmerge import cli; from qmpmerge.engine import rates; rates.SETTLE_SECONDS = 0.6; cli.main()"
+TOOL = "from qmpmerge import cli; from qmpmerge.engine.pace import rates; rates.SETTLE_SECONDS = 0.6; cli.main()"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])

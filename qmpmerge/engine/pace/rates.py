@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qmpmerge.engine.progress import Progress
+from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.qemu.jobs import Job
 
 SETTLE_SECONDS = 3.0
