@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from qmpmerge.errors import Error
     from qmpmerge.operations.clean import Cleaned, clean
     from qmpmerge.operations.commit import commit
+    from qmpmerge.operations.control import control
     from qmpmerge.operations.follow import follow
     from qmpmerge.operations.recover import recover
     from qmpmerge.operations.snapshot import Overlay, snapshot
-    from qmpmerge.operations.steer import steer
     from qmpmerge.processes.vms import Vm, vms
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.jobs import Job
@@ -59,6 +59,7 @@ _HOME = {
     "Vm": "processes.vms",
     "clean": "operations.clean",
     "commit": "operations.commit",
+    "control": "operations.control",
     "examine": "doctor.target",
     "examine_path": "doctor.images",
     "follow": "operations.follow",
@@ -67,7 +68,6 @@ _HOME = {
     "opened": "targets.open",
     "recover": "operations.recover",
     "snapshot": "operations.snapshot",
-    "steer": "operations.steer",
     "vms": "processes.vms",
 }
 
@@ -91,6 +91,7 @@ __all__ = [
     "Vm",
     "clean",
     "commit",
+    "control",
     "errors",
     "examine",
     "examine_path",
@@ -100,7 +101,6 @@ __all__ = [
     "opened",
     "recover",
     "snapshot",
-    "steer",
     "vms",
 ]
 

@@ -12,7 +12,7 @@ HEADER_LIMIT = 1023
 
 def leads_to(image: Image, backing: str, target: Image) -> bool | None:
     """
-    Whether the string `backing` in the header of `image` leads to `target`; None where it cannot be told.
+    Whether the string `backing` in the header of `image` leads to `target`; None where it is not known.
 
     A relative name may lead there from the folder of the name that QEMU opened, or from the folder of the real file.
     """
@@ -86,11 +86,11 @@ def named_path(name: str) -> str | None:
     """The path in a header's name, ``json:`` forms of a local file included; None for all that is no local file."""
     if name.startswith("json:"):
         try:
-            told = json.loads(name.removeprefix("json:"))
+            options = json.loads(name.removeprefix("json:"))
         except (ValueError, RecursionError):
             return None
-        while isinstance(told, dict) and "filename" not in told:
-            told = told.get("file")
-        name = told["filename"] if isinstance(told, dict) and isinstance(told["filename"], str) else ":"
+        while isinstance(options, dict) and "filename" not in options:
+            options = options.get("file")
+        name = options["filename"] if isinstance(options, dict) and isinstance(options["filename"], str) else ":"
     name = name.removeprefix("file:")
     return None if ":" in name.split("/", 1)[0] else name

@@ -17,7 +17,7 @@ ASSUMED_RATE = 200 * 1024 * 1024
 @dataclass(frozen=True)
 class Estimate:
     """
-    Bytes that a merge copies and by how much base grows at most, metadata included; None for what cannot be told.
+    Bytes that a merge copies and by how much base grows at most, metadata included; None for what is not known.
 
     `free` is what QEMU may still use on the base's filesystem, `seconds` what the copy takes at `rate`, bytes a second;
     `rate_given` says that it is the user's limit, not an assumption. With `at_least` a guest can add to `copy` and
@@ -39,7 +39,7 @@ class Estimate:
 
     @property
     def is_enough(self) -> bool:
-        """Whether there is room, as far as can be told."""
+        """Whether there is room, as far as is known."""
         return self.growth is None or self.free is None or self.growth <= self.free
 
 
@@ -121,7 +121,7 @@ def files_advice(merged: Sequence[MergedFile]) -> list[str]:
     )
     if folders:
         command = " ".join(["qmpmerge clean", *map(shlex.quote, folders)])
-        return [f"`{command}` removes what was stashed, once nobody holds or needs it"]
+        return [f"`{command}` removes what was stashed, once nobody uses or needs it"]
     if any(file.action == "keep" for file in merged):
         return ["the merged files can be deleted once no other image is built on them"]
     return []

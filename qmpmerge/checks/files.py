@@ -68,7 +68,7 @@ async def dependents(question: Question) -> AsyncIterator[Refused]:
 
 
 async def no_space(question: Question) -> AsyncIterator[Refused]:
-    """Where it cannot be told nothing is refused: a job that runs out of space waits for it."""
+    """Where it is not known nothing is refused: a job that runs out of space waits for it."""
     estimate = question.estimate
     if not estimate.is_enough and estimate.growth is not None and estimate.free is not None:
         yield NoSpace(base=question.plan.base.file, growth=estimate.growth, free=estimate.free)

@@ -44,5 +44,5 @@ def _usage(error: "click.ClickException") -> None:
     """A usage error as click shows it; with --json also as the one object on stdout that a program waits for."""
     error.show()
     if "--json" in sys.argv:
-        told = {"name": "usage", "message": error.format_message(), "hint": "see `qmpmerge --help`", "facts": {}}
-        sys.stdout.write(json.dumps({"schema": 1, "verdict": "usage", "error": told}) + "\n")
+        document = {"name": "usage", "message": error.format_message(), "hint": "see `qmpmerge --help`", "facts": {}}
+        sys.stdout.write(json.dumps({"schema": 1, "verdict": "usage", "error": document}) + "\n")

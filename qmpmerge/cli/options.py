@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 POLITE_SECONDS = 5.0
-"""How long `--polite` leaves the monitor to others."""
+"""How long `--polite` releases the monitor."""
 
 ENDINGS: dict[str, str] = {
     "--pivot": "Active merge: move the guest onto the base (default).",
@@ -130,7 +130,7 @@ def for_jobs(function: Callable[..., Any]) -> Callable[..., Any]:
             default="leave",
             help="What becomes of the job at --timeout: it goes on (default), or is cancelled.",
         ),
-        click.option("--polite", is_flag=True, help="Leave the monitor to others between two looks at the job."),
+        click.option("--polite", is_flag=True, help="Release the monitor between polls."),
     )
     for option in reversed(declared):
         function = option(function)
@@ -139,12 +139,12 @@ def for_jobs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Help:
-    """What may be done to a guest that writes as fast as is copied, as `converge.Converge` takes it."""
+    """What may be done to a guest that writes faster than the job copies, as `converge.Converge` takes it."""
 
     floor: int
     pause: float
 
-    def told_to(self, output: "Output") -> "Converge":
+    def reporting_to(self, output: "Output") -> "Converge":
         """The same, with each rung noted."""
         from qmpmerge.engine.pace.converge import Converge
 
@@ -152,9 +152,9 @@ class Help:
 
 
 def converging(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare what may be done to a guest that writes as fast as is copied; the command gets one value, ``converge``."""
+    """Declare what may be done to a guest that writes faster than the job copies; the command gets one value, ``converge``."""
     declared = (
-        click.option("--converge", is_flag=True, help="Slow down a guest that writes as fast as is copied."),
+        click.option("--converge", is_flag=True, help="Slow down a guest that writes faster than the job copies."),
         click.option(
             "--converge-floor",
             type=Size(),

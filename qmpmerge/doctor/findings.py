@@ -1,5 +1,5 @@
 """
-What the doctor has to say: one value for each thing that is odd, worst first.
+What the doctor has to say: one value for each problem, worst first.
 """
 
 import json
@@ -20,9 +20,9 @@ SEVERITIES: tuple[Severity, ...] = ("harm", "care", "note")
 @dataclass(frozen=True)
 class Finding:
     """
-    Something odd: `where` is a disk, a job, a node or a file, `what` a sentence about it, `why` it matters.
+    A problem: `where` is a disk, a job, a node or a file, `what` a sentence about it, `why` it matters.
 
-    `command` is one line for a shell that mends it, "" where there is nothing to run; then `why` says what else to do.
+    `command` is one line for a shell that fixes it, "" where there is nothing to run; then `why` says what else to do.
     """
 
     name: str

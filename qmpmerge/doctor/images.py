@@ -45,10 +45,10 @@ async def examine_path(
     if not os.path.isdir(path):
         return sort([*await _chain(path, allow), *_beside(path, allow, search)])
     overlays = _overlays(path)
-    found = [*leftovers.in_folder(path), *_shared(overlays)]
+    findings = [*leftovers.in_folder(path), *_shared(overlays)]
     for image in _tops(overlays):
-        found += await _chain(image, allow)
-    return sort(found)
+        findings += await _chain(image, allow)
+    return sort(findings)
 
 
 async def _chain(image: str, allow: Collection[str]) -> list[Finding]:
@@ -59,8 +59,8 @@ async def _chain(image: str, allow: Collection[str]) -> list[Finding]:
         return [Finding(error.name, severity, image, str(error), f"{why}: {error.hint}")]
     chain = _as_chain(layers)
     users = holders.users(chain.files)
-    found = [*_used(chain, users), *target.disguised(chain.images), *_deep(chain)]
-    return [*found, *([] if users else await _marks(layers))]
+    findings = [*_used(chain, users), *target.disguised(chain.images), *_deep(chain)]
+    return [*findings, *([] if users else await _marks(layers))]
 
 
 def _beside(image: str, allow: Collection[str], search: Collection[str]) -> list[Finding]:
@@ -103,7 +103,7 @@ def _deep(chain: Chain) -> Iterator[Finding]:
 
 async def _marks(layers: tuple[Layer, ...]) -> list[Finding]:
     """What QEMU has marked in the headers of images that nobody has open."""
-    found = []
+    findings = []
     for layer in layers:
         if layer.format != "qcow2" or layer.encrypted:
             continue
@@ -111,16 +111,16 @@ async def _marks(layers: tuple[Layer, ...]) -> list[Finding]:
             header = await qemuimg.info(layer.file, layer.format)
         except ImageUnreadable as error:
             severity, why = _WHY[error.name]
-            found.append(Finding(error.name, severity, layer.file, str(error), f"{why}: {error.hint}"))
+            findings.append(Finding(error.name, severity, layer.file, str(error), f"{why}: {error.hint}"))
             continue
         if header.corrupt:
             why = "QEMU opens it only for reading: save what it holds before you repair it"
             command = shlex.join(["qemu-img", "check", "-r", "all", "-f", "qcow2", layer.file])
-            found.append(Finding("corrupt", "harm", layer.file, "it is marked as corrupt", why, command))
+            findings.append(Finding("corrupt", "harm", layer.file, "it is marked as corrupt", why, command))
         for name in header.open_bitmaps:
             command = shlex.join(["qemu-img", "bitmap", "--remove", "-f", "qcow2", layer.file, name])
-            found.append(target.inconsistent(layer.file, name, command))
-    return found
+            findings.append(target.inconsistent(layer.file, name, command))
+    return findings
 
 
 def _overlays(folder: str) -> dict[str, str | None]:

@@ -1,5 +1,5 @@
 """
-Jobs that wait for somebody: what each state means, and the verb that mends it.
+Jobs that wait for somebody: what each state means, and the verb that ends the wait.
 """
 
 import asyncio

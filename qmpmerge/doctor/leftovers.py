@@ -83,7 +83,7 @@ def _old_locks(folder: str, jobs: Collection[str]) -> Iterator[Finding]:
         if locks.is_held(path) or (isinstance(record, Record) and record.job in jobs):
             continue
         if note == Note():
-            what = f"a lock file that nobody holds: a merge into {image} was killed"
+            what = f"a lock file without a holder: a merge into {image} was killed"
             yield Finding("old-lock", "note", path, what, "it keeps nobody out", shlex.join(["rm", "-f", "--", path]))
         else:
             what = f"the note of a merge into {image} that was left or killed"

@@ -1,8 +1,8 @@
 """
-The doctor: everything that is odd about the disks and jobs of a QEMU, and the command that mends each.
+The doctor: problems with the disks and jobs of a QEMU, and the command that fixes each.
 
 It only looks: nothing that it asks changes anything, and it names no command that it has not thought through for the
-state that it saw. What it finds on disk beside the chains is told by `leftovers`; images that nobody holds are looked at
+state that it saw. What it finds on disk beside the chains is told by `leftovers`; images not in use are looked at
 by `diskdoctor`.
 """
 
@@ -34,7 +34,7 @@ JOB_FILTERS = frozenset({"commit_top", "mirror_top", "backup-top", "copy-before-
 
 async def examine(target: Target, *, search: Collection[str] = ()) -> tuple[Finding, ...]:
     """
-    All findings about a running QEMU or qemu-storage-daemon, the worst first; empty where nothing is odd.
+    All findings about a running QEMU or qemu-storage-daemon, the worst first; empty where there are none.
 
     `search` are more folders in which images may be built on those in use. Raises what `Target.layout` raises, but for
     StreamConcluded, which is a finding.
@@ -45,18 +45,18 @@ async def examine(target: Target, *, search: Collection[str] = ()) -> tuple[Find
         return sort(crashing)
     layout = await target.layout()
     at_work = [job.id for job in known]
-    found = [
+    findings = [
         *jobs.examine(target, layout, known),
         *_filters(layout),
         *_unneeded(target, layout),
         *_bitmaps(target, layout),
     ]
-    found += [*await _exports(target), *await _server(target), *await _guest(target, layout)]
+    findings += [*await _exports(target), *await _server(target), *await _guest(target, layout)]
     for disk in layout.disks:
         if disk.chain is not None and disk.root in layout.held:
-            found += await _chain(target, disk)
-            found += leftovers.beside(disk.chain, search, pid=target.pid, jobs=at_work)
-    return sort(found)
+            findings += await _chain(target, disk)
+            findings += leftovers.beside(disk.chain, search, pid=target.pid, jobs=at_work)
+    return sort(findings)
 
 
 # --- nodes --------------------------------------------------------------------------------------------------------
@@ -150,17 +150,17 @@ _STANDING: dict[str, tuple[Severity, str, str]] = {
 
 async def _guest(target: Target, layout: Layout) -> list[Finding]:
     """A guest that stands still or is throttled. Whether its filesystems are frozen only its agent could tell."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     with contextlib.suppress(CommandError):  # a storage daemon has no guest
         status = (await target.monitor.execute("query-status"))["status"]
         if status in _STANDING:
             severity, what, why = _STANDING[status]
-            found.append(
+            findings.append(
                 Finding(f"guest-{status}", severity, target.name, what, why, qmp(target.monitor.name, ("cont", {})))
             )
         if all(len(disk.chain or ()) < DEEP for disk in layout.disks):  # else the question alone takes seconds
-            found += _throttled(target, await target.monitor.execute("query-block"))
-    return found
+            findings += _throttled(target, await target.monitor.execute("query-block"))
+    return findings
 
 
 _NO_LIMITS = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)

@@ -87,8 +87,8 @@ async def copy(run: Run, doorbell: Doorbell) -> Job | None:
 def tell(run: Run, meter: Meter, job: Job) -> None:
     """Report a sighting of the job."""
     run.copied = job.done
-    told = meter.read(job, _shortage(run, job))
-    run.report(run.watch.read(job, told) if run.operation.pivots else told)
+    sighting = meter.read(job, _shortage(run, job))
+    run.report(run.watch.read(job, sighting) if run.operation.pivots else sighting)
 
 
 def _shortage(run: Run, job: Job) -> Shortage | None:

@@ -43,7 +43,7 @@ FORCEABLE = ("dependents", "in-use", "known-bad", "libvirt", "no-format", "no-sp
 """
 What `--force` takes: the refusals about which a user can rightly know better than we do.
 
-An image that is built on ours may be rubbish, a reader may be a backup that is wanted, a crash may be mended in this very
+An image that is built on ours may be rubbish, a reader may be a backup that is wanted, a crash may be fixed in this very
 QEMU, space may be on its way (the job waits for it), and what would be lost may be worthless. The others say that the merge
 would write wrong data, crash QEMU or fail: nobody can know better.
 """
@@ -89,7 +89,7 @@ class Error(Exception):
         return (self,)
 
     @property
-    def told(self) -> dict[str, object]:
+    def document(self) -> dict[str, object]:
         """Name, message, hint and facts, as JSON shows them."""
         return {"name": self.name, "message": str(self), "hint": self.hint, "facts": self.facts}
 
@@ -143,7 +143,9 @@ class Unknown(Error):
     """
 
     verdict = "unknown"
-    advice = "run `qmpmerge doctor {target}`: QEMU knows what happened, and what is left to do"
+    advice = (
+        "run `qmpmerge doctor {target}`: QEMU may have finished the job, and this shows what it did and what is left"
+    )
 
 
 class Failed(Error):
@@ -167,7 +169,7 @@ class SeveralRefusals(Refused):
     @property
     def facts(self) -> dict[str, object]:
         """Each refusal with its name, message, hint and facts."""
-        return {"refusals": [refusal.told for refusal in self.refusals]}
+        return {"refusals": [refusal.document for refusal in self.refusals]}
 
     def _words(self) -> dict[str, object]:
         sentences = "; ".join(f"{refusal.name}: {refusal}" for refusal in self.refusals)

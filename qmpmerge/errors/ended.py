@@ -11,7 +11,7 @@ class JobFailed(Failed):
     job: str
     reason: str
     sentence = "job {job} failed: {reason}; the old chain is in use and nothing is lost"
-    advice = "mend the cause, then run the same command again"
+    advice = "fix the cause, then run the same command again"
 
 
 class OutOfQuota(JobFailed):
@@ -153,7 +153,7 @@ class CannotRecover(Unknown):
     file: str
     reason: str
     sentence = "cannot put {file} right: {reason}"
-    advice = "mend the cause, then run the same command again: it goes on from there"
+    advice = "fix the cause, then run the same command again: it goes on from there"
 
 
 class Undecided(Unknown):

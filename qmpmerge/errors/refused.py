@@ -67,7 +67,7 @@ class Disagrees(Refused):
     header: str
     graph: str
     sentence = "the header of {image} names {header} as its backing file, QEMU uses {graph}"
-    advice = "mend the header first (`qemu-img rebase -u`, with the VM off), or merge a range that leaves {image} out"
+    advice = "fix the header first (`qemu-img rebase -u`, with the VM off), or merge a range that leaves {image} out"
 
 
 class BackingString(Refused):
@@ -176,7 +176,7 @@ class BackingLoop(Refused):
     image: str
     backing: str
     sentence = "the chain is a loop: {image} names {backing}, which stands above it"
-    advice = "one of the headers is wrong; `qemu-img info` shows each, `qemu-img rebase -u` mends one"
+    advice = "one of the headers is wrong; `qemu-img info` shows each, `qemu-img rebase -u` fixes one"
 
 
 class TooDeep(Refused):

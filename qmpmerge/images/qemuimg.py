@@ -58,8 +58,8 @@ async def info_of(image: Image) -> Header:
         node = {"driver": image.format, "file": _file(image)}
     except OSError as error:
         raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
-    told = await _run(image.file, "info", "--force-share", "--output=json", f"json:{json.dumps(node)}")
-    return _header(json.loads(told))
+    output = await _run(image.file, "info", "--force-share", "--output=json", f"json:{json.dumps(node)}")
+    return _header(json.loads(output))
 
 
 async def chain_info(path: str, format: str | None = None) -> list[Header]:
@@ -172,7 +172,7 @@ async def same(chain: Sequence[Image], other: Sequence[Image], within: Extent | 
     except OSError as error:
         raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
     code, _output, complaints = await _finished("compare", "-q", *sources, seconds=None)
-    if code not in (0, 1):  # 1: they differ; more: it could not be told
+    if code not in (0, 1):  # 1: they differ; more: it is not known
         raise ImageUnreadable(file=chain[-1].file, reason=_first_line(complaints))
     return code == 0
 

@@ -43,7 +43,7 @@ def give_back(record: Record, index: int) -> bool:
 
 async def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
     """
-    Do what the policy says with all merged files, base first; also what is odd about it, as sentences for the user.
+    Do what the policy says with all merged files, base first; also what went otherwise, as sentences for the user.
 
     The merge is proved and durable by now. Done before, or in part, it goes on from there. Nothing is raised: a file
     that cannot be renamed stays, and that is said.

@@ -1,5 +1,5 @@
 """
-Removing what merges have stashed, once nobody holds or needs it.
+Removing what merges have stashed, once nobody uses or needs it.
 """
 
 import os

@@ -97,7 +97,7 @@ async def _job_to_follow(
 ) -> tuple[Layout, Job]:
     """The job, and all that was seen together with it."""
     layout, job = await _look(target, job_id)
-    if job.status == "aborting":  # it holds no nodes any more, so whose it was cannot be told before it has ended
+    if job.status == "aborting":  # it holds no nodes any more, so whose it was is not known before it has ended
         await jobs.ended(target.monitor, job_id, patience.deadline)
         layout, job = await _look(target, job_id)
     for _ in range(LOOKS):

@@ -75,7 +75,7 @@ def holder(path: str, *, excluding: Collection[int] = ()) -> Holder | None:
     """
     Who is connected to the monitor socket at `path`, apart from us and `excluding`.
 
-    None when nobody is, or when it cannot be told: another user's process, a TCP address, no `ss` (of iproute2) here.
+    None when nobody is, or when it is not known: another user's process, a TCP address, no `ss` (of iproute2) here.
     Takes up to a second and blocks meanwhile.
     """
     connections = _connections()
@@ -146,7 +146,7 @@ def qemu_files() -> list[str]:
 
 
 def is_locked(file: str) -> bool:
-    """Whether some QEMU program has locked the image, even one that we may not see; False where it cannot be told."""
+    """Whether some QEMU program has locked the image, even one that we may not see; False where it is not known."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -32,7 +32,7 @@ class _Credentials:
 
 def obstacle(path: str, pid: int | None) -> str | None:
     """
-    Why the process may not open `path` for writing, as a clause; None where it may, or where it cannot be told.
+    Why the process may not open `path` for writing, as a clause; None where it may, or where it is not known.
 
     Access lists and security modules are not asked: then only trying tells.
     """

@@ -40,16 +40,16 @@ def of(layout: Layout, images: Sequence[Image]) -> list[Bitmap]:
     return [
         Bitmap(
             image=image,
-            name=told["name"],
-            granularity=told["granularity"],
-            recording=told["recording"],
-            persistent=told["persistent"],
-            inconsistent=told.get("inconsistent", False),
-            busy=told["busy"],
+            name=entry["name"],
+            granularity=entry["granularity"],
+            recording=entry["recording"],
+            persistent=entry["persistent"],
+            inconsistent=entry.get("inconsistent", False),
+            busy=entry["busy"],
         )
         for image in images
-        for told in layout.nodes[image.node or ""].info.get("dirty-bitmaps", ())
-        if told.get("name")
+        for entry in layout.nodes[image.node or ""].info.get("dirty-bitmaps", ())
+        if entry.get("name")
     ]
 
 
@@ -89,8 +89,8 @@ async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence
         sources = list(group)
         if name not in present:
             actions.append(_addition(base, name, sources))
-        told = [{"node": source.image.node, "name": name} for source in sources]
-        data: dict[str, Any] = {"node": base.node, "target": name, "bitmaps": told}
+        merges = [{"node": source.image.node, "name": name} for source in sources]
+        data: dict[str, Any] = {"node": base.node, "target": name, "bitmaps": merges}
         actions.append({"type": "block-dirty-bitmap-merge", "data": data})
         if name in present and not present[name].recording and any(source.recording for source in sources):
             actions.append({"type": "block-dirty-bitmap-enable", "data": {"node": base.node, "name": name}})
@@ -111,7 +111,7 @@ def _addition(base: Image, name: str, sources: Sequence[Bitmap]) -> dict[str, An
 def snapshots(layout: Layout, images: Sequence[Image]) -> list[str]:
     """The internal snapshots of these images, as clauses."""
     return [
-        f"internal snapshot {told['name'] or told['id']} of {image.file}"
+        f"internal snapshot {entry['name'] or entry['id']} of {image.file}"
         for image in images
-        for told in layout.nodes[image.node or ""].info.get("image", {}).get("snapshots", ())
+        for entry in layout.nodes[image.node or ""].info.get("image", {}).get("snapshots", ())
     ]

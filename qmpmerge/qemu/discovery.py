@@ -130,16 +130,16 @@ class _Decoder:
         # A plain name of the image's own is its file's; else its storage knows.
         name = own if own and ":" not in own.split("/", 1)[0] else str(leaf.info.get("file", leaf.key))
         file, inode = self._locate(name)
-        told = node.info.get("image", {})
+        info = node.info.get("image", {})
         return Image(
             file=file,
             # A bare protocol node under an overlay is what users call raw.
             format="raw" if node is leaf else node.driver,
-            virtual_size=int(told.get("virtual-size", 0)),
+            virtual_size=int(info.get("virtual-size", 0)),
             node=node.key,
-            backing=told.get("backing-filename"),
-            backing_format=told.get("backing-filename-format"),
-            allocated=told.get("actual-size"),
+            backing=info.get("backing-filename"),
+            backing_format=info.get("backing-filename-format"),
+            allocated=info.get("actual-size"),
             inode=inode,
             read_only=bool(node.info.get("ro", False)),
         )
@@ -187,8 +187,8 @@ async def _ask(monitor: Monitor) -> tuple[Any, Any, Any]:
 
 def _is_torn(graph: Any, details: Any) -> bool:
     """Whether the graph has changed between the questions, as it does when a job ends: a node has no details."""
-    told = {entry["node-name"] for entry in details}
-    return any(node["type"] == "block-driver" and node["name"] not in told for node in graph["nodes"])
+    described = {entry["node-name"] for entry in details}
+    return any(node["type"] == "block-driver" and node["name"] not in described for node in graph["nodes"])
 
 
 def decode(graph: Any, devices: Any, details: Any, running: list[Job], locate: Locate) -> Layout:

@@ -35,7 +35,7 @@ VERBS = {
 """What can be done with a job, by its status (JobStatus and JobVerb in qapi/job.json)."""
 
 FINISHING = frozenset({"follow", "pivot", "keep"})
-"""The verbs that `merge.follow` carries out, up to a proved end; the others are `steer`'s."""
+"""The verbs that `follow.follow` carries out, up to a proved end; the others are `control`'s."""
 
 CANCELED = "Operation canceled"
 """The error of a job that somebody has cancelled (strerror of ECANCELED)."""
@@ -152,7 +152,7 @@ async def resume_for_space(monitor: Monitor, job: Job) -> None:
 
 
 async def set_speed(monitor: Monitor, job: Job, speed: int) -> None:
-    """Bytes a second, 0 for no limit; nothing is sent where that is its speed, or where it cannot be told any more."""
+    """Bytes a second, 0 for no limit; nothing is sent where that is its speed, or where it is not known any more."""
     if speed != job.speed and "speed" in job.verbs:
         with contextlib.suppress(CommandError):  # it has moved on meanwhile
             await monitor.execute("block-job-set-speed", device=job.id, speed=speed)
@@ -167,7 +167,7 @@ async def dismiss(monitor: Monitor, job_id: str) -> None:
             raise
 
 
-async def steer(monitor: Monitor, job_id: str, verb: str, speed: int = 0) -> Job | None:
+async def control(monitor: Monitor, job_id: str, verb: str, speed: int = 0) -> Job | None:
     """
     Pause, resume, cancel or dismiss a job, or set its speed in bytes a second, where its state allows it.
 

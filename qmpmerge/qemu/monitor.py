@@ -99,11 +99,11 @@ class Monitor:
         Returns the value or the CommandError of each. Raises SessionLost and NoReply as `execute` does.
         """
         sent = (self.execute(command, **arguments) for command, arguments in commands)
-        told = await asyncio.gather(*sent, return_exceptions=True)
-        for value in told:
+        replies = await asyncio.gather(*sent, return_exceptions=True)
+        for value in replies:
             if isinstance(value, BaseException) and not isinstance(value, CommandError):
                 raise value
-        return told
+        return replies
 
     def _tell(self, direction: str, message: object) -> None:
         if self._trace is not None:  # a long chain is a megabyte to write out

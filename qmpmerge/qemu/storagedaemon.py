@@ -25,19 +25,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextlib.asynccontextmanager
-async def running(*, trace: Trace | None = None) -> AsyncIterator[Monitor]:
-    """
-    A session with a storage daemon of our own; at the end of the block it flushes, closes its images and is gone.
-
-    Raises ToolMissing.
-    """
-    async with started() as daemon, daemon.session(trace=trace) as session:
-        yield session
-
-
-@contextlib.asynccontextmanager
 async def started() -> AsyncIterator["Daemon"]:
-    """The same before it can be spoken to: there are some milliseconds for other work while it starts."""
+    """
+    A storage daemon of our own, before it can be spoken to: there are some milliseconds for other work while it starts. At
+    the end of the block it flushes, closes its images and is gone. Raises ToolMissing.
+    """
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = _start(theirs.fileno())

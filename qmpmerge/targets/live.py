@@ -101,5 +101,5 @@ async def _with_holder(error: MonitorSilent, address: Address) -> MonitorSilent:
     holder = await asyncio.to_thread(holders.holder, address)
     if holder is None:
         return error
-    told = f"it is held by {holder.name} (pid {holder.pid})"
-    return MonitorSilent(address=error.address, seconds=error.seconds, holder=told)
+    description = f"it is held by {holder.name} (pid {holder.pid})"
+    return MonitorSilent(address=error.address, seconds=error.seconds, holder=description)

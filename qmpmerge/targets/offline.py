@@ -1,5 +1,5 @@
 """
-The door to images that nobody holds: a private storage daemon opens the chain, and the same engine works on it.
+The door to images not in use: a private storage daemon opens the chain, and the same engine works on it.
 
 The chain is walked first without opening what has not passed the rule for names (`diskwalk`), then opened node by node
 under QEMU's own locks. What is planned and proved is read again after that: from then on nothing can change it.

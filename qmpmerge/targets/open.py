@@ -1,5 +1,5 @@
 """
-The two doors to disks: `live` to a running QEMU, `offline` to images that nobody holds. Behind both stands a `Target`.
+The two doors to disks: `live` to a running QEMU, `offline` to images not in use. Behind both stands a `Target`.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ from qmpmerge.qemu.monitor import Monitor
 
 @dataclass(frozen=True)
 class ChainView:
-    """A disk, its chain with the backing strings as they stand in the headers, what is odd about it, and the graph."""
+    """A disk, its chain with the backing strings as they stand in the headers, problems with it, and the graph."""
 
     disk: Disk
     chain: Chain
@@ -175,10 +175,10 @@ def _plain(name: str) -> str | None:
     """The path in a file name of QEMU's; None for a URI or a json: name that is more than a file."""
     if name.startswith("json:"):
         try:
-            told = json.loads(name.removeprefix("json:"))
+            options = json.loads(name.removeprefix("json:"))
         except ValueError:
             return None
-        return told.get("filename") if told.get("driver") in ("file", "host_device") else None
+        return options.get("filename") if options.get("driver") in ("file", "host_device") else None
     if name.startswith("/"):
         return name
     return None if ":" in name.split("/", 1)[0] else name

@@ -294,7 +294,7 @@ def test_a_reader_that_goes_away_is_no_error(vm: str) -> None:
 # --- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_steered_from_the_command_line(vm: str, setup: Setup, content: Content) -> None:
+def test_a_job_is_controlled_from_the_command_line(vm: str, setup: Setup, content: Content) -> None:
     left = command.invoke("commit", vm, "--speed", "1", "--detach")
     assert (left.code, f"qmpmerge job {vm} {JOB} follow" in left.err) == (7, True)
     (job,) = command.invoke("jobs", vm, "--json").document["jobs"]

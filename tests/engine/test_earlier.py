@@ -83,7 +83,7 @@ def since(images: list[Path]) -> float:
 async def test_a_job_that_is_cancelled_by_its_verb_leaves_no_note(setup: Setup, images: list[Path]) -> None:
     await leave(setup, "[3]")
     async with setup.target() as target:
-        await qmpmerge.steer(target, JOB, "cancel")
+        await qmpmerge.control(target, JOB, "cancel")
     assert beside(images) == []
 
 

@@ -350,7 +350,7 @@ async def test_a_polite_follower_lets_others_at_the_monitor(setup: Setup, conten
             await begun.wait()
             async with library.live(setup.machine.target) as other:
                 assert [job.id for job in await other.jobs()] == [JOB]
-                await library.steer(other, JOB, "speed", speed=0)
+                await library.control(other, JOB, "speed", speed=0)
         outcome = await merge
         assert outcome.verdict in ("merged", "pivoted")
         assert (await target.disks())[0].chain is not None  # the session is there again

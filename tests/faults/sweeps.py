@@ -155,7 +155,7 @@ def one(
 
 
 def again(case: Case, first: Played) -> list[str]:
-    """What went wrong when the same merge was asked for again, on images that nobody holds any more."""
+    """What went wrong when the same merge was asked for again, on images not in use any more."""
     story = Story(pivots=first.story.pivots, offline=True)
     second = play(case, story, "qmpmerge")
     if second.verdict == "refused: in-use":  # see `oracle`

@@ -278,7 +278,7 @@ async def test_a_job_that_was_left_is_followed_to_its_end(
             await qmpmerge.commit(target, "vda", base="[2]", top=top)
         with pytest.raises(Busy):
             await qmpmerge.snapshot(target, {"vda": f"{images[0].parent}/new.qcow2"})
-        await jobs.steer(target.monitor, JOB, "speed", 0)
+        await jobs.control(target.monitor, JOB, "speed", 0)
         outcome = await qmpmerge.follow(target, JOB)
     assert outcome.verdict == verdict
     assert outcome.before.files == [str(image) for image in images]
@@ -320,7 +320,7 @@ async def test_a_strangers_job_is_followed_when_the_user_says_so(
                 await qmpmerge.commit(target)
             (job,) = await target.jobs()
             assert (job.ours, job.disk) == (False, "disk0")
-            await jobs.steer(target.monitor, "theirs", "speed", 0)
+            await jobs.control(target.monitor, "theirs", "speed", 0)
             try:
                 outcome = await qmpmerge.follow(target, "theirs")
             except NotProven:  # it ended before we looked, and what it was to do is not known any more
@@ -543,7 +543,7 @@ async def test_a_stopped_follower_does_not_stop_the_next(setup: Setup, content: 
     tool.kill()
     tool.communicate()
     async with qmpmerge.live(setup.machine.target) as target:
-        await jobs.steer(target.monitor, JOB, "speed", 0)
+        await jobs.control(target.monitor, JOB, "speed", 0)
         assert (await qmpmerge.follow(target, JOB)).verdict == "merged"
     setup.check()
     setup.machine.stop()

@@ -502,7 +502,7 @@ async def test_a_cancelled_job_leaves_nothing_odd(tmp_path: Path) -> None:
         async with qmpmerge.live(setup.machine.target) as target:
             with contextlib.suppress(StillRunning):
                 await qmpmerge.commit(target, "vda", speed=1, timeout=0.2)
-            await jobs.steer(target.monitor, "qmpmerge-commit-vda", "cancel")
+            await jobs.control(target.monitor, "qmpmerge-commit-vda", "cancel")
             assert (await target.chain()).oddities == ()
             assert (await qmpmerge.commit(target, "vda")).verdict == "pivoted"
     assert not store.in_folder(str(tmp_path))

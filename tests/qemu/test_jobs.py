@@ -1,4 +1,4 @@
-"""Jobs: what is told of them, and how they are steered, on jobs of a real QEMU."""
+"""Jobs: what is told of them, and how they are controlled, on jobs of a real QEMU."""
 
 import asyncio
 import re
@@ -153,7 +153,7 @@ def test_a_status_that_we_do_not_know_allows_nothing() -> None:
     assert Job("j", "commit", "a-new-one", 0, 0).verbs == []
 
 
-# --- steering a real job ------------------------------------------------------------------------------------------
+# --- controlling a real job ------------------------------------------------------------------------------------------
 
 ID = "qmpmerge-commit-vda"
 SLOW = 1024
@@ -207,37 +207,37 @@ async def test_a_job_is_told_as_qemu_tells_it(vm: Machine, session: Monitor) -> 
 async def test_a_job_can_be_paused_and_resumed(vm: Machine, session: Monitor) -> None:
     begin(vm)
     await seen(session, "running")
-    assert await jobs.steer(session, ID, "pause") is not None
+    assert await jobs.control(session, ID, "pause") is not None
     paused = await seen(session, "paused")
     assert paused is not None and "resume" in paused.verbs and "pause" not in paused.verbs
-    assert await jobs.steer(session, ID, "resume") is not None
+    assert await jobs.control(session, ID, "resume") is not None
     resumed = await seen(session, "running")
     assert resumed is not None and "pause" in resumed.verbs
 
 
 async def test_the_speed_of_a_job_can_be_set_and_set_free(vm: Machine, session: Monitor) -> None:
     begin(vm)
-    job = await jobs.steer(session, ID, "speed", 123 * 1024)
+    job = await jobs.control(session, ID, "speed", 123 * 1024)
     assert job is not None and job.speed == 123 * 1024
-    job = await jobs.steer(session, ID, "speed", 0)
+    job = await jobs.control(session, ID, "speed", 0)
     assert job is not None and job.speed == 0
     job = await seen(session, "concluded")
     assert job is not None and job.error is None and depth(vm) == 1
 
 
-async def test_a_cancelled_job_is_gone_when_steer_returns_and_the_old_chain_is_in_use(
+async def test_a_cancelled_job_is_gone_when_control_returns_and_the_old_chain_is_in_use(
     vm: Machine, session: Monitor
 ) -> None:
     begin(vm)
-    assert await jobs.steer(session, ID, "cancel") is None
+    assert await jobs.control(session, ID, "cancel") is None
     assert vm.session.execute("query-jobs") == [] and depth(vm) == 2
 
 
 async def test_a_paused_job_can_be_cancelled(vm: Machine, session: Monitor) -> None:
     begin(vm)
-    await jobs.steer(session, ID, "pause")
+    await jobs.control(session, ID, "pause")
     await seen(session, "paused")
-    assert await jobs.steer(session, ID, "cancel") is None
+    assert await jobs.control(session, ID, "cancel") is None
     assert vm.session.execute("query-jobs") == []
 
 
@@ -245,13 +245,13 @@ async def test_a_ready_job_can_be_cancelled(vm: Machine, session: Monitor) -> No
     vm.session.execute("block-commit", job_id=ID, device="vda", auto_dismiss=False)
     ready = await seen(session, "ready")
     assert ready is not None and ready.ready and {"pivot", "keep"} < set(ready.verbs)
-    assert await jobs.steer(session, ID, "cancel") is None
+    assert await jobs.control(session, ID, "cancel") is None
     assert vm.session.execute("query-jobs") == [] and depth(vm) == 2
 
 
 async def test_cancel_does_not_mind_a_job_that_leaves_by_itself(vm: Machine, session: Monitor) -> None:
     begin(vm, job="theirs", dismiss=True)
-    assert await jobs.steer(session, "theirs", "cancel") is None
+    assert await jobs.control(session, "theirs", "cancel") is None
 
 
 async def test_an_ended_job_can_be_dismissed(vm: Machine, session: Monitor) -> None:
@@ -259,7 +259,7 @@ async def test_an_ended_job_can_be_dismissed(vm: Machine, session: Monitor) -> N
     vm.session.execute("job-cancel", id=ID)
     ended = await seen(session, "concluded")
     assert ended is not None and ended.verbs == ["follow", "dismiss"]
-    assert await jobs.steer(session, ID, "dismiss") is None
+    assert await jobs.control(session, ID, "dismiss") is None
     assert vm.session.execute("query-jobs") == []
 
 
@@ -270,7 +270,7 @@ async def test_a_verb_that_a_running_job_cannot_take_is_refused_with_those_it_ca
     begin(vm)
     await seen(session, "running")
     with pytest.raises(JobVerb) as error:
-        await jobs.steer(session, ID, verb)
+        await jobs.control(session, ID, verb)
     assert error.value.facts == {
         "job": ID,
         "verb": verb,
@@ -287,24 +287,24 @@ async def test_a_verb_that_an_ended_job_cannot_take_is_refused(vm: Machine, sess
     await seen(session, "concluded")
     for verb in ("cancel", "pause", "speed"):
         with pytest.raises(JobVerb) as error:
-            await jobs.steer(session, ID, verb)
+            await jobs.control(session, ID, verb)
         assert error.value.verbs == ["follow", "dismiss"]
 
 
 async def test_a_job_that_is_not_there_is_refused_with_those_that_are(vm: Machine, session: Monitor) -> None:
     with pytest.raises(NoSuchJob) as error:
-        await jobs.steer(session, "other", "cancel")
+        await jobs.control(session, "other", "cancel")
     assert error.value.facts == {"job": "other", "target": vm.target, "known": []}
     begin(vm)
     with pytest.raises(NoSuchJob) as error:
-        await jobs.steer(session, "other", "cancel")
+        await jobs.control(session, "other", "cancel")
     assert error.value.known == [ID]
 
 
 async def test_what_qemu_refuses_is_told_with_its_words(vm: Machine, session: Monitor) -> None:
     begin(vm)
     with pytest.raises(QemuRefused) as error:
-        await jobs.steer(session, ID, "speed", -1)
+        await jobs.control(session, ID, "speed", -1)
     assert error.value.command == "block-job-set-speed" and "speed" in error.value.reason
 
 

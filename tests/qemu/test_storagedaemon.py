@@ -47,7 +47,7 @@ def program_of(pid: int | None) -> str:
 
 
 async def test_a_session_with_a_daemon_of_our_own() -> None:
-    async with storagedaemon.running() as session:
+    async with storagedaemon.started() as daemon, daemon.session() as session:
         assert program_of(session.pid) == "qemu-storage-daemon"
         assert await session.execute("query-named-block-nodes") == []
         pid = session.pid
@@ -98,7 +98,7 @@ async def test_a_program_that_is_no_daemon_is_an_error_of_ours(tmp_path: Path, m
     (tmp_path / "bin" / "qemu-storage-daemon").symlink_to("/bin/false")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(qmpmerge.Error) as refused:
-        async with storagedaemon.running():
+        async with storagedaemon.started() as daemon, daemon.session():
             pass
     assert refused.value.exit_code == 4
 

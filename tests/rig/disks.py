@@ -71,7 +71,7 @@ class Images(Setup):
 
 @contextlib.contextmanager
 def offline(folder: Path, images: Sequence[Path], content: Content) -> Iterator[Setup]:
-    """Images that nobody holds."""
+    """Images not in use."""
     yield Images(images[-1], content)
 
 

@@ -1,5 +1,5 @@
 """
-Images that nobody holds: qmpmerge against `qemu-img commit`, and `qemu-img rebase -u` for middle layers.
+Images not in use: qmpmerge against `qemu-img commit`, and `qemu-img rebase -u` for middle layers.
 
 Durable at the end on both sides: the clock stops when all images are synced.
 """

@@ -13,7 +13,7 @@ through our command line.
     blockdev_commit_filter_node_name        the chain as it is shown during the job         what_is_shown_meanwhile
     blockdev_commit_query_named_block_nodes the same, asked by somebody else                what_is_shown_meanwhile
     blockdev_commit_cancel                  cancelled before it is ready, and when it is    cancelled
-    blockdev_commit_general_operation       pause, resume, speed, both kinds of ending      steered
+    blockdev_commit_general_operation       pause, resume, speed, both kinds of ending      controlled
     blockdev_commit_speed_limit             limits from none to the largest, and beyond     speed_limits
     blockdev_commit_standby                 paused when ready; completed once it goes on    standby
     blockdev_commit_stop_cont               a stopped guest that goes on meanwhile          the_guest
@@ -117,7 +117,7 @@ def test_the_header_that_is_left(tmp_path: Path, images: list[Path], content: Co
         merged(invoke("commit", vm.target, "--top", "[4]", "--json"))
         told = json.loads(run("qemu-img", "info", "-U", "--output=json", images[4]))
     assert told["backing-filename"] == "base.raw"
-    # QEMU before 9.0 cannot be told to write raw for a protocol node.
+    # QEMU before 9.0 is not known to write raw for a protocol node.
     assert told["backing-filename-format"] in (("raw", "file") if bare else ("raw",))
     content.check(images[4])
 
@@ -161,7 +161,7 @@ def test_cancelled(setup: Setup, ready: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["drive"])
-def test_steered(setup: Setup) -> None:
+def test_controled(setup: Setup) -> None:
     target, job = setup.machine.target, job_id(setup)
     assert commit(setup, "--top", "[4]", "--speed", "1", "--detach").code == 7
     for verb in (("pause",), ("speed", "1M"), ("resume",), ("speed", "0")):

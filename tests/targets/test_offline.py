@@ -1,4 +1,4 @@
-"""The offline door: images that nobody holds are merged by the same engine, and every other image is left as it was."""
+"""The offline door: images not in use are merged by the same engine, and every other image is left as it was."""
 
 import contextlib
 import hashlib
@@ -34,6 +34,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.images import qcow2, qemuimg
 from qmpmerge.processes import holders
+from qmpmerge.qemu import storagedaemon
 
 NAMES = ("base.raw", "a.qcow2", "b.qcow2", "c.qcow2")
 RANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -744,17 +745,21 @@ async def test_a_dry_run_leaves_the_data_alone(images: list[Path], content: Cont
 async def test_hostile_names_open_nothing(
     foreign: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even the daemon is started."""
+    """The daemon, which is starting meanwhile, never hears of them."""
     os.mkfifo(folder / "fifo")
     (tmp_path / "secret.raw").write_bytes(bytes(SIZE))
     (folder / "top.qcow2").write_bytes(raw_header(foreign.encode(), b"qcow2" if foreign == "top.qcow2" else b"raw"))
-    monkeypatch.setattr("qmpmerge.qemu.storagedaemon.running", lambda **rest: pytest.fail("it was started"))
+    monkeypatch.setattr(storagedaemon.Daemon, "session", lambda daemon, **rest: pytest.fail("it was spoken to"))
     with unchanged(tmp_path):
         for write in (True, False):
             with pytest.raises(Refused) as refused:
                 async with qmpmerge.offline(folder / "top.qcow2", write=write):
                     pass
             assert refused.value.name in ("foreign-name", "backing-loop")
+    (folder / "top.qcow2").write_bytes(raw_header())
+    with pytest.raises(pytest.fail.Exception, match="spoken to"):  # the trap shuts where nothing is refused
+        async with qmpmerge.offline(folder / "top.qcow2"):
+            pass
 
 
 async def test_a_data_file_elsewhere(folder: Path, tmp_path: Path) -> None:

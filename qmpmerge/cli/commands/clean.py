@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @shared
 def clean(paths: tuple[str, ...], dry_run: bool, options: Options) -> int:
     """
-    Remove merged files that were stashed, once nobody holds or needs them.
+    Remove merged files that were stashed, once nobody uses or needs them.
 
     PATH is a folder, or a file called NAME.merged. What a process has open, what another image is built on, and what a
     merge that was not finished may need, stays.

@@ -78,9 +78,9 @@ def commit(
     moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
     to the base.
 
-    A guest that writes as fast as is copied keeps an active merge from ever being ready. With --converge the job's speed limit
-    is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all that is undone
-    at the end, even if qmpmerge is killed.
+    A guest that writes faster than the job copies keeps an active merge from ever being ready. With --converge the job's
+    speed limit is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all
+    that is undone at the end, even if qmpmerge is killed.
 
     LAYER is a path, an index as `qmpmerge chain` shows it (`vda[2]` or `[2]`, 1 is the base), or a node name.
 
@@ -123,7 +123,7 @@ def commit(
             dry_run=dry_run,
             merged_files=merged_files,
             pause=pause,
-            converge=converge.told_to(output) if converge else None,
+            converge=converge.reporting_to(output) if converge else None,
             report=output.progress,
             patience=options.patience,
             polite=POLITE_SECONDS if polite else None,

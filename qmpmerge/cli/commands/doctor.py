@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @shared
 def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
     """
-    Tell everything that is odd about the chains and jobs of TARGET, and the command that mends each.
+    Report problems with the chains and jobs of TARGET, each with the command that fixes it.
 
     TARGET may also be a folder of images. Nothing is changed. The worst comes first: `harm` is for data or a guest that
     suffer now or at the next start, `care` for what somebody has to decide, `note` for what only takes up room.

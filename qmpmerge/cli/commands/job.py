@@ -41,7 +41,7 @@ def job(
     options: Options,
 ) -> int:
     """
-    Steer a block job, or go on with a merge that was left.
+    Control a block job, or resume an interrupted merge.
 
     \b
     follow    go on with a commit job as if `commit` had started it, to its proved end
@@ -68,9 +68,9 @@ def job(
 
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.chain.outcome import Outcome
-        from qmpmerge.operations import steer
+        from qmpmerge.operations import control
 
-        done = await steer.steer(
+        done = await control.control(
             target,
             job_id,
             verb,
@@ -78,13 +78,13 @@ def job(
             ending=ending,
             merged_files=merged_files,
             pause=pause,
-            converge=converge.told_to(output) if converge else None,
+            converge=converge.reporting_to(output) if converge else None,
             report=output.progress,
             patience=options.patience,
             polite=POLITE_SECONDS if polite else None,
         )
         if not isinstance(done, Outcome):
-            output.steered(job_id, done)
+            output.controlled(job_id, done)
             return "done"
         output.commit(done)
         return done.verdict

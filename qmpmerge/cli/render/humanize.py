@@ -49,24 +49,24 @@ def _spelled(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def progress(told: Progress) -> str:
+def progress(value: Progress) -> str:
     """``vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, 28 s left``; what was scanned is not called copied."""
-    percent = "" if told.percent is None else f"{told.percent:.0f} %, "
-    parts = [f"{percent}{told.counts} {size(told.done)} of {size(told.total)}"]
-    if told.rate is not None:
-        parts.append(f"{size(told.rate)}/s")
-    if told.dirty_rate and told.converging is not None:
-        parts.append(f"the guest writes {size(told.dirty_rate)}/s")
-    if told.converging is False:
+    percent = "" if value.percent is None else f"{value.percent:.0f} %, "
+    parts = [f"{percent}{value.counts} {size(value.done)} of {size(value.total)}"]
+    if value.rate is not None:
+        parts.append(f"{size(value.rate)}/s")
+    if value.dirty_rate and value.converging is not None:
+        parts.append(f"the guest writes {size(value.dirty_rate)}/s")
+    if value.converging is False:
         parts.append("never ready like this")
-    if told.eta is not None and told.done < told.total:
-        parts.append(f"{duration(told.eta)} left")
-    if told.shortage is not None:
-        missing = f"{size(told.shortage.needed)} more needed"
-        parts.append(f"{told.status}: no space on {visible(told.shortage.filesystem)}, {missing}")
-    elif told.status not in ("running", "created"):
-        parts.append(told.status)
-    return f"{visible(told.disk)}: {', '.join(parts)}"
+    if value.eta is not None and value.done < value.total:
+        parts.append(f"{duration(value.eta)} left")
+    if value.shortage is not None:
+        missing = f"{size(value.shortage.needed)} more needed"
+        parts.append(f"{value.status}: no space on {visible(value.shortage.filesystem)}, {missing}")
+    elif value.status not in ("running", "created"):
+        parts.append(value.status)
+    return f"{visible(value.disk)}: {', '.join(parts)}"
 
 
 def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
@@ -76,22 +76,22 @@ def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
     return "planned" if dry_run else "done"
 
 
-def checked(told: "Checked") -> str:
+def checked(value: "Checked") -> str:
     """The check's name, and why it could not be made."""
-    return f"{told.name} ({visible(told.reason)})" if told.reason else told.name
+    return f"{value.name} ({visible(value.reason)})" if value.reason else value.name
 
 
-def estimate(told: "Estimate") -> str:
+def estimate(value: "Estimate") -> str:
     """``copies at least 3 GiB, the base grows by up to 2 GiB of 70 GiB free, about 15 s at 200 MiB/s (assumed)``."""
-    if told.copy is None or told.seconds is None:
-        return f"what would be copied cannot be told: {visible(told.reason)}"
-    free = "" if told.free is None else f" of {size(told.free)} free"
-    grows = "" if told.growth is None else f", the base grows by up to {size(told.growth)}{free}"
-    if told.at_least:
+    if value.copy is None or value.seconds is None:
+        return f"what would be copied is not known: {visible(value.reason)}"
+    free = "" if value.free is None else f" of {size(value.free)} free"
+    grows = "" if value.growth is None else f", the base grows by up to {size(value.growth)}{free}"
+    if value.at_least:
         grows += ", and what the guest writes meanwhile"
-    rate = f"{size(told.rate)}/s ({'as given' if told.rate_given else 'assumed'})"
-    takes = duration(told.seconds) if told.seconds >= 1 else "less than 1 s"
-    return f"copies {'at least ' if told.at_least else ''}{size(told.copy)}{grows}; {takes} at {rate}"
+    rate = f"{size(value.rate)}/s ({'as given' if value.rate_given else 'assumed'})"
+    takes = duration(value.seconds) if value.seconds >= 1 else "less than 1 s"
+    return f"copies {'at least ' if value.at_least else ''}{size(value.copy)}{grows}; {takes} at {rate}"
 
 
 def disk_row(disk: "Disk") -> tuple[str, ...]:
@@ -130,9 +130,9 @@ def fate(merged: "MergedFile", *, planned: bool) -> str:
         return plans.get(merged.action, "")
     place = os.path.basename(merged.now or "")
     fates = {
-        "stash": f", renamed to {place}",
-        "relink": f", renamed to {place}; a new overlay has its name",
-        "delete": ", deleted",
-        "gone": ", gone already",
+        "stash": f" (now {place})",
+        "relink": f" (now {place}; a new overlay has its name)",
+        "delete": " (deleted)",
+        "gone": " (gone already)",
     }
     return fates.get(merged.action, "")

@@ -106,27 +106,31 @@ class JsonOutput:
         """The block jobs."""
         self._print({"jobs": [_job(job) for job in found]})
 
-    def steered(self, job_id: str, job: "Job | None") -> None:
+    def controlled(self, job_id: str, job: "Job | None") -> None:
         """The job as it is now, null when it is gone."""
         self._print({"verdict": "done", "id": job_id, "job": _job(job) if job else None})
 
     def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
         """The findings, the worst first; an empty list is a clean bill of health."""
         keys = ("name", "severity", "where", "what", "why", "command")
-        told = [{key: getattr(finding, key) for key in keys} for finding in findings]
-        self._print({"verdict": "done", "target": target, "findings": told})
+        entries = [{key: getattr(finding, key) for key in keys} for finding in findings]
+        self._print({"verdict": "done", "target": target, "findings": entries})
 
     def failure(self, error: "Error") -> None:
         """The error with its facts."""
-        self._print({"verdict": error.verdict, "error": error.told})
+        self._print({"verdict": error.verdict, "error": error.document})
 
-    def progress(self, told: "Progress") -> None:
+    def progress(self, progress: "Progress") -> None:
         """One object a line on stderr."""
         keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta", "dirty_rate", "converging", "hint")
-        lack = {"filesystem": told.shortage.filesystem, "needed": told.shortage.needed} if told.shortage else None
+        lack = (
+            {"filesystem": progress.shortage.filesystem, "needed": progress.shortage.needed}
+            if progress.shortage
+            else None
+        )
         if not self._quiet:
-            more = {"shortage": lack, "note": told.note}
-            self._line({"event": "progress", **{key: getattr(told, key) for key in keys}, **more})
+            more = {"shortage": lack, "note": progress.note}
+            self._line({"event": "progress", **{key: getattr(progress, key) for key in keys}, **more})
 
     def note(self, text: str) -> None:
         """One object a line on stderr."""

@@ -33,7 +33,7 @@ class Output(Protocol):
         """The disks of a target, and what about them deserves a look."""
 
     def chain(self, view: "ChainView") -> None:
-        """The chain of a disk and what is odd about it."""
+        """The chain of a disk, and problems with it."""
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
@@ -50,16 +50,16 @@ class Output(Protocol):
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs of a target."""
 
-    def steered(self, job_id: str, job: "Job | None") -> None:
+    def controlled(self, job_id: str, job: "Job | None") -> None:
         """A job after a verb was sent to it; None when it is gone."""
 
     def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
-        """What is odd about a target, the worst first."""
+        """Problems with a target, the worst first."""
 
     def failure(self, error: "Error") -> None:
         """Why a command did not do what was asked."""
 
-    def progress(self, told: "Progress") -> None:
+    def progress(self, progress: "Progress") -> None:
         """How far a merge is."""
 
     def note(self, text: str) -> None:

@@ -109,7 +109,7 @@ class TextOutput:
         self._say(f"  before  {visible(draw(outcome.before.images))}")
         self._say(f"  {'after ' if outcome.verdict != 'planned' else 'result'}  {visible(draw(outcome.after.images))}")
         for merged in outcome.merged:
-            word = "would no longer be part of it" if outcome.verdict == "planned" else "no longer part of it"
+            word = "would be removed from the chain" if outcome.verdict == "planned" else "removed from the chain"
             self._say(
                 f"  {word}: {visible(merged.file)}{visible(humanize.fate(merged, planned=outcome.verdict == 'planned'))}"
             )
@@ -134,7 +134,7 @@ class TextOutput:
                 self._say(f"  right is {visible(one.right)}")
             for merged in one.merged:
                 self._say(
-                    f"  no longer part of it: {visible(merged.file)}{visible(humanize.fate(merged, planned=False))}"
+                    f"  removed from the chain: {visible(merged.file)}{visible(humanize.fate(merged, planned=False))}"
                 )
             for hint in one.hints:
                 self._hint(hint)
@@ -165,19 +165,19 @@ class TextOutput:
         columns = ("JOB", "TYPE", "DISK", "STATUS", "DONE", "SPEED", "POSSIBLE NOW", "")
         self._table(columns, rows, "no block jobs")
 
-    def steered(self, job_id: str, job: "Job | None") -> None:
+    def controlled(self, job_id: str, job: "Job | None") -> None:
         """One line."""
         self._say(f"{visible(job_id)}: {'gone' if job is None else job.status}")
 
     def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
-        """Each finding in four lines: how bad and where, what, why, and the command that mends it."""
+        """Each finding in four lines: how bad and where, what, why, and the command that fixes it."""
         if not findings:
-            self._say(f"{visible(target)}: nothing odd was found")
+            self._say(f"{visible(target)}: no problems found")
         for finding in findings:
             self._say(f"{finding.severity}: {visible(finding.where)} ({finding.name})")
             self._say(f"  what  {visible(finding.what)}")
             self._say(f"  why   {visible(finding.why)}")
-            self._say(f"  mend  {visible(finding.command) or 'nothing to run'}")
+            self._say(f"  fix   {visible(finding.command) or 'nothing to run'}")
 
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
@@ -187,28 +187,28 @@ class TextOutput:
             if part.hint:
                 self._hint(part.hint)
 
-    def progress(self, told: "Progress") -> None:
+    def progress(self, progress: "Progress") -> None:
         """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
-        if told.hint and not self._quiet:
+        if progress.hint and not self._quiet:
             self.close()
-            self._hint(f"{told.disk}: {told.hint}")
+            self._hint(f"{progress.disk}: {progress.hint}")
         now = self._clock()
-        if told.note is not None:
-            self.note(told.note)
+        if progress.note is not None:
+            self.note(progress.note)
         if self._begun is None:
             self._begun = now
         if self._quiet or now - self._begun < DRAW_AFTER_SECONDS:
             return
         if self._err.isatty():
-            self._redraw(told)
+            self._redraw(progress)
             return
-        if (told.shortage is None) != (self._shortage is None):
-            self._shortage = told.shortage
-            self._tell(humanize.progress(told) + "\n")
-        tenth = int((told.percent or 0) // 10)
+        if (progress.shortage is None) != (self._shortage is None):
+            self._shortage = progress.shortage
+            self._tell(humanize.progress(progress) + "\n")
+        tenth = int((progress.percent or 0) // 10)
         if tenth > self._tenth:
             self._tenth = tenth
-            self._tell(humanize.progress(told) + "\n")
+            self._tell(humanize.progress(progress) + "\n")
 
     def note(self, text: str) -> None:
         """A line on stderr."""
@@ -228,7 +228,7 @@ class TextOutput:
             self._bar = None
             self._tasks.clear()
 
-    def _redraw(self, told: "Progress") -> None:
+    def _redraw(self, progress: "Progress") -> None:
         if self._bar is None:
             # rich takes 80 ms to import: only where a bar is drawn
             from rich.console import Console
@@ -238,15 +238,18 @@ class TextOutput:
             columns = (BarColumn(bar_width=24), TextColumn("{task.fields[line]}", markup=False))
             self._bar = Bar(*columns, console=Console(file=self._err), transient=True)
             self._bar.start()
-        if told.disk not in self._tasks:
-            self._tasks[told.disk] = self._bar.add_task("", total=None, line="")
+        if progress.disk not in self._tasks:
+            self._tasks[progress.disk] = self._bar.add_task("", total=None, line="")
         self._bar.update(
-            self._tasks[told.disk], total=told.total or None, completed=told.done, line=humanize.progress(told)
+            self._tasks[progress.disk],
+            total=progress.total or None,
+            completed=progress.done,
+            line=humanize.progress(progress),
         )
 
     def _oddities(self, oddities: "Sequence[Oddity]") -> None:
         for odd in oddities:
-            self._say(f"odd: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
+            self._say(f"problem: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
 
     def _say(self, line: str) -> None:
         self.close()

@@ -20,7 +20,7 @@ WINDOW_SECONDS = 10.0
 HEADWAY = 0.95
 """A guest that dirties this much of what is copied meanwhile leaves no headway."""
 
-HINT = "the guest writes as fast as is copied, so this never gets ready: `--converge` helps, or less work in the guest"
+HINT = "the guest writes faster than the job copies, so this never gets ready: `--converge` helps, or less work in the guest"
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,19 @@ class Watch:
         self.rates: Rates | None = None
         self.stuck.clear()
 
-    def read(self, job: Job, told: Progress) -> Progress:
-        """Look at this sighting, and add to `told` what it says. A job that is about to be ready is none to help."""
+    def read(self, job: Job, sighting: Progress) -> Progress:
+        """Look at this sighting, and add to `sighting` what it says. A job that is about to be ready is none to help."""
         if job.status == "running" and job.total:
             self._see((self._clock(), job))
         self.speed = job.speed
         if self.rates is None or job.status != "running":
-            return told
+            return sighting
         converging = self.rates.converging
         if not converging:
             self.stuck.set()
         hint = None if converging or self.helped or self._hinted else HINT
         self._hinted = self._hinted or hint is not None
-        return replace(told, dirty_rate=self.rates.dirty, converging=converging, eta=self.rates.eta, hint=hint)
+        return replace(sighting, dirty_rate=self.rates.dirty, converging=converging, eta=self.rates.eta, hint=hint)
 
     def _see(self, seen: tuple[float, Job]) -> None:
         now, job = seen

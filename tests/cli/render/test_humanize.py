@@ -170,5 +170,5 @@ def test_an_estimate_says_what_is_sure() -> None:
     assert humanize.estimate(Estimate(copy=0, at_least=True)) == (
         "copies at least 0 B, and what the guest writes meanwhile; less than 1 s at 200 MiB/s (assumed)"
     )
-    assert humanize.estimate(Estimate(reason="it is\tfar")) == "what would be copied cannot be told: it is\\x09far"
+    assert humanize.estimate(Estimate(reason="it is\tfar")) == "what would be copied is not known: it is\\x09far"
     assert humanize.checked(Checked("in-use", "not checked", "unseen")) == "in-use (unseen)"

@@ -216,13 +216,13 @@ def test_jobs(streams: Streams) -> None:
     }
 
 
-def test_a_steered_job_has_the_shape_of_a_listed_one() -> None:
-    listed, steered, gone = Streams(), Streams(), Streams()
+def test_a_controlled_job_has_the_shape_of_a_listed_one() -> None:
+    listed, controlled, gone = Streams(), Streams(), Streams()
     listed.output.jobs([JOB])
-    steered.output.steered(JOB.id, JOB)
-    gone.output.steered(JOB.id, None)
+    controlled.output.controlled(JOB.id, JOB)
+    gone.output.controlled(JOB.id, None)
     (entry,) = listed.document()["jobs"]
-    assert steered.document() == {"schema": 1, "verdict": "done", "id": JOB.id, "job": entry}
+    assert controlled.document() == {"schema": 1, "verdict": "done", "id": JOB.id, "job": entry}
     assert gone.document() == {"schema": 1, "verdict": "done", "id": JOB.id, "job": None}
 
 

@@ -107,7 +107,7 @@ def test_a_column_that_nobody_fills_is_left_out(screen: Screen) -> None:
     assert screen.says(
         "DISK  FORMAT  DEPTH  SIZE    ALLOCATED  ACTIVE IMAGE",
         "vda   qcow2   3      10 GiB  192 KiB    /vm/b.qcow2",
-        "odd: /vm/b.qcow2: a merge was not finished (unfinished)",
+        "problem: /vm/b.qcow2: a merge was not finished (unfinished)",
     )
 
 
@@ -119,7 +119,7 @@ def test_a_chain_is_drawn_then_listed_base_first_then_its_oddities_follow(screen
         "[1]    raw     10 GiB  4 GiB      #block3  /vm/base.raw",
         "[2]    qcow2   10 GiB  1 GiB      #block2  /vm/a.qcow2      base.raw",
         "[3]    qcow2   10 GiB  192 KiB    #block1  /vm/b.qcow2 *    a.qcow2",
-        "odd: /vm/b.qcow2: its header records no backing format (no-format)",
+        "problem: /vm/b.qcow2: its header records no backing format (no-format)",
     )
 
 
@@ -203,7 +203,7 @@ PIVOTED = Outcome(
                 "vda: merged in 1.50 s",
                 "  before  base.raw <-- a.qcow2 <-- b.qcow2",
                 "  after   base.raw <-- b.qcow2",
-                "  no longer part of it: /vm/a.qcow2",
+                "  removed from the chain: /vm/a.qcow2",
             ],
             ["hint: delete them later"],
         ),
@@ -213,8 +213,8 @@ PIVOTED = Outcome(
                 "vda: pivoted in 12.35 s, 1 GiB copied",
                 "  before  base.raw <-- a.qcow2 <-- b.qcow2",
                 "  after   base.raw",
-                "  no longer part of it: /vm/a.qcow2",
-                "  no longer part of it: /vm/b.qcow2",
+                "  removed from the chain: /vm/a.qcow2",
+                "  removed from the chain: /vm/b.qcow2",
             ],
             ["hint: start the VM from /vm/base.raw"],
         ),
@@ -252,7 +252,7 @@ PIVOTED = Outcome(
                 "vda: planned, nothing was changed",
                 "  before  base.raw <-- a.qcow2 <-- b.qcow2",
                 "  result  base.raw <-- b.qcow2",
-                "  would no longer be part of it: /vm/a.qcow2",
+                "  would be removed from the chain: /vm/a.qcow2",
             ],
             [],
         ),
@@ -285,9 +285,9 @@ def test_a_snapshot_is_told_with_a_line_a_disk(screen: Screen) -> None:
     assert screen.says("vda: /vm/c.qcow2 is the active image now", "vdb: /vm/d.qcow2 is the active image now")
 
 
-def test_a_steered_job_is_told_with_its_status_or_that_it_is_gone(screen: Screen) -> None:
-    screen.output.steered(JOB.id, dataclasses.replace(JOB, status="paused"))
-    screen.output.steered(JOB.id, None)
+def test_a_controlled_job_is_told_with_its_status_or_that_it_is_gone(screen: Screen) -> None:
+    screen.output.controlled(JOB.id, dataclasses.replace(JOB, status="paused"))
+    screen.output.controlled(JOB.id, None)
     assert screen.says("qmpmerge-commit-vda: paused", "qmpmerge-commit-vda: gone")
 
 
@@ -517,7 +517,7 @@ def everything(output: TextOutput, name: str) -> None:
     for verdict in ("merged", "planned", "unchanged"):
         output.commit(Outcome(verdict, name, named, named, name, (MergedFile(path, now=path),), hints=(name,)))
     output.jobs([job])
-    output.steered(name, dataclasses.replace(job, status="running"))
+    output.controlled(name, dataclasses.replace(job, status="running"))
     output.failure(NoSuchDisk(disk=name, target=name, known=[name]))
     output.note(name)
     output.trace("<-", name)
@@ -556,9 +556,9 @@ def test_a_pivot_tells_the_pause_and_what_became_of_the_files() -> None:
         "vda: pivoted in 1.00 s, guest paused for 7 ms",
         "  before  base.raw <-- a.qcow2 <-- b.qcow2",
         "  after   base.raw <-- a.qcow2 <-- b.qcow2",
-        "  no longer part of it: /vm/a.qcow2, renamed to a.qcow2.merged",
-        "  no longer part of it: /vm/b.qcow2, deleted",
-        "  no longer part of it: /vm/c.qcow2, renamed to c.qcow2.merged; a new overlay has its name",
+        "  removed from the chain: /vm/a.qcow2 (now a.qcow2.merged)",
+        "  removed from the chain: /vm/b.qcow2 (deleted)",
+        "  removed from the chain: /vm/c.qcow2 (now c.qcow2.merged; a new overlay has its name)",
     )
 
 
@@ -569,7 +569,7 @@ def test_a_recovery() -> None:
         "/vm/a.qcow2: done, it had happened",
         f"  because  {visible(EVIL)}",
         "  right is /vm/base.raw",
-        "  no longer part of it: /vm/a.qcow2, renamed to a.qcow2.merged",
+        "  removed from the chain: /vm/a.qcow2 (now a.qcow2.merged)",
     )
 
 

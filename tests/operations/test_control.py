@@ -28,7 +28,7 @@ from rig.machines import Content, Machine, fill, machine, make_chain, run
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.errors import JobVerb, NoSuchJob, QemuRefused
-from qmpmerge.operations.steer import VERBS
+from qmpmerge.operations.control import VERBS
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 
@@ -113,9 +113,9 @@ LEGAL = {
 }
 
 
-async def steer(vm: Machine, verb: str) -> Outcome | Job | None:
+async def control(vm: Machine, verb: str) -> Outcome | Job | None:
     async with qmpmerge.live(vm.target) as target:
-        return await qmpmerge.steer(target, ID, verb, speed=SLOW * 2)
+        return await qmpmerge.control(target, ID, verb, speed=SLOW * 2)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -125,7 +125,7 @@ async def test_what_a_state_does_not_allow_is_refused_with_what_it_does(vm: Mach
         if verb in LEGAL[state]:
             continue
         with pytest.raises(JobVerb) as refused:
-            await steer(vm, verb)
+            await control(vm, verb)
         assert state in str(refused.value) and set(refused.value.verbs) == LEGAL[state]
         if f"job-{verb}" in OF_QEMU:
             assert "error" in vm.session.ask(f"job-{verb}", id=ID), "QEMU would refuse it too"
@@ -146,9 +146,9 @@ async def test_what_a_state_does_not_allow_is_refused_with_what_it_does(vm: Mach
         ("standby", "speed", "standby"),
     ],
 )
-async def test_a_job_is_steered(vm: Machine, state: str, verb: str, then: str) -> None:
+async def test_a_job_is_controlled(vm: Machine, state: str, verb: str, then: str) -> None:
     STATES[state](vm)
-    job = await steer(vm, verb)
+    job = await control(vm, verb)
     assert isinstance(job, Job)
     vm.wait_for_job(then)
     if verb == "speed":
@@ -158,7 +158,7 @@ async def test_a_job_is_steered(vm: Machine, state: str, verb: str, then: str) -
 @pytest.mark.parametrize("state", ["running", "paused", "ready", "standby", "pending"])
 async def test_a_job_can_be_cancelled_in_every_state(vm: Machine, state: str) -> None:
     STATES[state](vm)
-    assert await steer(vm, "cancel") is None
+    assert await control(vm, "cancel") is None
     assert vm.session.execute("query-jobs") == []
     async with qmpmerge.live(vm.target) as target:
         assert str((await target.chain()).chain) == "base.raw <-- a.qcow2 <-- b.qcow2"
@@ -170,7 +170,7 @@ async def test_a_pending_merge_is_flushed_and_compared_before_it_is_finalized(vm
     pending(vm)
     said: list[str] = []
     async with qmpmerge.live(vm.target, trace=lambda direction, text: said.append(text)) as target:
-        outcome = await qmpmerge.steer(target, ID, verb)
+        outcome = await qmpmerge.control(target, ID, verb)
     assert isinstance(outcome, Outcome)
     assert (outcome.verdict, outcome.verified) == ("merged", True)
     commands = [json.loads(text)["execute"] for text in said if text.startswith('{"execute"')]
@@ -181,7 +181,7 @@ async def test_a_pending_merge_is_flushed_and_compared_before_it_is_finalized(vm
 async def test_a_ready_merge_is_ended_and_its_outcome_told_from_the_graph(vm: Machine, verb: str, verdict: str) -> None:
     """QEMU reports a kept overlay exactly like a pivot: completed, without an error."""
     ready(vm)
-    outcome = await steer(vm, verb)
+    outcome = await control(vm, verb)
     assert isinstance(outcome, Outcome)
     assert outcome.verdict == verdict
     (disk,) = vm.session.execute("query-block")
@@ -192,7 +192,7 @@ async def test_a_job_that_is_gone_takes_no_verb(vm: Machine) -> None:
     null(vm)
     for verb in VERBS:
         with pytest.raises(NoSuchJob):
-            await steer(vm, verb)
+            await control(vm, verb)
 
 
 async def test_a_job_that_waits_for_another_can_be_cancelled_and_nothing_else(vm: Machine) -> None:
@@ -218,9 +218,9 @@ async def test_a_job_that_waits_for_another_can_be_cancelled_and_nothing_else(vm
     async with qmpmerge.live(vm.target) as target:
         for verb in set(VERBS) - {"cancel"}:
             with pytest.raises(JobVerb) as refused:
-                await qmpmerge.steer(target, "quick", verb)
+                await qmpmerge.control(target, "quick", verb)
             assert refused.value.verbs == ["cancel"]
-        assert await qmpmerge.steer(target, "quick", "cancel") is None
+        assert await qmpmerge.control(target, "quick", "cancel") is None
 
 
 def test_the_states_that_cannot_be_held_come_and_go(vm: Machine) -> None:
@@ -240,7 +240,7 @@ async def test_no_command_that_this_qemu_calls_deprecated_is_sent(tmp_path: Path
         await qmpmerge.commit(target, top="[2]", ending="pivot")
         await qmpmerge.commit(target, ending="ready")
         for verb in ("pause", "resume", "speed", "keep"):
-            await qmpmerge.steer(target, ID, verb, speed=SLOW)
+            await qmpmerge.control(target, ID, verb, speed=SLOW)
             if verb != "keep":
                 vm.wait_for_job("standby" if verb == "pause" else "ready")
         await qmpmerge.commit(target)
@@ -255,7 +255,7 @@ async def test_no_command_that_this_qemu_calls_deprecated_is_sent(tmp_path: Path
 async def test_any_speed_that_qemu_takes_can_be_set(vm: Machine, speed: int) -> None:
     running(vm)
     async with qmpmerge.live(vm.target) as target:
-        job = await qmpmerge.steer(target, ID, "speed", speed=speed)
+        job = await qmpmerge.control(target, ID, "speed", speed=speed)
         assert job is None or (isinstance(job, Job) and job.speed == speed)
 
 
@@ -264,6 +264,6 @@ async def test_a_speed_that_qemu_does_not_take_is_refused_and_the_old_one_stays(
     async with qmpmerge.live(vm.target) as target:
         for speed in (-1, 2**63, 2**70):
             with pytest.raises(QemuRefused, match="speed"):
-                await qmpmerge.steer(target, ID, "speed", speed=speed)
+                await qmpmerge.control(target, ID, "speed", speed=speed)
             (job,) = await target.jobs()
             assert (job.speed, job.status) == (SLOW, "running")

@@ -21,7 +21,7 @@ from qmpmerge.targets.target import Target
 VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
 
 
-async def steer(
+async def control(
     target: Target,
     job_id: str,
     verb: str,
@@ -41,9 +41,9 @@ async def steer(
     ``follow``, ``pivot`` and ``keep`` bring a commit job to a proved end, and so does ``finalize``: base is flushed and
     compared first, which a plain `job-finalize` would leave out. They return an Outcome; the others return the job as it
     is then, None when it is gone. `speed` is for ``speed``, `ending` for ``follow``, `merged_files`, `pause` and
-    `converge` are as for `merge.commit`.
+    `converge` are as for `commit.commit`.
 
-    Raises NoSuchJob, JobVerb, QemuRefused, and what `merge.follow` raises.
+    Raises NoSuchJob, JobVerb, QemuRefused, and what `follow.follow` raises.
     """
     job = await _look(target, job_id)
     if verb not in job.verbs and not (verb in jobs.FINISHING and job.type == "commit"):
@@ -66,10 +66,10 @@ async def steer(
     if verb == "dismiss":
         await _dismiss(target, job)
         return await jobs.look(target.monitor, job_id)
-    steered = await jobs.steer(target.monitor, job_id, verb, speed)
+    controlled = await jobs.control(target.monitor, job_id, verb, speed)
     if verb == "cancel" and job.ours:
         await _settle(target, job_id)
-    return steered
+    return controlled
 
 
 async def _settle(target: Target, job_id: str) -> None:
