@@ -1,4 +1,6 @@
-"""Refusals: a check said no, and nothing was changed."""
+"""
+Refusals: a check said no, and nothing was changed. Longer than other files: a catalogue, that is looked up and not read.
+"""
 
 import shlex
 

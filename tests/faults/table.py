@@ -90,7 +90,7 @@ def read(report: Path) -> dict[str, list[tuple[str, str]]]:
     """What pytest reported: for each test without its parameters the names of its runs and how they ended."""
     outcomes: dict[str, list[tuple[str, str]]] = {}
     for run in ET.parse(report).iter("testcase"):
-        file = run.attrib["classname"].rpartition(".")[2]
+        file = run.attrib["classname"].removeprefix("tests.").replace(".", "/")
         name = run.attrib["name"]
         ended = next((child.tag for child in run if child.tag in ("failure", "error", "skipped")), "passed")
         outcomes.setdefault(f"{file}.py::{name.partition('[')[0]}", []).append((name, ended))

@@ -19,3 +19,10 @@ def test_the_suite_has_the_tests_that_they_name() -> None:
     listed = subprocess.run(command, cwd=table.TESTS.parent, capture_output=True, text=True).stdout
     there = {line.partition("[")[0].removeprefix("tests/") for line in listed.splitlines()}
     assert wanted - there == set()
+
+
+def test_what_the_suite_reports_is_found_again() -> None:
+    (case,) = (case for case in cases.CASES if case.id == "H-locklink")
+    assert isinstance(case, cases.Tested)
+    (result,) = table.run_tests([case])
+    assert (result.figures["faults"], result.figures["wrong"]) == (1, 0)
