@@ -187,6 +187,8 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
             run.notes[:0] = run.operation.advice(merged)
         else:
             await _undone(run, judged)
+        if judged.way != "leave" and run.record is not None:
+            raise CannotRecover(file=image, reason=run.notes[-1])
     except OSError as error:
         raise CannotRecover(file=error.filename or image, reason=error.strerror or str(error)) from None
     verdict = "running" if judged.way == "leave" else "done"
@@ -217,6 +219,7 @@ async def _finished(run: Run) -> tuple[MergedFile, ...]:
         with contextlib.suppress(CommandError):
             await jobs.dismiss(run.carrier.monitor, run.job)
         await run.carrier.close(_left_open(run.plan, await run.carrier.layout()))
+    run.proved()  # before any file is dealt with
     return await run.finish(State.DONE)
 
 

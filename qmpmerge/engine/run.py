@@ -158,8 +158,6 @@ class Run:
         """As `flush.flush` does."""
         return await flush.flush(self.target.monitor, image, opened=self.target.opened.get(image.node or ""))
 
-    # --- states ---------------------------------------------------------------------------------------------------
-
     def enter(self, state: State, *, seen: dict[int, Seen] | None = None) -> None:
         """
         The operation is in this state from now on: in its record first (durable after `sync`), then in memory.
@@ -181,7 +179,8 @@ class Run:
         PLANNED to COPYING: what is about to be done is written, whole and durable, before the job is started.
 
         Where there is no place for a record, or none that we may write to, the operation goes on without, and says what
-        cannot be promised. Raises CannotRecord where there is one, and writing fails.
+        cannot be promised. Raises CannotRecord where there is one, and writing fails; and where there is a record of this
+        operation already, for it would tell of less than is done.
         """
         path = self._place()
         try:
@@ -191,9 +190,8 @@ class Run:
             self.lock.point_to(path)
         except OSError as error:
             reason = error.strerror or str(error)
-            if error.errno not in _NOT_ALLOWED:
+            if error.errno not in _NOT_ALLOWED or self.record is not None:
                 raise CannotRecord(path=path, reason=reason) from None
-            self.record = None
             if self.operation.pivots:
                 self.notes.append(
                     f"no record could be kept beside {self.plan.chain.active.file} ({reason}): had this host died during "
@@ -201,16 +199,19 @@ class Run:
                 )
         self.enter(State.COPYING)
 
+    def proved(self) -> None:
+        """To SWITCHED and PROVED, durably. Raises OSError."""
+        self.enter(State.SWITCHED)
+        self.enter(State.PROVED)
+        self.sync()
+
     def sync(self) -> None:
         """Make durable what was written down, and the names of the files beside the record. Raises OSError."""
         if self.record is not None:
             store.sync(self.record)
 
     def undone(self, error: BaseException | None = None) -> None:
-        """
-        To UNDONE, after `error`: the old chain was proved to be in use. The merged images have their names again, and the
-        record goes; the lock still says so where base is suspect.
-        """
+        """To UNDONE, after `error`, since the old chain was proved to be in use: names come back, and the record goes."""
         if State.UNDONE not in NEXT[self.state] or not self._names_given_back():
             return
         self._forget_record(_suspicion(error) or self.suspect)
@@ -218,18 +219,18 @@ class Run:
 
     def give_names_back(self) -> None:
         """The merged images get their own names back. Raises OSError, CannotRecover where one is under neither of its names."""
-        known = self.record
-        for index in range(known.base + 1, known.top + 1) if known is not None else ():
-            assert known is not None
-            image = known.chain[index]
-            if known.place(index) is None and image.inode is not None:
+        if self.record is None:
+            return
+        for index in range(self.record.base + 1, self.record.top + 1):
+            image = self.record.chain[index]
+            if self.record.place(index) is None and image.inode is not None:
                 raise CannotRecover(file=image.file, reason="it is neither there nor under its stashed name")
-            merged_files.give_back(known, index)
+            merged_files.give_back(self.record, index)
 
     async def finish(self, state: State) -> tuple[MergedFile, ...]:
         """
-        To PROVED and DONE, or to KEPT: all is proved and durable. Deals with the merged files; then nothing remains, and
-        the record goes.
+        To PROVED and DONE, or to KEPT: all is proved and durable. Deals with the merged files; then the record goes, and
+        `record` is still set where it could not be removed.
         """
         merged: list[MergedFile] = []
         if state is State.KEPT:
@@ -246,8 +247,6 @@ class Run:
             self.deadman.close()
             self.deadman = None
 
-    # --- the record -----------------------------------------------------------------------------------------------
-
     def _place(self) -> str:
         """Where the record lies, or is to lie; empty where there is no place for it."""
         chain = self.plan.chain
@@ -262,27 +261,29 @@ class Run:
         return True
 
     async def _files_dealt_with(self) -> list[MergedFile]:
-        try:
-            self.enter(State.SWITCHED)
-            self.enter(State.PROVED)
-            self.sync()
-        except OSError as error:  # what was written before tells enough
-            self.notes.append(f"the record cannot be written: {error.strerror or error}")
-            self.state = State.PROVED
+        if self.state is not State.PROVED:
+            try:
+                self.proved()
+            except OSError as error:  # what was written before tells enough
+                self.notes.append(f"the record cannot be written: {error.strerror or error}")
+                self.state = State.PROVED
         known = self.record or first_record.of_run(self, "")
         done, hints = await merged_files.finish(replace(known, verified=self.verified))
         self.notes += hints
         return done
 
     def _forget_record(self, suspect: str | None) -> None:
-        """Nothing remains but the suspicion about base, where there is one."""
-        if self.record is not None:
-            try:
+        """Nothing remains but the suspicion about base, where there is one; or the record, where it cannot be removed."""
+        try:
+            if self.record is not None:
                 store.remove(self.record)
-            except OSError as error:
-                self.notes.append(f"{self.record.path} cannot be removed: {error.strerror or error}")
             self.record = None
-        self.lock.conclude(suspect)
+        except OSError as error:
+            self.notes.append(f"the record cannot be removed: {error.strerror or error}")
+        if self.record is None:
+            self.lock.conclude(suspect)
+        elif suspect is not None:
+            self.lock.suspect(suspect)
 
 
 def _suspicion(error: BaseException | None) -> str | None:

@@ -109,20 +109,32 @@ def write(path: str, data: bytes) -> None:
     """
     Put a file of ours, 0600, at `path` with this content, in one step: whatever dies, the old or the new one is there.
 
-    The content is durable on return, the name after `sync_folder`. Never written through a symlink: the new file is made
-    beside it, by us alone, and takes the name's place.
+    The content is durable on return, and was read back; the name is durable after `sync_folder`. Never written through a
+    symlink: the new file is made beside it, by us alone, and takes the name's place. Where that fails nothing is left.
     """
     new = f"{path}.new"
     remove(new)  # of one of us that was killed
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        rest = memoryview(data)
-        while rest:  # a full disk takes a part before it says so
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
+        _write_whole(descriptor, data)
+        os.rename(new, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise OSError(error.errno, error.strerror, path) from None
     finally:
         os.close(descriptor)
-    os.rename(new, path)
+
+
+def _write_whole(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:  # a full disk takes a part before it says so
+        rest = rest[os.write(descriptor, rest) :]
+    os.fsync(descriptor)
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        if file.read() != data:
+            raise OSError(errno.EIO, "it does not read back as it was written")
 
 
 def matching(folder: str, pattern: "re.Pattern[str]") -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ Where records lie, and the one way in which they are written and read.
 What lies under a record's name and is not believed is there all the same: what it was to tell is *unknown*, never nothing.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -58,18 +59,23 @@ def place_of(chain: Chain, base: int) -> str:
 
 def write(record: Record) -> Record:
     """
-    Put it in place of what was there, whole and durable, and read it back.
+    Put it in place of what was there, whole and durable.
 
-    Raises OSError: nobody can be promised anything then.
+    Raises OSError: nobody can be promised anything then. What was there is there still, or nothing is where nothing was.
     """
     data = encoding.encode(record)
     if len(data) > LARGEST:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), record.path)
+    encoding.decode(record.path, data)  # what we would not believe is not written: a bug of ours, if ever
+    is_first = not os.path.lexists(record.path)
     files.write(record.path, data)
-    files.sync_folder(record.path)
-    found = read(record.path)
-    if not isinstance(found, Record) or encoding.encode(found) != data:
-        raise OSError(errno.EIO, "it does not read back as it was written", record.path)
+    try:
+        files.sync_folder(record.path)
+    except OSError:
+        if is_first:
+            with contextlib.suppress(OSError):
+                files.remove(record.path)
+        raise
     return record
 
 

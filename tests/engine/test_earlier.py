@@ -2,6 +2,7 @@
 What an earlier qmpmerge has begun: taken over, read, proved, or told; and the note beside the base that says so.
 """
 
+import errno
 import os
 import shlex
 import subprocess
@@ -14,7 +15,8 @@ from rig.machines import Content
 
 import qmpmerge
 from qmpmerge.engine.pace.progress import Progress
-from qmpmerge.errors import Busy, JobFailed, NoSuchLayer, RecordNotBelieved, StillRunning
+from qmpmerge.errors import Busy, CannotRecord, JobFailed, NoSuchLayer, RecordNotBelieved, StillRunning
+from qmpmerge.images import files
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Note
 from qmpmerge.journal.record import Record
@@ -95,6 +97,26 @@ async def test_another_range_is_busy_and_leaves_the_job_alone(setup: Setup, top:
     assert f"{JOB} follow" in busy.value.hint
     (job,) = setup.machine.session.execute("query-block-jobs")
     assert (job["device"], job["speed"], job["paused"]) == (JOB, 1, False)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+async def test_a_record_that_cannot_be_taken_over_leaves_the_job(
+    code: int, setup: Setup, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the pivot would be made under one that says that it was never asked for."""
+
+    def refuse(path: str, data: bytes) -> None:
+        raise OSError(code, os.strerror(code))
+
+    await leave(setup, "[4]")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", refuse)
+        with pytest.raises(CannotRecord, match=os.strerror(code)):
+            await commit(setup)
+    assert [job["id"] for job in setup.machine.session.execute("query-jobs")] == [JOB]
+    (record,) = store.in_folder(str(images[0].parent))
+    assert isinstance(record, Record) and record.job == JOB
+    assert (await commit(setup))[0].verdict == "pivoted"
 
 
 async def test_a_dry_run_only_says_that_the_disk_is_busy(setup: Setup) -> None:

@@ -20,7 +20,7 @@ from rig.machines import MIB, SIZE, Content, fill, machine, make_chain, run
 
 import qmpmerge as library
 from qmpmerge.engine.pace.progress import Progress
-from qmpmerge.errors import Busy, JobFailed, OutOfQuota, SessionLost, Suspect
+from qmpmerge.errors import Busy, CannotRecord, JobFailed, OutOfQuota, SessionLost, Suspect
 from qmpmerge.qemu import jobs
 
 JOB = "qmpmerge-commit-vda"
@@ -75,11 +75,16 @@ def crowded(folder: Path, small: Path) -> tuple[list[Path], Content]:
     run("cp", "--sparse=always", images[0], small / "base.raw")
     images[0].unlink()
     images[0].symlink_to(small / "base.raw")
+    crowd(small)
+    return images, content
+
+
+def crowd(small: Path) -> None:
+    """Fill it up."""
     with contextlib.suppress(OSError), (small / "filler").open("wb") as file:
         while True:
             file.write(bytes(4096))
             file.flush()
-    return images, content
 
 
 @TOPS
@@ -104,6 +109,30 @@ async def test_a_full_disk_is_told_and_waited_for(
     short = next(told for told in seen if told.shortage is not None)
     assert short.shortage is not None and short.status == "paused"
     assert short.shortage.filesystem == str(small) and 0 < short.shortage.needed <= SIZE
+    content.check(outcome.after.active.file, form(images[0] if top == "[4]" else images[3]))
+
+
+@TOPS
+async def test_a_disk_without_room_for_the_record_is_refused(top: str, small: Path, tmp_path: Path) -> None:
+    """A real one, with the active image on it: it was full before us, and we leave nothing there."""
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    run("cp", "--sparse=always", images[3], small / "c.qcow2")
+    images[3].unlink()
+    images[3] = small / "c.qcow2"
+    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", images[2], "-F", "qcow2", images[3])
+    crowd(small)
+    before = sorted(small.iterdir())
+    with drive(tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            with pytest.raises(CannotRecord, match="No space left"):
+                await library.commit(target, "vda", top=top)
+            assert (await target.chain()).chain.files == [str(image) for image in images]
+        assert (setup.machine.session.execute("query-jobs"), sorted(small.iterdir())) == ([], before)
+        (small / "filler").unlink()
+        async with setup.target() as target:
+            outcome = await library.commit(target, "vda", top=top)
+        setup.check()
     content.check(outcome.after.active.file, form(images[0] if top == "[4]" else images[3]))
 
 

@@ -168,15 +168,38 @@ def test_a_write_that_a_full_disk_cuts_short_is_noticed(told: Record, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", in_part)
+    before = os.listdir(os.path.dirname(told.path))
     with pytest.raises(OSError, match="No space left"):
         store.write(told)
-    assert store.read(told.path) is None
+    assert os.listdir(os.path.dirname(told.path)) == before
 
 
 def test_what_does_not_read_back_is_no_record(told: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "write", lambda path, data: Path(path).write_bytes(data[:-1]))
-    with pytest.raises(OSError, match="does not read back"):
+    """And the one that was there stays."""
+    write, folder = os.write, os.path.dirname(told.path)
+    before = os.listdir(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:-1]) + 1)
+        with pytest.raises(OSError, match="does not read back"):
+            store.write(told)
+    assert os.listdir(folder) == before
+    store.write(told)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:-1]) + 1)
+        with pytest.raises(OSError, match="does not read back"):
+            store.write(replace(told, disk="another"))
+    assert store.read(told.path) == told
+
+
+def test_a_name_that_is_not_durable_is_taken_away_again(told: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = os.listdir(os.path.dirname(told.path))
+    monkeypatch.setattr(files, "sync_folder", fails)
+    with pytest.raises(OSError, match="Input/output error"):
         store.write(told)
+    assert os.listdir(os.path.dirname(told.path)) == before
 
 
 def test_what_is_not_believed_may_concern_us(told: Record) -> None:

@@ -1,6 +1,7 @@
 """Which image is right after a crash, and what `recover` does about it: one test for each state that a merge can be left in."""
 
 import contextlib
+import errno
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -293,6 +294,30 @@ class Countdown:
             return function(*arguments)
 
         return watched
+
+
+@pytest.mark.parametrize("what", ["mark", "remove"])
+@pytest.mark.parametrize("left_as", [copying, switched, header_new])
+async def test_a_record_that_stays_is_no_recovery(
+    left_as: Callable[[Left], None], what: str, left: Left, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the storage takes no word of it, nothing is called done, and the next one finds it all."""
+
+    def refuse(record: Record) -> Record:
+        raise OSError(errno.EROFS, "Read-only file system", record.path)
+
+    left_as(left)
+    path = store.path_of(str(left.images[3]))
+    if (left_as, what) != (copying, "mark"):  # of one that goes back nothing is marked
+        with monkeypatch.context() as patch:
+            patch.setattr(store, what, refuse)
+            with pytest.raises(CannotRecover, match="Read-only"):
+                await qmpmerge.recover(left.images[3])
+        assert isinstance(store.read(path), Record)
+        if what == "mark":
+            assert not (left.folder / STASHED[0]).exists()
+    (done,) = await qmpmerge.recover(left.images[3])
+    assert (done.verdict, store.read(path)) == ("done", None)
 
 
 # --- where it cannot be known -----------------------------------------------------------------------------------------
