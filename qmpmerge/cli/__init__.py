@@ -20,7 +20,7 @@ def main() -> None:
     gc.set_threshold(COLLECT_AFTER)
     import click
 
-    from qmpmerge.cli.commands import cli
+    from qmpmerge.cli.commands.group import cli
 
     try:
         code = cli.main(prog_name="qmpmerge", standalone_mode=False)

@@ -10,7 +10,7 @@ active merge is never held there: it would freeze the guest.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpmerge import shield
 from qmpmerge.chain.outcome import MergedFile, files_advice, launch_advice
@@ -32,8 +32,10 @@ from qmpmerge.journal.record import Record
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
-from qmpmerge.recovery.evidence import Judgement, Use, by_contents, by_header, judge
 from qmpmerge.targets.target import Target
+
+if TYPE_CHECKING:
+    from qmpmerge.recovery.evidence import Judgement, Use
 
 
 def operation(plan: CommitPlan) -> Operation:
@@ -120,9 +122,11 @@ class Intermediate(Commit):
         return await blockjob.end(run, doorbell, job.status)
 
     async def evidence(
-        self, record: Record, target: Target | None, use: Use | None = None, *, layout: Layout | None = None
-    ) -> Judgement:
+        self, record: Record, target: Target | None, use: "Use | None" = None, *, layout: Layout | None = None
+    ) -> "Judgement":
         """The overlay's header is looked at."""
+        from qmpmerge.recovery.evidence import by_header, judge
+
         assert self.plan.overlay is not None, "it is no active merge"
         return await judge(record, target, use, layout=layout, kept=self.plan.overlay, decide=by_header)
 
@@ -166,9 +170,11 @@ class Active(Commit):
         return await shield.finished(blockjob.end(run, doorbell, job.status, keeps=run.let_go))
 
     async def evidence(
-        self, record: Record, target: Target | None, use: Use | None = None, *, layout: Layout | None = None
-    ) -> Judgement:
+        self, record: Record, target: Target | None, use: "Use | None" = None, *, layout: Layout | None = None
+    ) -> "Judgement":
         """No header is written: names, contents and times are looked at."""
+        from qmpmerge.recovery.evidence import by_contents, judge
+
         return await judge(record, target, use, layout=layout, kept=self.plan.base, decide=by_contents)
 
     async def make_durable(self, run: Run) -> None:

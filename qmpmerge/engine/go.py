@@ -9,13 +9,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qmpmerge import shield
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import NEXT, State
 from qmpmerge.engine import blockjob, proof, reconnect
-from qmpmerge.engine.pace.converge import Ladder, climbing
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -33,6 +32,9 @@ from qmpmerge.guest import pause
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
+
+if TYPE_CHECKING:
+    from qmpmerge.engine.pace.converge import Ladder
 
 
 @contextlib.asynccontextmanager
@@ -132,17 +134,22 @@ async def _followed(run: Run) -> Outcome:
 
 
 async def _helped(run: Run, doorbell: Doorbell) -> Outcome:
+    if run.request.converge is None:
+        return await _to_the_end(run, doorbell)
+    from qmpmerge.engine.pace.converge import climbing
+
     async with climbing(run.target.monitor, run.disk, run.job, run.watch, run.request.converge) as ladder:
         outcome = await _to_the_end(run, doorbell, ladder)
     return replace(outcome, rungs=tuple(ladder.rungs))
 
 
-async def _to_the_end(run: Run, doorbell: Doorbell, ladder: Ladder) -> Outcome:
+async def _to_the_end(run: Run, doorbell: Doorbell, ladder: "Ladder | None" = None) -> Outcome:
     """What cannot be looked at once the job was started is not refused, as if nothing had been done: it is unknown."""
     try:
         _start_deadman(run)
         job = await _copied(run, doorbell)
-        await ladder.stop()  # the guest goes on before it is paused for the pivot, if it was paused to get here
+        if ladder is not None:
+            await ladder.stop()  # the guest goes on before it is paused for the pivot, if it was paused to get here
         if job is not None and run.operation.stops_at(run, job):
             return proof.ready(run)
         if job is not None:

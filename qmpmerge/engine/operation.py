@@ -8,11 +8,11 @@ from qmpmerge.journal.record import Record
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
-from qmpmerge.recovery.evidence import Judgement, Use
 from qmpmerge.targets.target import Target
 
 if TYPE_CHECKING:
     from qmpmerge.engine.run import Run
+    from qmpmerge.recovery.evidence import Judgement, Use
 
 
 class Operation(Protocol):
@@ -59,8 +59,8 @@ class Operation(Protocol):
         ...
 
     async def evidence(
-        self, record: Record, target: Target | None, use: Use | None = None, *, layout: Layout | None = None
-    ) -> Judgement:
+        self, record: Record, target: Target | None, use: "Use | None" = None, *, layout: Layout | None = None
+    ) -> "Judgement":
         """How `record` was left, as `recovery.evidence.judge` looks at it. Raises Undecided, and what asking QEMU raises."""
         ...
 

@@ -22,7 +22,6 @@ from qmpmerge.images import files
 from qmpmerge.journal import merged_files, store
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
-from qmpmerge.recovery import evidence
 
 CLEAN_SECONDS = 2.0
 
@@ -149,6 +148,6 @@ async def _has_moved(run: Run, job: Job | None) -> bool | None:
     if not run.target.is_live:
         return job is not None and job.error is None
     layout = await run.target.layout()
-    moved = evidence.has_moved(layout, run.disk.drive or run.disk.qdev, run.plan.top, run.plan.base)
+    moved = layout.has_moved(run.disk.drive or run.disk.qdev, run.plan.top, run.plan.base)
     is_used = bool(run.disk.drive or run.disk.qdev or layout.exported)
     return moved if is_used else job is not None and job.error is None

@@ -2,12 +2,15 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from qmpmerge.chain.outcome import Ending, Policy
-from qmpmerge.engine.pace.converge import Converge
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import LiveOnly, OptionsConflict
 from qmpmerge.qemu.bitmaps import Handling
+
+if TYPE_CHECKING:
+    from qmpmerge.engine.pace.converge import Converge
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Request:
     force: Collection[str] = ()
     search: Collection[str] = ()
     dry_run: bool = False
-    converge: Converge | None = None
+    converge: "Converge | None" = None
     polite: float | None = None
     patience: Patience = field(default_factory=Patience)
 

@@ -2,6 +2,8 @@
 Where records lie, and the one way in which they are written and read.
 
 What lies under a record's name and is not believed is there all the same: what it was to tell is *unknown*, never nothing.
+
+Most disks have none, and need not wait for what a record is made of: `encoding` is imported where there is one.
 """
 
 import contextlib
@@ -10,12 +12,14 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.errors import RecordNotBelieved
 from qmpmerge.images import files
-from qmpmerge.journal import encoding
-from qmpmerge.journal.record import Record
+
+if TYPE_CHECKING:
+    from qmpmerge.journal.record import Record
 
 _START, _END = ".", ".qmpmerge-record"
 LARGEST = 64 * 1024 * 1024
@@ -36,7 +40,7 @@ class Disbelieved:
         return found is None or found in inodes
 
 
-Found = Record | Disbelieved
+Found: TypeAlias = "Record | Disbelieved"
 
 
 def path_of(image: str) -> str:
@@ -57,12 +61,14 @@ def place_of(chain: Chain, base: int) -> str:
 # --- written ------------------------------------------------------------------------------------------------------
 
 
-def write(record: Record) -> Record:
+def write(record: "Record") -> "Record":
     """
     Put it in place of what was there, whole and durable.
 
     Raises OSError: nobody can be promised anything then. What was there is there still, or nothing is where nothing was.
     """
+    from qmpmerge.journal import encoding
+
     data = encoding.encode(record)
     if len(data) > LARGEST:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), record.path)
@@ -79,8 +85,10 @@ def write(record: Record) -> Record:
     return record
 
 
-def mark(record: Record) -> Record:
+def mark(record: "Record") -> "Record":
     """Write the state and what goes with it over those in the file. Durable after `sync`. Raises OSError."""
+    from qmpmerge.journal import encoding
+
     descriptor = os.open(record.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.pwrite(descriptor, encoding.state_line(record), 0)
@@ -89,13 +97,13 @@ def mark(record: Record) -> Record:
     return record
 
 
-def sync(record: Record) -> None:
+def sync(record: "Record") -> None:
     """Make it durable, and with it all names in its folder. Raises OSError."""
     files.sync(record.path)
     files.sync_folder(record.path)
 
 
-def remove(record: Record) -> None:
+def remove(record: "Record") -> None:
     """The work is done, or taken back. Raises OSError."""
     files.remove(record.path)
     files.sync_folder(record.path)
@@ -104,15 +112,16 @@ def remove(record: Record) -> None:
 # --- read ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: str) -> Found | None:
+def read(path: str) -> "Found | None":
     """What lies at `path`; None where nothing does."""
     image = os.path.join(os.path.dirname(path), os.path.basename(path)[len(_START) : -len(_END)])
     try:
-        return encoding.decode(path, _content(path))
+        content = _content(path)
+        from qmpmerge.journal import encoding
+
+        return encoding.decode(path, content)
     except FileNotFoundError:
         return None
-    except encoding.NoRecord as error:
-        return Disbelieved(path, image, str(error))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return Disbelieved(path, image, reason)
@@ -122,7 +131,7 @@ def _content(path: str) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise encoding.NoRecord("it is a symlink") if error.errno == errno.ELOOP else error from None
+        raise ValueError("it is a symlink") if error.errno == errno.ELOOP else error from None
     try:
         _refuse_what_is_no_record(os.fstat(descriptor))
         with open(descriptor, "rb", closefd=False) as file:
@@ -133,14 +142,14 @@ def _content(path: str) -> bytes:
 
 def _refuse_what_is_no_record(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise encoding.NoRecord("it is no regular file")
+        raise ValueError("it is no regular file")
     if status.st_uid not in (os.geteuid(), 0):
-        raise encoding.NoRecord(f"it belongs to another user (uid {status.st_uid})")
+        raise ValueError(f"it belongs to another user (uid {status.st_uid})")
     if status.st_size > LARGEST:
-        raise encoding.NoRecord(f"it has {status.st_size} bytes, more than any record")
+        raise ValueError(f"it has {status.st_size} bytes, more than any record")
 
 
-def beside(image: str) -> Found | None:
+def beside(image: str) -> "Found | None":
     """The record of the disk whose active image has, or had, this name."""
     return read(path_of(os.path.abspath(image)))
 
@@ -162,7 +171,7 @@ def about(chain: Chain) -> list[Found]:
     return [found for folder in folders for found in in_folder(folder) if found.concerns(inodes)]
 
 
-def believed(found: Iterable[Found]) -> list[Record]:
+def believed(found: "Iterable[Found]") -> "list[Record]":
     """The records, where all of them are believed. Raises RecordNotBelieved."""
     records = []
     for one in found:

@@ -6,6 +6,7 @@ What an earlier qmpmerge has begun is gone on with from where it stands.
 
 import contextlib
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
@@ -13,9 +14,8 @@ from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
 from qmpmerge.engine import commit as engine
-from qmpmerge.engine import earlier, go, proof, resume
+from qmpmerge.engine import earlier, go, proof
 from qmpmerge.engine.operation import Operation
-from qmpmerge.engine.pace.converge import Converge
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
@@ -29,6 +29,9 @@ from qmpmerge.qemu import jobs
 from qmpmerge.qemu.bitmaps import Handling
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import ChainView, Target
+
+if TYPE_CHECKING:
+    from qmpmerge.engine.pace.converge import Converge
 
 
 async def commit(
@@ -47,7 +50,7 @@ async def commit(
     force: Collection[str] = (),
     search: Collection[str] = (),
     dry_run: bool = False,
-    converge: Converge | None = None,
+    converge: "Converge | None" = None,
     report: Report = lambda progress: None,
     timeout: float | None = None,
     patience: Patience | None = None,
@@ -118,7 +121,7 @@ class _Beginning:
             meant = record.is_what(base=request.base, top=request.top, shallow=request.shallow)
             if meant and record.is_done(view.chain):
                 return self._ended_unseen(view, record)
-        return await self._settled(view, disk, records)
+        return await (self._settled(view, disk, records) if records else self._begun(view, records))
 
     def _ended_unseen(self, view: ChainView, record: Record) -> Run:
         """The very merge that is asked for was made by an earlier qmpmerge, and nobody has proved it yet."""
@@ -127,6 +130,8 @@ class _Beginning:
 
     async def _settled(self, view: ChainView, disk: str | None, records: list[Record]) -> Run | Outcome:
         """What an earlier merge left is put right first; that may be all there was to do."""
+        from qmpmerge.engine import resume  # most chains have no record
+
         settled = await resume.settle(self._target, view, records)
         if settled.changed:
             view, records = await self._target.chain(disk), settled.left

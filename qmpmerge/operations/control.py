@@ -3,11 +3,11 @@ What can be done with a block job that is there, whoever has started it: one cal
 """
 
 import contextlib
+from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.engine import earlier, resume
-from qmpmerge.engine.pace.converge import Converge
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.errors import JobVerb, Locked, NoSuchJob, Unfinished
@@ -17,6 +17,9 @@ from qmpmerge.operations import follow
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import Target
+
+if TYPE_CHECKING:
+    from qmpmerge.engine.pace.converge import Converge
 
 VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
 
@@ -30,7 +33,7 @@ async def control(
     ending: Ending = "pivot",
     merged_files: Policy = "stash",
     pause: bool = True,
-    converge: Converge | None = None,
+    converge: "Converge | None" = None,
     report: Report = lambda progress: None,
     patience: Patience | None = None,
     polite: float | None = None,

@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine import commit as engine
 from qmpmerge.engine import earlier, go
-from qmpmerge.engine.pace.converge import Converge
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
@@ -20,6 +19,9 @@ from qmpmerge.qemu import bitmaps, jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import ChainView, Target
+
+if TYPE_CHECKING:
+    from qmpmerge.engine.pace.converge import Converge
 
 LOOKS = 5
 """How often a job to be followed is looked for again when it has moved on between two questions."""
@@ -36,7 +38,7 @@ async def follow(
     needs_ready: bool = False,
     merged_files: Policy = "stash",
     pause: bool = True,
-    converge: Converge | None = None,
+    converge: "Converge | None" = None,
     report: Report = lambda progress: None,
     timeout: float | None = None,
     patience: Patience | None = None,

@@ -9,12 +9,13 @@ takes QEMU 14 s at 300 layers, with the guest standing still. Where policy forbi
 `decode` is pure and takes the replies as they are, so that film strips of any QEMU can be played to it. `Any` stops here.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from qmpmerge.chain.chain import Chain
+from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk
 from qmpmerge.qemu.jobs import Job
 
@@ -126,6 +127,22 @@ class Layout:
         if len(choices) > 1:
             raise DiskNeeded(target=target, known=[disk.name for disk in choices])
         return choices[0]
+
+    def has_moved(self, device: str, top: Image, kept: Image) -> bool | None:
+        """
+        Whether the new chain, without `top` and with `kept`, is under the disk; None where neither it nor the old one is.
+
+        Nodes that a merge has left over look like the old chain, so only what a device, or an export, uses is looked at.
+        """
+        if device:
+            with contextlib.suppress(NoSuchDisk, NoDisk):
+                chain = self.find(device, "").chain or ()
+                if any(image.same_as(top) for image in chain):
+                    return False
+                return True if any(image.same_as(kept) for image in chain) else None
+            return None
+        used = {node for root in self.exported for node in self.subtree(root)}
+        return False if top.node in used else True if kept.node in used else None
 
     def subtree(self, root: str) -> list[str]:
         """The names of all nodes from `root` down, every parent before its children."""

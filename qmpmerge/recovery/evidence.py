@@ -4,16 +4,15 @@ Which image is right after a merge was left in the middle: what the record, QEMU
 Nothing is changed here, and nothing guessed: where the evidence does not decide, `Undecided` shows it.
 """
 
-import contextlib
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.state import State
-from qmpmerge.errors import CommandError, ImageUnreadable, NoDisk, NoSuchDisk, Undecided
+from qmpmerge.errors import CommandError, ImageUnreadable, Undecided
 from qmpmerge.images import files, qcow2, qemuimg
 from qmpmerge.journal import merged_files
 from qmpmerge.journal.record import Record
@@ -48,8 +47,8 @@ class Judgement:
 
 Decide = Callable[[Record, bool | None, Use | None], Awaitable[Judgement]]
 """
-Judges an operation by its record, by what QEMU's graph shows (see `has_moved`; None also where QEMU is gone), and by what
-the user says. Raises Undecided.
+Judges an operation by its record, by what QEMU's graph shows (see `Layout.has_moved`; None also where QEMU is gone), and by
+what the user says. Raises Undecided.
 """
 
 
@@ -69,7 +68,7 @@ async def judge(
         if layout is None or seen is None or seen.status == "concluded":
             seen = await jobs.look(target.monitor, record.job)  # first: one that is over by now moves nothing any more
             layout = await target.layout()
-        moved = has_moved(layout, record.device, record.plan.top, kept)
+        moved = layout.has_moved(record.device, record.plan.top, kept)
         if moved is False:
             return _judge_old(record, seen)
     return await decide(record, moved, use)
@@ -191,25 +190,6 @@ def _points_to(record: Record, overlay: Image) -> Literal["base", "old"] | None:
 
 
 # --- what all of it rests on -----------------------------------------------------------------------------------------
-
-
-def has_moved(layout: Layout, device: str, top: Image, kept: Image) -> bool | None:
-    """
-    Whether QEMU's graph shows the new chain, without `top` and with `kept`, under the disk; None where it shows neither.
-
-    Nodes that the merge has left over look like the old chain, so only what a device, or an export, uses is looked at.
-    """
-    if device:
-        with contextlib.suppress(NoSuchDisk, NoDisk):
-            chain = layout.find(device, "").chain or ()
-            return False if _is_in(top, chain) else True if _is_in(kept, chain) else None
-        return None
-    used = {node for root in layout.exported for node in layout.subtree(root)}
-    return False if top.node in used else True if kept.node in used else None
-
-
-def _is_in(image: Image, chain: Iterable[Image]) -> bool:
-    return any(one.same_as(image) for one in chain)
 
 
 async def same(record: Record, reasons: list[str]) -> bool | None:

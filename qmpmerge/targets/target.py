@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.chain.state import State
@@ -16,12 +16,14 @@ from qmpmerge.errors import CommandError, StreamConcluded
 from qmpmerge.images import headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.journal import store
-from qmpmerge.journal.record import Record
 from qmpmerge.journal.store import Disbelieved
 from qmpmerge.qemu import discovery, mutex
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job, query
 from qmpmerge.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from qmpmerge.journal.record import Record
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def unfinished(disk: Disk) -> list[Oddity]:
     return odd
 
 
-def _is_harmless(record: Record, disk: Disk) -> bool:
+def _is_harmless(record: "Record", disk: Disk) -> bool:
     """Its job is there to be followed; or it was cancelled, and the chain is what it was."""
     assert disk.chain is not None
     if disk.job is not None and disk.job.id == record.job:

@@ -1,5 +1,6 @@
 """The installed command, driven as users and programs drive it."""
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from rig import command
 from rig.command import COMMAND, JOB, Begun, Run, invoke
@@ -17,6 +19,7 @@ from rig.disks import Setup, device
 from rig.faults import injecting
 from rig.machines import Content, machine, make_chain
 
+from qmpmerge.cli.commands.group import FILES, cli
 from qmpmerge.errors import EXIT_CODES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -391,26 +394,39 @@ def test_the_library_example_of_the_readme_runs(vm: str, setup: Setup, images: l
     assert run.stdout.splitlines()[-1] == "pivoted base.raw"
 
 
+def test_every_command_is_found_in_the_file_that_the_table_names() -> None:
+    for name, file in FILES.items():
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        assert command is vars(importlib.import_module(f"qmpmerge.cli.commands.{file}"))[name]
+    assert set(cli.commands) == set(FILES)
+
+
 def test_importing_the_library_is_cheap() -> None:
     """`qmpmerge --version` must not wait for what it does not need."""
     program = """
-import json, sys
-import qmpmerge.cli.commands
-print(json.dumps([name for name in ("asyncio", "qemu.qmp", "rich", "psutil") if name in sys.modules]))
+import json, os, sys
+os._exit = lambda code: None
+sys.argv = ["qmpmerge", "--version"]
+from qmpmerge.cli import main
+main()
+needless = ("asyncio", "qemu.qmp", "rich", "psutil", "qmpmerge.cli.commands.listing", "qmpmerge.targets")
+print(json.dumps([name for name in needless if name in sys.modules]))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert json.loads(run.stdout) == []
+    assert json.loads(run.stdout.splitlines()[-1]) == []
 
 
-def test_a_command_loads_neither_openssl_nor_psutil(images: list[Path]) -> None:
-    """They take longer to load than a short command to run; who wants TLS beside us still gets it."""
+def test_a_command_loads_only_what_it_needs(images: list[Path]) -> None:
+    """OpenSSL and psutil take longer to load than a short command to run; who wants TLS beside us still gets it."""
     program = f"""
 import json, os, sys
 os._exit = lambda code: None
 sys.argv = ["qmpmerge", "chain", {str(images[3])!r}, "--json"]
 from qmpmerge.cli import main
 main()
-print(json.dumps([name for name in ("ssl", "_ssl", "psutil") if name in sys.modules]))
+needless = ("ssl", "_ssl", "psutil", "qmpmerge.engine.run", "qmpmerge.journal.encoding")
+print(json.dumps([name for name in needless if name in sys.modules]))
 import ssl
 print(bool(ssl.create_default_context().cert_store_stats()))
 """

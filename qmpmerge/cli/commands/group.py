@@ -1,25 +1,48 @@
 """
 The commands: each declares itself, gathers its options into one value, and runs.
 
-Whatever a user can do here, `import qmpmerge` can do, with the same values and the same errors. Imports that only one
-command needs are made where it runs: start-up time is a feature.
+Whatever a user can do here, `import qmpmerge` can do, with the same values and the same errors. A command's file is imported
+when the command is asked for, and what only one way through it needs where that way begins: start-up time is a feature.
 """
+
+import importlib
 
 import click
 
 from qmpmerge import __version__
 
+FILES = {
+    "vms": "listing",
+    "disks": "listing",
+    "chain": "listing",
+    "jobs": "listing",
+    "snapshot": "snapshot",
+    "commit": "commit",
+    "job": "job",
+    "recover": "recover",
+    "clean": "clean",
+    "doctor": "doctor",
+    "completion": "completion",
+}
+"""The commands in the order in which one needs them, and the file of each."""
 
-class StoryOrder(click.Group):
-    """Lists the commands in the order in which one needs them."""
+
+class Lazy(click.Group):
+    """A group whose commands are imported when they are asked for; `--help` asks for all of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The order in which they are declared."""
-        return list(self.commands)
+        """In the order of `FILES`."""
+        return list(FILES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, which declares itself when its file is imported; None where there is no such command."""
+        if cmd_name in FILES:
+            importlib.import_module(f"qmpmerge.cli.commands.{FILES[cmd_name]}")
+        return super().get_command(ctx, cmd_name)
 
 
 @click.group(
-    cls=StoryOrder,
+    cls=Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, pid:N, or an image file.",
 )

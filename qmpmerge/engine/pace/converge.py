@@ -176,18 +176,15 @@ def mib(count: float) -> str:
 
 
 @contextlib.asynccontextmanager
-async def climbing(
-    monitor: Monitor, disk: Disk, job: str, watch: Watch, wanted: Converge | None
-) -> AsyncIterator[Ladder]:
+async def climbing(monitor: Monitor, disk: Disk, job: str, watch: Watch, wanted: Converge) -> AsyncIterator[Ladder]:
     """
     While the block runs, help the job where it does not converge; yields the ladder, whose `rungs` say what was done.
 
-    At the end of the block the guest is as it was before. Without `wanted` nothing is done.
+    At the end of the block the guest is as it was before.
     """
-    ladder = Ladder(monitor, disk, job, watch, wanted or Converge())
-    if wanted is not None:
-        watch.helped = True
-        ladder.start()
+    ladder = Ladder(monitor, disk, job, watch, wanted)
+    watch.helped = True
+    ladder.start()
     try:
         yield ladder
     finally:
