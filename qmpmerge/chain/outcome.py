@@ -65,6 +65,9 @@ class MergedFile:
     now: str | None = None
 
 
+CheckResult = Literal["passed", "forced", "not checked"]
+
+
 @dataclass(frozen=True)
 class Checked:
     """
@@ -73,7 +76,7 @@ class Checked:
     """
 
     name: str
-    result: Literal["passed", "forced", "not checked"]
+    result: CheckResult
     reason: str = ""
 
 

@@ -9,10 +9,10 @@ at files and processes (`files`).
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 
-from qmpmerge.chain.outcome import Checked, Ending, Estimate
+from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import files, graph
-from qmpmerge.checks.question import Question, process
+from qmpmerge.checks.question import Question, Unseen, process
 from qmpmerge.errors import FORCEABLE, CommandError, NotWritable, Refused, refuse
 from qmpmerge.images import space
 from qmpmerge.qemu.bitmaps import Bitmap, Handling
@@ -53,22 +53,17 @@ async def check(
     checked: list[Checked] = []
     refusals: list[Refused] = []
     for name, ask in CHECKS.items():
-        found = [refusal async for refusal in ask(question)]
-        insisting = [refusal for refusal in found if refusal.name not in FORCEABLE or refusal.name not in force]
+        found = [one async for one in ask(question)]
+        refused = [one for one in found if isinstance(one, Refused)]
+        insisting = [refusal for refusal in refused if refusal.name not in FORCEABLE or refusal.name not in force]
         refusals += insisting
-        checked.append(_checked(name, question, forced=len(insisting) < len(found)))
+        unseen = "; ".join(one.reason for one in found if isinstance(one, Unseen))
+        result: CheckResult = "forced" if len(insisting) < len(refused) else "not checked" if unseen else "passed"
+        checked.append(Checked(name, result, unseen if result == "not checked" else ""))
     refuse(refusals)
     await _rewrite_header(target, view, plan)  # the last, because it writes, if only what is there already
     carried = question.bitmaps if handling == "merge" else []
     return Answer(tuple(checked), estimate, tuple(carried))
-
-
-def _checked(name: str, question: Question, *, forced: bool) -> Checked:
-    unseen = "" if question.opened else "what QEMU has open cannot be seen from here"
-    unknown = {"no-space": question.estimate.reason, "in-use": unseen, "replaced": unseen}
-    if forced:
-        return Checked(name, "forced")
-    return Checked(name, "not checked", unknown[name]) if unknown.get(name) else Checked(name, "passed")
 
 
 async def _rewrite_header(target: Target, view: ChainView, plan: CommitPlan) -> None:
@@ -93,7 +88,7 @@ async def _rewrite_header(target: Target, view: ChainView, plan: CommitPlan) -> 
         raise NotWritable(file=overlay.file, reason=error.description) from None
 
 
-CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused]]] = {
+CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen]]] = {
     "busy": graph.busy,
     "temporary": graph.temporary,
     "shorter-layer": graph.shorter_layer,
@@ -110,4 +105,7 @@ CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused]]] = {
     "known-bad": graph.known_bad,
     "flush-unavailable": graph.flush_unavailable,
 }
-"""All of them by their refusals' names, in the order in which they are asked and told."""
+"""
+All of them by their refusals' names, in the order in which they are asked and told. Each yields what it refuses, and where
+it could not look, why.
+"""

@@ -5,7 +5,7 @@ Checks of the files, of their filesystems and of the processes that hold them, e
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from qmpmerge.checks.question import Question
+from qmpmerge.checks.question import Question, Unseen
 from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotWritable, Refused, Replaced
 from qmpmerge.images.dependents import find
 from qmpmerge.processes import permissions
@@ -15,25 +15,33 @@ if TYPE_CHECKING:
     from qmpmerge.processes.holders import User
 
 
-async def replaced(question: Question) -> AsyncIterator[Refused]:
+UNSEEN = Unseen("what QEMU has open cannot be seen from here")
+
+
+async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
     """
     QEMU opens base and overlay again by name: the name must still lead to the file it has open.
 
-    Not checked where the kernel does not let us see what QEMU has open. A merged image whose name is gone is merged all
-    the same: nothing else can save its data.
+    A merged image whose name is gone is merged all the same: nothing else can save its data.
     """
+    if question.pid is None or not question.opened:
+        yield UNSEEN
+        return
     for image in question.touched:
         found = identity(image.file) if image.has_path else None
-        if question.pid is not None and question.opened and found is not None and found not in question.opened:
+        if found is not None and found not in question.opened:
             yield Replaced(file=image.file, pid=question.pid)
 
 
-async def in_use(question: Question) -> AsyncIterator[Refused]:
+async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
     """Of a running VM: at the offline door nobody may hold anything. One with ``locking=off`` is seen too."""
     from qmpmerge.processes import holders
 
     pid = question.pid
-    if pid is None or not question.target.is_live:
+    if pid is None or not question.opened:
+        yield UNSEEN
+        return
+    if not question.target.is_live:
         return
     users = holders.users([image.file for image in question.touched if image.has_path], excluding=[pid])
     for file in dict.fromkeys(user.file for user in users):
@@ -67,10 +75,12 @@ async def dependents(question: Question) -> AsyncIterator[Refused]:
         yield Dependents(images=images, dependents=[dependent.file for dependent in found])
 
 
-async def no_space(question: Question) -> AsyncIterator[Refused]:
+async def no_space(question: Question) -> AsyncIterator[Refused | Unseen]:
     """Where it is not known nothing is refused: a job that runs out of space waits for it."""
     estimate = question.estimate
-    if not estimate.is_enough and estimate.growth is not None and estimate.free is not None:
+    if estimate.reason:
+        yield Unseen(estimate.reason)
+    elif not estimate.is_enough and estimate.growth is not None and estimate.free is not None:
         yield NoSpace(base=question.plan.base.file, growth=estimate.growth, free=estimate.free)
 
 

@@ -15,6 +15,13 @@ from qmpmerge.targets.target import ChainView, Target
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """What a check yields where it could not look: it has not passed then, it is *not checked*."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Question:
     """All that a check may want to know. `pid` is QEMU's, None where it is not known; `opened` is what it has open."""
 
