@@ -8,7 +8,7 @@ from pathlib import Path
 import qmpmerge
 
 ROWS = (
-    {"errors", "shield", "sockets"},
+    {"errors", "mounts", "shield", "sockets"},
     {"chain"},
     {"images", "processes"},
     {"qemu"},

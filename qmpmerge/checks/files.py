@@ -34,19 +34,30 @@ async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
 
 
 async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
-    """Of a running VM: at the offline door nobody may hold anything. One with ``locking=off`` is seen too."""
-    from qmpmerge.processes import holders
+    """
+    Of a running VM: at the offline door nobody may hold anything. One with ``locking=off`` is seen too.
+
+    What the kernel has is looked for also where QEMU cannot be told from others who have its images open.
+    """
+    from qmpmerge.processes import holders, kernel
 
     pid = question.pid
-    if pid is None or not question.opened:
+    if pid is None:
         yield UNSEEN
         return
-    if not question.target.is_live:
-        return
-    users = holders.users([image.file for image in question.touched if image.has_path], excluding=[pid])
-    for file in dict.fromkeys(user.file for user in users):
+    files = [image.file for image in question.touched if image.has_path]
+    look = kernel.look(files)
+    users = holders.of_kernel(look) if question.target.is_live else ()
+    if not question.opened:
+        yield UNSEEN
+    elif question.target.is_live:
+        users = (*holders.processes(files, excluding=[pid]), *users)
+    for file in files:
         holding = [user for user in users if user.file == file]
-        yield InUse(file=file, holders=[_told(user) for user in holding], command=_instead(holding))
+        if holding:
+            yield InUse(file=file, holders=[_told(user) for user in holding], command=_instead(holding))
+    for reason in look.unseen:
+        yield Unseen(reason)
 
 
 def _told(user: "User") -> str:
@@ -57,7 +68,8 @@ def _told(user: "User") -> str:
 def _instead(users: "list[User]") -> str:
     if any(user.vm is not None for user in users):
         return "shut that VM down, or give it a copy of the image"
-    return "end it, or wait until it has let go; `--force in-use` goes on if it may see the image change"
+    letting_go = ", ".join(dict.fromkeys(user.instead for user in users))
+    return f"{letting_go}; `--force in-use` goes on if it may see the image change"
 
 
 async def dependents(question: Question) -> AsyncIterator[Refused]:

@@ -81,14 +81,14 @@ def _image(layer: Layer) -> Image:
 
 
 def _used(chain: Chain, users: tuple[User, ...]) -> Iterator[Finding]:
-    """One finding a process, about the topmost image that it has open: a VM knows more than the headers do."""
-    for pid in dict.fromkeys(user.pid for user in users):
-        user = [user for user in users if user.pid == pid][-1]
+    """One finding a user, about the topmost image that it has open: a VM knows more than the headers do."""
+    for user in {(user.pid, user.name): user for user in users}.values():
         if user.vm is not None and user.vm.monitors:
-            command = f"qmpmerge doctor {shlex.quote(user.vm.name or f'pid:{pid}')}"
+            command = f"qmpmerge doctor {shlex.quote(user.vm.name or f'pid:{user.pid}')}"
             yield Finding("in-use", "note", user.file, f"{user} has it open", "what QEMU knows is told there", command)
         else:
-            yield Finding("in-use", "note", user.file, f"{user} has it open", "what is said here may be out of date")
+            why = "what is said here may be out of date"
+            yield Finding("in-use", "note", user.file, f"{user} has it open", why, user.release)
         if user.file != chain.active.file and user.vm is not None:
             what = f"{user} has {user.file}, below it, open, and this image not"
             why = "if a merge left it, it shows older data; else every write of that VM to what lies below ruins it"

@@ -110,7 +110,7 @@ def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterato
     """Images outside the chain whose headers name an image of it, or one that is built on it."""
     for dependent in _above(chain, search):
         users = holders.users([dependent.file])
-        if pid in {user.pid for user in users}:
+        if pid is not None and pid in {user.pid for user in users}:
             continue
         what = f"it is built on {dependent.image}, but is not in the chain"
         if users:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from qmpmerge.processes import commandline, proc, vms
+from qmpmerge.processes import commandline, kernel, proc, vms
 from qmpmerge.processes.vms import Vm
 
 _SS_SECONDS = 0.9
@@ -51,17 +51,31 @@ _BOUND_INODE = re.compile(r" ino:(\d+) ")
 
 @dataclass(frozen=True)
 class User:
-    """A process that has an image open: `vm` is what it is where it is a QEMU."""
+    """
+    Who has an image open: a process, `vm` being what it is where it is a QEMU; or, without a `pid`, the kernel.
+
+    `release` is the command that makes the kernel let go, "" where it is not known.
+    """
 
     file: str
-    pid: int
+    pid: int | None
     name: str
-    vm: Vm | None
+    vm: Vm | None = None
+    release: str = ""
 
     def __str__(self) -> str:
+        if self.pid is None:
+            return self.name
         if self.vm is None or not self.vm.name:
             return f"{self.name} (pid {self.pid})"
         return f"VM {self.vm.name} ({self.name}, pid {self.pid})"
+
+    @property
+    def instead(self) -> str:
+        """What makes it let go, as a clause; of a VM its monitor tells more."""
+        if self.release:
+            return f"`{self.release}`"
+        return "end it, or wait until it has let go" if self.pid is not None else "unmount it, or take it out of there"
 
 
 # struct flock for F_OFD_GETLK on 64-bit Linux: type, whence, start, length, pid.
@@ -115,8 +129,21 @@ def listening(pid: int) -> list[str]:
 
 def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:
     """
-    All processes but ours, and those `excluding`, that have one of the files open, as far as we may see; a VM with
-    ``locking=off`` too.
+    All that have one of the files open, as far as we may see: processes but for ours and those `excluding`, and what the
+    kernel itself has put on them (`kernel`); by the order of the files.
+    """
+    found = (*processes(files, excluding=excluding), *of_kernel(kernel.look(files)))
+    return tuple(sorted(found, key=lambda user: files.index(user.file)))
+
+
+def of_kernel(look: kernel.Look) -> tuple[User, ...]:
+    """What was found of the kernel's, as users."""
+    return tuple(User(use.file, None, use.what, release=use.release) for use in look.uses)
+
+
+def processes(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:
+    """
+    The processes among them; a VM with ``locking=off`` too.
 
     Looked at are the descriptors of all processes, so hard links and other names do not hide anybody.
     """
@@ -127,7 +154,7 @@ def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[Use
             continue
         for inode in (proc.open_files(pid) or set()) & set(wanted):
             found[pid, wanted[inode]] = User(wanted[inode], pid, proc.command_name(pid), vms.vm_of(pid))
-    return tuple(sorted(found.values(), key=lambda user: (files.index(user.file), user.pid)))
+    return tuple(user for _key, user in sorted(found.items()))
 
 
 def qemu_files() -> list[str]:

@@ -107,7 +107,7 @@ def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
 def _instead(user: User) -> str:
     """What to do about an image in use, the command of the live door where there is one."""
     if user.vm is None:
-        return "end it, or wait until it has let go"
+        return user.instead
     if user.vm.monitors and not user.vm.libvirt:
         return f"merge it live: `qmpmerge commit {shlex.quote(user.vm.name or f'pid:{user.vm.pid}')}`"
     return "shut that VM down first, or start it with a QMP monitor and merge live"

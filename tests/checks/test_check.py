@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import pytest
 from rig.command import invoke
+from rig.devices import loop, mounted
 from rig.disks import BACKEND, blockdev, device, drive, nodes
 from rig.harms import harm, marked
 from rig.headers import may_trace, raw_header
@@ -101,19 +102,6 @@ def view(image: Path, form: str = "qcow2") -> bytes:
 def overlay(path: Path, backing: Path | str, form: str = "raw", size: int = SIZE, kind: str = "qcow2") -> Path:
     run("qemu-img", "create", "-q", "-u", "-f", kind, "-b", str(backing), "-F", form, path, str(size))
     return path
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    """Skips where we may not mount."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"no leave to mount: {done.stderr}")
-    try:
-        yield folder
-    finally:
-        run("umount", "--lazy", folder)
 
 
 # --- all at once ------------------------------------------------------------------------------------------------------
@@ -239,6 +227,73 @@ async def test_a_reader_is_named_and_can_be_known_to_be_harmless(vm: Machine, im
                 assert (await qmpmerge.commit(target, top="[3]", force=["in-use"])).verdict == "merged"
         finally:
             cat.kill()
+
+
+@pytest.fixture
+def mountable(images: list[Path], content: Content) -> list[Path]:
+    """The chain, with a filesystem in its base."""
+    run("mkfs.ext4", "-q", "-F", images[0])
+    return images
+
+
+@needs_root
+def test_plain_commit_writes_under_a_mounted_filesystem(mountable: list[Path], vm: Machine, tmp_path: Path) -> None:
+    """A loop device locks nothing: what the kernel shows from there is overwritten, and the other way round."""
+    with loop(mountable[0]) as disk, mounted(tmp_path / "m", disk):
+        before = Path(disk).read_bytes()
+        assert "error" not in plain(vm)
+        run("blockdev", "--flushbufs", disk)
+        assert Path(disk).read_bytes() != before
+
+
+@needs_root
+async def test_a_mounted_filesystem_is_named(mountable: list[Path], vm: Machine, tmp_path: Path) -> None:
+    """Live, offline and to the doctor; once the hint was typed, the merge is made."""
+    before = mountable[0].read_bytes()
+    with loop(mountable[0]) as disk, mounted(tmp_path / "m", "-o", "ro", disk) as place:
+        in_use = await refused(vm, InUse)
+        assert (in_use.file, in_use.holders) == (str(mountable[0]), [f"loop device {disk} (mounted on {place})"])
+        vm.stop()
+        error = invoke("commit", str(mountable[3]), "--json").document["error"]
+        assert (error["name"], error["facts"]["holders"]) == ("in-use", in_use.holders)
+        assert in_use.hint.startswith(f"{error['hint']}; ")
+        assert {odd.name for odd in (await looked_at(mountable[3])).oddities} == {"in-use"}
+        (finding,) = invoke("doctor", str(mountable[3]), "--json").document["findings"]
+        assert (finding["name"], f"`{finding['command']}`") == ("in-use", error["hint"])
+        assert mountable[0].read_bytes() == before
+        run("sh", "-c", error["hint"].strip("`"))
+        assert invoke("commit", str(mountable[3])).code == 0
+        assert mountable[0].read_bytes() != before
+
+
+async def looked_at(image: Path) -> qmpmerge.ChainView:
+    async with qmpmerge.offline(image, write=False) as target:
+        return await target.chain()
+
+
+@needs_root
+async def test_a_base_that_is_a_mounted_device(images: list[Path], tmp_path: Path) -> None:
+    disk_file = tmp_path / "disk"
+    disk_file.write_bytes(bytes(SIZE))
+    run("mkfs.ext4", "-q", disk_file)
+    with loop(disk_file) as disk:
+        run("qemu-img", "rebase", "-u", "-F", "raw", "-b", disk, images[1])
+        with mounted(tmp_path / "m", disk) as place:
+            done = invoke("commit", str(images[3]), "--allow", disk, "--json")
+            assert done.document["error"]["facts"]["holders"] == [f"mounted on {place}"]
+        with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
+            assert invoke("commit", vm.target, "--dry-run").code == 0
+            with mounted(tmp_path / "m", disk) as place:
+                assert (await refused(vm, InUse)).holders == [f"mounted on {place}"]
+
+
+@needs_root
+def test_a_stashed_image_under_a_loop_device_is_not_removed(images: list[Path], tmp_path: Path) -> None:
+    assert invoke("commit", str(images[3])).code == 0
+    with loop(tmp_path / "vm" / "a.qcow2.merged") as disk:
+        kept = {one.file: one.kept for one in qmpmerge.clean([tmp_path / "vm"])}
+    assert {file for file, reason in kept.items() if reason} == {f"{tmp_path}/vm/a.qcow2.merged"}
+    assert kept[f"{tmp_path}/vm/a.qcow2.merged"] == f"in use by loop device {disk}"
 
 
 @harm("busy", "QEMU says `Need a root block node`, from which nobody can tell what is wrong")
@@ -499,22 +554,14 @@ async def test_plain_commit_fills_the_filesystem(images: list[Path], content: Co
 @harm("device-too-small", "the job fails after it has begun, with nothing but `Invalid argument`")
 async def test_plain_commit_to_a_device_too_small(tmp_path: Path, images: list[Path]) -> None:
     (tmp_path / "disk").write_bytes(bytes(SIZE // 2))
-    done = subprocess.run(
-        ["losetup", "--find", "--show", tmp_path / "disk"], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"no loop devices: {done.stderr}")
-    loop = done.stdout.strip()
-    try:
-        run("qemu-img", "rebase", "-u", "-F", "raw", "-b", loop, images[1])
+    with loop(tmp_path / "disk") as disk:
+        run("qemu-img", "rebase", "-u", "-F", "raw", "-b", disk, images[1])
         with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
             assert (await refused(vm, DeviceTooSmall)).size == SIZE // 2
             said = vm.session.ask("block-commit", job_id="plain", device="vda", auto_dismiss=False)
             while "error" not in said:
                 (said,) = [job for job in vm.session.execute("query-jobs") if job["status"] == "concluded"] or [{}]
             assert "nvalid argument" in str(said["error"])
-    finally:
-        run("losetup", "--detach", loop)
 
 
 @pytest.mark.parametrize(
