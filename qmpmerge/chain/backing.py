@@ -1,9 +1,12 @@
 """Backing file names: the string in a header, the path it means, and where it leads."""
 
+import errno
 import json
 import os
+import stat
+from collections.abc import Mapping
 
-from qmpmerge.chain.chain import Image
+from qmpmerge.chain.chain import Image, Slice
 from qmpmerge.errors import BackingString
 
 HEADER_LIMIT = 1023
@@ -19,10 +22,21 @@ def leads_to(image: Image, backing: str, target: Image) -> bool | None:
     if not target.has_path:
         return True if backing == target.file else None
     if backing.startswith("json:"):
-        return None
+        return _options_lead_to(backing, target)
     if "://" in backing:
         return False
-    return any(leads_from(folder, backing, target) for folder in folders(image))
+    if not any(leads_from(folder, backing, target) for folder in folders(image)):
+        return False
+    return True if target.slice is None else None  # whoever starts from the name alone sees the whole file
+
+
+def _options_lead_to(backing: str, target: Image) -> bool | None:
+    """The same for a ``json:`` name; a relative path in it is QEMU's business, which resolves it from its own folder."""
+    named = named_part(backing)
+    if named is None or not named[0].startswith("/"):
+        return None
+    whole = Slice(0, target.virtual_size)
+    return target.is_file(named[0]) and (named[1] or whole) == (target.slice or whole)
 
 
 def folders(image: Image) -> tuple[str, ...]:
@@ -40,10 +54,11 @@ def backing_name(overlay: Image, base: Image, child: Image) -> str:
     The string that leads from the overlay's header to `base`.
 
     Relative stays relative and absolute stays absolute. Where base has no path, or its present child names it by a
-    protocol or a ``json:`` name, which may say more than the path does, that string is used again. Never left to QEMU,
-    which would write an absolute path or even a json: name over a relative one. Raises BackingString where qcow2 has no
-    room for it, or the child names a file for what QEMU has from elsewhere: the next start would take that file. An
-    overlay that has no path either is never opened by what its header says.
+    protocol or a ``json:`` name, which may say more than the path does, that string is used again; a part of a file that
+    the child does not name so gets a ``json:`` name. Never left to QEMU, which would write an absolute path or even a json:
+    name over a relative one. Raises BackingString where qcow2 has no room for it, or the child names a file for what QEMU
+    has from elsewhere: the next start would take that file. An overlay that has no path either is never opened by what its
+    header says.
     """
     if not base.has_path:
         name = child.backing or base.file
@@ -51,6 +66,8 @@ def backing_name(overlay: Image, base: Image, child: Image) -> str:
             raise BackingString(overlay=overlay.file, backing=name, reason=f"QEMU uses {base.file}, which is no path")
     elif child.backing and not is_path(child.backing):
         name = child.backing
+    elif base.slice is not None:
+        name = json_name(base, overlay.file)
     elif overlay.has_path and is_relative(overlay.backing):
         name = _relative(base.file, os.path.dirname(overlay.file))
     else:
@@ -80,6 +97,52 @@ def is_relative(backing: str | None) -> bool:
 def _relative(path: str, folder: str) -> str:
     name = os.path.relpath(path, folder)
     return name if is_relative(name) else f"./{name}"
+
+
+def json_name(image: Image, overlay: str) -> str:
+    """The ``json:`` name of an image that is a part of a file. Raises BackingString where nobody tells which part."""
+    try:
+        return "json:" + json.dumps(node(image, storage(image.file)))
+    except OSError as error:
+        raise BackingString(overlay=overlay, backing=image.file, reason=str(error.strerror)) from None
+
+
+def node(image: Image, file: Mapping[str, object]) -> dict[str, object]:
+    """The blockdev of an image in the blockdev `file`, or in a part of that. Raises OSError where nobody tells in which."""
+    if image.slice is None:
+        return {"driver": image.format, "file": file}
+    if image.slice.offset is None:
+        raise OSError(errno.EINVAL, "QEMU uses a part of it, and does not tell which")
+    size = {} if image.slice.size is None else {"size": image.slice.size}
+    part: dict[str, object] = {"driver": "raw", "offset": image.slice.offset, **size, "file": file}
+    return part if image.format == "raw" else {"driver": image.format, "file": part}
+
+
+def storage(path: str) -> dict[str, object]:
+    """The node that opens a file or a block device of this host."""
+    try:
+        is_device = stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        is_device = False
+    return {"driver": "host_device" if is_device else "file", "filename": path}
+
+
+def named_part(name: str) -> tuple[str, Slice | None] | None:
+    """
+    The path of a local file in a ``json:`` name, and the part of it; None for all that says anything else, or more.
+    """
+    try:
+        node = json.loads(name.removeprefix("json:"))
+        part = None
+        while node["driver"] not in ("file", "host_device"):
+            keys = {"offset", "size"} & node.keys()
+            if set(node) != {"driver", "file"} | keys or (keys and (node["driver"] != "raw" or part is not None)):
+                return None
+            part = Slice(int(node.get("offset", 0)), int(node["size"]) if "size" in node else None) if keys else part
+            node = node["file"]
+        return (node["filename"], part) if set(node) == {"driver", "filename"} else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def named_path(name: str) -> str | None:

@@ -17,11 +17,29 @@ Inode = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Slice:
+    """
+    A part of a file that an image is in: `size` bytes from the byte `offset` on, without a size all that follows.
+
+    An `offset` of None says that the image is in a part of the file, and nobody tells in which.
+    """
+
+    offset: int | None
+    size: int | None = None
+
+    def __str__(self) -> str:
+        if self.offset is None:
+            return "a part of it"
+        return f"{self.size} bytes from {self.offset} on" if self.size is not None else f"from byte {self.offset} on"
+
+
+@dataclass(frozen=True)
 class Image:
     """
     One image of a chain.
 
-    `file` is an absolute path as QEMU opened it, or a URI where there is no path; sizes are bytes. `backing` and
+    `file` is an absolute path as QEMU opened it, or a URI where there is no path; sizes are bytes. `slice` is the part of
+    that file which is this image, None where it is the whole of it: the rest of the file is somebody else's. `backing` and
     `backing_format` are the strings written in the image's own header. `allocated` is what the image takes on its
     storage, metadata included (`actual-size` in QEMU's words). What is not known is None.
     """
@@ -35,6 +53,18 @@ class Image:
     allocated: int | None = None
     inode: Inode | None = None
     read_only: bool = False
+    slice: Slice | None = None
+
+    @property
+    def identity(self) -> object:
+        """Which image it is, whatever its file is called. A part of which nobody tells the place is known by its node."""
+        unknown = self.slice is not None and self.slice.offset is None
+        return self.inode or self.file, self.slice, self.node if unknown else None
+
+    @property
+    def label(self) -> str:
+        """The file, and which part of it, for sentences."""
+        return self.file if self.slice is None else f"{self.file} ({self.slice})"
 
     @property
     def name(self) -> str:
@@ -47,7 +77,7 @@ class Image:
         return self.file.startswith("/")
 
     def is_file(self, path: str) -> bool:
-        """Whether `path` leads to this image; symlinks are followed on both sides."""
+        """Whether `path` leads to the file of this image; symlinks are followed on both sides."""
         if not self.has_path:
             return path == self.file
         if self.inode is not None:
@@ -59,10 +89,10 @@ class Image:
         return os.path.realpath(path) == os.path.realpath(self.file)
 
     def same_as(self, other: "Image") -> bool:
-        """Whether both are one file: by inode where both know theirs, else by name."""
+        """Whether both are one image: by inode where both know theirs, else by name; and the same part of the file."""
         if self.inode is not None and other.inode is not None:
-            return self.inode == other.inode
-        return self.file == other.file
+            return self.identity == other.identity
+        return (self.file, self.slice) == (other.file, other.slice)
 
 
 @dataclass(frozen=True)
@@ -74,7 +104,7 @@ class Chain:
     def __post_init__(self) -> None:
         if not self.images:
             raise ValueError("a chain has at least one image")
-        identities = [image.inode or image.file for image in self.images]
+        identities = [image.identity for image in self.images]
         if len(set(identities)) != len(identities):
             raise ValueError(f"an image stands twice in the chain {self}")
 
@@ -90,7 +120,7 @@ class Chain:
 
     @property
     def files(self) -> list[str]:
-        """The files, base first."""
+        """The files, base first; one that has several of the images in it stands there as often."""
         return [image.file for image in self.images]
 
     def __len__(self) -> int:
@@ -120,7 +150,7 @@ class Chain:
         for image in found:
             if image is not None:
                 return image
-        known = [f"[{number}] {image.file}" for number, image in enumerate(self.images, 1)]
+        known = [f"[{number}] {image.label}" for number, image in enumerate(self.images, 1)]
         raise NoSuchLayer(layer=layer, disk=disk or self.active.file, known=known)
 
     def _by_index(self, layer: str, disk: str) -> Image | None:
@@ -134,7 +164,8 @@ class Chain:
         return next((image for image in self.images if image.node == layer), None)
 
     def _by_file(self, layer: str) -> Image | None:
-        return next((image for image in self.images if image.is_file(layer)), None)
+        found = [image for image in self.images if image.is_file(layer)]
+        return found[0] if len(found) == 1 else None  # a file can have several of them in it
 
     def _by_header(self, layer: str) -> Image | None:
         """By the very string with which the image above names it: QEMU spells URIs in a way of its own."""
@@ -153,4 +184,4 @@ def draw(images: Sequence[Image]) -> str:
     """``base.raw <-- a.qcow2``; whole paths where a last part alone would stand twice."""
     names = [image.name for image in images]
     unique = len(set(names)) == len(names)
-    return " <-- ".join(names if unique else [image.file for image in images])
+    return " <-- ".join(names if unique else [image.label for image in images])

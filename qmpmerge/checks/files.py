@@ -5,6 +5,7 @@ Checks of the files, of their filesystems and of the processes that hold them, e
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from qmpmerge.chain.chain import Image
 from qmpmerge.checks.question import Question, Unseen
 from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotWritable, Refused, Replaced
 from qmpmerge.images.dependents import find
@@ -97,10 +98,14 @@ async def no_space(question: Question) -> AsyncIterator[Refused | Unseen]:
 
 
 async def device_too_small(question: Question) -> AsyncIterator[Refused]:
-    """QEMU grows a file, and fails on a device with nothing better than `Invalid argument`."""
+    """QEMU grows a file, and fails on a device with nothing better than `Invalid argument`; nor does a part of one grow."""
     base, needed = question.plan.base, question.plan.top.virtual_size
-    if base.has_path and base.format == "raw" and needed > base.virtual_size and _is_device(base.file):
-        yield DeviceTooSmall(base=base.file, size=base.virtual_size, needed=needed)
+    if base.has_path and base.format == "raw" and needed > base.virtual_size and (_is_device(base.file) or _ends(base)):
+        yield DeviceTooSmall(base=base.label, size=base.virtual_size, needed=needed)
+
+
+def _ends(image: Image) -> bool:
+    return image.slice is not None and image.slice.size is not None
 
 
 def _is_device(path: str) -> bool:

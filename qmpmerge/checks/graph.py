@@ -51,7 +51,7 @@ async def disagrees(question: Question) -> AsyncIterator[Refused]:
     """Of what leaves the chain, and of the overlay: base's own header is not touched."""
     chain = question.plan.chain
     touched = {image.file for image in question.touched[1:]}
-    below = dict(zip(chain.files[1:], chain.files, strict=False))
+    below = {image.file: beneath.label for beneath, image in zip(chain, chain.images[1:], strict=False)}
     names = {image.file: image.backing for image in chain}
     for odd in question.view.oddities:
         if odd.name == "disagrees" and odd.file in touched:
@@ -79,9 +79,8 @@ async def backing_string(question: Question) -> AsyncIterator[Refused]:
 
 
 def _leads(overlay: Image, name: str, plan: CommitPlan) -> bool:
-    if not is_path(name):  # kept as the base's child has it: a file in a json: name must be the base's
-        path = backing.named_path(name)
-        return path is not None and path.startswith("/") and leads_from("/", path, plan.base)
+    if not is_path(name):  # kept as the base's child has it, or made of what QEMU told
+        return backing.leads_to(overlay, name, plan.base) is True
     present = overlay.backing
     known = [folder for folder in backing.folders(overlay) if present and leads_from(folder, present, plan.top)]
     return all(leads_from(folder, name, plan.base) for folder in known or backing.folders(overlay))

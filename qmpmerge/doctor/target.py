@@ -14,6 +14,7 @@ import stat
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.doctor import jobs, leftovers
 from qmpmerge.doctor.findings import Finding, Severity, qmp, sort
@@ -190,6 +191,7 @@ async def _chain(target: Target, disk: Disk) -> list[Finding]:
 _WHY_ODD = {
     "disagrees": "the next start reads the headers and shows another disk than the guest sees now",
     "unreadable": "the next start needs it, and a merge cannot be proved without it",
+    "part-of-file": "a start that goes by the header alone shows the guest the file from its first byte on",
     "no-format": "a raw image below could make the next start read any file of this host",
 }
 
@@ -197,18 +199,21 @@ _WHY_ODD = {
 def _odd(chain: Chain, odd: Oddity) -> Finding:
     below = dict(zip(chain.files[1:], chain.images, strict=False)).get(odd.file)
     command = ""
-    if odd.name in ("disagrees", "no-format"):
+    if odd.name in ("disagrees", "no-format", "part-of-file"):
         command = rebase(odd.file, below)
     why = _WHY_ODD[odd.name] + ("; run the command with the VM off" if command else "")
-    return Finding(odd.name, "care" if odd.name == "no-format" else "harm", odd.file, odd.message, why, command)
+    severity: Severity = "care" if odd.name in ("no-format", "part-of-file") else "harm"
+    return Finding(odd.name, severity, odd.file, odd.message, why, command)
 
 
 def rebase(image: str, below: Image | None) -> str:
     """The command that writes into a header what QEMU uses; to be run while nobody has the image open."""
     if below is None:
         return shlex.join(["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "", image])
-    name = below.file
-    if os.path.dirname(name) == os.path.dirname(image) and ":" not in os.path.basename(name):
+    if below.slice is not None and below.slice.offset is None:
+        return ""  # nobody tells which part
+    name = below.file if below.slice is None else backing.json_name(below, image)
+    if below.slice is None and os.path.dirname(name) == os.path.dirname(image) and ":" not in os.path.basename(name):
         name = os.path.basename(name)
     return shlex.join(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", below.format, "-b", name, image])
 
@@ -250,14 +255,14 @@ def deep(where: str, depth: int, command: str) -> Finding:
 def disguised(images: Collection[Image]) -> Iterator[Finding]:
     """Raw images that begin like qcow2: the first bytes belong to the guest, which can write there what it likes."""
     for image in images:
-        if image.format == "raw" and image.has_path and _begins_like_qcow2(image.file):
+        if image.format == "raw" and image.has_path and _begins_like_qcow2(image):
             what = "it is used as raw, but begins like qcow2: its guest may have written that"
             why = "whoever opens it without a format follows its header to any file: always name `-f raw` and `format=raw`"
             yield Finding("disguised", "care", image.file, what, why)
 
 
-def _begins_like_qcow2(path: str) -> bool:
+def _begins_like_qcow2(image: Image) -> bool:
     try:
-        return qcow2.read(path) is not None
+        return qcow2.read_of(image) is not None
     except OSError as error:
         return "begins like qcow2" in str(error)

@@ -214,13 +214,16 @@ class NoSpace(Refused):
 
 
 class DeviceTooSmall(Refused):
-    """The base is a device, which does not grow; QEMU says no better than `Invalid argument`, and only once it has begun."""
+    """
+    The base is a device, or a part of a file, and does not grow; QEMU says no better than `Invalid argument`, and only once
+    it has begun.
+    """
 
     base: str
     size: int
     needed: int
-    sentence = "{base} is a device of {size} bytes and cannot grow to {needed}"
-    advice = "enlarge the device first, or merge into an image file"
+    sentence = "{base} is a device or a part of a file, has {size} bytes and cannot grow to {needed}"
+    advice = "enlarge it first, or merge into an image file"
 
 
 class WouldLose(Refused):

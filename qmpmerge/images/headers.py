@@ -51,18 +51,22 @@ async def _read_alone(image: Image) -> Header | None:
         if image.format == "raw":
             return Header(image.file, "raw", image.virtual_size, None, None) if os.access(image.file, os.R_OK) else None
         if image.format != "qcow2":
-            return await qemuimg.info(image.file, image.format) if _is_regular(image.file) else None
-        own = qcow2.read(image.file)
+            return await _info(image) if _is_regular(image.file) else None
+        own = qcow2.read_of(image)
     except (ImageUnreadable, OSError):
         return None
     return Header(image.file, "qcow2", own.virtual_size, own.backing, own.backing_format) if own else None
+
+
+async def _info(image: Image) -> Header:
+    return await (qemuimg.info(image.file, image.format) if image.slice is None else qemuimg.info_of(image))
 
 
 def _names_are_harmless(chain: Chain) -> bool:
     """Whether the headers on disk name exactly the regular files of this chain, each with its format."""
     below: Image | None = None
     for image in chain:
-        if not (image.has_path and _is_regular(image.file) and _leads_on(image, below)):
+        if image.slice is not None or not (image.has_path and _is_regular(image.file) and _leads_on(image, below)):
             return False
         below = image
     return True
@@ -110,10 +114,13 @@ def _compare(image: Image, header: Header, below: Image | None) -> list[Oddity]:
             odd.append(Oddity("disagrees", image.file, message))
         return odd
     if header.backing is None:
-        odd.append(Oddity("disagrees", image.file, f"its header names no backing file, QEMU uses {below.file}"))
-    elif backing.leads_to(image, header.backing, below) is False:
-        message = f"its header names the backing file {header.backing}, QEMU uses {below.file}"
+        odd.append(Oddity("disagrees", image.file, f"its header names no backing file, QEMU uses {below.label}"))
+    elif (leads := backing.leads_to(image, header.backing, below)) is False:
+        message = f"its header names the backing file {header.backing}, QEMU uses {below.label}"
         odd.append(Oddity("disagrees", image.file, message))
+    elif leads is None and below.slice is not None and backing.is_path(header.backing):
+        message = f"its header names the whole of {header.backing}, QEMU uses {below.slice}"
+        odd.append(Oddity("part-of-file", image.file, message))
     elif header.backing_format is None:
         message = "its header records no backing format: QEMU will guess it, and a guest can mislead the guess"
         odd.append(Oddity("no-format", image.file, message))

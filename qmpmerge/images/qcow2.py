@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass, field
 
 from qmpmerge.chain import backing
+from qmpmerge.chain.chain import Image
 
 MAGIC = b"QFI\xfb"
 _FIXED = struct.Struct(">4sIQIIQI")
@@ -43,9 +44,16 @@ class Qcow2Header:
     entry_size: int = field(default=8, compare=False)
 
 
-def read(path: str) -> Qcow2Header | None:
+def read_of(image: Image) -> Qcow2Header | None:
+    """The same of an image that may be a part of its file. Raises OSError, also where nobody tells which part."""
+    if image.slice is not None and image.slice.offset is None:
+        raise OSError(errno.EINVAL, "QEMU uses a part of it, and does not tell which")
+    return read(image.file, image.slice.offset or 0 if image.slice is not None else 0)
+
+
+def read(path: str, offset: int = 0) -> Qcow2Header | None:
     """
-    The header of the regular file or block device at `path`; None where it is not qcow2.
+    The header of the regular file or block device at `path`, from this byte on; None where it is not qcow2.
 
     Nothing else is opened, and a FIFO or a device of another kind is not even opened for longer than it takes to see
     that. Raises OSError, also for a header that makes no sense.
@@ -55,9 +63,9 @@ def read(path: str) -> Qcow2Header | None:
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             return None
-        if os.pread(descriptor, len(MAGIC), 0) != MAGIC:
+        if os.pread(descriptor, len(MAGIC), offset) != MAGIC:
             return None
-        header = decode(os.pread(descriptor, _READ, 0))
+        header = decode(os.pread(descriptor, _READ, offset))
         if header is None:
             raise OSError(errno.EINVAL, "it begins like qcow2, but its header makes no sense")
         return header
@@ -65,17 +73,17 @@ def read(path: str) -> Qcow2Header | None:
         os.close(descriptor)
 
 
-def data_path(path: str) -> str | None:
+def data_path(image: Image) -> str | None:
     """
-    The data file of the image at `path`, its name resolved as QEMU does; None where the image has none.
+    The data file of an image, its name resolved as QEMU does; None where it has none.
 
     Raises OSError, also where the name leads to anything but a regular file: nothing else is to be opened for it.
     """
-    header = read(path)
+    header = read_of(image)
     if header is None or header.data_file is None:
         return None
     name = backing.named_path(header.data_file)
-    found = os.path.join(os.path.dirname(path), name) if name is not None else ""
+    found = os.path.join(os.path.dirname(image.file), name) if name is not None else ""
     if not found or not stat.S_ISREG(os.stat(found).st_mode):
         raise OSError(errno.EINVAL, f"its data file {header.data_file} is not a regular file")
     return found

@@ -8,12 +8,12 @@ a leading dash. `info` opens a single image and nothing below it.
 import asyncio
 import json
 import os
-import stat
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ImageUnreadable, ToolMissing
 from qmpmerge.images import qcow2
@@ -53,9 +53,9 @@ async def info(path: str, format: str | None = None) -> Header:
 
 
 async def info_of(image: Image) -> Header:
-    """The same for an image that may be on an NBD server; ours is another connection than QEMU's."""
+    """The same for an image that may be on an NBD server, or a part of a file; ours is another connection than QEMU's."""
     try:
-        node = {"driver": image.format, "file": _file(image)}
+        node = _node(image)
     except OSError as error:
         raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
     output = await _run(image.file, "info", "--force-share", "--output=json", f"json:{json.dumps(node)}")
@@ -101,7 +101,7 @@ async def extents(image: Image) -> list[Extent]:
     `image` needs a path. Raises ImageUnreadable (encrypted, damaged), ToolMissing.
     """
     try:
-        node: dict[str, object] = {"driver": image.format, "file": _file(image)}
+        node = _node(image)
     except OSError as error:
         raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
     if image.format not in ("raw", "luks"):
@@ -202,23 +202,26 @@ def _opened(images: Sequence[Image], lowest: str | None = None) -> dict[str, obj
     it stands on.
     """
     *below, image = images
-    node: dict[str, object] = {"driver": image.format, "file": _file(image)}
+    node = _node(image)
     if image.format != "qcow2":
         return node
-    data = qcow2.data_path(image.file) if image.has_path else None
+    data = qcow2.data_path(image) if image.has_path else None
     node["backing"] = _opened(below, lowest) if below else lowest
     return node if data is None else {**node, "data-file": _plain_file(data)}
 
 
-def _file(image: Image) -> dict[str, object]:
-    if image.file.startswith("nbd"):
-        return _nbd(image.file)
-    is_device = image.has_path and stat.S_ISBLK(os.stat(image.file).st_mode)
-    return {**_plain_file(image.file), "driver": "host_device"} if is_device else _plain_file(image.file)
+def _node(image: Image) -> dict[str, object]:
+    """
+    An image in its file, or in the part of it. Raises OSError where that is not known.
+
+    As `backing.json_name` has it: below an image QEMU joins what is not simply a file with what the header names.
+    """
+    file = _nbd(image.file) if image.file.startswith("nbd") else _plain_file(image.file)
+    return backing.node(image, file)
 
 
 def _plain_file(path: str) -> dict[str, object]:
-    return {"driver": "file", "filename": path, "locking": "off"}
+    return {**backing.storage(path), "locking": "off"}
 
 
 def _nbd(uri: str) -> dict[str, object]:

@@ -77,7 +77,7 @@ async def _extents(image: Image) -> list[Extent]:
         raise ImageUnreadable(file=image.file, reason="it is not a file on this host")
     if image.format not in ("raw", "qcow2", "qed") or stat.S_ISFIFO(os.stat(image.file).st_mode):
         raise ImageUnreadable(file=image.file, reason=f"{image.format} is not looked into")
-    header = qcow2.read(image.file) if image.format == "qcow2" else None
+    header = qcow2.read_of(image) if image.format == "qcow2" else None
     if header is not None and (header.data_file is not None or header.encrypted):
         raise ImageUnreadable(file=image.file, reason="it is encrypted, or its data is in another file")
     return await qemuimg.extents(image)
@@ -105,6 +105,8 @@ def _most(plan: CommitPlan) -> int:
 
 
 def _growth(plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Extent]) -> int | None:
+    if plan.base.slice is not None:
+        raise ImageUnreadable(file=plan.base.file, reason="it is a part of its file, which may end where others begin")
     status = os.stat(plan.base.file)
     if stat.S_ISBLK(status.st_mode):
         return 0 if plan.base.format == "raw" else None

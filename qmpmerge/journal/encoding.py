@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from typing import Any, get_args
 
-from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.state import RECORDED, State
 from qmpmerge.errors import Error
@@ -20,6 +20,7 @@ SCHEMA = 2
 _STATE_BYTES = 256
 _PLAIN = ("policy", "target", "disk", "device", "job", "base", "top", "is_live", "since", "old_nodes", "base_driver")
 _IMAGE = ("file", "format", "virtual_size", "backing", "backing_format", "inode", "node")
+_SLICE = ("offset", "size")
 
 
 class NoRecord(ValueError):
@@ -59,10 +60,15 @@ def _fixed(record: Record) -> dict[str, Any]:
         **{key: getattr(record, key) for key in _PLAIN},
         "qemu": vars(record.qemu) if record.qemu else None,
         "tool": vars(record.tool) if record.tool else None,
-        "images": [{key: getattr(image, key) for key in _IMAGE} for image in record.chain],
+        "images": [_described(image) for image in record.chain],
         "away": [[index, name] for index, name in record.away.items()],
         "before": _listed(record.before),
     }
+
+
+def _described(image: Image) -> dict[str, Any]:
+    part = image.slice and {key: getattr(image.slice, key) for key in _SLICE}
+    return {**{key: getattr(image, key) for key in _IMAGE}, "slice": part}
 
 
 def _listed(seen: dict[int, Seen]) -> list[list[int]]:
@@ -109,7 +115,13 @@ def _checked(record: Record) -> Record:
 
 def _image(entry: Any) -> Image:
     image = Image(**{key: entry[key] for key in _IMAGE})
-    return replace(image, inode=(int(image.inode[0]), int(image.inode[1])) if image.inode is not None else None)
+    inode = (int(image.inode[0]), int(image.inode[1])) if image.inode is not None else None
+    part = entry["slice"] and Slice(**{key: _number(entry["slice"][key]) for key in _SLICE})
+    return replace(image, inode=inode, slice=part)
+
+
+def _number(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _process(entry: Any) -> Process | None:

@@ -87,6 +87,8 @@ def _needed(record: Record) -> tuple[int, str]:
 def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
     image = record.chain[index]
     place = record.place(index)
+    if image.slice is not None:
+        hints.append(f"{image.file} stays where it is: only a part of it ({image.slice}) was merged")
     if record.policy == "keep" or index not in record.away:
         return MergedFile(image.file, "keep", place or image.file)
     if place is None:

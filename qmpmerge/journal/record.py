@@ -99,13 +99,12 @@ class Record:
     def is_what(self, *, base: str | None, top: str | None, shallow: bool) -> bool:
         """Whether these words, said of the chain as it was, mean the very same merge."""
         # By name, not by inode: a merged file may have been moved away since.
-        images = tuple(Image(image.file, image.format, image.virtual_size, image.node) for image in self.chain)
+        images = tuple(replace(image, inode=None) for image in self.chain)
         try:
             meant = plan.commit(Chain(images), base=base, top=top, shallow=shallow)
         except Refused:
             return False
-        mine = self.plan
-        return meant.base.file == mine.base.file and meant.top.file == mine.top.file
+        return (meant.chain.index(meant.base), meant.chain.index(meant.top)) == (self.base, self.top)
 
     def as_called_now(self, chain: Chain) -> CommitPlan:
         """The plan with the nodes that `chain` has: the QEMU that has the images now may have been started since."""

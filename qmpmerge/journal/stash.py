@@ -9,9 +9,13 @@ STASHED = ".merged"
 
 
 def names_away(chain: Chain, base: int, top: int) -> dict[int, str]:
-    """By index, the names under which the merged images can be stashed: regular files only, whatever links to them."""
+    """
+    By index, the names under which the merged images can be stashed: regular files only, whatever links to them. A file
+    of which an image is but a part is not the merge's to rename.
+    """
     merged = range(base + 1, top + 1)
-    able = {index: chain[index] for index in merged if chain[index].inode is not None}
+    shared = {image.inode for image in chain if image.slice is not None}
+    able = {index: chain[index] for index in merged if chain[index].inode not in {None, *shared}}
     return {index: stash_of(image.file) for index, image in able.items() if files.is_regular(image.file)}
 
 

@@ -104,6 +104,8 @@ def _backing(below: Image, path: str, relative: bool) -> str:
     """The string for the new header; it must lead to the image below from where the overlay will really be."""
     if not below.has_path:
         return below.file
+    if below.slice is not None:
+        return backing.json_name(below, path)
     folder = os.path.realpath(os.path.dirname(path))
     if not relative and folder != os.path.dirname(os.path.realpath(below.file)):
         return below.file

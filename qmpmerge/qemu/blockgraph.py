@@ -116,9 +116,11 @@ class Layout:
         filled = [disk for disk in self.disks if disk.chain is not None]
         if name is not None:
             for role in Disk.ROLES:
-                for disk in filled:
-                    if role(disk, name):
-                        return disk
+                matches = [disk for disk in filled if role(disk, name)]
+                if len({disk.chain.active.identity for disk in matches if disk.chain is not None}) > 1:
+                    raise DiskNeeded(target=target, known=[disk.name for disk in filled])  # parts of one file
+                if matches:
+                    return matches[0]
             raise NoSuchDisk(disk=name, target=target, known=[disk.name for disk in filled])
         used = [disk for disk in filled if disk.root in self.held] or filled  # nodes left over look like disks too
         choices = [disk for disk in used if disk.is_chain] or used

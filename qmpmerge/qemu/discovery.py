@@ -6,7 +6,7 @@ from typing import Any
 
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.errors import CommandError, StreamConcluded
-from qmpmerge.qemu import blockgraph, jobs
+from qmpmerge.qemu import blockgraph, jobs, slices
 from qmpmerge.qemu.blockgraph import FILTERS, Disk, Layout, Node
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Monitor
@@ -125,7 +125,8 @@ class _Decoder:
         return replace(disk, job=self._job_on(disk))
 
     def _image(self, node: Node) -> Image:
-        leaf = self._leaf(node)
+        storage = list(self._storage(node))
+        leaf = storage[-1]
         own = str(node.info.get("file", ""))
         # A plain name of the image's own is its file's; else its storage knows.
         name = own if own and ":" not in own.split("/", 1)[0] else str(leaf.info.get("file", leaf.key))
@@ -142,12 +143,15 @@ class _Decoder:
             allocated=info.get("actual-size"),
             inode=inode,
             read_only=bool(node.info.get("ro", False)),
+            slice=slices.of(storage),
         )
 
-    def _leaf(self, node: Node) -> Node:
+    def _storage(self, node: Node) -> Iterator[Node]:
+        """The nodes that an image is read through, from its own down to that of its file."""
+        yield node
         while (below := node.children.get("file") or node.children.get("image")) is not None:
             node = self._nodes[below]
-        return node
+            yield node
 
     def _job_on(self, disk: Disk) -> Job | None:
         for job in self._jobs:
@@ -229,11 +233,9 @@ def _depth(graph: Any) -> int:
 
 
 def _told_apart(images: list[Image]) -> list[Image]:
-    """Slices of one file (a container such as an OVA) are known by their nodes: their file names them no more."""
-    files = [image.inode or image.file for image in images]
+    """A name leads to another image of the chain than QEMU opened by it: such images are known by their nodes."""
+    known = [image.identity for image in images]
     return [
-        replace(image, file=f"{image.file}#{image.node}", inode=None)
-        if files.count(image.inode or image.file) > 1
-        else image
+        replace(image, file=f"{image.file}#{image.node}", inode=None) if known.count(image.identity) > 1 else image
         for image in images
     ]

@@ -175,7 +175,7 @@ async def by_header(record: Record, moved: bool | None, use: Use | None) -> Judg
 def _points_to(record: Record, overlay: Image) -> Literal["base", "old"] | None:
     place = record.place(record.top + 1)
     try:
-        header = qcow2.read(place) if place is not None else None
+        header = qcow2.read_of(replace(overlay, file=place)) if place is not None else None
     except OSError:
         header = None
     if header is None or header.backing is None:

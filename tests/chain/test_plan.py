@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.backing import HEADER_LIMIT, backing_name
-from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.errors import BackingString, BaseAboveTop, BaseIsTop, NoSuchLayer, OptionsConflict, ShorterLayer
 
@@ -257,6 +257,21 @@ def test_a_base_without_a_path_keeps_the_name_that_its_present_child_has_for_it(
 def test_a_name_that_says_more_than_a_path_is_kept() -> None:
     for name in ('json:{"driver":"raw","offset":512,"file":{"driver":"file","filename":"/vm/base.raw"}}', "nbd://h/b"):
         assert backing_name(image("/vm/c", "b"), image("/vm/base.raw"), image("/vm/a", name)) == name
+
+
+def test_a_part_of_a_file_is_named_as_such() -> None:
+    base = replace(image("/vm/box"), format="raw", slice=Slice(512, 1024))
+    name = backing_name(image("/vm/c", "b"), base, image("/vm/a", "box"))
+    assert name == (
+        'json:{"driver": "raw", "offset": 512, "size": 1024, "file": {"driver": "file", "filename": "/vm/box"}}'
+    )
+    part = name.removeprefix("json:")
+    base = replace(base, format="qcow2")
+    assert (
+        backing_name(image("/vm/c", "b"), base, image("/vm/a", None)) == f'json:{{"driver": "qcow2", "file": {part}}}'
+    )
+    with pytest.raises(BackingString, match="does not tell which"):
+        backing_name(image("/vm/c", "b"), replace(base, slice=Slice(None, 512)), image("/vm/a", "box"))
 
 
 def test_a_path_is_not_written_for_what_has_none() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.state import State
 from qmpmerge.errors import RecordNotBelieved
 from qmpmerge.images import files
@@ -31,7 +31,8 @@ def told(tmp_path: Path) -> Record:
         status = os.stat(path)
         below = images[-1] if images else None
         backing, form = (below.name, "qcow2") if below else (None, "raw")
-        images.append(Image(path, form, 4096, backing=backing, inode=(status.st_dev, status.st_ino)))
+        part = None if below else Slice(512)
+        images.append(Image(path, form, 4096, backing=backing, inode=(status.st_dev, status.st_ino), slice=part))
     chain = Chain(tuple(images))
     return Record(
         path=store.path_of(chain.active.file),
