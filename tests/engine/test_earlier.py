@@ -14,6 +14,7 @@ from rig.disks import KINDS, Setup
 from rig.machines import Content
 
 import qmpmerge
+from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.errors import Busy, CannotRecord, JobFailed, NoSuchLayer, RecordNotBelieved, StillRunning
 from qmpmerge.images import files
@@ -141,7 +142,7 @@ async def test_a_paused_job_is_taken_over_and_said_to_wait(setup: Setup) -> None
     told: list[Progress] = []
     async with setup.target() as target:
         with pytest.raises(StillRunning):
-            await qmpmerge.commit(target, "vda", top="[3]", report=told.append, timeout=0.5)
+            await qmpmerge.commit(target, "vda", top="[3]", report=told.append, patience=Patience(detach=True))
     assert "it is paused, where it waits to be resumed" in notes(told)[0]
     assert setup.machine.session.execute("query-jobs")[0]["status"] == "paused"
 

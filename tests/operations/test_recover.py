@@ -461,8 +461,8 @@ async def test_a_job_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
     fill(images, content)
     with drive(tmp_path, images, content) as setup:
         async with qmpmerge.live(setup.machine.target) as target:
-            with contextlib.suppress(StillRunning):
-                await qmpmerge.commit(target, "vda", speed=1, timeout=0.2)
+            with pytest.raises(StillRunning):
+                await qmpmerge.commit(target, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
             assert (await target.chain()).oddities == ()
         (found,) = await qmpmerge.recover(tmp_path)
         assert found.verdict == "running" and "follow" in found.hints[0]
@@ -525,8 +525,8 @@ async def test_a_cancelled_job_leaves_nothing_odd(tmp_path: Path) -> None:
     fill(images, content)
     with drive(tmp_path, images, content) as setup:
         async with qmpmerge.live(setup.machine.target) as target:
-            with contextlib.suppress(StillRunning):
-                await qmpmerge.commit(target, "vda", speed=1, timeout=0.2)
+            with pytest.raises(StillRunning):
+                await qmpmerge.commit(target, "vda", speed=1, patience=qmpmerge.Patience(detach=True))
             await jobs.control(target.monitor, "qmpmerge-commit-vda", "cancel")
             assert (await target.chain()).oddities == ()
             assert (await qmpmerge.commit(target, "vda")).verdict == "pivoted"
