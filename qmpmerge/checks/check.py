@@ -15,6 +15,7 @@ from qmpmerge.checks import files, graph
 from qmpmerge.checks.question import Question, Unseen, process
 from qmpmerge.errors import FORCEABLE, CommandError, NotWritable, Refused, refuse
 from qmpmerge.images import space
+from qmpmerge.qemu import vmstate
 from qmpmerge.qemu.bitmaps import Bitmap, Handling
 from qmpmerge.targets.target import ChainView, Target
 
@@ -38,18 +39,18 @@ async def check(
     force: Collection[str] = (),
     search: Collection[str] = (),
     speed: int = 0,
-    closely: bool = True,
+    dry_run: bool = False,
 ) -> Answer:
     """
     Refuse what would do harm, but for what `force` names (of `errors.FORCEABLE`). Changes nothing that anyone could see.
 
     `handling` is of the dirty bitmaps of merged images, `search` are more folders in which images may be built on those of
-    the chain, `speed` and `closely` are for the estimate (`space.estimate`). Raises one of the refusals of `CHECKS`, or
-    SeveralRefusals with all of them.
+    the chain, `speed` is for the estimate. With `dry_run` that is made closely (`space.estimate`), and nothing is sent that
+    writes. Raises one of the refusals of `CHECKS`, or SeveralRefusals with all of them.
     """
     pid, opened = process(target, plan)
-    estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=closely)
-    question = Question(target, pid, opened, view, plan, ending, handling, search, estimate)
+    estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=dry_run)
+    question = Question(target, pid, opened, view, plan, ending, handling, search, estimate, dry_run)
     checked: list[Checked] = []
     refusals: list[Refused] = []
     for name, ask in CHECKS.items():
@@ -61,26 +62,27 @@ async def check(
         result: CheckResult = "forced" if len(insisting) < len(refused) else "not checked" if unseen else "passed"
         checked.append(Checked(name, result, unseen if result == "not checked" else ""))
     refuse(refusals)
-    await _rewrite_header(target, view, plan)  # the last, because it writes, if only what is there already
+    if not dry_run:
+        await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))  # once more: all this can take seconds
+        await _rewrite_header(question)  # the last, because it writes, if only what is there already
     carried = question.bitmaps if handling == "merge" else []
     return Answer(tuple(checked), estimate, tuple(carried))
 
 
-async def _rewrite_header(target: Target, view: ChainView, plan: CommitPlan) -> None:
+async def _rewrite_header(question: Question) -> None:
     """
     Have QEMU rewrite the overlay's header with the string it has already.
 
     At the end of an intermediate commit QEMU takes the same path, and a failure there crashes it with the guest; here
-    the failure is a clean error. The command records the overlay's own format as the backing format, so it is sent only
-    where overlay and top have one format.
+    the failure is a clean error.
     """
-    overlay = plan.overlay
-    if overlay is None or overlay.format != plan.top.format or overlay.backing is None:
+    overlay = question.plan.overlay
+    if overlay is None or not question.rewrites:
         return
     try:
-        await target.monitor.execute(
+        await question.target.monitor.execute(
             "change-backing-file",
-            device=view.disk.root,
+            device=question.view.disk.root,
             image_node_name=overlay.node,
             backing_file=overlay.backing,
         )
@@ -89,6 +91,7 @@ async def _rewrite_header(target: Target, view: ChainView, plan: CommitPlan) -> 
 
 
 CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen]]] = {
+    "vm-state": graph.vm_state,
     "busy": graph.busy,
     "temporary": graph.temporary,
     "shorter-layer": graph.shorter_layer,

@@ -113,9 +113,11 @@ def _is_device(path: str) -> bool:
     return found is not None and found[0] == "device"
 
 
-async def not_writable(question: Question) -> AsyncIterator[Refused]:
-    """Base and overlay, by whom QEMU runs as; QEMU itself is asked last, see `check`."""
+async def not_writable(question: Question) -> AsyncIterator[Refused | Unseen]:
+    """Base and overlay, by whom QEMU runs as; QEMU itself is asked last, see `check`, and not in a dry run."""
     for image in question.written:
         obstacle = permissions.obstacle(image.file, question.pid) if image.has_path else None
         if obstacle is not None:
             yield NotWritable(file=image.file, reason=obstacle)
+    if question.dry_run and question.rewrites:
+        yield Unseen("whether QEMU can rewrite the overlay's header is tried when the merge is made")

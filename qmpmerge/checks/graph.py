@@ -9,7 +9,7 @@ from qmpmerge.chain.backing import is_path, leads_from
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks.known_bad import found
-from qmpmerge.checks.question import Question
+from qmpmerge.checks.question import Question, Unseen
 from qmpmerge.errors import (
     BackingString,
     BitmapsStay,
@@ -21,9 +21,22 @@ from qmpmerge.errors import (
     Refused,
     ShorterLayer,
     Temporary,
+    VmState,
     WouldLose,
 )
-from qmpmerge.qemu import bitmaps, flush
+from qmpmerge.qemu import bitmaps, flush, vmstate
+
+
+async def vm_state(question: Question) -> AsyncIterator[Refused | Unseen]:
+    """What is inactive, or open on the other side of a migration, is not to be written to."""
+    view = question.view
+    try:
+        reason = await vmstate.check(question.target.monitor, view.layout.nodes_of(view.disk))
+    except VmState as refusal:
+        yield refusal
+    else:
+        if reason:
+            yield Unseen(reason)
 
 
 async def busy(question: Question) -> AsyncIterator[Refused]:

@@ -34,6 +34,7 @@ class Question:
     handling: Handling
     search: Collection[str]
     estimate: Estimate
+    dry_run: bool
 
     @property
     def written(self) -> list[Image]:
@@ -44,6 +45,15 @@ class Question:
     def touched(self) -> list[Image]:
         """The images that QEMU will write to, or that leave the chain, base first."""
         return [self.plan.base, *self.plan.merged, *self.written[1:]]
+
+    @property
+    def rewrites(self) -> bool:
+        """
+        Whether QEMU can be asked to rewrite the overlay's header as it is: it records the overlay's own format as that of
+        the backing file.
+        """
+        overlay = self.plan.overlay
+        return overlay is not None and overlay.format == self.plan.top.format and overlay.backing is not None
 
     @property
     def bitmaps(self) -> list[Bitmap]:

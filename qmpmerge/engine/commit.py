@@ -108,6 +108,7 @@ class Intermediate(Commit):
 
     async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
         """The overlay's header is rewritten, and the graph with it."""
+        await safeguards.see_that_it_stays(run, doorbell)
         return await shield.finished(self._switch(run, doorbell, job))
 
     async def _switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
@@ -164,6 +165,7 @@ class Active(Commit):
     async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
         """With the guest paused the device moves; or the job is let go."""
         if job.status == "ready" and run.request.ending == "pivot":
+            await safeguards.see_that_it_stays(run, doorbell)
             return await pivot.pivot(run, doorbell, job.status)
         run.past_return = True
         run.let_go = run.let_go or (job.status == "ready" and run.request.ending == "keep")

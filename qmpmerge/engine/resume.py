@@ -33,7 +33,7 @@ from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
-from qmpmerge.qemu import jobs
+from qmpmerge.qemu import jobs, vmstate
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.monitor import Trace
 from qmpmerge.recovery.evidence import Judgement, Use, Way
@@ -78,7 +78,7 @@ async def recover(record: Record, use: Use | None, *, dry_run: bool, trace: Trac
     """
     Bring one merge to an end, as the evidence says, or where that does not decide, as the user does with `use`.
 
-    Raises Undecided, Locked, CannotRecover, and what a session with the QEMU that carried it out raises.
+    Raises Undecided, Locked, CannotRecover, VmState, and what a session with the QEMU that carried it out raises.
     """
     async with _carrier(record, trace) as target:
         with locks.taken_for(record.plan) as lock:
@@ -111,7 +111,7 @@ async def _carrier(record: Record, trace: Trace | None) -> AsyncIterator[Target 
 
 async def settle(target: Target, view: ChainView, records: Sequence[Record]) -> Settled:
     """
-    Before a merge: end what an earlier one of the chain left, where that is beyond doubt. Raises Unfinished, Locked.
+    Before a merge: end what an earlier one of the chain left, where that is beyond doubt. Raises Unfinished, Locked, VmState.
     """
     settled = Settled()
     for record in records:
@@ -174,8 +174,11 @@ def _unfinished(record: Record, reasons: Sequence[str]) -> Unfinished:
 
 
 async def _ended(record: Record, judged: Judgement, target: Target | None, lock: Lock) -> Recovery:
-    """Do what was judged. Raises CannotRecover."""
+    """Do what was judged. Raises CannotRecover, VmState."""
     image = record.chain.active.file
+    if target is not None and judged.way != "leave":
+        known, ours = (await target.layout()).nodes, {image.node for image in record.chain}
+        await vmstate.check(target.monitor, [node for name, node in known.items() if name in ours])
     request = Request(merged_files=record.policy)
     run = Run.resume(target, commit.operation(record.plan), request, lock, record=record, state=judged.state)
     merged: tuple[MergedFile, ...] = ()

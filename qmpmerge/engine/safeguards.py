@@ -6,9 +6,18 @@ from qmpmerge import shield
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine import blockjob
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import BitmapsNotCarried, CommandError, FlushUnavailable, ImageUnreadable, NotDurable, NotVerified
+from qmpmerge.errors import (
+    BitmapsNotCarried,
+    CommandError,
+    FlushUnavailable,
+    ImageUnreadable,
+    MigrationBegan,
+    NotDurable,
+    NotVerified,
+    VmState,
+)
 from qmpmerge.images import compare
-from qmpmerge.qemu import bitmaps
+from qmpmerge.qemu import bitmaps, vmstate
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 
@@ -25,6 +34,15 @@ async def see_that_it_is_compared(run: Run, doorbell: Doorbell) -> None:
     await shield.finished(blockjob.take_back(run, doorbell))
     reason = f"the guest writes, so what an earlier failure left cannot be seen ({run.suspect})"
     raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
+
+
+async def see_that_it_stays(run: Run, doorbell: Doorbell) -> None:
+    """Right before the switch: a VM that is being migrated since the job was started gets its chain back as it was."""
+    try:
+        await vmstate.check_migration(run.target.monitor)
+    except VmState as refusal:
+        await shield.finished(blockjob.take_back(run, doorbell))
+        raise MigrationBegan(target=run.target.name, state=refusal.state) from None
 
 
 async def make_base_durable(run: Run, doorbell: Doorbell) -> None:

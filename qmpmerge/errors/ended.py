@@ -58,6 +58,17 @@ class NotVerified(Failed):
     advice = "the old chain is in use and right; look at the storage of {base} before you try again"
 
 
+class MigrationBegan(Failed):
+    """The VM is being migrated since the job was started, so nothing was switched: the job was cancelled."""
+
+    target: str
+    state: str
+    sentence = (
+        "{target} is being migrated since the merge began ({state}); nothing was switched, the old chain is in use"
+    )
+    advice = "wait for the migration's end, or send `migrate_cancel` to the monitor; then run the same command again"
+
+
 class RecordFailed(Failed):
     """What was about to be done could not be written down, so it was not done; the job was cancelled."""
 

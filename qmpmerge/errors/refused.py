@@ -7,6 +7,21 @@ import shlex
 from qmpmerge.errors.base import Refused
 
 
+class VmState(Refused):
+    """
+    The VM's images are inactive, or may be, or a migration has them: what is written now is lost or kills QEMU.
+
+    `state` is QEMU's RunState, or the migration's, or ``inactive`` for nodes that say so; `reason` says it in words.
+    """
+
+    target: str
+    state: str
+    reason: str
+    instead: str
+    sentence = "the disks of {target} must not be changed now ({state}): {reason}"
+    advice = "{instead}; then try again"
+
+
 class ShorterLayer(Refused):
     """
     An image above the base is smaller than the base.

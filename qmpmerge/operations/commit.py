@@ -25,7 +25,7 @@ from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import bitmaps as dirty
-from qmpmerge.qemu import jobs
+from qmpmerge.qemu import jobs, vmstate
 from qmpmerge.qemu.bitmaps import Handling
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import ChainView, Target
@@ -120,13 +120,13 @@ class _Beginning:
         for record in records:
             meant = record.is_what(base=request.base, top=request.top, shallow=request.shallow)
             if meant and record.is_done(view.chain):
-                return self._ended_unseen(view, record)
+                return await self._ended_unseen(view, record)
         return await (self._settled(view, disk, records) if records else self._begun(view, records))
 
-    def _ended_unseen(self, view: ChainView, record: Record) -> Run:
+    async def _ended_unseen(self, view: ChainView, record: Record) -> Run:
         """The very merge that is asked for was made by an earlier qmpmerge, and nobody has proved it yet."""
         operation = engine.operation(record.as_called_now(view.chain))
-        return self._resumed(view, operation, self._locked(record.plan), record)
+        return await self._resumed(view, operation, self._locked(record.plan), record)
 
     async def _settled(self, view: ChainView, disk: str | None, records: list[Record]) -> Run | Outcome:
         """What an earlier merge left is put right first; that may be all there was to do."""
@@ -169,14 +169,16 @@ class _Beginning:
     async def _taken_over(
         self, view: ChainView, operation: Operation, lock: Lock, job: Job, record: Record | None
     ) -> Run:
+        run = await self._resumed(view, operation, lock, record)
         self._report(earlier.going_on(view, job, record))
         await jobs.set_speed(self._target.monitor, job, self._request.speed)
-        run = self._resumed(view, operation, lock, record)
         # Whoever has started the job was not refused for them, so what can come along does.
         run.bitmaps = () if self._request.bitmaps == "drop" else dirty.portable(view.layout, run.plan)
         return run
 
-    def _resumed(self, view: ChainView, operation: Operation, lock: Lock, record: Record | None) -> Run:
+    async def _resumed(self, view: ChainView, operation: Operation, lock: Lock, record: Record | None) -> Run:
+        """What is there already is not checked again, but for the state of the VM."""
+        await vmstate.check(self._target.monitor, view.layout.nodes_of(view.disk))
         return Run.resume(self._target, operation, self._request, lock, view=view, record=record, report=self._report)
 
     def _locked(self, planned: CommitPlan) -> Lock:
@@ -200,5 +202,5 @@ class _Beginning:
             force=request.force,
             search=request.search,
             speed=request.speed,
-            closely=request.dry_run,
+            dry_run=request.dry_run,
         )

@@ -15,7 +15,7 @@ from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, JobVerb, NoSuchJob, NotProven
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
-from qmpmerge.qemu import bitmaps, jobs
+from qmpmerge.qemu import bitmaps, jobs, vmstate
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import ChainView, Target
@@ -48,8 +48,8 @@ async def follow(
     Go on with a commit job that is there already, as if `commit` had started it: the plan is read from the block graph.
     Dirty bitmaps come along where they can: nobody knows any more what was wanted, and none is lost like that.
 
-    `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, and all that
-    `commit` raises once its job runs.
+    `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, VmState, and all
+    that `commit` raises once its job runs.
     """
     request = Request(
         ending=ending,
@@ -79,6 +79,7 @@ async def _begun(
         await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)  # it is on its way to another state
     else:
         raise JobVerb(job=job_id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
+    await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))
     lock = stack.enter_context(locks.taken_for(planned))
     run = Run.resume(target, engine.operation(planned), request, lock, view=view, record=record, report=report)
     run.bitmaps = () if job.status == "concluded" else bitmaps.portable(view.layout, planned)

@@ -29,6 +29,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.images import qemuimg
 from qmpmerge.journal import store
+from qmpmerge.qemu import vmstate
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.targets.target import Target
 
@@ -65,10 +66,12 @@ async def snapshot(
 
     The backing name is written relative where the overlay lies in the folder of the image below it, or where `relative`
     asks for it. `agent` is the socket of the guest agent: the guest's filesystems are frozen for the moment of the
-    snapshot. Raises FileExists, CannotCreate, Busy, Temporary, BackingString, QemuRefused, AgentFailed; NotProven when a
-    fresh look does not show the overlays.
+    snapshot. Raises VmState, FileExists, CannotCreate, Busy, Temporary, BackingString, QemuRefused, AgentFailed; NotProven when
+    a fresh look does not show the overlays.
     """
     layout = await _without_ended_jobs(target, files)
+    nodes = [node for disk in files for node in layout.nodes_of(layout.find(disk, target.name))]
+    await vmstate.check(target.monitor, nodes)
     orders = [_order(target, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
     _refuse_twice(orders)
     return await shield.finished(_carry_out(target, layout, orders, os.fspath(agent) if agent is not None else None))

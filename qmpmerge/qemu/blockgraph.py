@@ -31,11 +31,16 @@ FILTERS = frozenset(
 
 @dataclass
 class Node:
-    """A node of the graph: `children` maps the edge's name to the child's key, `info` is what QEMU tells of it."""
+    """
+    A node of the graph: `children` maps the edge's name to the child's key, `info` is what QEMU tells of it.
+
+    `lets_write` says whether others may write to its file, None where that was not told.
+    """
 
     key: str
     children: dict[str, str] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    lets_write: bool | None = None
 
     @property
     def driver(self) -> str:
@@ -145,6 +150,10 @@ class Layout:
             return None
         used = {node for root in self.exported for node in self.subtree(root)}
         return False if top.node in used else True if kept.node in used else None
+
+    def nodes_of(self, disk: Disk) -> list[Node]:
+        """The nodes of the disk's images and filters, top down."""
+        return [self.nodes[name] for name in disk.nodes]
 
     def subtree(self, root: str) -> list[str]:
         """The names of all nodes from `root` down, every parent before its children."""

@@ -48,6 +48,8 @@ class _Decoder:
             parent = self._names[edge["parent"]]
             if kind == "block-driver":
                 self._nodes[parent].children[edge["name"]] = child
+                if edge["name"] == "file" and "shared-perm" in edge:
+                    self._nodes[parent].lets_write = "write" in edge["shared-perm"]
                 self._parents.add(child)
             elif kind == "block-backend":
                 self._held.add(child)

@@ -85,8 +85,19 @@ def job_id(disk: str) -> str:
 
 
 async def query(monitor: Monitor) -> list[Job]:
-    """All jobs. `query-jobs` knows the error, `query-block-jobs` the speed and the I/O status."""
-    plain = await monitor.execute("query-jobs")
+    """
+    All jobs. `query-jobs` knows the error, `query-block-jobs` the speed and the I/O status.
+
+    Raises VmState before the machine is there (``-preconfig``).
+    """
+    try:
+        plain = await monitor.execute("query-jobs")
+    except CommandError as error:
+        if "machine initialization" not in error.description:
+            raise
+        from qmpmerge.qemu import vmstate  # no job of ours can be at work
+
+        raise vmstate.preconfig(monitor) from None
     if not plain:
         return []
     block = {entry["device"]: entry for entry in await monitor.execute("query-block-jobs")}
