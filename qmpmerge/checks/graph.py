@@ -116,7 +116,7 @@ async def would_lose(question: Question) -> AsyncIterator[Refused]:
 def known_bad(question: Question) -> AsyncIterator[KnownBad]:
     """Of this version of QEMU."""
     pivots = question.plan.pivots and not question.keeps
-    return found(question.target.monitor, question.view.disk, question.plan, pivots=pivots)
+    return found(question.target.monitor, question.view, question.plan, pivots=pivots)
 
 
 async def flush_unavailable(question: Question) -> AsyncIterator[Refused]:

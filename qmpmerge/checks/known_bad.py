@@ -8,6 +8,7 @@ from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.errors import CommandError, KnownBad
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.targets.target import ChainView
 
 DEEPEST = 800
 """
@@ -15,16 +16,32 @@ Merged images from which on QEMU 8 and later is refused: one read through 870 cr
 1000.
 """
 
+BACKUP_FILTERS = frozenset({"copy-before-write", "backup-top"})
+"""What a backup has above a disk; the latter is the former's name before 6.0."""
 
-async def found(monitor: Monitor, disk: Disk, plan: CommitPlan, *, pivots: bool) -> AsyncIterator[KnownBad]:
+
+async def found(monitor: Monitor, view: ChainView, plan: CommitPlan, *, pivots: bool) -> AsyncIterator[KnownBad]:
     """What speaks against this merge on this QEMU; `pivots` says that the guest would be moved onto base."""
     if monitor.version >= (8, 0, 0) and len(plan.merged) > DEEPEST:
         reason = f"one read through {len(plan.merged)} images can be too much for its stack"
         yield KnownBad(reason=reason, instead="merge parts of it first, with a base further up")
+    if pivots:
+        async for bad in of_pivot(monitor, view):
+            yield bad
+
+
+async def of_pivot(monitor: Monitor, view: ChainView) -> AsyncIterator[KnownBad]:
+    """What speaks against moving the guest onto another image."""
     # Aborted 11 of 11 times on 7.2.22, never on 5.2.0, 10.0.2 and 11.1.3; what lies between was not tried.
-    if pivots and (6, 0, 0) <= monitor.version < (10, 0, 0) and await _is_nvme(monitor, disk):
+    if (6, 0, 0) <= monitor.version < (10, 0, 0) and await _is_nvme(monitor, view.disk):
         reason = "versions like 7.2 abort when an emulated NVMe disk is moved onto its base while the guest writes"
         yield KnownBad(reason=reason, instead="merge with the VM off, or leave the active image out with `--top`")
+    # The filter's bitmap stays on the old active image, and 7.2.22 aborts when that is closed, at the latest as QEMU ends.
+    above = view.layout.nodes_of(view.disk)[: len(view.disk.top_nodes)]
+    if monitor.version < (10, 0, 0) and any(node.driver in BACKUP_FILTERS for node in above):
+        reason = "versions like 7.2 abort once the guest was moved away from an image under a copy-before-write filter"
+        instead = "merge when the backup is over and the filter is gone, or leave the active image out with `--top`"
+        yield KnownBad(reason=reason, instead=instead)
 
 
 async def _is_nvme(monitor: Monitor, disk: Disk) -> bool:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.checks import known_bad
 from qmpmerge.engine import commit as engine
 from qmpmerge.engine import earlier, go
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import JobFailed, JobVerb, NoSuchJob, NotProven
+from qmpmerge.errors import JobFailed, JobVerb, NoSuchJob, NotProven, refuse
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import bitmaps, jobs, vmstate
@@ -48,8 +49,8 @@ async def follow(
     Go on with a commit job that is there already, as if `commit` had started it: the plan is read from the block graph.
     Dirty bitmaps come along where they can: nobody knows any more what was wanted, and none is lost like that.
 
-    `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, VmState, and all
-    that `commit` raises once its job runs.
+    `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, VmState, KnownBad
+    for a pivot that may crash QEMU, and all that `commit` raises once its job runs.
     """
     request = Request(
         ending=ending,
@@ -80,6 +81,8 @@ async def _begun(
     else:
         raise JobVerb(job=job_id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
     await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))
+    if planned.pivots and request.ending == "pivot" and job.status != "concluded":
+        refuse([bad async for bad in known_bad.of_pivot(target.monitor, view)])
     lock = stack.enter_context(locks.taken_for(planned))
     run = Run.resume(target, engine.operation(planned), request, lock, view=view, record=record, report=report)
     run.bitmaps = () if job.status == "concluded" else bitmaps.portable(view.layout, planned)
