@@ -155,8 +155,7 @@ class Active(Commit):
 
     async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
         """The job has flushed base before it said that it is ready. An overlay that is kept keeps its bitmaps."""
-        if await safeguards.is_at_rest(run, job):
-            await safeguards.verify(run, doorbell)
+        await safeguards.verify_at_rest(run, doorbell, job)
         if job.status != "concluded":
             await safeguards.see_that_it_is_compared(run, doorbell)
         if job.status in ("pending", "ready") and run.request.ending == "pivot":

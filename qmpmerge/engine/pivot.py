@@ -9,49 +9,54 @@ name show older data without a word. The guest runs again when QEMU's graph has 
 import asyncio
 import contextlib
 import os
-import time
 from dataclasses import replace
 
 from qmpmerge import shield
 from qmpmerge.chain.state import State
-from qmpmerge.engine import blockjob, safeguards
+from qmpmerge.engine import blockjob, rest, safeguards
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import CommandError, RecordFailed
+from qmpmerge.errors import RecordFailed
 from qmpmerge.guest.pause import paused
 from qmpmerge.images import files
 from qmpmerge.journal import merged_files, store
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 
-CLEAN_SECONDS = 2.0
-
 
 async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     """
     Move the device onto the base; returns the job as it ended. Until the name is taken away it can be cancelled.
 
-    Raises NotVerified, RecordFailed with the job taken back; PauseUnproven; what a lost session raises.
+    Raises NotVerified, NotAtRest, MigrationBegan, RecordFailed with the job taken back; PauseUnproven; what a lost session
+    raises.
     """
-    exported = await _is_exported(run)
     async with paused(run.target.monitor, run.deadman) as pause:
-        rests = (pause.guest_rests or not run.target.is_live) and not exported and await _is_clean(run)
-        top = run.plan.top
-        is_there = not top.has_path or os.path.exists(top.file)
-        if run.verify is True and rests and not run.verified and is_there:
-            async with run.deadman.patient() if run.deadman else contextlib.nullcontext():
-                await safeguards.verify(run, doorbell)
-        elif run.verify is True and not run.verified:
-            reason = "somebody could write to the disk at any time" if not rests else "top has lost its name already"
-            run.notes.append(f"base and top were not compared: {reason}")
-        elif run.verify is None and not run.plan.base.has_path and not run.verified:
-            run.notes.append(safeguards.not_compared(run.plan, "`--verify` does so while the guest is paused"))
-        job = await shield.finished(_move(run, doorbell, status, rests and not pause.has_lapsed))
+        since = await rest.begin(run)
+        if not run.verified:
+            await _verify(run, doorbell, since)
+        await safeguards.see_that_it_stays(run, doorbell)
+        rests = await rest.lasts(run, since) and not pause.has_lapsed
+        job = await shield.finished(_move(run, doorbell, status, rests))
     run.paused_ms = pause.milliseconds
     if pause.is_unguarded:
         run.notes.append(
             "the guest was not paused for the pivot: the process that was to guard the pause did not start"
         )
     return job
+
+
+async def _verify(run: Run, doorbell: Doorbell, since: int | None) -> None:
+    """Compare base and top where that is asked for and possible; what was not compared is noted."""
+    top = run.plan.top
+    if run.verify is None and not run.plan.base.has_path:
+        run.notes.append(safeguards.not_compared(run.plan, "`--verify` does so while the guest is paused"))
+    elif run.verify is True and since is None:
+        run.notes.append("base and top were not compared: somebody could write to the disk at any time")
+    elif run.verify is True and top.has_path and not os.path.exists(top.file):
+        run.notes.append("base and top were not compared: top has lost its name already")
+    elif run.verify is True:
+        async with run.deadman.patient() if run.deadman else contextlib.nullcontext():
+            await safeguards.verify(run, doorbell, since)
 
 
 async def _move(run: Run, doorbell: Doorbell, status: str, rests: bool) -> Job | None:
@@ -118,29 +123,6 @@ def _take_name_away(run: Run) -> None:
         away = {index: name for index, name in record.away.items() if index != record.top}
         run.record = store.write(replace(record, away=away))
         run.notes.append(f"{record.chain.active.file} could not be renamed: {error.strerror or error}")
-
-
-async def _is_clean(run: Run) -> bool:
-    """Wait until the job has nothing left to copy; a writer that does not rest is not waited for for ever."""
-    deadline = time.monotonic() + CLEAN_SECONDS
-    while time.monotonic() < deadline:
-        known = await run.target.monitor.execute("query-block-jobs")
-        job = next((job for job in known if job["device"] == run.job), None)
-        if job is None:
-            return False
-        if job["offset"] == job["len"] and not job["busy"]:
-            return True
-    return False
-
-
-async def _is_exported(run: Run) -> bool:
-    """Whether somebody can write past the guest; what we have opened ourselves we have not exported."""
-    if not run.target.is_live:
-        return False
-    try:
-        return bool(await run.target.monitor.execute("query-block-exports"))
-    except CommandError:
-        return True
 
 
 async def _has_moved(run: Run, job: Job | None) -> bool | None:

@@ -4,7 +4,7 @@ What must be so before anything is switched: base durable, compared, bitmaps car
 
 from qmpmerge import shield
 from qmpmerge.chain.plan import CommitPlan
-from qmpmerge.engine import blockjob
+from qmpmerge.engine import blockjob, rest
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     BitmapsNotCarried,
@@ -12,6 +12,7 @@ from qmpmerge.errors import (
     FlushUnavailable,
     ImageUnreadable,
     MigrationBegan,
+    NotAtRest,
     NotDurable,
     NotVerified,
     VmState,
@@ -69,20 +70,25 @@ async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
         raise BitmapsNotCarried(base=base.file, reason=error.description) from None
 
 
-async def is_at_rest(run: Run, job: Job) -> bool:
+async def verify_at_rest(run: Run, doorbell: Doorbell, job: Job) -> None:
     """
-    Whether nobody can write to the disk of a job that is ready: only then base and top can be compared.
+    Compare base and top of a job that is ready, where nobody can write to the disk.
 
     A guest that was paused by its user stays paused; where the comparison is not compulsory that is not relied on.
     """
-    if job.status != "ready":
-        return False
-    return not run.target.is_live or (run.suspect is not None and not await run.target.guest_runs())
+    if job.status == "ready" and not run.target.is_live:
+        await verify(run, doorbell)
+    elif job.status == "ready" and run.suspect is not None and not await run.target.guest_runs():
+        since = await rest.begin(run)
+        if since is not None:
+            await verify(run, doorbell, since)
 
 
-async def verify(run: Run, doorbell: Doorbell) -> None:
+async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None:
     """
     Compare what top shows with what base shows, while both still exist; a difference takes the job back.
+
+    Where a guest could write nobody may have done so since `rest.begin` said `since`, or what was read says nothing.
 
     Unless the user says no, a base on the network is compared whatever it costs: where its server was started again and
     QEMU found it again (`reconnect-delay`), what was not flushed is lost without an error.
@@ -99,6 +105,9 @@ async def verify(run: Run, doorbell: Doorbell) -> None:
         same, reason = False, error.reason
     else:
         reason = compare.DIFFERENT
+    if since is not None and not await rest.lasts(run, since):
+        await shield.finished(blockjob.take_back(run, doorbell))
+        raise NotAtRest(base=run.plan.base.file, top=run.plan.top.file)
     if not same:
         await shield.finished(blockjob.take_back(run, doorbell))
         raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)

@@ -58,6 +58,18 @@ class NotVerified(Failed):
     advice = "the old chain is in use and right; look at the storage of {base} before you try again"
 
 
+class NotAtRest(Failed):
+    """The guest was paused to compare base with top, and somebody let it run, or wrote; the job was cancelled."""
+
+    base: str
+    top: str
+    sentence = (
+        "{base} could not be compared with {top}: the guest, which was paused for it, was let run by somebody else; "
+        "nothing was switched, the old chain is in use"
+    )
+    advice = "run the same command again, and let nobody send `cont` until it has ended"
+
+
 class MigrationBegan(Failed):
     """The VM is being migrated since the job was started, so nothing was switched: the job was cancelled."""
 

@@ -28,22 +28,18 @@ class Pause:
     """
     `milliseconds` is how long the guest was paused by us, None where it was not; known after the block. `is_unguarded`
     says that the guest was to be paused, and was not for want of a switch.
+
+    That the guest stands still is not said here: anybody may let it run again, only QEMU can tell.
     """
 
-    stood_still: bool
     switch: Switch | None = None
     is_unguarded: bool = False
     milliseconds: float | None = None
 
     @property
     def has_lapsed(self) -> bool:
-        """Whether the switch may have resumed the guest, since QEMU took too long over `stop` or we were hanging."""
+        """Whether the switch may have resumed the guest, since we were hanging."""
         return self.switch is not None and self.switch.has_lapsed
-
-    @property
-    def guest_rests(self) -> bool:
-        """Whether no vCPU runs, because we have stopped them or because they stood still before."""
-        return self.stood_still and not self.has_lapsed
 
 
 def start_switch(monitor: Monitor) -> Switch | None:
@@ -63,11 +59,10 @@ async def paused(monitor: Monitor, switch: Switch | None, *, limit: float = LIMI
     Raises PauseUnproven when nobody can say whether the guest runs again, whatever the block raised.
     """
     async with mutex.taken(mutex.PAUSE, monitor) as turn:
-        running = await _is_running(monitor)
-        if running is not True or switch is None:
-            yield Pause(running is False)
+        if switch is None or not await _is_running(monitor):
+            yield Pause()
         elif not await _is_on_duty(switch, limit, turn):
-            yield Pause(False, is_unguarded=True)
+            yield Pause(is_unguarded=True)
         else:
             async with _stopped(monitor, switch) as pause:
                 yield pause
@@ -76,14 +71,23 @@ async def paused(monitor: Monitor, switch: Switch | None, *, limit: float = LIMI
 @contextlib.asynccontextmanager
 async def _stopped(monitor: Monitor, switch: Switch) -> AsyncIterator[Pause]:
     began = time.monotonic()
-    pause = Pause(True, switch)
+    pause = Pause(switch)
     try:
-        await monitor.execute("stop")
+        await stop(monitor, switch)
         yield pause
     finally:
         # A signal that comes now waits: between the move and its proof nobody may leave, nor with a guest that stands still.
         await shield.finished(_resume(monitor, switch))
         pause.milliseconds = (time.monotonic() - began) * 1000
+
+
+async def stop(monitor: Monitor, switch: Switch) -> None:
+    """
+    Stop the vCPUs. QEMU waits for the guest's requests, however long its storage takes over them: meanwhile the switch has
+    nothing to undo, and hears that we live.
+    """
+    async with switch.patient():
+        await monitor.execute("stop")
 
 
 async def _resume(monitor: Monitor, switch: Switch) -> None:
@@ -106,9 +110,8 @@ async def _is_on_duty(switch: Switch, limit: float, turn: socket.socket) -> bool
     return True
 
 
-async def _is_running(monitor: Monitor) -> bool | None:
-    """None where there is no guest."""
+async def _is_running(monitor: Monitor) -> bool:
     try:
         return bool((await monitor.execute("query-status"))["running"])
-    except CommandError:
-        return None
+    except CommandError:  # there is no guest
+        return False

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from qmpmerge import shield
 from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.errors import CommandError, Error
-from qmpmerge.guest import deadman
+from qmpmerge.guest import deadman, pause
 from qmpmerge.guest.throttle import Throttle
 from qmpmerge.qemu import mutex
 from qmpmerge.qemu.blockgraph import Disk
@@ -162,7 +162,7 @@ class Ladder:
         limit = self.wanted.pause + HANGING_SECONDS
         async with deadman.armed(self.monitor.descriptor, deadman.qmp("cont"), limit=limit, turn=turn) as switch:
             try:
-                await self.monitor.execute("stop")
+                await pause.stop(self.monitor, switch)
                 self._say(f"the guest is paused, for {self.wanted.pause:g} s at the most")
                 yield
             finally:
