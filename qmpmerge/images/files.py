@@ -43,6 +43,11 @@ def seen(path: str) -> Seen:
     return Seen(status.st_size, status.st_mtime_ns)
 
 
+def real(path: str) -> str:
+    """The name of what a symlink leads to, there or not; any other path as it is."""
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
 def is_regular(path: str) -> bool:
     """Whether `path` leads to a regular file: no device, no folder."""
     try:

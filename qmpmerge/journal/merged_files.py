@@ -23,21 +23,20 @@ def take_away(record: Record, index: int) -> str:
 
     Raises OSError, also when the name leads to another file by now.
     """
-    image, name = record.chain[index], record.away[index]
-    if not record.is_file(image.file, image):
-        raise FileNotFoundError(f"{image.file} is another file now")
-    files.rename(image.file, name)
-    return name
+    old, new = record.own_name(index), record.away[index]
+    if not record.is_file(old, record.chain[index]):
+        raise FileNotFoundError(f"{old} is another file now")
+    files.rename(old, new)
+    return new
 
 
 def give_back(record: Record, index: int) -> bool:
     """Give a stashed image its own name again; False where it has it already. Durable. Raises OSError."""
-    image = record.chain[index]
-    place = record.place(index)
-    if place is None or place == image.file:
+    place, own = record.place(index), record.own_name(index)
+    if place is None or place == own:
         return False
-    files.rename(place, image.file)
-    files.sync_folder(image.file)
+    files.rename(place, own)
+    files.sync_folder(own)
     return True
 
 
@@ -85,7 +84,7 @@ def _needed(record: Record) -> tuple[int, str]:
 
 
 def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
-    image = record.chain[index]
+    image, own = record.chain[index], record.own_name(index)
     place = record.place(index)
     if image.slice is not None:
         hints.append(f"{image.file} stays where it is: only a part of it ({image.slice}) was merged")
@@ -93,7 +92,9 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
         return MergedFile(image.file, "keep", place or image.file)
     if place is None:
         return MergedFile(image.file, "gone", None)
-    if place == image.file:
+    if own != image.file:
+        hints.append(f"{image.file} leads nowhere now: it is a symlink to {own}, which was merged")
+    if place == own:
         place = take_away(record, index)
         files.sync_folder(place)
     reason = why_not_delete(record, index, place) if record.policy == "delete" else "it is to be stashed"
@@ -135,19 +136,21 @@ async def relink(record: Record) -> str | None:
     Returns why that was not done, None where it was. It is put in place whole, with the owner and mode of the old one.
     """
     old, base, index = record.chain.active, record.chain[record.base], record.top
-    place = record.place(index)
-    if place is None or place == old.file:
+    place, own = record.place(index), record.own_name(index)
+    if place is None or place == own:
         return "its name could not be taken away"
-    new = f"{os.path.dirname(old.file)}/.{os.path.basename(old.file)}.qmpmerge-new"
-    backing = os.path.relpath(base.file, os.path.dirname(old.file)) if is_relative(old.backing) else base.file
+    new = f"{os.path.dirname(own)}/.{os.path.basename(own)}.qmpmerge-new"
+    # Where a symlink leads there too, a relative name would mean another file by either name.
+    is_near = is_relative(old.backing) and own == old.file
+    backing = os.path.relpath(base.file, os.path.dirname(own)) if is_near else base.file
     try:
         files.remove(new)
         os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         await qemuimg.create_overlay(new, size=old.virtual_size, backing=backing, backing_format=base.format)
         _like(place, new)
         files.sync(new)
-        files.rename(new, old.file)
-        files.sync_folder(old.file)
+        files.rename(new, own)
+        files.sync_folder(own)
     except (OSError, ImageUnreadable, ToolMissing) as error:
         _quietly(lambda: files.remove(new))
         return str(error)

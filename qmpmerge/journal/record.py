@@ -23,6 +23,7 @@ from qmpmerge.chain.state import State
 from qmpmerge.errors import Refused
 from qmpmerge.images import files
 from qmpmerge.images.files import Seen
+from qmpmerge.journal import stash
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Process
 
@@ -75,11 +76,19 @@ class Record:
         """Whether the machine has been started since."""
         return self.tool is not None and self.tool.boot != proc.boot_id()
 
+    def own_name(self, index: int) -> str:
+        """What the file of the image at `index` was called: not by the symlink that the chain may know it by."""
+        away = self.away.get(index)
+        return (away and stash.original_of(away)) or self.chain[index].file
+
     def place(self, index: int) -> str | None:
         """Where the file of the image at `index` is now; None where neither name leads to it."""
-        image = self.chain[index]
-        names = [image.file, *([self.away[index]] if index in self.away else [])]
-        return next((name for name in names if self.is_file(name, image)), None)
+        names = [self.own_name(index), *([self.away[index]] if index in self.away else [])]
+        return next((name for name in names if self.is_file(name, self.chain[index])), None)
+
+    def is_called(self, path: str) -> bool:
+        """Whether an image of the chain has, or had, this name."""
+        return path in (*self.chain.files, *self.away.values(), *map(self.own_name, self.away))
 
     def is_file(self, name: str, image: Image) -> bool:
         """Whether a name leads to the image that the record means. Device numbers can change with a reboot."""

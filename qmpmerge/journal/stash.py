@@ -10,13 +10,14 @@ STASHED = ".merged"
 
 def names_away(chain: Chain, base: int, top: int) -> dict[int, str]:
     """
-    By index, the names under which the merged images can be stashed: regular files only, whatever links to them. A file
-    of which an image is but a part is not the merge's to rename.
+    By index, the names under which the merged images can be stashed: regular files only. Where an image is called by a
+    symlink it is the file that loses its name, or it would still open under that. A file of which an image is but a part is
+    not the merge's to rename.
     """
     merged = range(base + 1, top + 1)
     shared = {image.inode for image in chain if image.slice is not None}
     able = {index: chain[index] for index in merged if chain[index].inode not in {None, *shared}}
-    return {index: stash_of(image.file) for index, image in able.items() if files.is_regular(image.file)}
+    return {index: stash_of(files.real(image.file)) for index, image in able.items() if files.is_regular(image.file)}
 
 
 def stash_of(file: str) -> str:
@@ -28,9 +29,9 @@ def stash_of(file: str) -> str:
     return name
 
 
-def is_stash_of(name: str, file: str) -> bool:
-    """Whether `name` is one that `stash_of` may have given to `file`."""
-    return original_of(name) == file
+def is_stashed(path: str) -> bool:
+    """Whether it is the path of a stashed file."""
+    return path.startswith("/") and original_of(path) is not None
 
 
 def original_of(name: str) -> str | None:

@@ -44,8 +44,8 @@ Found: TypeAlias = "Record | Disbelieved"
 
 
 def path_of(image: str) -> str:
-    """``.NAME.qmpmerge-record`` beside the image's name, whatever that leads to."""
-    folder, name = os.path.split(image)
+    """``.NAME.qmpmerge-record`` beside the image's file, whichever symlinks lead there."""
+    folder, name = os.path.split(files.real(image))
     return os.path.join(folder, f"{_START}{name}{_END}")
 
 
@@ -167,7 +167,8 @@ def in_folder(folder: str) -> list[Found]:
 def about(chain: Chain) -> list[Found]:
     """Those in the chain's folders that tell, or may tell, of a merge of one of its images."""
     inodes = {image.inode for image in chain if image.inode is not None}
-    folders = dict.fromkeys(os.path.dirname(image.file) for image in chain if image.has_path)
+    names = [name for image in chain if image.has_path for name in (image.file, files.real(image.file))]
+    folders = dict.fromkeys(map(os.path.dirname, names))
     return [found for folder in folders for found in in_folder(folder) if found.concerns(inodes)]
 
 

@@ -3,7 +3,6 @@ Removing what merges have stashed, once nobody uses or needs it.
 """
 
 import os
-import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -28,8 +27,8 @@ def clean(paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False)
     """
     Remove the stashed files (``NAME.merged``, ``NAME.merged.2``) that `paths` name, or that lie in the folders among them.
 
-    One that a process holds, that an image is still built on, or that an unfinished merge may need, stays. A symlink is
-    removed, never what it leads to. Raises NoSuchStash, CannotRecover.
+    One that a process holds, that an image is still built on, or that an unfinished merge may need, stays; so does a
+    symlink that leads anywhere, for what it leads to was not put aside. Raises NoSuchStash, CannotRecover.
     """
     done = []
     for file in [file for path in paths for file in _stashed(os.path.abspath(path))]:
@@ -57,7 +56,9 @@ def _stashed(path: str) -> list[str]:
 def why_not(file: str) -> str | None:
     """Why a stashed file must stay; None where nothing speaks against removing it."""
     needed = _needed_by(file)
-    if needed is not None or stat.S_ISLNK(os.lstat(file).st_mode):
+    if needed is None and os.path.islink(file):
+        return f"it is a symlink, and {files.real(file)} was not put aside" if os.path.exists(file) else None
+    if needed is not None:
         return needed
     try:
         if qcow2.read(file) is None:
@@ -93,7 +94,7 @@ def _leads_to(image: str, file: str) -> bool:
     name = backing.named_path(header.backing) if header is not None and header.backing is not None else None
     if name is None:
         return False
-    path = os.path.join(os.path.dirname(image), name)
+    path = files.real(os.path.join(os.path.dirname(image), name))
     if os.path.lexists(path):
         return files.inode(path) == files.inode(file)
     return os.path.normpath(path) == original_of(file)

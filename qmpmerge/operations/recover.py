@@ -49,12 +49,12 @@ def _concerned(path: str) -> list[Found]:
         return store.in_folder(path)
     inode = files.inode(path)
     inodes = set() if inode is None else {inode}
-    folders = dict.fromkeys((os.path.dirname(path), *_active_folder(path)))
+    folders = dict.fromkeys((os.path.dirname(path), os.path.dirname(files.real(path)), *_active_folder(path)))
     return [
         found
         for folder in folders
         for found in store.in_folder(folder)
-        if found.concerns(inodes) or (isinstance(found, Record) and path in (*found.chain.files, *found.away.values()))
+        if found.concerns(inodes) or (isinstance(found, Record) and found.is_called(path))
     ]
 
 
@@ -66,8 +66,8 @@ def _active_folder(base: str) -> list[str]:
 
 def _nothing(path: str) -> Recovery:
     """No record: nothing is suspected without proof, but what is there is record."""
-    stashed = f"{path}{stash.STASHED}"
-    if os.path.lexists(path):
+    stashed = f"{files.real(path)}{stash.STASHED}"
+    if os.path.exists(path):
         return Recovery("unchanged", path, None, "no merge was left unfinished here")
     if not os.path.lexists(stashed):
         raise NothingThere(path=path)

@@ -103,7 +103,7 @@ async def by_contents(record: Record, moved: bool | None, use: Use | None) -> Ju
         return _finish(record, "the move onto the base was seen and written down")
     if record.state is State.COPYING:
         return _back(record, "the move onto the base was never asked for")
-    if record.top in record.away and record.place(record.top) == top.file:
+    if record.top in record.away and record.place(record.top) == record.own_name(record.top):
         return _back(record, f"the move is asked for once {top.name} has lost its name, and it has it still")
     reasons: list[str] = []
     equal = await same(record, reasons)

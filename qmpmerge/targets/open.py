@@ -8,6 +8,7 @@ import stat
 from collections.abc import AsyncIterator, Collection
 
 from qmpmerge.errors import Stashed, Unfinished
+from qmpmerge.images import files
 from qmpmerge.journal import stash, store
 from qmpmerge.qemu.monitor import GREETING_SECONDS, Trace
 from qmpmerge.targets.target import Target
@@ -46,14 +47,15 @@ async def opened(
 
 def _refuse_taken_away(target: str) -> None:
     """An image that lost its name to a merge is no misspelt VM."""
-    if os.path.lexists(target):
+    if os.path.exists(target):
         return
     found = store.beside(target)
     for record in store.believed([] if found is None else [found]):
         place = record.place(len(record.chain)) or "not there"
         raise Unfinished(image=target, found=f"its file is {place} now", path=target)
-    if os.path.lexists(f"{target}{stash.STASHED}"):
-        raise Stashed(image=target, now=f"{target}{stash.STASHED}")
+    stashed = f"{files.real(target)}{stash.STASHED}"
+    if os.path.lexists(stashed):
+        raise Stashed(image=target, now=stashed)
 
 
 def is_image(target: str) -> bool:

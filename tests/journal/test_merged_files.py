@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 from rig import folder
+from rig.command import invoke
 from rig.disks import KINDS, Setup, drive, nbd_server
 from rig.faults import header
 from rig.machines import Content, run
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
-from qmpmerge.errors import NoSuchStash, NotVerified, OptionsConflict, RecordFailed
+from qmpmerge.errors import NoSuchStash, NotVerified, OptionsConflict, RecordFailed, SessionLost, Unfinished
 from qmpmerge.images import files, qemuimg
-from qmpmerge.journal import store
+from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.record import Record
 
 
@@ -188,21 +189,112 @@ async def test_a_new_overlay_takes_the_old_name(
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["stash", "delete"])
-async def test_a_link_is_renamed_or_removed_and_not_what_it_leads_to(
-    policy: str, tmp_path: Path, images: list[Path], content: Content
+def linked(image: Path) -> Path:
+    """Move an image into a folder of its own, with a symlink in its place; returns where it is now."""
+    real = image.with_name("store") / f"real-{image.name}"
+    real.parent.mkdir(exist_ok=True)
+    image.rename(real)
+    image.symlink_to(real)
+    return real
+
+
+def starts(image: Path) -> bool:
+    """Whether a VM would start from this name."""
+    return subprocess.run(["qemu-img", "info", image], capture_output=True, check=False).returncode == 0
+
+
+LINKED = [("live", "stash"), ("live", "delete"), ("offline", "stash"), ("offline", "delete")]
+
+
+@pytest.mark.parametrize(("way", "policy"), LINKED)
+async def test_what_a_symlink_leads_to_loses_its_name(
+    way: str, policy: str, tmp_path: Path, images: list[Path], content: Content
 ) -> None:
-    """A symlink as active image, and a hard link to a merged one: other names of theirs are not ours."""
-    real = tmp_path / "real.qcow2"
-    images[3].rename(real)
-    images[3].symlink_to(real)
+    """Else it would open under its own name and, by the link, under the old one, and show older data."""
+    reals = [linked(images[2]), linked(images[3])]
     (tmp_path / "hard.qcow2").hardlink_to(images[1])
-    outcome = await offline(images[3], merged_files=policy)
-    assert outcome.verdict == "pivoted"
-    assert real.is_file() and (tmp_path / "hard.qcow2").is_file()
-    stashed = tmp_path / "c.qcow2.merged"
-    assert (stashed.is_symlink(), os.path.lexists(images[3])) == (policy == "stash", False)
+    if way == "offline":
+        outcome = await offline(images[3], merged_files=policy)
+    else:
+        with drive(tmp_path, images, content) as setup:
+            outcome = await folder.live(setup, merged_files=policy)
+            setup.check()
+    stashed = [f"{real}.merged" if policy == "stash" else None for real in reals]
+    assert [(file.file, file.now) for file in outcome.merged[1:]] == list(
+        zip(map(str, images[2:]), stashed, strict=True)
+    )
+    assert sum("leads nowhere now" in hint for hint in outcome.hints) == 2
+    assert not any(starts(name) for name in (*images[2:], *reals))
+    assert (tmp_path / "hard.qcow2").is_file()  # another name of it is not ours
     content.check(images[0])
+
+
+async def test_the_commands_follow_a_symlink_that_leads_nowhere(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    real = linked(images[3])
+    await offline(images[3], top="[4]")
+    for command in ("commit", "disks"):
+        done = invoke(command, str(images[3]), "--json")
+        assert (done.code, done.document["error"]["facts"]["now"]) == (3, f"{real}.merged")
+    assert f"{real}.merged was stashed" in invoke("recover", str(images[3])).out
+    (cleaned,) = qmpmerge.clean([real.parent])
+    assert (cleaned.file, cleaned.kept, cleaned.size > 0, os.listdir(real.parent)) == (f"{real}.merged", None, True, [])
+
+
+async def test_a_new_overlay_is_reached_by_both_names(tmp_path: Path, images: list[Path], content: Content) -> None:
+    real = linked(images[3])
+    outcome = await offline(images[3], merged_files="relink")
+    assert told(outcome)[-1] == ("c.qcow2", "relink", f"{real.name}.merged")
+    assert images[3].is_symlink()
+    content.check(images[3])
+    content.check(real)
+
+
+@pytest.mark.parametrize("name", ["link", "real"])
+async def test_a_merge_of_a_symlinked_image_is_recovered_by_both_names(
+    name: str, tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU dies when the file has lost its name."""
+    real, take_away = linked(images[3]), merged_files.take_away
+
+    def die(record: Record, index: int) -> str:
+        place = take_away(record, index)
+        setups[0].machine.kill()
+        return place
+
+    with monkeypatch.context() as patched, drive(tmp_path, images, content) as setup:
+        setups = [setup]
+        patched.setattr(merged_files, "take_away", die)
+        with pytest.raises(SessionLost):
+            await folder.live(setup)
+    (stays,) = qmpmerge.clean([real.parent], dry_run=True)
+    assert (stays.file, stays.kept) == (f"{real}.merged", "a merge that was not finished may need it")
+    with pytest.raises(Unfinished):
+        async with qmpmerge.opened(images[3]):
+            pass
+    (found,) = await qmpmerge.recover(images[3] if name == "link" else real)
+    assert (found.verdict, found.right) == ("done", str(images[0]))
+    content.check(images[0])
+
+
+async def test_a_symlink_under_a_stashed_name_stays(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """What it leads to was not put aside; one that leads nowhere goes."""
+    (tmp_path / "old.merged").symlink_to(images[3])
+    (tmp_path / "gone.merged").symlink_to(tmp_path / "nowhere")
+    found = {os.path.basename(one.file): one.kept for one in qmpmerge.clean([tmp_path])}
+    assert found == {"old.merged": f"it is a symlink, and {images[3]} was not put aside", "gone.merged": None}
+    assert (images[3].is_file(), os.path.lexists(tmp_path / "gone.merged")) == (True, False)
+
+
+async def test_what_is_built_on_a_symlink_needs_what_was_stashed(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    real = linked(images[1])
+    await offline(images[3], top="[3]")
+    late = real.with_name("late.qcow2")
+    run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", images[1], "-F", "qcow2", late, "8M")
+    assert [one.kept for one in qmpmerge.clean([real.parent])] == [f"{late} is built on it"]
 
 
 # --- where it is not possible -----------------------------------------------------------------------------------------
