@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image, Slice
 from qmpmerge.errors import BackingString
@@ -32,11 +34,11 @@ def leads_to(image: Image, backing: str, target: Image) -> bool | None:
 
 def _options_lead_to(backing: str, target: Image) -> bool | None:
     """The same for a ``json:`` name; a relative path in it is QEMU's business, which resolves it from its own folder."""
-    named = named_part(backing)
-    if named is None or not named[0].startswith("/"):
+    named = described(backing)
+    if named is None or not named.path.startswith("/"):
         return None
     whole = Slice(0, target.virtual_size)
-    return target.is_file(named[0]) and (named[1] or whole) == (target.slice or whole)
+    return target.is_file(named.path) and (named.slice or whole) == (target.slice or whole)
 
 
 def folders(image: Image) -> tuple[str, ...]:
@@ -111,11 +113,16 @@ def node(image: Image, file: Mapping[str, object]) -> dict[str, object]:
     """The blockdev of an image in the blockdev `file`, or in a part of that. Raises OSError where nobody tells in which."""
     if image.slice is None:
         return {"driver": image.format, "file": file}
-    if image.slice.offset is None:
+    within = part(image.slice, file)
+    return within if image.format == "raw" else {"driver": image.format, "file": within}
+
+
+def part(slice: Slice, file: Mapping[str, object]) -> dict[str, object]:
+    """The blockdev of this part of the blockdev `file`. Raises OSError where nobody tells which part it is."""
+    if slice.offset is None:
         raise OSError(errno.EINVAL, "QEMU uses a part of it, and does not tell which")
-    size = {} if image.slice.size is None else {"size": image.slice.size}
-    part: dict[str, object] = {"driver": "raw", "offset": image.slice.offset, **size, "file": file}
-    return part if image.format == "raw" else {"driver": image.format, "file": part}
+    size = {} if slice.size is None else {"size": slice.size}
+    return {"driver": "raw", "offset": slice.offset, **size, "file": file}
 
 
 def storage(path: str) -> dict[str, object]:
@@ -127,20 +134,44 @@ def storage(path: str) -> dict[str, object]:
     return {"driver": "host_device" if is_device else "file", "filename": path}
 
 
-def named_part(name: str) -> tuple[str, Slice | None] | None:
-    """
-    The path of a local file in a ``json:`` name, and the part of it; None for all that says anything else, or more.
-    """
+def slice_of(options: Mapping[str, object]) -> Slice:
+    """The part that a ``raw`` node with these options shows. Raises ValueError for what is no number of bytes."""
+    return Slice(_bytes(options.get("offset", 0)), _bytes(options["size"]) if "size" in options else None)
+
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def _bytes(value: object) -> int:
+    """A number as QEMU takes it, ``4M`` of a command line included. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,18})([kmgt]?)", str(value), re.IGNORECASE | re.ASCII)
+    number = int(match[1]) * _UNITS[match[2].lower()] if match is not None else -1
+    if not 0 <= number < 1 << 63:
+        raise ValueError(value)
+    return number
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a ``json:`` name says, where that is all: an image of this format in a local file, or in a part of one."""
+
+    path: str
+    format: str
+    slice: Slice | None = None
+
+
+def described(name: str) -> Described | None:
+    """Read a ``json:`` name, as `node` would have it; None for one that says anything else, or more."""
     try:
-        node = json.loads(name.removeprefix("json:"))
-        part = None
-        while node["driver"] not in ("file", "host_device"):
-            keys = {"offset", "size"} & node.keys()
-            if set(node) != {"driver", "file"} | keys or (keys and (node["driver"] != "raw" or part is not None)):
+        image = json.loads(name.removeprefix("json:"))
+        storage, part = image["file"], None
+        if storage["driver"] == "raw" or not image.keys() <= {"driver", "file"}:
+            node = storage if image.keys() == {"driver", "file"} else image
+            storage, part = node["file"], slice_of(node) if node.keys() & {"offset", "size"} else None
+            if node["driver"] != "raw" or not node.keys() <= {"driver", "offset", "size", "file"}:
                 return None
-            part = Slice(int(node.get("offset", 0)), int(node["size"]) if "size" in node else None) if keys else part
-            node = node["file"]
-        return (node["filename"], part) if set(node) == {"driver", "filename"} else None
+        is_file = storage.keys() == {"driver", "filename"} and storage["driver"] in ("file", "host_device")
+        return Described(str(storage["filename"]), str(image["driver"]), part) if is_file else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

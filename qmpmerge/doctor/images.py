@@ -77,7 +77,7 @@ def _as_chain(layers: tuple[Layer, ...]) -> Chain:
 
 def _image(layer: Layer) -> Image:
     status = os.stat(layer.file)
-    return Image(layer.file, layer.format, 0, inode=(status.st_dev, status.st_ino))
+    return Image(layer.file, layer.format, 0, inode=(status.st_dev, status.st_ino), slice=layer.slice)
 
 
 def _used(chain: Chain, users: tuple[User, ...]) -> Iterator[Finding]:
@@ -108,7 +108,9 @@ async def _marks(layers: tuple[Layer, ...]) -> list[Finding]:
         if layer.format != "qcow2" or layer.encrypted:
             continue
         try:
-            header = await qemuimg.info(layer.file, layer.format)
+            header = await (
+                qemuimg.info(layer.file, "qcow2") if layer.slice is None else qemuimg.info_of(_image(layer))
+            )
         except ImageUnreadable as error:
             severity, why = _WHY[error.name]
             findings.append(Finding(error.name, severity, layer.file, str(error), f"{why}: {error.hint}"))

@@ -3,7 +3,7 @@ A chain on disk, walked from its active image down without opening anything that
 
 An image downloaded from somebody else may name a device, a URL or any file of ours as its backing file; a merge would
 write into it. So each name is looked at before it is followed: it must be a plain path to a regular file in a folder that
-the user has named, which the active image's own folder is.
+the user has named, which the active image's own folder is; or a ``json:`` name that says no more than which part of it.
 """
 
 import os
@@ -11,6 +11,9 @@ import stat
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from qmpmerge.chain import backing
+from qmpmerge.chain.backing import Described
+from qmpmerge.chain.chain import Slice
 from qmpmerge.errors import BackingLoop, Disguised, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
 from qmpmerge.images import qcow2
 
@@ -30,6 +33,8 @@ class Layer:
     """Its path, once it has passed the rule for names."""
     encrypted: bool = False
     is_device: bool = False
+    slice: Slice | None = None
+    """The part of `file` that it is, None for the whole."""
 
 
 def walk(image: str, *, allow: Collection[str] = ()) -> tuple[Layer, ...]:
@@ -47,11 +52,11 @@ def walk(image: str, *, allow: Collection[str] = ()) -> tuple[Layer, ...]:
         os.path.realpath(place) for place in (os.path.dirname(path), os.path.dirname(os.path.realpath(path)), *allow)
     }
     layers: list[Layer] = []
-    seen: set[tuple[int, int]] = set()
-    name: str | None = path
-    form: str | None = None
-    while name is not None:
-        layer, identity = _open(name, form)
+    seen: set[object] = set()
+    below: Described | None = Described(path, "")
+    while below is not None:
+        name = below.path
+        layer, identity = _open(below)
         if identity in seen:
             raise BackingLoop(image=layers[-1].file, backing=name)
         if len(layers) >= DEEPEST:
@@ -60,15 +65,17 @@ def walk(image: str, *, allow: Collection[str] = ()) -> tuple[Layer, ...]:
         if layer.data_file is not None:
             layer = replace(layer, data_file=_followed(layer, layer.data_file, allowed))
         layers.append(layer)
-        name, form = _below(layer, allowed)
+        below = _below(layer, allowed)
     return tuple(reversed(layers))
 
 
-def _open(path: str, form: str | None) -> tuple[Layer, tuple[int, int]]:
-    """The layer at `path`; without a format it is the active image, whose own looks are all there is to go by."""
+def _open(named: Described) -> tuple[Layer, object]:
+    """A layer and its identity; without a format it is the active image, whose own looks are all there is to go by."""
+    path, form = named.path, named.format or None
+    begin = named.slice.offset or 0 if named.slice is not None else 0
     try:
         status = os.stat(path)
-        header = qcow2.read(path) if form in (None, "qcow2") else None
+        header = qcow2.read(path, begin) if form in (None, "qcow2") else None
     except OSError as error:
         raise ImageUnreadable(file=path, reason=error.strerror or str(error)) from None
     if form == "qcow2" and header is None:
@@ -86,17 +93,25 @@ def _open(path: str, form: str | None) -> tuple[Layer, tuple[int, int]]:
         data_file=header.data_file if header else None,
         encrypted=form == "luks" or (header is not None and header.encrypted),
         is_device=stat.S_ISBLK(status.st_mode),
+        slice=named.slice,
     )
-    return layer, (status.st_dev, status.st_ino)
+    return layer, (status.st_dev, status.st_ino, named.slice)
 
 
-def _below(layer: Layer, allowed: Collection[str]) -> tuple[str | None, str | None]:
+def _below(layer: Layer, allowed: Collection[str]) -> Described | None:
+    """What the header names, once that has passed the rule: by a path, or as a file or a part of one."""
     if layer.backing is None:
-        return None, None
-    path = _followed(layer, layer.backing, allowed)
+        return None
+    told = backing.described(layer.backing) if layer.backing.startswith("json:") else None
+    if told is not None and not told.path.startswith("/"):
+        told = None  # from QEMU's own folder, whichever that was
+    path = _followed(layer, told.path if told is not None else layer.backing, allowed)
     if layer.backing_format is None:
         raise NoFormat(image=layer.file, backing=layer.backing)
-    return path, layer.backing_format
+    if told is not None and told.format != layer.backing_format:
+        reason = f"it says {told.format}, the header {layer.backing_format}"
+        raise ForeignName(image=layer.file, backing=layer.backing, reason=reason)
+    return Described(path, layer.backing_format, told.slice if told is not None else None)
 
 
 def _followed(layer: Layer, name: str, allowed: Collection[str]) -> str:

@@ -8,13 +8,11 @@ there. Names end after 4095 characters; what cannot be read is not guessed.
 
 import itertools
 import json
-import re
 from collections.abc import Iterable
 
+from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Slice
 from qmpmerge.qemu.blockgraph import FILTERS, Node
-
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def of(storage: Iterable[Node]) -> Slice | None:
@@ -34,19 +32,9 @@ def _size(node: Node) -> int:
 
 def _options(node: Node) -> Slice:
     try:
-        options = json.loads(str(node.info["file"]).removeprefix("json:"))
-        size = _bytes(options["size"]) if "size" in options else None
-        return Slice(_bytes(options.get("offset", 0)), size)
+        return backing.slice_of(json.loads(str(node.info["file"]).removeprefix("json:")))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Slice(None, _size(node))
-
-
-def _bytes(value: object) -> int:
-    """A number as QEMU takes it, ``4M`` of a command line included. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)([kmgt]?)", str(value), re.IGNORECASE)
-    if match is None:
-        raise ValueError(value)
-    return int(match[1]) * _UNITS[match[2].lower()]
 
 
 def _inside(outer: Slice, inner: Slice | None) -> Slice:

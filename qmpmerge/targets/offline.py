@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain
 from qmpmerge.errors import CommandError, ImageUnreadable, InUse, NeedsSecret
 from qmpmerge.images import walk
@@ -149,7 +150,7 @@ def _image(layer: Layer, node: str, below: str | None, *, write: bool, writable:
         "node-name": node,
         "read-only": not writable,
         "discard": "unmap",
-        "file": _file(layer.file, f"{node}-file", is_device=layer.is_device, write=write),
+        "file": _storage(layer, node, write=write),
         **_key(layer),
     }
     if layer.format == "qcow2":
@@ -159,6 +160,15 @@ def _image(layer: Layer, node: str, below: str | None, *, write: bool, writable:
     if not write:
         options["force-share"] = True
     return options
+
+
+def _storage(layer: Layer, node: str, *, write: bool) -> dict[str, Any]:
+    """The node of the file, or of the part of it."""
+    file = _file(layer.file, f"{node}-file", is_device=layer.is_device, write=write)
+    if layer.slice is None:
+        return file
+    more = {"node-name": f"{node}-part", "read-only": not write, "auto-read-only": True, "discard": "unmap"}
+    return {**backing.part(layer.slice, file), **more, **({} if write else {"force-share": True})}
 
 
 def _file(file: str, node: str, *, is_device: bool = False, write: bool) -> dict[str, Any]:

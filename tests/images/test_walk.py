@@ -1,5 +1,6 @@
 """Walking a chain on disk: what headers name is looked at before it is opened."""
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -85,6 +86,48 @@ def test_a_damaged_active_image_is_not_taken_for_raw(damage: tuple[int, bytes], 
     (tmp_path / "top.qcow2").write_bytes(bytes(broken))
     with pytest.raises(ImageUnreadable):
         walk.walk(str(tmp_path / "top.qcow2"))
+
+
+def described(path: Path, **part: object) -> str:
+    file = {"driver": "file", "filename": str(path)}
+    return "json:" + json.dumps({"driver": "raw", **part, "file": file})
+
+
+def test_a_part_of_a_file(tmp_path: Path) -> None:
+    """Followed as the path in it is: the name says no more than which part."""
+    (tmp_path / "box").write_bytes(bytes(8192))
+    for part in ({}, {"offset": 512}, {"offset": "4k", "size": 1024}):
+        base, _top = walk.walk(str(header(tmp_path / "top.qcow2", described(tmp_path / "box", **part), "raw")))
+        found = (base.slice.offset, base.slice.size) if base.slice is not None else None
+        assert (base.file, base.format, found) == (
+            str(tmp_path / "box"),
+            "raw",
+            {0: None, 1: (512, None), 2: (4096, 1024)}[len(part)],
+        )
+
+
+def test_a_json_name_that_says_more_is_foreign(tmp_path: Path) -> None:
+    (tmp_path / "vm").mkdir()
+    (tmp_path / "vm" / "box").write_bytes(bytes(8192))
+    (tmp_path / "outside").write_bytes(bytes(8192))
+    box = tmp_path / "vm" / "box"
+    names = [
+        described(tmp_path / "outside", offset=512),
+        described(Path("box"), offset=512),
+        described(box, offset=-1),
+        described(box, offset=1 << 70),
+        described(box, offset=512, probed=True),
+        described(box).replace('"raw"', '"qcow2"'),
+        described(box, offset=512).replace('"raw"', '"qcow2"'),
+        described(box).replace('"filename"', '"locking": "off", "filename"'),
+        described(box).replace('"file"', '"nbd"'),
+        f'json:{{"driver":"raw","file":{described(box).removeprefix("json:")},"offset":1,"x":[{"[" * 5000}',
+        'json:{"driver":"raw","file":{"driver":"raw","file":{"driver":"raw","file":{}}}}',
+        "json:[]",
+    ]
+    for name in names:
+        with pytest.raises(ForeignName):
+            walk.walk(str(header(tmp_path / "vm" / "top.qcow2", name[:1000], "raw")))
 
 
 def test_a_missing_format(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from rig.disks import device, nodes
 from rig.machines import MIB, SIZE, Content, Machine, fill, machine, make_chain, run
 
 import qmpmerge
-from qmpmerge.errors import DeviceTooSmall, DiskNeeded, NoSuchLayer, NotVerified
+from qmpmerge.errors import DeviceTooSmall, DiskNeeded, NoSuchLayer, NotVerified, QemuRefused
+from qmpmerge.journal import store
 
 BEGIN = 4 * MIB
 OTHERS = b"\xee" * BEGIN
@@ -276,6 +277,55 @@ async def test_an_active_image_in_a_part_is_resumed(tmp_path: Path, images: list
     assert (outcome.verdict, outcome.merged[-1].action) == ("pivoted", "keep")
     content.check(images[0])
     box.check()
+
+
+# --- offline --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_base_that_a_header_names_as_a_part(top: str, images: list[Path], base: Box, content: Content) -> None:
+    async with qmpmerge.opened(images[3]) as target:
+        found = (await target.chain()).chain
+        outcome = await qmpmerge.commit(target, top=top, merged_files="delete")
+    assert found.base.label == f"{base.path} ({SIZE} bytes from {BEGIN} on)"
+    assert (outcome.verified, [merged.action for merged in outcome.merged][:2]) == (True, ["delete"] * 2)
+    if top == "[4]":
+        assert base.inside == content.data
+    else:
+        content.check(images[3])
+    base.check()
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+async def test_a_layer_that_a_header_names_as_a_part(
+    top: str, images: list[Path], layer: Box, content: Content
+) -> None:
+    assert not {one.name for one in await qmpmerge.examine_path(images[3])} - {"stale-image"}
+    outcome = await merge(images[3], top=top, merged_files="delete")
+    assert (outcome.verified, [merged.action for merged in outcome.merged][:2]) == (True, ["keep", "delete"])
+    content.check(images[3] if top == "[3]" else images[0])
+    layer.check()
+
+
+async def test_two_parts_of_one_file_offline(tmp_path: Path, images: list[Path], base: Box, content: Content) -> None:
+    """QEMU locks them against each other: nothing is begun."""
+    inner = layer_behind(base, images[1])
+    rebase(images[2], inner, "qcow2")
+    images[1].unlink()
+    before = base.path.read_bytes()
+    with pytest.raises(QemuRefused, match="lock"):
+        await merge(images[3])
+    assert (base.path.read_bytes(), store.in_folder(str(tmp_path))) == (before, [])
+    content.check(images[3])
+
+
+def layer_behind(box: Box, image: Path) -> str:
+    """Put an image into the same file, behind all that is there; returns its name."""
+    begin, size = box.path.stat().st_size, 16 * MIB
+    with box.path.open("ab") as file:
+        file.write(image.read_bytes().ljust(size, b"\0"))
+    part = {**box.node, "offset": begin, "size": size}
+    return f"json:{json.dumps({'driver': 'qcow2', 'file': part})}"
 
 
 # --- names ---------------------------------------------------------------------------------------------------------------
