@@ -39,9 +39,10 @@ class Image:
     One image of a chain.
 
     `file` is an absolute path as QEMU opened it, or a URI where there is no path; sizes are bytes. `slice` is the part of
-    that file which is this image, None where it is the whole of it: the rest of the file is somebody else's. `backing` and
-    `backing_format` are the strings written in the image's own header. `allocated` is what the image takes on its
-    storage, metadata included (`actual-size` in QEMU's words). What is not known is None.
+    that file which is this image, None where it is the whole of it: the rest of the file is somebody else's. `data` is the
+    external data file of a qcow2 image (`data_file`), as QEMU has it open. `backing` and `backing_format` are the strings
+    written in the image's own header. `allocated` is what the image takes on its storage, metadata included (`actual-size`
+    in QEMU's words). What is not known is None.
     """
 
     file: str
@@ -54,6 +55,7 @@ class Image:
     inode: Inode | None = None
     read_only: bool = False
     slice: Slice | None = None
+    data: "Image | None" = None
 
     @property
     def identity(self) -> object:

@@ -19,6 +19,7 @@ from qmpmerge.errors import RecordFailed
 from qmpmerge.guest.pause import paused
 from qmpmerge.images import files
 from qmpmerge.journal import merged_files, store
+from qmpmerge.journal.record import look
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 
@@ -94,7 +95,7 @@ def _write_down(run: Run, rests: bool) -> None:
         return
     places = {index: place for index in (record.base, record.top) if (place := record.place(index)) is not None}
     evident = rests and len(places) == 2 and all(map(files.is_regular, places.values()))
-    seen = {index: files.seen(place) for index, place in places.items()} if evident else {}
+    seen = {index: look(record.chain[index], place) for index, place in places.items()} if evident else {}
     run.enter(State.SWITCHING, seen=seen)
 
 
@@ -106,10 +107,12 @@ def _make_durable(run: Run) -> None:
     run.sync()
     record = run.record
     for index in record.seen if record is not None else ():
-        place = record.place(index) if record is not None else None
-        if place is not None:
-            with contextlib.suppress(PermissionError):  # QEMU may be somebody else
-                files.sync(place)
+        assert record is not None, "it was there a moment ago"
+        place, data = record.place(index), record.chain[index].data
+        for file in (place, data.file if data is not None else None):
+            if file is not None:
+                with contextlib.suppress(PermissionError):  # QEMU may be somebody else
+                    files.sync(file)
 
 
 def _take_name_away(run: Run) -> None:

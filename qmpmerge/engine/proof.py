@@ -87,9 +87,13 @@ def merged_files(planned: CommitPlan, policy: Policy) -> tuple[MergedFile, ...]:
     """The images that the chain loses, base first, each still in its place, and what is to become of it."""
     chain = planned.chain
     able = stash.names_away(chain, chain.index(planned.base), chain.index(planned.top))
-    return tuple(
-        MergedFile(image.file, policy if chain.index(image) in able else "keep", image.file) for image in planned.merged
-    )
+    merged = []
+    for image in planned.merged:
+        action = policy if chain.index(image) in able else "keep"
+        if image.data is not None:
+            merged.append(MergedFile(image.data.file, "delete" if action == "delete" else "keep", image.data.file))
+        merged.append(MergedFile(image.file, action, image.file))
+    return tuple(merged)
 
 
 def planned(disk: str, plan: CommitPlan, policy: Policy, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:

@@ -43,6 +43,15 @@ def seen(path: str) -> Seen:
     return Seen(status.st_size, status.st_mtime_ns)
 
 
+def plain(path: str) -> str:
+    """The path without ``..``, where the folder is the same without: not behind a symlinked folder."""
+    shorter = os.path.normpath(path)
+    if ".." not in path.split("/"):
+        return shorter
+    before, after = inode(os.path.dirname(path)), inode(os.path.dirname(shorter))
+    return shorter if before is not None and before == after else path
+
+
 def real(path: str) -> str:
     """The name of what a symlink leads to, there or not; any other path as it is."""
     return os.path.realpath(path) if os.path.islink(path) else path

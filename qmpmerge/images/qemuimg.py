@@ -205,7 +205,7 @@ def _opened(images: Sequence[Image], lowest: str | None = None) -> dict[str, obj
     node = _node(image)
     if image.format != "qcow2":
         return node
-    data = qcow2.data_path(image) if image.has_path else None
+    data = image.data.file if image.data is not None else qcow2.data_path(image) if image.has_path else None
     node["backing"] = _opened(below, lowest) if below else lowest
     return node if data is None else {**node, "data-file": _plain_file(data)}
 

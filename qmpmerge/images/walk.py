@@ -15,7 +15,7 @@ from qmpmerge.chain import backing
 from qmpmerge.chain.backing import Described
 from qmpmerge.chain.chain import Slice
 from qmpmerge.errors import BackingLoop, Disguised, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
-from qmpmerge.images import qcow2
+from qmpmerge.images import files, qcow2
 
 DEEPEST = 800
 """Images in a chain. QEMU 10 crashes on the first read through 870 of them."""
@@ -129,4 +129,4 @@ def _followed(layer: Layer, name: str, allowed: Collection[str]) -> str:
         raise ForeignName(image=layer.file, backing=name, reason="it does not lead to a regular file")
     if not named and not any(os.path.commonpath((real, folder)) == folder for folder in allowed):
         raise ForeignName(image=layer.file, backing=name, reason="it leads out of the image's folder")
-    return path
+    return files.plain(path)

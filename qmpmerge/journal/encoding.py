@@ -68,7 +68,8 @@ def _fixed(record: Record) -> dict[str, Any]:
 
 def _described(image: Image) -> dict[str, Any]:
     part = image.slice and {key: getattr(image.slice, key) for key in _SLICE}
-    return {**{key: getattr(image, key) for key in _IMAGE}, "slice": part}
+    data = image.data and _described(image.data)
+    return {**{key: getattr(image, key) for key in _IMAGE}, "slice": part, "data": data}
 
 
 def _listed(seen: dict[int, Seen]) -> list[list[int]]:
@@ -117,7 +118,7 @@ def _image(entry: Any) -> Image:
     image = Image(**{key: entry[key] for key in _IMAGE})
     inode = (int(image.inode[0]), int(image.inode[1])) if image.inode is not None else None
     part = entry["slice"] and Slice(**{key: _number(entry["slice"][key]) for key in _SLICE})
-    return replace(image, inode=inode, slice=part)
+    return replace(image, inode=inode, slice=part, data=entry["data"] and _image(entry["data"]))
 
 
 def _number(value: Any) -> int | None:

@@ -11,10 +11,11 @@ import stat
 from collections.abc import Callable
 
 from qmpmerge.chain.backing import is_relative
+from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.errors import ImageUnreadable, ToolMissing
-from qmpmerge.images import dependents, files, qemuimg
-from qmpmerge.journal.record import Record
+from qmpmerge.images import dependents, files, qcow2, qemuimg
+from qmpmerge.journal.record import Record, look
 
 
 def take_away(record: Record, index: int) -> str:
@@ -67,9 +68,10 @@ def deal_with(record: Record) -> tuple[list[MergedFile], list[str]]:
         try:
             if index <= needed and image != record.chain.active:
                 hints.append(f"{image.file} stays where it is: {user} is built on it")
-                done.append(MergedFile(image.file, "keep", record.place(index) or image.file))
+                file = MergedFile(image.file, "keep", record.place(index) or image.file)
             else:
-                done.append(_dealt_with(record, index, hints))
+                file = _dealt_with(record, index, hints)
+            done += [*_data_dealt_with(record, image, file, hints), file]
         except OSError as error:
             done.append(MergedFile(image.file, "keep", record.place(index)))
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
@@ -111,7 +113,7 @@ def why_not_delete(record: Record, index: int, place: str) -> str | None:
     """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
     if not record.verified:
         return "it was not compared with the base"
-    if files.seen(place) != record.seen.get(index, record.before.get(index)):
+    if look(record.chain[index], place) != record.seen.get(index, record.before.get(index)):
         return "it was changed since it was merged"
     return in_use(place)
 
@@ -124,6 +126,57 @@ def in_use(place: str) -> str | None:
     if users:
         return f"in use by {', '.join(map(str, users))}"
     return "locked by a process that we may not see" if holders.is_locked(place) else None
+
+
+# --- data files ---------------------------------------------------------------------------------------------------
+
+
+def _data_dealt_with(record: Record, image: Image, done: MergedFile, hints: list[str]) -> list[MergedFile]:
+    """
+    The external data file of a merged image goes with it; beside a stashed one it stays, which would not open without it.
+
+    Removed is only what QEMU had open as the data of this very image. Nothing is raised: the image has been dealt with.
+    """
+    data = image.data
+    place = files.real(data.file) if data is not None and data.has_path else None
+    if data is None or place is None or not record.is_file(place, data):
+        return [] if data is None else [MergedFile(data.file, "keep" if place is None else "gone", None)]
+    if record.policy == "delete" and record.verified and done.now is None:
+        reason = _remove_data(record, data, place)
+        if reason is None:
+            return [MergedFile(data.file, "delete", None)]
+        hints.append(f"{place}, which held the data of {image.file}, was not deleted: {reason}")
+    elif done.now is not None:
+        hints.append(f"{place} holds the data of {done.now}: neither is of use without the other")
+    return [MergedFile(data.file, "keep", place)]
+
+
+def _remove_data(record: Record, data: Image, place: str) -> str | None:
+    """Remove a data file whose image is gone; returns why it had to stay."""
+    others = [*record.chain, *(image.data for image in record.chain if image.data is not data)]
+    is_shared = data.inode in {other.inode for other in others if other is not None}
+    if data.slice is not None or not files.is_regular(place) or is_shared:
+        return "it is not this image's alone"
+    users = [found.file for found in dependents.find([data], record.chain)] or _naming(place)
+    reason = f"{users[0]} names it" if users else in_use(place)
+    if reason is None:
+        try:
+            files.remove(place)
+            files.sync_folder(place)
+        except OSError as error:
+            return error.strerror or str(error)
+    return reason
+
+
+def _naming(place: str) -> list[str]:
+    """The images in the folder of this file whose headers name it for their data."""
+    found = []
+    for entry in dependents.files(os.path.dirname(place)):
+        with contextlib.suppress(OSError):
+            data = qcow2.data_path(dependents.image_at(entry.path))
+            if data is not None and files.inode(data) == files.inode(place):
+                found.append(entry.path)
+    return found
 
 
 # --- relink -------------------------------------------------------------------------------------------------------

@@ -127,5 +127,11 @@ def looks(chain: Chain, indexes: Iterable[int]) -> dict[int, Seen]:
     found = {}
     for index in indexes:
         with contextlib.suppress(OSError):
-            found[index] = files.seen(chain[index].file)
+            found[index] = look(chain[index], chain[index].file)
     return found
+
+
+def look(image: Image, place: str) -> Seen:
+    """What the file of an image looks like, which is at `place` now, and that of its data with it. Raises OSError."""
+    seen = [files.seen(file) for file in (place, *([image.data.file] if image.data is not None else []))]
+    return Seen(sum(one.size for one in seen), max(one.changed for one in seen))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qmpmerge.chain import backing
 from qmpmerge.errors import CannotRecover, NoSuchStash
-from qmpmerge.images import files, qcow2
+from qmpmerge.images import dependents, files, qcow2
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.stash import original_of
 from qmpmerge.journal.store import Disbelieved
@@ -33,6 +33,7 @@ def clean(paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False)
     done = []
     for file in [file for path in paths for file in _stashed(os.path.abspath(path))]:
         reason = why_not(file)
+        data = _data_of(file) if reason is None else []
         size = os.lstat(file).st_blocks * 512
         if reason is None and not dry_run:
             try:
@@ -40,8 +41,24 @@ def clean(paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False)
                 files.sync_folder(file)
             except OSError as error:
                 raise CannotRecover(file=file, reason=error.strerror or str(error)) from None
-        done.append(Cleaned(file, size, reason))
+        done += [Cleaned(file, size, reason), *data]
     return done
+
+
+def _data_of(file: str) -> list[Cleaned]:
+    """
+    The external data file of an image that goes. It stays: nothing but that image says whose it is, and anybody may have
+    written what that says.
+    """
+    try:
+        data = qcow2.data_path(dependents.image_at(file))
+    except OSError:
+        data = None
+    if data is None:
+        return []
+    return [
+        Cleaned(data, os.stat(data).st_blocks * 512, f"it held the data of {file}: remove it if nothing else needs it")
+    ]
 
 
 def _stashed(path: str) -> list[str]:

@@ -146,7 +146,19 @@ class _Decoder:
             inode=inode,
             read_only=bool(node.info.get("ro", False)),
             slice=slices.of(storage),
+            data=self._data(node),
         )
+
+    def _data(self, node: Node) -> Image | None:
+        """The external data file of an image."""
+        child = node.children.get("data-file")
+        if child is None:
+            return None
+        storage = list(self._storage(self._nodes[child]))
+        leaf = storage[-1]
+        file, inode = self._locate(str(leaf.info.get("file", leaf.key)))
+        size = int(leaf.info.get("image", {}).get("virtual-size", 0))
+        return Image(file, "raw", size, node=leaf.key, inode=inode, slice=slices.of(storage))
 
     def _storage(self, node: Node) -> Iterator[Node]:
         """The nodes that an image is read through, from its own down to that of its file."""

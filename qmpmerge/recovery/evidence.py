@@ -15,7 +15,7 @@ from qmpmerge.chain.state import State
 from qmpmerge.errors import CommandError, ImageUnreadable, Undecided
 from qmpmerge.images import files, qcow2, qemuimg
 from qmpmerge.journal import merged_files
-from qmpmerge.journal.record import Record
+from qmpmerge.journal.record import Record, look
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
@@ -132,7 +132,7 @@ def _was_changed(record: Record, index: int) -> bool | None:
     if place is None or index not in record.seen:
         return None
     try:
-        is_other = files.seen(place) != record.seen[index]
+        is_other = look(record.chain[index], place) != record.seen[index]
     except OSError:
         return None
     return is_other or (None if record.is_of_an_earlier_boot else False)

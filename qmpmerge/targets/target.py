@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.chain.state import State
 from qmpmerge.errors import CommandError, StreamConcluded
-from qmpmerge.images import headers
+from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.journal import store
 from qmpmerge.journal.store import Disbelieved
@@ -129,8 +129,7 @@ class Target:
             return name, None
         if not path.startswith("/"):
             path = os.path.join(self._folder(), path)
-        if ".." not in path.split("/"):  # which may follow a symlinked folder
-            path = os.path.normpath(path)
+        path = files.plain(path)
         try:
             status = os.stat(path)
         except OSError:

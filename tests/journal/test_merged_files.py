@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from rig import folder
 from rig.command import invoke
 from rig.disks import KINDS, Setup, drive, nbd_server
 from rig.faults import header
-from rig.machines import Content, run
+from rig.machines import Content, fill, make_chain, run
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
@@ -295,6 +296,82 @@ async def test_what_is_built_on_a_symlink_needs_what_was_stashed(
     late = real.with_name("late.qcow2")
     run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", images[1], "-F", "qcow2", late, "8M")
     assert [one.kept for one in qmpmerge.clean([real.parent])] == [f"{late} is built on it"]
+
+
+# --- external data files ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_data(tmp_path: Path) -> tuple[list[Path], Content]:
+    """a.qcow2 and c.qcow2 have their data in other files."""
+    images = make_chain(tmp_path)
+    below = images[0]
+    for image in images[1:]:
+        own = ["-o", f"data_file={tmp_path}/{image.stem}.data"] if image.stem != "b" else []
+        form = below.suffix[1:]
+        run("qemu-img", "create", "-qf", "qcow2", *own, "-b", below.name, "-F", form, image.name, "8M", cwd=tmp_path)
+        below = image
+    content = Content()
+    fill(images, content)
+    return images, content
+
+
+async def merged(way: str, folder_: Path, images: list[Path], content: Content, **options: Any) -> Outcome:
+    if way == "offline":
+        return await offline(images[3], **options)
+    with drive(folder_, images, content) as setup:
+        return await folder.live(setup, **options)
+
+
+@pytest.mark.parametrize("way", ["live", "offline"])
+async def test_data_files_are_told_and_deleted_with_their_images(
+    way: str, tmp_path: Path, with_data: tuple[list[Path], Content]
+) -> None:
+    """They stay beside a stashed image, which would not open without."""
+    images, content = with_data
+    outcome = await merged(way, tmp_path, images, content, top="[3]")
+    assert told(outcome) == [("a.data", "keep", "a.data"), *STASHED[:2]]
+    assert any("a.data holds the data of" in hint for hint in outcome.hints)
+    (a, data, b) = qmpmerge.clean([tmp_path], dry_run=True)
+    assert [(Path(one.file).name, one.kept is None) for one in (a, data, b)] == [
+        ("a.qcow2.merged", True),
+        ("a.data", False),
+        ("b.qcow2.merged", True),
+    ]
+    content.check(images[3])
+    outcome = await merged(way, tmp_path, images, content, merged_files="delete")
+    assert told(outcome) == [("c.data", "delete", None), ("c.qcow2", "delete", None)]
+    assert (tmp_path / "a.data").exists() and not (tmp_path / "c.data").exists()
+    content.check(images[0])
+
+
+async def test_data_that_another_image_names_stays(tmp_path: Path, with_data: tuple[list[Path], Content]) -> None:
+    images, content = with_data
+    shutil.copy(images[1], tmp_path / "copy.qcow2")
+    outcome = await offline(images[3], top="[2]", merged_files="delete", force=["dependents"])
+    assert told(outcome) == [("a.data", "keep", "a.data"), ("a.qcow2", "delete", None)]
+    assert any("a.data, which held" in hint and "copy.qcow2 names it" in hint for hint in outcome.hints)
+    content.check(images[3])
+
+
+async def test_a_write_to_the_data_alone_is_a_change(
+    tmp_path: Path, with_data: tuple[list[Path], Content], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image's own file does not tell of it."""
+    images, _content = with_data
+    remove = merged_files._dealt_with
+
+    def write(record: Record, index: int, hints: list[str]) -> Any:
+        before = images[1].stat()
+        if index == 2:
+            run("qemu-io", "-f", "raw", "-c", "write 0 512", tmp_path / "a.data")
+        assert images[1].stat() == before
+        return remove(record, index, hints)
+
+    monkeypatch.setattr(merged_files, "_dealt_with", write)
+    outcome = await offline(images[3], top="[2]", merged_files="delete")
+    assert told(outcome) == [("a.data", "keep", "a.data"), STASHED[0]]
+    assert any("was changed since" in hint for hint in outcome.hints)
 
 
 # --- where it is not possible -----------------------------------------------------------------------------------------
