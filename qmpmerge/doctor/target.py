@@ -6,7 +6,6 @@ state that it saw. What it finds on disk beside the chains is told by `leftovers
 by `diskdoctor`.
 """
 
-import asyncio
 import contextlib
 import os
 import shlex
@@ -22,7 +21,7 @@ from qmpmerge.errors import CommandError
 from qmpmerge.images import headers, qcow2
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import DEEPEST
-from qmpmerge.processes import holders, proc
+from qmpmerge.processes import proc
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.targets.target import Target
 
@@ -52,7 +51,7 @@ async def examine(target: Target, *, search: Collection[str] = ()) -> tuple[Find
         *_unneeded(target, layout),
         *_bitmaps(target, layout),
     ]
-    findings += [*await _exports(target), *await _server(target), *await _guest(target, layout)]
+    findings += await _guest(target, layout)
     for disk in layout.disks:
         if disk.chain is not None and disk.root in layout.held:
             findings += await _chain(target, disk)
@@ -107,31 +106,7 @@ def inconsistent(where: str, bitmap: str, command: str) -> Finding:
     return Finding("bitmap-inconsistent", "care", where, what, why, command)
 
 
-# --- what a killed qmpmerge left in QEMU ----------------------------------------------------------------------------
-
-
-async def _exports(target: Target) -> list[Finding]:
-    try:
-        exports = await target.monitor.execute("query-block-exports")
-    except CommandError:
-        return []
-    return [_export(target, entry["id"], entry["node-name"]) for entry in exports if leftovers.is_orphan(entry["id"])]
-
-
-def _export(target: Target, export: str, node: str) -> Finding:
-    what = f"an NBD export of {node} that a killed qmpmerge left"
-    command = qmp(target.monitor.name, ("block-export-del", {"id": export, "mode": "hard"}))
-    return Finding("export-left", "care", export, what, "it keeps the node from being closed", command)
-
-
-async def _server(target: Target) -> list[Finding]:
-    """QEMU does not tell whether its NBD server runs: the folder of the socket tells whose it is."""
-    listening = await asyncio.to_thread(holders.listening, target.pid) if target.pid is not None else []
-    what = "QEMU's NBD server runs for a qmpmerge that was killed"
-    why = "QEMU has only one, and others who want it are refused; the next merge of ours stops it too"
-    command = qmp(target.monitor.name, ("nbd-server-stop", {}))
-    left = [path for path in listening if leftovers.is_orphan(os.path.basename(os.path.dirname(path)))]
-    return [Finding("server-left", "note", path, what, why, command) for path in left]
+# --- the guest --------------------------------------------------------------------------------------------------------
 
 
 _STANDING: dict[str, tuple[Severity, str, str]] = {

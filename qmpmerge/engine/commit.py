@@ -29,6 +29,7 @@ from qmpmerge.errors import (
     RecordFailed,
 )
 from qmpmerge.journal.record import Record
+from qmpmerge.qemu import flush
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
@@ -136,8 +137,8 @@ class Intermediate(Commit):
         assert self.plan.overlay is not None, "it is no active merge"
         try:
             if not run.base_is_durable:
-                await run.flush(self.plan.base)
-            await run.flush(self.plan.overlay)
+                await flush.flush(run.target.monitor, self.plan.base)
+            await flush.flush(run.target.monitor, self.plan.overlay, header_only=True)
         except (NotDurable, FlushUnavailable) as error:
             raise HeaderNotDurable(
                 target=run.target.name, overlay=self.plan.overlay.file, reason=error.reason

@@ -33,7 +33,7 @@ from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
-from qmpmerge.qemu import jobs, vmstate
+from qmpmerge.qemu import flush, jobs, vmstate
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.monitor import Trace
 from qmpmerge.recovery.evidence import Judgement, Use, Way
@@ -215,7 +215,7 @@ async def _finished(run: Run) -> tuple[MergedFile, ...]:
             if run.carrier is None and files.is_regular(image.file):
                 files.sync(image.file)
             elif run.carrier is not None and run.plan.overlay is not None:
-                await run.flush(image)
+                await flush.flush(run.carrier.monitor, image, header_only=image is run.plan.overlay)
         except (NotDurable, FlushUnavailable) as error:
             raise CannotRecover(file=image.file, reason=error.reason) from None
     if run.carrier is not None:

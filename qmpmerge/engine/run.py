@@ -5,7 +5,7 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
-from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import NEXT, RECORDED, State
@@ -21,7 +21,7 @@ from qmpmerge.images.files import Seen
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
-from qmpmerge.qemu import flush, jobs
+from qmpmerge.qemu import jobs
 from qmpmerge.qemu.bitmaps import Bitmap
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.targets.target import ChainView, Target
@@ -153,10 +153,6 @@ class Run:
     def name_after(self, expected: Chain) -> str:
         """What the disk is called once its active image may have changed."""
         return self.disk.drive or self.disk.qdev or expected.active.node or expected.active.file
-
-    async def flush(self, image: Image) -> bool:
-        """As `flush.flush` does."""
-        return await flush.flush(self.target.monitor, image, opened=self.target.opened.get(image.node or ""))
 
     def enter(self, state: State, *, seen: dict[int, Seen] | None = None) -> None:
         """

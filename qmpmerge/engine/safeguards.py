@@ -18,7 +18,7 @@ from qmpmerge.errors import (
     VmState,
 )
 from qmpmerge.images import compare
-from qmpmerge.qemu import bitmaps, vmstate
+from qmpmerge.qemu import bitmaps, flush, vmstate
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 
@@ -49,8 +49,7 @@ async def see_that_it_stays(run: Run, doorbell: Doorbell) -> None:
 async def make_base_durable(run: Run, doorbell: Doorbell) -> None:
     """At PENDING, before the overlay's header is rewritten; where it fails the job is taken back."""
     try:
-        every_error_seen = await run.flush(run.plan.base)
-        run.verify = run.verify if every_error_seen else True
+        await flush.flush(run.target.monitor, run.plan.base)
         run.base_is_durable = True
     except (NotDurable, FlushUnavailable) as error:
         await shield.finished(blockjob.take_back(run, doorbell))

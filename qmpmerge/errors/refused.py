@@ -118,8 +118,9 @@ class FlushUnavailable(Refused):
     """
 
     reason: str
+    cure: str
     sentence = "QEMU cannot be asked to make the base durable: {reason}"
-    advice = "if QEMU's NBD server is in use, stop it for the merge (`nbd-server-stop`), then try again"
+    advice = "{cure}, then try again"
 
 
 class StreamConcluded(Refused):

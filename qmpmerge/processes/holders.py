@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from qmpmerge.processes import commandline, kernel, proc, vms
+from qmpmerge.processes import kernel, proc, vms
 from qmpmerge.processes.vms import Vm
 
 _SS_SECONDS = 0.9
@@ -111,20 +111,6 @@ def _connection(bound: str, inode: str, peer: str, rest: str) -> _Connection:
     bound_inode = _BOUND_INODE.search(rest)
     owners = tuple(Holder(int(pid), name) for name, pid in _OWNER.findall(rest))
     return _Connection(bound, int(bound_inode[1]) if bound_inode else 0, inode, peer, owners)
-
-
-def listening(pid: int) -> list[str]:
-    """The UNIX sockets, by path, and TCP ports (``tcp:HOST:PORT``) on which a process listens, as far as we may see."""
-    import psutil
-
-    folder = f"/proc/{pid}/fd"
-    try:
-        held = {proc.read_link(f"{folder}/{number}") for number in os.listdir(folder)}
-        ports = [one.laddr for one in psutil.Process(pid).net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    except (psutil.Error, OSError):
-        return []
-    paths = [path for socket, path in proc.bound_sockets(pid) if socket in held]
-    return [*dict.fromkeys(paths), *(commandline.tcp(address.ip, str(address.port)) or "" for address in ports)]
 
 
 def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -38,11 +38,8 @@ class OfflineTarget(Target):
 
     is_live = False
 
-    def __init__(
-        self, session: Monitor, target: str, users: tuple[User, ...], opened: Mapping[str, Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, session: Monitor, target: str, users: tuple[User, ...]) -> None:
         super().__init__(session, target)
-        self.opened = opened
         self._name = os.path.basename(target)
         self._users = users
 
@@ -90,8 +87,8 @@ async def offline(
         if write:
             _refuse_used(layers, users)
         async with daemon.session(trace=trace) as session:
-            opened = await _open(session, layers, write=write, secret=secret)
-            yield OfflineTarget(session, image, users, opened)
+            await _open(session, layers, write=write, secret=secret)
+            yield OfflineTarget(session, image, users)
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
@@ -114,33 +111,24 @@ def _instead(user: User) -> str:
     return "shut that VM down first, or start it with a QMP monitor and merge live"
 
 
-async def _open(
-    session: Monitor, layers: tuple[Layer, ...], *, write: bool, secret: str | None
-) -> dict[str, Mapping[str, Any]]:
-    """
-    Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing.
-
-    Returns the options of the images' nodes by their names.
-    """
+async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, secret: str | None) -> None:
+    """Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing."""
     encrypted = next((layer for layer in layers if layer.encrypted), None)
     if encrypted is not None:
         if secret is None:
             raise NeedsSecret(image=encrypted.file)
         await session.execute("object-add", qom_type="secret", id=SECRET, data=secret)
     below: str | None = None
-    opened: dict[str, Mapping[str, Any]] = {}
     for number, layer in enumerate(layers, 1):
         node = f"layer{number}"
         options = _image(layer, node, below, write=write, writable=write and layer is layers[-1])
         try:
             await session.execute("blockdev-add", **options)
-            opened[node] = _by_name(options)
         except CommandError as error:
             if re.search(r"Failed to get .*lock", error.description):
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait") from None
             raise ImageUnreadable(file=layer.file, reason=error.description) from None
         below = node
-    return opened
 
 
 def _image(layer: Layer, node: str, below: str | None, *, write: bool, writable: bool) -> dict[str, Any]:
@@ -188,12 +176,6 @@ def _file(file: str, node: str, *, is_device: bool = False, write: bool) -> dict
         # A reader takes no locks: while an image is merged not even `force-share` would let it in.
         **({} if write else {"force-share": True, "locking": "off"}),
     }
-
-
-def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an image's node, with the nodes below it by their names, as they are asked for once it is there."""
-    files = {key: options[key]["node-name"] for key in ("file", "data-file") if key in options}
-    return {**options, **files}
 
 
 def _key(layer: Layer) -> dict[str, Any]:

@@ -6,9 +6,9 @@ above talks to a `Target` and does not care which of them did.
 import json
 import os
 import shlex
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.chain.state import State
@@ -48,8 +48,6 @@ class Target:
     def __init__(self, session: Monitor, name: str, connect: Callable[[], Awaitable[Monitor]] | None = None) -> None:
         self.monitor = session
         self.name = name
-        self.opened: Mapping[str, Mapping[str, Any]] = {}
-        """The nodes that we have opened ourselves: their names and options."""
         self._connect = connect
 
     @property

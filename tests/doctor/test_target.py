@@ -26,6 +26,7 @@ from qmpmerge.doctor import leftovers, target
 from qmpmerge.doctor.findings import Finding
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
+from qmpmerge.qemu import flush
 
 DEAD = 2**22 + 1
 """No process has this pid: it is past what the kernel gives."""
@@ -254,25 +255,11 @@ async def test_an_inconsistent_bitmap_live_and_offline(tmp_path: Path, images: l
 # --- what a killed qmpmerge left ------------------------------------------------------------------------------------
 
 
-async def test_a_server_and_an_export_of_a_killed_qmpmerge(
-    tmp_path: Path, images: list[Path], content: Content
-) -> None:
-    folder = tmp_path / f"qmpmerge-{DEAD}-dead"
-    folder.mkdir()
+async def test_a_node_of_a_killed_qmpmerge(tmp_path: Path, images: list[Path], content: Content) -> None:
     with blockdev(tmp_path, images, content) as setup:
-        session = setup.machine.session
-        session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": f"{folder}/nbd"}})
-        session.execute("block-export-add", type="nbd", id=f"qmpmerge-flush-{DEAD}-1", node_name="base", name="x")
-        session.execute("block-export-add", type="nbd", id="theirs", node_name="base", name="y")
-        found = await examined(setup.machine)
-        assert {name: finding.where for name, finding in found.items()} == {
-            "export-left": f"qmpmerge-flush-{DEAD}-1",
-            "server-left": f"{folder}/nbd",
-        }
-        mend(setup.machine, found["export-left"])
-        assert [export["id"] for export in session.execute("query-block-exports")] == ["theirs"]
-        mend(setup.machine, found["server-left"])
-        assert not await examined(setup.machine)
+        unchanging = {"take_child_perms": ["write-unchanged"]}
+        setup.machine.session.execute("blockdev-add", driver="blkdebug", node_name=flush.NODE, image="c", **unchanging)
+        await found_and_mended(setup.machine, "unused-node", "care", flush.NODE, f"({flush.NODE})")
 
 
 @pytest.mark.parametrize("kind", [drive, blockdev])

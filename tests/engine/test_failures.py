@@ -215,7 +215,7 @@ async def test_what_an_earlier_failure_left_in_base_is_found(
                 await library.commit(target, top="[3]")
 
             def corrupt(direction: str, text: str) -> None:
-                if "block-export-add" in text and direction == "->":
+                if "write-unchanged" in text and direction == "->":
                     with images[0].open("r+b") as file:
                         file.seek(2 * MIB)
                         file.write(b"lost")

@@ -139,7 +139,8 @@ def mend(now: Scene, found: Judgement) -> list[str]:
     verdicts: list[str] = []
     while not verdicts or (verdicts[-1] not in FINISHED and len(verdicts) < TRIES):
         verdicts.append(mended(now))
-    found.left = [export["id"] for export in now.vm.session.execute("query-block-exports")]
+    nodes = now.vm.session.execute("query-named-block-nodes", flat=True)
+    found.left = [node["node-name"] for node in nodes if "qmpmerge" in node["node-name"]]
     jobs = now.vm.session.execute("query-jobs")
     wrong = [f"left behind: {jobs}"] if jobs else []
     return wrong if verdicts[-1] in FINISHED else [*wrong, f"it cannot be mended: {verdicts}"]

@@ -37,8 +37,8 @@ from qmpmerge.errors import (
     StillRunning,
     Temporary,
 )
-from qmpmerge.processes import holders, proc
-from qmpmerge.qemu import jobs
+from qmpmerge.processes import proc
+from qmpmerge.qemu import flush, jobs
 
 JOB = "qmpmerge-commit-vda"
 
@@ -141,7 +141,7 @@ def test_plain_block_commit_reports_success_there(tmp_path: Path, images: list[P
         assert "error" not in job
 
 
-async def test_a_running_nbd_server_is_used_and_left_alone(setup: Setup, tmp_path: Path) -> None:
+async def test_a_running_nbd_server_is_left_alone(setup: Setup, tmp_path: Path) -> None:
     address = str(tmp_path / "nbd")
     setup.machine.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": address}})
     (root,) = [disk.root for disk in await disks(setup)]
@@ -158,34 +158,19 @@ async def disks(setup: Setup) -> list[qmpmerge.Disk]:
         return await target.disks()
 
 
-async def test_a_server_that_a_killed_qmpmerge_left_is_stopped(setup: Setup, tmp_path: Path) -> None:
-    folder = tmp_path / f"qmpmerge-{2**22 + 1}-dead"
-    folder.mkdir()
-    setup.machine.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": f"{folder}/nbd"}})
-    async with qmpmerge.live(setup.machine.target) as target:
-        assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
-    assert "not running" in setup.machine.session.ask("nbd-server-stop")["error"]["desc"]
-
-
-async def test_a_server_that_is_gone_when_it_is_looked_for(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("image", ["base", "c"])
+async def test_a_node_that_a_killed_qmpmerge_left_is_taken_away(
+    image: str, tmp_path: Path, images: list[Path], content: Content
 ) -> None:
-    """Another merge of the same QEMU has just ended its flush."""
-    session = setup.machine.session
-    address = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
-    session.execute("nbd-server-start", addr=address)
-    looks = 0
-
-    def listening(pid: int) -> list[str]:
-        nonlocal looks
-        looks += 1
-        session.execute("nbd-server-stop")
-        return []
-
-    monkeypatch.setattr(holders, "listening", listening)
-    async with qmpmerge.live(setup.machine.target) as target:
-        assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
-    assert looks == 1
+    with blockdev(tmp_path, images, content) as setup:
+        session = setup.machine.session
+        session.execute("blockdev-add", driver="blkdebug", node_name=flush.NODE, image=image, read_only=True)
+        async with qmpmerge.live(setup.machine.target) as target:
+            assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
+        assert flush.NODE not in [node["node-name"] for node in session.execute("query-named-block-nodes", flat=True)]
+        setup.check()
+        setup.off()
+    content.check(images[3])
 
 
 # --- errors of the job ------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ async def test_a_pending_merge_is_flushed_and_compared_before_it_is_finalized(vm
     assert isinstance(outcome, Outcome)
     assert (outcome.verdict, outcome.verified) == ("merged", True)
     commands = [json.loads(text)["execute"] for text in said if text.startswith('{"execute"')]
-    assert commands.index("block-export-add") < commands.index("job-finalize")
+    assert commands.index("blockdev-reopen") < commands.index("job-finalize")
 
 
 @pytest.mark.parametrize(("verb", "verdict"), [("pivot", "pivoted"), ("keep", "kept"), ("follow", "pivoted")])

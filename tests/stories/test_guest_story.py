@@ -31,6 +31,14 @@ def disk(kind: str, base: Path) -> list[str]:
         form = base.suffix.removeprefix(".")
         drive = f"file={base},format={form},if=none,id=vda,discard=unmap"
         return ["-drive", drive, "-device", "virtio-blk-pci,drive=vda"]
+    if kind == "iothread":
+        return [
+            *explicit(base),
+            "-object",
+            "iothread,id=io",
+            "-device",
+            f"virtio-blk-pci,iothread=io,drive={base.stem},id=vda",
+        ]
     iothread = ["-object", "iothread,id=io", "-device", "virtio-scsi-pci,iothread=io"]
     return [*explicit(base), *iothread, "-device", f"scsi-hd,drive={base.stem},id=vda"]
 
@@ -136,16 +144,13 @@ async def write_on(vm: Guest, acknowledged: int) -> int:
     return await writer.stop()
 
 
-@pytest.mark.parametrize("kind", ["drive", "scsi"])
+@pytest.mark.parametrize("kind", ["drive", "scsi", "iothread"])
 async def test_asking_for_a_flush_again_and_again_does_no_harm_to_a_busy_guest(kind: str, tmp_path: Path) -> None:
-    """
-    QEMU 7.2 hangs or crashes when its NBD server is stopped under a client that is just leaving, and aborts when one
-    leaves an export in an iothread: once in some 40 times here, with the steps that avoid it left out.
-    """
+    """Each comes with a graph that is changed and I/O that is drained. An NBD export did harm on 7.2, once in some 40 times."""
     base = tmp_path / "base.raw"
     run("qemu-img", "create", "-q", "-f", "raw", base, str(SIZE))
     async with guest([disk(kind, base)], agent=False) as vm:
-        writer = await vm.start_writer("/dev/vda" if kind == "drive" else "/dev/sda", SEED + 2)
+        writer = await vm.start_writer("/dev/sda" if kind == "scsi" else "/dev/vda", SEED + 2)
         await writer.advance(50)
         async with qmpmerge.live(vm.monitor) as target:
             chain = (await target.disk()).chain
