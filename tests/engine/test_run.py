@@ -249,7 +249,7 @@ async def losing(setup: Setup, moment: str, count: int = 1) -> AsyncIterator[tup
     [
         ("[3]", "-> block-commit"),
         ("[3]", "<- block-commit"),
-        ("[3]", "write-unchanged"),  # the flush of base
+        ("[3]", "take-child-perms"),  # the flush of base
         ("[3]", "-> job-finalize"),
         ("[3]", "<- job-finalize"),
         ("[3]", "-> job-dismiss"),
