@@ -64,7 +64,8 @@ def backing_name(overlay: Image, base: Image, child: Image) -> str:
     """
     if not base.has_path:
         name = child.backing or base.file
-        if is_path(name) and overlay.has_path:
+        is_known = not (base.is_elsewhere or overlay.is_elsewhere) or _leads_alike(child, overlay, name)
+        if (is_path(name) and overlay.has_path) or not is_known:
             raise BackingString(overlay=overlay.file, backing=name, reason=f"QEMU uses {base.file}, which is no path")
     elif child.backing and not is_path(child.backing):
         name = child.backing
@@ -82,6 +83,13 @@ def backing_name(overlay: Image, base: Image, child: Image) -> str:
             reason=f"{length} bytes, the header has room for {HEADER_LIMIT}",
         )
     return name
+
+
+def _leads_alike(child: Image, overlay: Image, name: str) -> bool:
+    """Whether a name means the same in both headers, of images of which we know QEMU's names at the most."""
+    return name.startswith("/") or (
+        name == child.backing and os.path.dirname(child.file) == os.path.dirname(overlay.file)
+    )
 
 
 def is_path(backing: str) -> bool:

@@ -15,6 +15,9 @@ from qmpmerge.errors import NoSuchLayer
 Inode = tuple[int, int]
 """(st_dev, st_ino): which file it is, whatever it is called."""
 
+ELSEWHERE = "qemu:"
+"""What stands before QEMU's own name for a file that no path of ours is known to lead to; no protocol of QEMU's."""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -38,11 +41,11 @@ class Image:
     """
     One image of a chain.
 
-    `file` is an absolute path as QEMU opened it, or a URI where there is no path; sizes are bytes. `slice` is the part of
-    that file which is this image, None where it is the whole of it: the rest of the file is somebody else's. `data` is the
-    external data file of a qcow2 image (`data_file`), as QEMU has it open. `backing` and `backing_format` are the strings
-    written in the image's own header. `allocated` is what the image takes on its storage, metadata included (`actual-size`
-    in QEMU's words). What is not known is None.
+    `file` is an absolute path as QEMU opened it, or a URI where there is no path, or what `is_elsewhere` says; sizes are
+    bytes. `slice` is the part of that file which is this image, None where it is the whole of it: the rest of the file is
+    somebody else's. `data` is the external data file of a qcow2 image (`data_file`), as QEMU has it open. `backing` and
+    `backing_format` are the strings written in the image's own header. `allocated` is what the image takes on its storage,
+    metadata included (`actual-size` in QEMU's words). What is not known is None.
     """
 
     file: str
@@ -77,6 +80,14 @@ class Image:
     def has_path(self) -> bool:
         """Whether `file` is a path on this host."""
         return self.file.startswith("/")
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """
+        Whether it is a file, and where is not known to us: ``qemu:NAME`` is then what QEMU calls it. Nothing of ours may look
+        at, rename or write a file of that name.
+        """
+        return self.file.startswith(ELSEWHERE)
 
     def is_file(self, path: str) -> bool:
         """Whether `path` leads to the file of this image; symlinks are followed on both sides."""

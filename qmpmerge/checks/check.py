@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
 from qmpmerge.chain.plan import CommitPlan
-from qmpmerge.checks import files, graph
+from qmpmerge.checks import files, graph, sight
 from qmpmerge.checks.question import Question, Unseen, process
 from qmpmerge.errors import FORCEABLE, CommandError, NotWritable, Refused, refuse
 from qmpmerge.images import space
@@ -92,6 +92,7 @@ async def _rewrite_header(question: Question) -> None:
 
 CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen]]] = {
     "vm-state": graph.vm_state,
+    "not-seen": sight.not_seen,
     "busy": graph.busy,
     "temporary": graph.temporary,
     "shorter-layer": graph.shorter_layer,

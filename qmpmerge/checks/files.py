@@ -2,14 +2,19 @@
 Checks of the files, of their filesystems and of the processes that hold them, each an async generator of refusals.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+import os
+import shlex
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image
+from qmpmerge.checks import sight
 from qmpmerge.checks.question import Question, Unseen
-from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotWritable, Refused, Replaced
+from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotReopenable, NotWritable, Refused, Replaced
 from qmpmerge.images.dependents import find
-from qmpmerge.processes import permissions
+from qmpmerge.processes import permissions, proc
+from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.processes.proc import identity
 
 if TYPE_CHECKING:
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 
 
 UNSEEN = Unseen("what QEMU has open cannot be seen from here")
+LOOKS, LOOK_AGAIN_SECONDS = 5, 0.05
+"""How often a holder must be seen again to count, and how long we wait before each look."""
+UNKNOWN_HOLDER = "it may be in another container or of another user: look there, or as root"
 
 
 async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
@@ -32,6 +40,32 @@ async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
         found = identity(image.file) if image.has_path else None
         if found is not None and found not in question.opened:
             yield Replaced(file=image.file, pid=question.pid)
+        elif image in question.written and (lost := _lost_name(question, image, question.pid)) is not None:
+            yield lost
+    for blind in sight.unseen(question):
+        yield blind
+
+
+def _lost_name(question: Question, image: Image, pid: int) -> NotReopenable | None:
+    """Where the name that QEMU has for the image is not the one by which we know it, or is meant from elsewhere."""
+    name = question.view.layout.reopened(image)
+    seen = "" if name is None or name.startswith(FDSET) else proc.as_seen_by(pid, name)
+    if name is None or seen in ("", image.file) or identity(image.file) in proc.written(pid):
+        return None
+    there = identity(seen)
+    if there in question.opened:
+        return None
+    place = os.path.normpath(os.path.join(proc.cwd(pid) or "", name))
+    leads, cure = f"to another file, {place}", ""
+    if there is None:
+        leads, cure = "nowhere", f"; or have it lead there: `{_link(image.file, place)}`"
+    return NotReopenable(file=image.file, known_as=name, leads=leads, cure=cure if image.has_path else "")
+
+
+def _link(file: str, place: str) -> str:
+    folder = os.path.dirname(place)
+    made = "" if os.path.isdir(folder) else shlex.join(["mkdir", "-p", folder]) + " && "
+    return made + shlex.join(["ln", "-s", file, place])
 
 
 async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
@@ -48,17 +82,41 @@ async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
         return
     files = [image.file for image in question.touched if image.has_path]
     look = kernel.look(files)
-    users = holders.of_kernel(look) if question.target.is_live else ()
-    if not question.opened:
-        yield UNSEEN
-    elif question.target.is_live:
-        users = (*holders.processes(files, excluding=[pid]), *users)
-    for file in files:
-        holding = [user for user in users if user.file == file]
-        if holding:
-            yield InUse(file=file, holders=[_told(user) for user in holding], command=_instead(holding))
+    if question.target.is_live:
+        users = [*await _staying(lambda: holders.processes(files, excluding=[pid])), *holders.of_kernel(look)]
+        for file in files:
+            holding = [user for user in users if user.file == file]
+            if holding:
+                yield InUse(file=file, holders=[_told(user) for user in holding], command=_instead(holding))
+        for answer in _by_locks([file for file in files if file not in {user.file for user in users}], pid):
+            yield answer
     for reason in look.unseen:
         yield Unseen(reason)
+    for blind in sight.unseen(question):
+        yield blind
+
+
+async def _staying(look: "Callable[[], tuple[User, ...]]") -> "list[User]":
+    """Who holds a file for more than a moment: another qmpmerge reads the headers of all that QEMUs have open."""
+    users = list(look())
+    for _ in range(LOOKS):
+        if users and not all(user.vm for user in users):
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+            now = look()
+            users = [user for user in users if user in now]
+    return users
+
+
+def _by_locks(files: list[str], pid: int) -> Iterator[InUse | Unseen]:
+    """QEMU programs of which we may not see what they have open, even in other containers."""
+    from qmpmerge.processes import holders
+
+    locked = holders.locked_besides(files, pid)
+    for file in (file for file in files if locked[file]):
+        yield InUse(file=file, holders=["a process that we may not see"], command=UNKNOWN_HOLDER)
+    untold = [file for file in files if locked[file] is None]
+    if untold and holders.are_hidden():
+        yield Unseen(f"we may not look at all processes, and no locks tell who uses {', '.join(untold)}")
 
 
 def _told(user: "User") -> str:
@@ -73,7 +131,7 @@ def _instead(users: "list[User]") -> str:
     return f"{letting_go}; `--force in-use` goes on if it may see the image change"
 
 
-async def dependents(question: Question) -> AsyncIterator[Refused]:
+async def dependents(question: Question) -> AsyncIterator[Refused | Unseen]:
     """
     The merged images leave the chain, and base, which what is built on them would still look through to, changes.
 
@@ -86,6 +144,8 @@ async def dependents(question: Question) -> AsyncIterator[Refused]:
     if found:
         images = list(dict.fromkeys(dependent.image for dependent in found))
         yield Dependents(images=images, dependents=[dependent.file for dependent in found])
+    for blind in sight.unseen_dependents(question):
+        yield blind
 
 
 async def no_space(question: Question) -> AsyncIterator[Refused | Unseen]:

@@ -2,12 +2,14 @@
 Checks of what QEMU and the headers say, each an async generator of refusals.
 """
 
+import os
 from collections.abc import AsyncIterator
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.backing import is_path, leads_from
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.checks import sight
 from qmpmerge.checks.known_bad import found
 from qmpmerge.checks.question import Question, Unseen
 from qmpmerge.errors import (
@@ -49,7 +51,8 @@ async def busy(question: Question) -> AsyncIterator[Refused]:
 async def temporary(question: Question) -> AsyncIterator[Refused]:
     """`snapshot=on` drives have an unlinked temporary file of QEMU's on top, ``vl.XXXXXX`` (block.c)."""
     active = question.plan.chain.active
-    if active.has_path and active.inode is None and active.name.startswith("vl."):
+    has_name = active.has_path or active.is_elsewhere
+    if has_name and active.inode is None and os.path.basename(active.file).startswith("vl."):
         yield Temporary(disk=question.view.disk.name, file=active.file)
 
 
@@ -60,10 +63,12 @@ async def shorter_layer(question: Question) -> AsyncIterator[Refused]:
             yield refusal
 
 
-async def disagrees(question: Question) -> AsyncIterator[Refused]:
+async def disagrees(question: Question) -> AsyncIterator[Refused | Unseen]:
     """Of what leaves the chain, and of the overlay: base's own header is not touched."""
     chain = question.plan.chain
     touched = {image.file for image in question.touched[1:]}
+    for blind in sight.unread(question):
+        yield blind
     below = {image.file: beneath.label for beneath, image in zip(chain, chain.images[1:], strict=False)}
     names = {image.file: image.backing for image in chain}
     for odd in question.view.oddities:
@@ -71,20 +76,24 @@ async def disagrees(question: Question) -> AsyncIterator[Refused]:
             yield Disagrees(image=odd.file, header=names[odd.file] or "none", graph=below[odd.file])
 
 
-async def no_format(question: Question) -> AsyncIterator[Refused]:
+async def no_format(question: Question) -> AsyncIterator[Refused | Unseen]:
     """Only of base: what lies above it are overlays, whose first bytes no guest can write."""
     child = question.plan.merged[0]
     if any(odd.name == "no-format" and odd.file == child.file for odd in question.view.oddities):
         yield NoFormat(image=child.file, backing=child.backing or question.plan.base.file)
+    for blind in sight.unread(question):
+        yield blind
 
 
-async def backing_string(question: Question) -> AsyncIterator[Refused]:
+async def backing_string(question: Question) -> AsyncIterator[Refused | Unseen]:
     """The new string must lead to base's inode from every folder from which the present one leads to top."""
     plan = question.plan
     for refusal in plan.refusals:
         if isinstance(refusal, BackingString):
             yield refusal
     overlay, name = plan.overlay, plan.backing_name
+    for blind in sight.unseen(question) if overlay is not None else ():
+        yield blind
     if overlay is None or name is None or not (plan.base.has_path and overlay.has_path):
         return
     if not _leads(overlay, name, plan):

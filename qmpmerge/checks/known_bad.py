@@ -4,8 +4,10 @@ What some versions of QEMU are known to crash on; each entry was measured, and g
 
 from collections.abc import AsyncIterator
 
+from qmpmerge.chain.chain import ELSEWHERE
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.errors import CommandError, KnownBad
+from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.targets.target import ChainView
@@ -25,6 +27,10 @@ async def found(monitor: Monitor, view: ChainView, plan: CommitPlan, *, pivots: 
     if monitor.version >= (8, 0, 0) and len(plan.merged) > DEEPEST:
         reason = f"one read through {len(plan.merged)} images can be too much for its stack"
         yield KnownBad(reason=reason, instead="merge parts of it first, with a base further up")
+    if plan.base.file.startswith(f"{ELSEWHERE}{FDSET}"):
+        # Aborted on 7.2.22, 10.0.2 and 11.1.3, when base is opened again; fine with locking=off, which nobody can ask for.
+        reason = "it aborts over its own locks where the base was handed to it as a descriptor, but for `locking=off`"
+        yield KnownBad(reason=reason, instead="start the VM with the file name of the base, or merge with the VM off")
     if pivots:
         async for bad in of_pivot(monitor, view):
             yield bad

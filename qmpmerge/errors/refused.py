@@ -110,6 +110,34 @@ class NotWritable(Refused):
     advice = "make {file} writable for QEMU (permissions, `chattr -i`, mount options, free space), then try again"
 
 
+class NotReopenable(Refused):
+    """
+    QEMU opens an image again, by the name that it has for it, to write to it. From where QEMU is now, the name leads nowhere,
+    or to another file, which would be written.
+
+    So it is with relative names after ``-daemonize``, which moves to / (7.2 to 11.1: test_sight pins it).
+    """
+
+    file: str
+    known_as: str
+    leads: str
+    cure: str
+    sentence = (
+        "QEMU cannot open {file} for writing: it knows it as {known_as}, which leads {leads} from where QEMU is now"
+    )
+    advice = "start the VM with absolute file names, or merge with the VM off{cure}"
+
+
+class NotSeen(Refused):
+    """Images, or folders in which others may be built on them, that we cannot look at."""
+
+    unseen: list[str]
+    reason: str
+    cure: str
+    sentence = "cannot look at {unseen}: {reason}"
+    advice = "{cure}"
+
+
 class FlushUnavailable(Refused):
     """
     No flush whose error we would see can be asked for.

@@ -72,6 +72,28 @@ def files(folder: str) -> list["os.DirEntry[str]"]:
         return []
 
 
+def unlisted(chain: Chain, search: Collection[str] = ()) -> list[str]:
+    """The folders that `find` looks through and that are there, but may not be listed: who is built on what is not known."""
+    return [folder for folder in _folders(chain, search) if _is_unlisted(folder)]
+
+
+def _is_unlisted(folder: str) -> bool:
+    try:
+        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def unread(chain: Chain, search: Collection[str] = ()) -> list[str]:
+    """The files that `find` looks at and that we may not read: they can be images that are built on ours."""
+    members = {image.inode for image in chain}
+    closed = [path for path in _scanned(chain, search) if not os.access(path, os.R_OK, effective_ids=True)]
+    return [path for path in closed if (status := _status(path)) and (status.st_dev, status.st_ino) not in members]
+
+
 def _is_file(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_file()

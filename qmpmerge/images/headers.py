@@ -97,7 +97,11 @@ def oddities(chain: Chain, found: tuple[Header | None, ...]) -> list[Oddity]:
     odd: list[Oddity] = []
     below: Image | None = None
     for image, header in zip(chain, found, strict=True):
-        if header is None and image.has_path:
+        if image.is_elsewhere:
+            odd.append(
+                Oddity("not-seen", image.file, "where QEMU has this file from cannot be told: nothing is known of it")
+            )
+        elif header is None and image.has_path:
             message = "its header cannot be read: does the file still exist, and may you read it?"
             odd.append(Oddity("unreadable", image.file, message))
         elif header is not None:

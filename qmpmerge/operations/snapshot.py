@@ -7,13 +7,15 @@ writes absolute backing names. Then each is opened as a node, and one `transacti
 
 import contextlib
 import os
+import shlex
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 
 from qmpmerge import shield
 from qmpmerge.chain import backing
-from qmpmerge.chain.chain import Image
+from qmpmerge.chain.chain import ELSEWHERE, Image
+from qmpmerge.checks import sight
 from qmpmerge.engine import earlier
 from qmpmerge.errors import (
     BackingString,
@@ -22,6 +24,7 @@ from qmpmerge.errors import (
     CommandError,
     FileExists,
     NotProven,
+    NotSeen,
     OptionsConflict,
     QemuRefused,
     Temporary,
@@ -29,6 +32,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.images import qemuimg
 from qmpmerge.journal import store
+from qmpmerge.processes import proc
 from qmpmerge.qemu import vmstate
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.targets.target import Target
@@ -98,9 +102,23 @@ def _order(target: Target, layout: Layout, name: str, file: str, relative: bool)
     if below.has_path and below.inode is None and below.name.startswith("vl."):
         raise Temporary(disk=disk.name, file=below.file)
     path = os.path.abspath(file)
+    _refuse_unseen(target, disk.name, below, path)
     if os.path.lexists(path):
         raise FileExists(file=path)
     return _Order(disk, below, path, _backing(below, path, relative), f"qmpmerge-{uuid.uuid4().hex[:8]}")
+
+
+def _refuse_unseen(target: Target, disk: str, below: Image, path: str) -> None:
+    """The image below must be one that we can name, and the overlay's folder the one that QEMU sees under its name."""
+    again = f"snapshot pid:{target.pid} {shlex.quote(f'{disk}={path}')}"
+    folder = os.path.dirname(path)
+    seen = None if target.pid is None else proc.identity(proc.as_seen_by(target.pid, folder))
+    if below.is_elsewhere:
+        reason, cure = sight.whereabouts(below, target.pid, again)
+        raise NotSeen(unseen=[below.file.removeprefix(ELSEWHERE)], reason=reason, cure=cure)
+    if seen is not None and seen != proc.identity(folder):
+        cure = f"run qmpmerge there: `nsenter --target {target.pid} --mount qmpmerge {again}`"
+        raise NotSeen(unseen=[folder], reason="QEMU sees another folder under this name", cure=cure)
 
 
 def _backing(below: Image, path: str, relative: bool) -> str:

@@ -5,9 +5,11 @@ import os
 import re
 import struct
 import subprocess
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from qmpmerge.chain.chain import Inode
 from qmpmerge.processes import kernel, proc, vms
 from qmpmerge.processes.vms import Vm
 
@@ -81,6 +83,7 @@ class User:
 # struct flock for F_OFD_GETLK on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
 _F_OFD_GETLK = 36
+_LOCK = re.compile(r"OFDLCK +ADVISORY +\w+ +-1 (\w+):(\w+):(\d+) (\d+) (\d+|EOF)")
 # block/file-posix.c: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE, a byte for each permission.
 _PERMISSION_BYTES = ((100, 8), (200, 8))
 
@@ -156,6 +159,52 @@ def qemu_files() -> list[str]:
             link for link in links if link.startswith("/") and not link.startswith(("/dev/", "/proc/"))
         )
     return list(found)
+
+
+def are_hidden() -> bool:
+    """Whether there are processes of which we may not see what they have open."""
+    return any(map(_is_hidden, proc.pids()))
+
+
+def _is_hidden(pid: int) -> bool:
+    try:
+        os.close(os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except PermissionError:
+        return True
+    except OSError:  # it is gone
+        return False
+    return False
+
+
+def locked_besides(files: Sequence[str], pid: int) -> dict[str, bool | None]:
+    """
+    Whether another QEMU program than `pid` has locked each of the files, even one that we may not see; None where the locks
+    do not tell, since there are none (`locking=off`), or not under the file's number (some filesystems).
+
+    Every user of an image locks the first of the bytes; of a process that we may not look at it is taken to have done so
+    once.
+    """
+    held = _first_byte_locks(proc.read_text("/proc/locks"))
+    own = _own_locks(pid, held)
+    inodes = [(file, proc.inode_of(file) or (0, 0)) for file in files]
+    return {file: held[inode] > own[inode] if inode in held else None for file, inode in inodes}
+
+
+def _own_locks(pid: int, held: Counter[Inode]) -> Counter[Inode]:
+    numbers = proc.descriptors(pid)
+    if numbers is None:
+        return Counter(dict.fromkeys(held, 1))
+    locking = [number for number in numbers if proc.inode_of(f"/proc/{pid}/fd/{number}") in held]
+    return _first_byte_locks("".join(proc.read_text(f"/proc/{pid}/fdinfo/{number}") for number in locking))
+
+
+def _first_byte_locks(rows: str) -> Counter[Inode]:
+    """How many hold the first of the bytes of each file, of the rows of /proc/locks or of fdinfo (proc(5))."""
+    first, found = _PERMISSION_BYTES[0][0], Counter[Inode]()
+    for major, minor, inode, start, end in _LOCK.findall(rows):
+        if int(start) <= first and (end == "EOF" or first <= int(end)):
+            found[os.makedev(int(major, 16), int(minor, 16)), int(inode)] += 1
+    return found
 
 
 def is_locked(file: str) -> bool:

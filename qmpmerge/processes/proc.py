@@ -1,10 +1,13 @@
 """What /proc tells of a process."""
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Inode
+
+_MOST_LINKS = 40  # MAXSYMLINKS in include/linux/namei.h
 
 Identity = tuple[str, int, int]
 """Which file or device it is, whatever it is called."""
@@ -24,14 +27,67 @@ class Process:
         return process(self.pid) == self
 
 
+def descriptors(pid: int) -> list[str] | None:
+    """The numbers of what a process has open, None when we may not look or the process is gone."""
+    try:
+        return os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return None
+
+
 def open_identities(pid: int) -> set[Identity]:
     """The files that a process has open; empty where we may not look."""
-    folder = f"/proc/{pid}/fd"
+    return set(open_links(pid))
+
+
+def open_links(pid: int) -> dict[Identity, str]:
+    """The same, and what each is called now."""
+    paths = [f"/proc/{pid}/fd/{number}" for number in descriptors(pid) or ()]
+    return {found: read_link(path) for path in paths if (found := identity(path)) is not None}
+
+
+def written(pid: int) -> set[Identity]:
+    """Those that it has open for writing, so that it need not open them again to write (proc(5), fdinfo)."""
+    written = [number for number in descriptors(pid) or () if _is_written(read_text(f"/proc/{pid}/fdinfo/{number}"))]
+    return {found for number in written if (found := identity(f"/proc/{pid}/fd/{number}")) is not None}
+
+
+def _is_written(fdinfo: str) -> bool:
+    flags = re.search(r"^flags:\t(\d+)", fdinfo, re.MULTILINE)
+    return flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def sees_our_files(pid: int) -> bool | None:
+    """Whether a name leads the process where it leads us: one mount namespace and one root; None where we may not know."""
     try:
-        names = os.listdir(folder)
+        if os.readlink(f"/proc/{pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"):
+            return False
+        return os.path.samestat(os.stat(f"/proc/{pid}/root"), os.stat("/"))
     except OSError:
-        return set()
-    return {found for name in names if (found := identity(f"{folder}/{name}")) is not None}
+        return None
+
+
+def as_seen_by(pid: int, name: str) -> str:
+    """A path of ours to what `name` leads the process to now, from its own working folder, mount namespace and root."""
+    if not name.startswith("/"):
+        return f"/proc/{pid}/cwd/{name}"
+    return name if sees_our_files(pid) is not False else _within(f"/proc/{pid}/root", name)
+
+
+def _within(root: str, name: str) -> str:
+    """A path with its symlinks followed: the kernel would follow those with absolute names from our root."""
+    done, rest, links = "", name.split("/"), 0
+    while rest:
+        part = rest.pop(0)
+        if part == "..":
+            done = done.rpartition("/")[0]
+        elif (link := read_link(f"{root}{done}/{part}") if part else "") and links < _MOST_LINKS:
+            links += 1
+            done = "" if link.startswith("/") else done
+            rest = [*link.split("/"), *rest]
+        elif part not in ("", "."):
+            done = f"{done}/{part}"
+    return f"{root}{done}"
 
 
 def identity(path: str) -> Identity | None:
@@ -52,11 +108,16 @@ def pids() -> list[int]:
 
 def start_folder(pid: int) -> str | None:
     """Where relative paths start. A daemon moves to /, its environment may remember where it was started."""
-    here = cwd(pid)
-    if here != "/" or not {"-daemonize", "--daemonize"}.intersection(read_text(f"/proc/{pid}/cmdline").split("\0")):
-        return here
+    if not has_moved(pid):
+        return cwd(pid)
     environment = read_text(f"/proc/{pid}/environ").split("\0")
     return next((word[4:] for word in environment if word.startswith("PWD=/")), None)
+
+
+def has_moved(pid: int) -> bool:
+    """Whether its working folder is not the one it was started in: a QEMU that makes itself a daemon moves to /."""
+    words = read_text(f"/proc/{pid}/cmdline").split("\0")
+    return cwd(pid) == "/" and not {"-daemonize", "--daemonize"}.isdisjoint(words)
 
 
 def cwd(pid: int) -> str | None:
@@ -69,12 +130,10 @@ def cwd(pid: int) -> str | None:
 
 def open_files(pid: int) -> set[Inode] | None:
     """All that the process's descriptors lead to, None when we may not look or the process is gone."""
-    folder = f"/proc/{pid}/fd"
-    try:
-        descriptors = os.listdir(folder)
-    except OSError:
+    found = descriptors(pid)
+    if found is None:
         return None
-    return {inode for number in descriptors if (inode := inode_of(f"{folder}/{number}")) is not None}
+    return {inode for number in found if (inode := inode_of(f"/proc/{pid}/fd/{number}")) is not None}
 
 
 def inode_of(path: str) -> Inode | None:

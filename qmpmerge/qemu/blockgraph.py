@@ -11,10 +11,11 @@ takes QEMU 14 s at 300 layers, with the guest standing still. Where policy forbi
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk
 from qmpmerge.qemu.jobs import Job
@@ -54,6 +55,14 @@ class Node:
             if name in self.children:
                 return self.children[name]
         return None
+
+
+def storage(node: Node, nodes: Mapping[str, Node]) -> Iterator[Node]:
+    """The nodes that an image is read through, from its own down to that of its file."""
+    yield node
+    while (below := node.children.get("file") or node.children.get("image")) is not None:
+        node = nodes[below]
+        yield node
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,12 @@ class Layout:
         if len(choices) > 1:
             raise DiskNeeded(target=target, known=[disk.name for disk in choices])
         return choices[0]
+
+    def reopened(self, image: Image) -> str | None:
+        """The file name by which QEMU opens an image of this layout again; None where it is no file."""
+        node = self.nodes.get(image.node or "")
+        *_, leaf = storage(node, self.nodes) if node is not None else (None,)
+        return None if leaf is None else backing.named_path(str(leaf.info.get("file", "")))
 
     def has_moved(self, device: str, top: Image, kept: Image) -> bool | None:
         """

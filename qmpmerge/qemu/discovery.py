@@ -127,7 +127,7 @@ class _Decoder:
         return replace(disk, job=self._job_on(disk))
 
     def _image(self, node: Node) -> Image:
-        storage = list(self._storage(node))
+        storage = list(blockgraph.storage(node, self._nodes))
         leaf = storage[-1]
         own = str(node.info.get("file", ""))
         # A plain name of the image's own is its file's; else its storage knows.
@@ -154,18 +154,11 @@ class _Decoder:
         child = node.children.get("data-file")
         if child is None:
             return None
-        storage = list(self._storage(self._nodes[child]))
+        storage = list(blockgraph.storage(self._nodes[child], self._nodes))
         leaf = storage[-1]
         file, inode = self._locate(str(leaf.info.get("file", leaf.key)))
         size = int(leaf.info.get("image", {}).get("virtual-size", 0))
         return Image(file, "raw", size, node=leaf.key, inode=inode, slice=slices.of(storage))
-
-    def _storage(self, node: Node) -> Iterator[Node]:
-        """The nodes that an image is read through, from its own down to that of its file."""
-        yield node
-        while (below := node.children.get("file") or node.children.get("image")) is not None:
-            node = self._nodes[below]
-            yield node
 
     def _job_on(self, disk: Disk) -> Job | None:
         for job in self._jobs:

@@ -45,7 +45,7 @@ class OfflineTarget(Target):
 
     async def layout(self) -> Layout:
         """The disk is called like its active image's file; that we have opened it read-only is not the disk's doing."""
-        layout = await discovery.discover(self.monitor, self._locate)
+        layout = await discovery.discover(self.monitor, self.locate())
         return replace(layout, disks=tuple(map(self._named, layout.disks)))
 
     def _named(self, disk: Disk) -> Disk:

@@ -4,7 +4,6 @@ above talks to a `Target` and does not care which of them did.
 """
 
 import json
-import os
 import shlex
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.journal import store
 from qmpmerge.journal.store import Disbelieved
+from qmpmerge.processes.openfiles import OpenFiles
 from qmpmerge.qemu import discovery, mutex
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job, query
@@ -79,7 +79,7 @@ class Target:
 
     async def layout(self) -> Layout:
         """Disks, jobs and nodes as they are now."""
-        return await discovery.discover(self.monitor, self._locate)
+        return await discovery.discover(self.monitor, self.locate())
 
     async def disks(self) -> list[Disk]:
         """All disks, empty drives included."""
@@ -120,31 +120,18 @@ class Target:
         # All are sent before the first is answered. One that went with its parent, or that is in use, is an error to QEMU.
         await self.monitor.execute_all([("blockdev-del", {"node_name": node}) for node in named])
 
-    def _locate(self, name: str) -> tuple[str, Inode | None]:
-        """A file name of QEMU's as an absolute path with its inode, or as it is where it is no path."""
-        path = _plain(name)
-        if path is None:
-            return name, None
-        if not path.startswith("/"):
-            path = os.path.join(self._folder(), path)
-        path = files.plain(path)
-        try:
-            status = os.stat(path)
-        except OSError:
-            return path, None
-        return path, (status.st_dev, status.st_ino)
+    def locate(self) -> discovery.Locate:
+        """What tells where the files of QEMU's names lie; a name that is no path stays as it is."""
+        opened = OpenFiles(self.pid)
 
-    def _folder(self) -> str:
-        """Where QEMU resolves relative names; ours where we may not look."""
-        try:
-            folder = os.readlink(f"/proc/{self.pid}/cwd")
-        except OSError:
-            return os.getcwd()
-        if folder != "/" or self.pid is None:
-            return folder
-        from qmpmerge.processes import proc  # a daemon moved to /: its command line tells more
+        def located(name: str) -> tuple[str, Inode | None]:
+            path = _plain(name)
+            if path is None:
+                return name, None
+            file, inode = opened.locate(path)
+            return (files.plain(file) if file.startswith("/") else file), inode
 
-        return proc.start_folder(self.pid) or folder
+        return located
 
 
 def unfinished(disk: Disk) -> list[Oddity]:

@@ -465,9 +465,9 @@ async def test_a_file_that_qemu_got_as_a_descriptor(tmp_path: Path) -> None:
     options = [*image("base", "base.raw", driver="raw"), *image("a", "/dev/fdset/1", backing="base"), *virtio("a")]
     with machines.machine(tmp_path, *added, *options, program=str(opener)) as machine:
         view = await ask(machine)
-    assert view.chain.files == [str(tmp_path / "base.raw"), "/dev/fdset/1"]
+    assert view.chain.files == [str(tmp_path / "base.raw"), "qemu:/dev/fdset/1"]
     assert view.chain.active.inode is None
-    assert odd(view, tmp_path) == [("unreadable", "/dev/fdset/1")]
+    assert odd(view, tmp_path) == [("not-seen", "qemu:/dev/fdset/1")]
 
 
 # --- network and other formats -------------------------------------------------------------------------------------

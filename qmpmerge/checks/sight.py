@@ -1,0 +1,87 @@
+"""
+What cannot be looked at: it is said, and where others could be harmed unseen, refused.
+"""
+
+import shlex
+from collections.abc import AsyncIterator
+
+from qmpmerge.chain.chain import ELSEWHERE, Image
+from qmpmerge.checks.question import Question, Unseen
+from qmpmerge.errors import NotSeen, Refused
+from qmpmerge.images import dependents
+from qmpmerge.processes import holders, proc
+from qmpmerge.processes.openfiles import FDSET
+
+INSIST = "`--force not-seen` merges if you know that nobody else needs these images"
+ABSOLUTE = "start the VM with absolute file names, or merge with the VM off"
+
+
+async def not_seen(question: Question) -> AsyncIterator[Refused]:
+    """
+    Images of which we do not know where they lie, and folders of the chain that may not be listed.
+
+    Where QEMU's process may not be looked at, the images' own locks tell that some QEMU has the very file open.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for image in question.touched:
+        again = f"commit pid:{question.pid} {shlex.quote(question.view.disk.name)}"
+        why = whereabouts(image, question.pid, again) if image.is_elsewhere else _doubtful(question, image)
+        if why is not None:
+            found.setdefault(why, []).append(image.file.removeprefix(ELSEWHERE))
+    for (reason, cure), files in found.items():
+        yield NotSeen(unseen=files, reason=reason, cure=f"{cure}; {INSIST}")
+    folders = dependents.unlisted(question.plan.chain, question.search)
+    if folders:
+        reason = "we may not list the folder, and who else is built on its images cannot be told"
+        yield NotSeen(unseen=folders, reason=reason, cure=f"run qmpmerge as a user who may, such as root; {INSIST}")
+
+
+def whereabouts(image: Image, pid: int | None, again: str) -> tuple[str, str]:
+    """Why it is not known where the file of an image lies, and the cure; `again` is what to run where it can be seen."""
+    if image.file.startswith(f"{ELSEWHERE}{FDSET}"):
+        return "QEMU was handed it as a descriptor (`-add-fd`), and has no name for it", ABSOLUTE
+    if pid is None:
+        return "its name is relative, and which process QEMU is we cannot tell", ABSOLUTE
+    sees = proc.sees_our_files(pid)
+    if sees is None:
+        return f"we may not look at QEMU (pid {pid})", "run qmpmerge as root, or as the user whom QEMU runs as"
+    if sees:
+        return f"its name is relative, and nothing that QEMU (pid {pid}) has open is known to be it", ABSOLUTE
+    command = f"nsenter --target {pid} --mount qmpmerge {again}"
+    return f"QEMU (pid {pid}) is in another mount namespace", f"run qmpmerge there: `{command}`"
+
+
+def _doubtful(question: Question, image: Image) -> tuple[str, str] | None:
+    """The same of a file of which we have the name alone."""
+    if question.opened or not image.has_path or holders.is_locked(image.file):
+        return None
+    return (
+        "we may not look at QEMU, and no lock on the file tells that it is the one that QEMU has open",
+        "run qmpmerge as root, or as the user whom QEMU runs as, on QEMU's host",
+    )
+
+
+def unseen(question: Question) -> list[Unseen]:
+    """For a check that looks at files: those that it cannot look at."""
+    names = [image.file.removeprefix(ELSEWHERE) for image in question.touched if image.is_elsewhere]
+    return [Unseen(f"where these are is not known: {', '.join(names)}")] if names else []
+
+
+def unread(question: Question) -> list[Unseen]:
+    """For a check that looks at the headers of what leaves the chain, and of the overlay."""
+    touched = {image.file for image in question.touched[1:]}
+    odd = [one for one in question.view.oddities if one.name in ("unreadable", "not-seen") and one.file in touched]
+    return [Unseen(f"its header cannot be read: {', '.join(one.file for one in odd)}")] if odd else []
+
+
+def unseen_dependents(question: Question) -> list[Unseen]:
+    """For the search for who is built on our images."""
+    chain, search = question.plan.chain, question.search
+    folders, files = dependents.unlisted(chain, search), dependents.unread(chain, search)
+    told = [*([f"we may not list {', '.join(folders)}"] if folders else []), *([_unread(files)] if files else [])]
+    return [*unseen(question), *map(Unseen, told)]
+
+
+def _unread(files: list[str]) -> str:
+    rest = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"we may not read {files[0]}{rest}"
