@@ -2,6 +2,7 @@
 What cannot be looked at: it is said, and where others could be harmed unseen, refused.
 """
 
+import os
 import shlex
 from collections.abc import AsyncIterator
 
@@ -22,10 +23,11 @@ async def not_seen(question: Question) -> AsyncIterator[Refused]:
 
     Where QEMU's process may not be looked at, the images' own locks tell that some QEMU has the very file open.
     """
+    pid = question.target.pid
+    again = f"commit pid:{pid} {shlex.quote(question.view.disk.name)}"
     found: dict[tuple[str, str], list[str]] = {}
     for image in question.touched:
-        again = f"commit pid:{question.pid} {shlex.quote(question.view.disk.name)}"
-        why = whereabouts(image, question.pid, again) if image.is_elsewhere else _doubtful(question, image)
+        why = whereabouts(image, pid, again) if image.is_elsewhere else _doubtful(question, image)
         if why is not None:
             found.setdefault(why, []).append(image.file.removeprefix(ELSEWHERE))
     for (reason, cure), files in found.items():
@@ -34,6 +36,10 @@ async def not_seen(question: Question) -> AsyncIterator[Refused]:
     if folders:
         reason = "we may not list the folder, and who else is built on its images cannot be told"
         yield NotSeen(unseen=folders, reason=reason, cure=f"run qmpmerge as a user who may, such as root; {INSIST}")
+    others = _other_folders(question)
+    if others and pid is not None:
+        reason = f"what QEMU (pid {pid}) sees under the name of this folder is another one"
+        yield NotSeen(unseen=others, reason=reason, cure=f"{inside(pid, again)}; {INSIST}")
 
 
 def whereabouts(image: Image, pid: int | None, again: str) -> tuple[str, str]:
@@ -47,8 +53,22 @@ def whereabouts(image: Image, pid: int | None, again: str) -> tuple[str, str]:
         return f"we may not look at QEMU (pid {pid})", "run qmpmerge as root, or as the user whom QEMU runs as"
     if sees:
         return f"its name is relative, and nothing that QEMU (pid {pid}) has open is known to be it", ABSOLUTE
-    command = f"nsenter --target {pid} --mount qmpmerge {again}"
-    return f"QEMU (pid {pid}) is in another mount namespace", f"run qmpmerge there: `{command}`"
+    return f"QEMU (pid {pid}) is in another mount namespace, or has another root", inside(pid, again)
+
+
+def inside(pid: int, again: str) -> str:
+    """The cure that looks through QEMU's eyes."""
+    return f"run qmpmerge there: `nsenter --target {pid} --mount qmpmerge {again}`"
+
+
+def _other_folders(question: Question) -> list[str]:
+    """Folders of files that QEMU and we see alike, as one mounted into a container, while what else is there differs."""
+    pid = question.target.pid
+    if pid is None or proc.sees_our_files(pid) is not False:
+        return []
+    names = [question.view.layout.reopened(image) or "" for image in question.touched if image.has_path]
+    folders = dict.fromkeys(os.path.dirname(name) for name in names if name.startswith("/"))
+    return [one for one in folders if proc.identity(proc.as_seen_by(pid, one)) != proc.identity(one)]
 
 
 def _doubtful(question: Question, image: Image) -> tuple[str, str] | None:

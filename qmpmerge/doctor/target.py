@@ -165,6 +165,7 @@ async def _chain(target: Target, disk: Disk) -> list[Finding]:
 
 _WHY_ODD = {
     "disagrees": "the next start reads the headers and shows another disk than the guest sees now",
+    "not-seen": "neither its header nor who is built on it can be looked at: a merge is refused, and says the cure",
     "unreadable": "the next start needs it, and a merge cannot be proved without it",
     "part-of-file": "a start that goes by the header alone shows the guest the file from its first byte on",
     "no-format": "a raw image below could make the next start read any file of this host",
@@ -177,7 +178,7 @@ def _odd(chain: Chain, odd: Oddity) -> Finding:
     if odd.name in ("disagrees", "no-format", "part-of-file"):
         command = rebase(odd.file, below)
     why = _WHY_ODD[odd.name] + ("; run the command with the VM off" if command else "")
-    severity: Severity = "care" if odd.name in ("no-format", "part-of-file") else "harm"
+    severity: Severity = "care" if odd.name in ("no-format", "part-of-file", "not-seen") else "harm"
     return Finding(odd.name, severity, odd.file, odd.message, why, command)
 
 

@@ -117,7 +117,7 @@ def _refuse_unseen(target: Target, disk: str, below: Image, path: str) -> None:
         reason, cure = sight.whereabouts(below, target.pid, again)
         raise NotSeen(unseen=[below.file.removeprefix(ELSEWHERE)], reason=reason, cure=cure)
     if seen is not None and seen != proc.identity(folder):
-        cure = f"run qmpmerge there: `nsenter --target {target.pid} --mount qmpmerge {again}`"
+        cure = sight.inside(target.pid or 0, again)
         raise NotSeen(unseen=[folder], reason="QEMU sees another folder under this name", cure=cure)
 
 

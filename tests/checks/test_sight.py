@@ -273,6 +273,7 @@ async def test_what_lies_under_these_names_for_us_is_not_taken_for_qemus(
             assert "mount namespace" in refused.value.reason
         with pytest.raises(NotSeen):
             await qmpmerge.snapshot(target, {"disk0": folder / "new.qcow2"})
+    assert "not-seen" in invoke("doctor", vm.target).out
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
     assert {file.name for file in inside.iterdir()} == {"base.raw", "a.qcow2", "b.qcow2", "c.qcow2"}
 
@@ -324,6 +325,25 @@ async def test_the_same_files_in_another_namespace_are_ours(
             assert {check.result for check in planned.checks} == {"passed"}
             assert (await qmpmerge.commit(target)).verdict == "pivoted"
     content.check(images[0])
+
+
+async def test_a_file_that_is_ours_in_a_folder_that_is_not(images: list[Path], folder: Path, tmp_path: Path) -> None:
+    """As where images are mounted into a container one by one: what else lies there we cannot see."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    mounts = []
+    for image in images:
+        (inside / image.name).touch()
+        mounts.append(shlex.join(["mount", "--bind", str(image), str(inside / image.name)]))
+    before = namespace(*mounts, shlex.join(["mount", "--rbind", str(inside), str(folder)]))
+    with machine(tmp_path, *nodes(images), *device("c"), before=before) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            assert (await target.chain()).chain.files == [str(image) for image in images]
+            with pytest.raises(NotSeen) as refused:
+                await qmpmerge.commit(target)
+            assert refused.value.unseen == [str(folder)]
+            with pytest.raises(NotSeen):
+                await qmpmerge.snapshot(target, {"disk0": folder / "new.qcow2"})
 
 
 async def test_a_link_that_only_qemus_namespace_shows(images: list[Path], tmp_path: Path, content: Content) -> None:
