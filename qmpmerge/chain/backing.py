@@ -47,8 +47,9 @@ def folders(image: Image) -> tuple[str, ...]:
 
 
 def leads_from(folder: str, backing: str, target: Image) -> bool:
-    """Whether the path `backing`, resolved from `folder`, is `target`."""
-    return target.is_file(os.path.join(folder, backing.removeprefix("file:")))
+    """Whether the path `backing`, resolved from `folder`, is `target` or its name, whatever lies there by now."""
+    path = os.path.join(folder, backing.removeprefix("file:"))
+    return target.is_file(path) or os.path.realpath(path) == os.path.realpath(target.file)
 
 
 def backing_name(overlay: Image, base: Image, child: Image) -> str:

@@ -102,8 +102,17 @@ class Image:
         return os.path.realpath(path) == os.path.realpath(self.file)
 
     def same_as(self, other: "Image") -> bool:
-        """Whether both are one image: by inode where both know theirs, else by name; and the same part of the file."""
-        if self.inode is not None and other.inode is not None:
+        """
+        Whether both are known to be one image: by inode, and by name only where neither has one (a network's); and the same
+        part of the file.
+        """
+        if self.inode or other.inode:
+            return self.identity == other.identity
+        return (self.file, self.slice) == (other.file, other.slice)
+
+    def may_be(self, other: "Image") -> bool:
+        """Whether both can be one image: where it is not known which file one of them is, their names say."""
+        if self.inode and other.inode:
             return self.identity == other.identity
         return (self.file, self.slice) == (other.file, other.slice)
 
@@ -191,6 +200,26 @@ class Chain:
 
     def __str__(self) -> str:
         return draw(self.images)
+
+
+def told_apart(one: Chain, other: Chain) -> tuple[str, str]:
+    """Both in full, with the backing strings; an image that has one name in both, and is not one file, with its inode."""
+    both = [
+        {image.file for image in chain if not any(image.same_as(its) for its in against)}
+        for chain, against in ((one, other), (other, one))
+    ]
+    doubtful = both[0] & both[1]
+    return _in_full(one, doubtful), _in_full(other, doubtful)
+
+
+def _in_full(chain: Chain, doubtful: set[str]) -> str:
+    names = [f"{image.file} ({_which(image)})" if image.file in doubtful else image.file for image in chain]
+    backings = [f" (backing {image.backing})" if image.backing else "" for image in chain]
+    return " <-- ".join(map("".join, zip(names, backings, strict=True)))
+
+
+def _which(image: Image) -> str:
+    return "inode {1} on device {0}".format(*image.inode) if image.inode else "which file is not known"
 
 
 def draw(images: Sequence[Image]) -> str:

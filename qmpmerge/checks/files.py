@@ -2,28 +2,25 @@
 Checks of the files, of their filesystems and of the processes that hold them, each an async generator of refusals.
 """
 
-import asyncio
 import os
 import shlex
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.checks import sight
 from qmpmerge.checks.question import Question, Unseen
-from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotReopenable, NotWritable, Refused, Replaced
+from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotReopenable, NotWritable, Refused
 from qmpmerge.images.dependents import find
 from qmpmerge.processes import permissions, proc
 from qmpmerge.processes.openfiles import FDSET
-from qmpmerge.processes.proc import identity
+from qmpmerge.targets import identity
 
 if TYPE_CHECKING:
     from qmpmerge.processes.holders import User
 
 
 UNSEEN = Unseen("what QEMU has open cannot be seen from here")
-LOOKS, LOOK_AGAIN_SECONDS = 5, 0.05
-"""How often a holder must be seen again to count, and how long we wait before each look."""
 UNKNOWN_HOLDER = "it may be in another container or of another user: look there, or as root"
 
 
@@ -37,9 +34,9 @@ async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
         yield UNSEEN
         return
     for image in question.touched:
-        found = identity(image.file) if image.has_path else None
-        if found is not None and found not in question.opened:
-            yield Replaced(file=image.file, pid=question.pid)
+        astray = identity.astray(image, question.pid)
+        if astray is not None and (astray.there is not None or image in question.written):
+            yield identity.refusal(astray, question.target)
         elif image in question.written and (lost := _lost_name(question, image, question.pid)) is not None:
             yield lost
     for blind in sight.unseen(question):
@@ -50,9 +47,9 @@ def _lost_name(question: Question, image: Image, pid: int) -> NotReopenable | No
     """Where the name that QEMU has for the image is not the one by which we know it, or is meant from elsewhere."""
     name = question.view.layout.reopened(image)
     seen = "" if name is None or name.startswith(FDSET) else proc.as_seen_by(pid, name)
-    if name is None or seen in ("", image.file) or identity(image.file) in proc.written(pid):
+    if name is None or seen in ("", image.file) or proc.identity(image.file) in proc.written(pid):
         return None
-    there = identity(seen)
+    there = proc.identity(seen)
     if there in question.opened:
         return None
     place = os.path.normpath(os.path.join(proc.cwd(pid) or "", name))
@@ -81,30 +78,24 @@ async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
         yield UNSEEN
         return
     files = [image.file for image in question.touched if image.has_path]
-    look = kernel.look(files)
     if question.target.is_live:
-        users = [*await _staying(lambda: holders.processes(files, excluding=[pid])), *holders.of_kernel(look)]
-        for file in files:
-            holding = [user for user in users if user.file == file]
-            if holding:
-                yield InUse(file=file, holders=[_told(user) for user in holding], command=_instead(holding))
+        users = await holders.lasting(files, excluding=[pid])
+        for refusal in held(files, users):
+            yield refusal
         for answer in _by_locks([file for file in files if file not in {user.file for user in users}], pid):
             yield answer
-    for reason in look.unseen:
+    for reason in kernel.look(files).unseen:
         yield Unseen(reason)
     for blind in sight.unseen(question):
         yield blind
 
 
-async def _staying(look: "Callable[[], tuple[User, ...]]") -> "list[User]":
-    """Who holds a file for more than a moment: another qmpmerge reads the headers of all that QEMUs have open."""
-    users = list(look())
-    for _ in range(LOOKS):
-        if users and not all(user.vm for user in users):
-            await asyncio.sleep(LOOK_AGAIN_SECONDS)
-            now = look()
-            users = [user for user in users if user in now]
-    return users
+def held(files: Sequence[str], users: "Sequence[User]") -> Iterator[InUse]:
+    """Each of the files that somebody has."""
+    for file in files:
+        holding = [user for user in users if user.file == file]
+        if holding:
+            yield InUse(file=file, holders=[_told(user) for user in holding], command=_instead(holding))
 
 
 def _by_locks(files: list[str], pid: int) -> Iterator[InUse | Unseen]:
@@ -169,14 +160,16 @@ def _ends(image: Image) -> bool:
 
 
 def _is_device(path: str) -> bool:
-    found = identity(path)
+    found = proc.identity(path)
     return found is not None and found[0] == "device"
 
 
 async def not_writable(question: Question) -> AsyncIterator[Refused | Unseen]:
     """Base and overlay, by whom QEMU runs as; QEMU itself is asked last, see `check`, and not in a dry run."""
     for image in question.written:
-        obstacle = permissions.obstacle(image.file, question.pid) if image.has_path else None
+        if not image.has_path or identity.astray(image, question.pid) is not None:
+            continue  # nothing is to be said of another file, or of none
+        obstacle = permissions.obstacle(image.file, question.pid)
         if obstacle is not None:
             yield NotWritable(file=image.file, reason=obstacle)
     if question.dry_run and question.rewrites:

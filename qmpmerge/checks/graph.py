@@ -2,7 +2,6 @@
 Checks of what QEMU and the headers say, each an async generator of refusals.
 """
 
-import os
 from collections.abc import AsyncIterator
 
 from qmpmerge.chain import backing
@@ -27,6 +26,7 @@ from qmpmerge.errors import (
     WouldLose,
 )
 from qmpmerge.qemu import bitmaps, flush, vmstate
+from qmpmerge.targets import identity
 
 
 async def vm_state(question: Question) -> AsyncIterator[Refused | Unseen]:
@@ -49,10 +49,9 @@ async def busy(question: Question) -> AsyncIterator[Refused]:
 
 
 async def temporary(question: Question) -> AsyncIterator[Refused]:
-    """`snapshot=on` drives have an unlinked temporary file of QEMU's on top, ``vl.XXXXXX`` (block.c)."""
+    """The active image of a `snapshot=on` drive."""
     active = question.plan.chain.active
-    has_name = active.has_path or active.is_elsewhere
-    if has_name and active.inode is None and os.path.basename(active.file).startswith("vl."):
+    if identity.is_temporary(active):
         yield Temporary(disk=question.view.disk.name, file=active.file)
 
 

@@ -70,7 +70,7 @@ def process(target: Target, plan: CommitPlan) -> tuple[int | None, set[Identity]
     """QEMU's pid and what it has open; what answers on the monitor may be a relay, such as ssh, which is not QEMU."""
     from qmpmerge.processes import vms
 
-    opened = proc.open_identities(target.pid) if target.pid is not None else set()
+    opened = set(proc.open_files(target.pid) or ()) if target.pid is not None else set()
     ours = {proc.identity(image.file) for image in plan.chain if image.has_path}
     if target.pid is None or not (opened & ours or vms.vm_of(target.pid) is not None):
         return None, set()

@@ -2,9 +2,7 @@
 What the doctor has to say: one value for each problem, worst first.
 """
 
-import json
-import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,11 +34,3 @@ class Finding:
 def sort(found: Iterable[Finding]) -> tuple[Finding, ...]:
     """The worst first, else in the order in which they were found; nothing is said twice."""
     return tuple(sorted(dict.fromkeys(found), key=lambda finding: SEVERITIES.index(finding.severity)))
-
-
-def qmp(monitor: str, *commands: tuple[str, Mapping[str, object]]) -> str:
-    """A line for the shell that sends QMP commands to the monitor of this name, for what no command of ours does."""
-    where = f"TCP:{monitor.removeprefix('tcp:')}" if monitor.startswith("tcp:") else f"UNIX-CONNECT:{monitor}"
-    sent: list[tuple[str, Mapping[str, object]]] = [("qmp_capabilities", {}), *commands]
-    lines = [json.dumps({"execute": name, **({"arguments": given} if given else {})}) for name, given in sent]
-    return f"printf '%s\\n' {shlex.join(lines)} | socat -t5 - {shlex.quote(where)}"

@@ -7,12 +7,13 @@ import os
 import shlex
 from collections.abc import Iterator
 
-from qmpmerge.doctor.findings import Finding, Severity, qmp
+from qmpmerge.doctor.findings import Finding, Severity
 from qmpmerge.journal import locks
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.sockets import typed
 from qmpmerge.targets.target import Target
 
 SETTLE_SECONDS = 0.2
@@ -119,7 +120,7 @@ def _command(target: Target, job: Job, verb: str) -> str:
         return _verb(target, job, verb)
     if verb == "pivot":
         return ""
-    return qmp(target.monitor.name, ("job-finalize" if job.status == "pending" else "job-resume", {"id": job.id}))
+    return typed(target.monitor.name, ("job-finalize" if job.status == "pending" else "job-resume", {"id": job.id}))
 
 
 def _verb(target: Target, job: Job, verb: str) -> str:

@@ -133,5 +133,5 @@ def _above(chain: Chain, search: Collection[str]) -> Iterator[Dependent]:
     while wanted:
         new = [found for found in dependents.find(wanted, chain, search) if found.file not in seen]
         seen |= {found.file for found in new}
-        yield from (found for found in new if not found.file.endswith(stash.STASHED))
+        yield from (found for found in new if not found.file.endswith(stash.STASHED) and found.file not in chain.files)
         wanted = [dependents.image_at(found.file) for found in new]

@@ -16,13 +16,14 @@ from typing import Any
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.doctor import jobs, leftovers
-from qmpmerge.doctor.findings import Finding, Severity, qmp, sort
+from qmpmerge.doctor.findings import Finding, Severity, sort
 from qmpmerge.errors import CommandError
 from qmpmerge.images import headers, qcow2
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import DEEPEST
-from qmpmerge.processes import proc
 from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.sockets import typed
+from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
 
 DEEP = 300
@@ -86,7 +87,9 @@ def _unneeded(target: Target, layout: Layout) -> Iterator[Finding]:
         what = f"no device, export or job uses it ({', '.join(named)})"
         why = "its files stay open" + (" for writing, and locked: nobody else can use them" if writable else "")
         why += "; keep it if it waits for a device"
-        command = qmp(target.monitor.name, *(("blockdev-del", {"node-name": name}) for name in named)) if named else ""
+        command = (
+            typed(target.monitor.name, *(("blockdev-del", {"node-name": name}) for name in named)) if named else ""
+        )
         yield Finding("unused-node", "care" if writable else "note", top, what, why, command)
 
 
@@ -95,7 +98,7 @@ def _bitmaps(target: Target, layout: Layout) -> Iterator[Finding]:
         for bitmap in node.info.get("dirty-bitmaps", ()):
             if bitmap.get("inconsistent"):
                 given = {"node": name, "name": bitmap["name"]}
-                command = qmp(target.monitor.name, ("block-dirty-bitmap-remove", given))
+                command = typed(target.monitor.name, ("block-dirty-bitmap-remove", given))
                 yield inconsistent(name, bitmap["name"], command)
 
 
@@ -132,7 +135,7 @@ async def _guest(target: Target, layout: Layout) -> list[Finding]:
         if status in _STANDING:
             severity, what, why = _STANDING[status]
             findings.append(
-                Finding(f"guest-{status}", severity, target.name, what, why, qmp(target.monitor.name, ("cont", {})))
+                Finding(f"guest-{status}", severity, target.name, what, why, typed(target.monitor.name, ("cont", {})))
             )
         if all(len(disk.chain or ()) < DEEP for disk in layout.disks):  # else the question alone takes seconds
             findings += _throttled(target, await target.monitor.execute("query-block"))
@@ -149,7 +152,7 @@ def _throttled(target: Target, devices: list[dict[str, Any]]) -> Iterator[Findin
             device = {"device": entry["device"]} if entry["device"] else {"id": entry["qdev"]}
             what = f"a killed qmpmerge left its limit on the guest's writes (throttle group {group})"
             why = "the guest's disk is slow until the limit is lifted; limits of your own must be set again after it"
-            command = qmp(target.monitor.name, ("block_set_io_throttle", {**device, **_NO_LIMITS}))
+            command = typed(target.monitor.name, ("block_set_io_throttle", {**device, **_NO_LIMITS}))
             yield Finding("throttle-left", "harm", next(iter(device.values())), what, why, command)
 
 
@@ -196,9 +199,9 @@ def rebase(image: str, below: Image | None) -> str:
 
 def _replaced(target: Target, chain: Chain) -> Iterator[Finding]:
     """The file at a path is not the one that QEMU has open."""
-    opened = proc.open_files(target.pid) if target.pid is not None else None
-    for image in chain if opened else ():
-        if image.inode is not None and _is_regular(image.file) and image.inode not in (opened or ()):
+    for image in chain:
+        astray = identity.astray(image, target.pid)
+        if astray is not None and _is_regular(image.file):
             what = "another file is there now than the one that QEMU has open"
             why = "the next start shows the new file's data, and a merge would write into it: put the old one back"
             yield Finding("replaced", "harm", image.file, what, why)

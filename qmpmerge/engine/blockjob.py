@@ -5,6 +5,7 @@ import errno
 import os
 import time
 
+from qmpmerge import shield
 from qmpmerge.engine import proof
 from qmpmerge.engine.pace import progress
 from qmpmerge.engine.pace.progress import Meter, Shortage
@@ -13,14 +14,16 @@ from qmpmerge.errors import CommandError, JobFailed, NotProven, OutOfQuota, Stil
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
+from qmpmerge.targets import identity
 
 CANCEL_SECONDS = 60.0
 
 
 async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False) -> Job | None:
-    """Tell the job to end, and wait until it has."""
+    """Tell the job to end, and wait until it has. Raises what `see_names` does."""
     monitor = run.target.monitor
     while True:
+        await see_names(run, doorbell)
         try:
             if status == "pending":
                 await monitor.execute("job-finalize", id=run.job)
@@ -42,9 +45,25 @@ async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False)
         status = job.status
 
 
+async def see_names(run: Run, doorbell: Doorbell) -> None:
+    """
+    The names of the images that are written must lead to them: the last look before QEMU opens some by name again, and a
+    stat of each where all is well. Raises Displaced with the job taken back, LeftDisplaced.
+    """
+    for image in run.plan.written:
+        astray = identity.astray(image, run.target.pid)
+        if astray is not None:
+            await shield.finished(take_back(run, doorbell))
+            raise identity.displaced(astray, run.target)
+
+
 async def take_back(run: Run, doorbell: Doorbell) -> None:
-    """Cancel the job and see that the old chain is in use. Raises NotProven where it is not."""
+    """
+    Cancel the job and see that the old chain is in use. Raises NotProven where it is not, LeftDisplaced or Displaced with the
+    job still there.
+    """
     monitor = run.target.monitor
+    await _see_that_it_may_end(run)
     with contextlib.suppress(CommandError):  # it may have ended by itself
         await monitor.execute("job-cancel", id=run.job)
     try:
@@ -61,6 +80,27 @@ async def take_back(run: Run, doorbell: Doorbell) -> None:
     except StillRunning:
         raise NotProven(target=run.target.name, expected="the job cancelled", found="it still running") from None
     await proof.prove_old_chain(run)
+
+
+async def _see_that_it_may_end(run: Run) -> None:
+    """
+    However a job ends, QEMU opens base by its name again, to read it only: it takes another file that is there, and where
+    nothing is there, and base has `auto-read-only`, it aborts with its guest (7.2 to 11.1). Raises LeftDisplaced; Displaced
+    where QEMU is our own, and ends with us.
+    """
+    astray = identity.astray(run.plan.base, run.target.pid)
+    if astray is None or not await _is_at_work(run):
+        return
+    await proof.see_old_chain(run)
+    if not run.target.is_live:
+        raise identity.displaced(astray, run.target)
+    active, option = run.plan.chain.active.file, run.request.option
+    raise identity.left(astray, run.target, run.job, option=option, active=active)
+
+
+async def _is_at_work(run: Run) -> bool:
+    job = await jobs.look(run.target.monitor, run.job)
+    return job is not None and job.status != "concluded"
 
 
 def failure(run: Run, reason: str) -> JobFailed:

@@ -100,6 +100,8 @@ class Intermediate(Commit):
 
     async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
         """Base is made durable before the overlay's header is rewritten."""
+        if job.status != "concluded":
+            await safeguards.see_files(run, doorbell)
         if job.status == "pending":
             await safeguards.make_base_durable(run, doorbell)
             await safeguards.verify(run, doorbell)
@@ -156,6 +158,8 @@ class Active(Commit):
 
     async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
         """The job has flushed base before it said that it is ready. An overlay that is kept keeps its bitmaps."""
+        if job.status != "concluded":
+            await safeguards.see_files(run, doorbell)
         await safeguards.verify_at_rest(run, doorbell, job)
         if job.status != "concluded":
             await safeguards.see_that_it_is_compared(run, doorbell)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from qmpmerge.chain import plan
+from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.progress import Progress, Report
@@ -17,6 +18,7 @@ from qmpmerge.journal import locks
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView, Target
 
 
@@ -96,6 +98,22 @@ def _since(record: Record | None) -> str:
     if record is None:
         return ""
     return f" (begun {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.since))})"
+
+
+def refuse_astray(target: Target, view: ChainView, record: Record | None, *images: Image) -> None:
+    """
+    These of a job at work must be the images that it was begun with, as its record knows them, under their names. Raises
+    Replaced.
+    """
+    for image in images:
+        astray = identity.astray(_as_recorded(image, record), target.pid)
+        if astray is not None:
+            raise identity.refusal(astray, target, active=view.chain.active.file if record is not None else None)
+
+
+def _as_recorded(image: Image, record: Record | None) -> Image:
+    known = record.chain if record is not None else ()
+    return next((one for one in known if one.inode is not None and one.file == image.file), image)
 
 
 async def refuse_suspect(target: Target, operation: Operation, suspect: str | None) -> None:

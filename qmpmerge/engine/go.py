@@ -22,6 +22,7 @@ from qmpmerge.errors import (
     Failed,
     JobFailed,
     LeftCancelling,
+    LeftDisplaced,
     NotProven,
     StillRunning,
     TimedOut,
@@ -78,6 +79,9 @@ async def _within_limits(run: Run) -> Outcome:
             raise _left(run) from None  # leaving somebody else's job is not ending it
         await _taken_back(run)
         raise
+    except LeftDisplaced:
+        _leave(run)
+        raise
     except (StillRunning, TimeoutError):
         return await _stop_waiting(run)
 
@@ -95,10 +99,13 @@ async def _stop_waiting(run: Run) -> NoReturn:
 
 def _left(run: Run) -> StillRunning:
     """The error that says how to come back to the job."""
+    _leave(run)
+    return StillRunning(target=run.target.name, job=run.job, option=run.request.option)
+
+
+def _leave(run: Run) -> None:
     if State.LEFT in NEXT[run.state]:
         run.enter(State.LEFT)
-    option = {"pivot": "", "keep": " --keep-overlay", "ready": " --wait-ready"}[run.request.ending]
-    return StillRunning(target=run.target.name, job=run.job, option=option)
 
 
 async def _taken_back(run: Run) -> None:

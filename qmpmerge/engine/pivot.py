@@ -15,7 +15,7 @@ from qmpmerge import shield
 from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob, rest, safeguards
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import RecordFailed
+from qmpmerge.errors import LeftDisplaced, RecordFailed
 from qmpmerge.guest.pause import paused
 from qmpmerge.images import files
 from qmpmerge.journal import merged_files, store
@@ -28,8 +28,8 @@ async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     """
     Move the device onto the base; returns the job as it ended. Until the name is taken away it can be cancelled.
 
-    Raises NotVerified, NotAtRest, MigrationBegan, RecordFailed with the job taken back; PauseUnproven; what a lost session
-    raises.
+    Raises NotVerified, NotAtRest, MigrationBegan, RecordFailed with the job taken back; LeftDisplaced; PauseUnproven; what a
+    lost session raises.
     """
     async with paused(run.target.monitor, run.deadman) as pause:
         since = await rest.begin(run)
@@ -72,20 +72,32 @@ async def _move(run: Run, doorbell: Doorbell, status: str, rests: bool) -> Job |
         await blockjob.take_back(run, doorbell)
         path = run.record.path if run.record else run.plan.top.file
         raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
-    job = await blockjob.end(run, doorbell, status)
-    moved = await _has_moved(run, job)
-    if run.record is not None and moved is not None:
-        with contextlib.suppress(OSError):  # what was written before tells enough, and the guest waits
-            if not moved:
-                merged_files.give_back(run.record, run.record.top)
-            else:  # before the guest's next write, which base alone will have
-                run.enter(State.SWITCHED)
-                await asyncio.to_thread(files.sync, run.record.path)
     try:
-        await syncing
-    except OSError as error:
-        run.notes.append(f"the storage did not make the new names durable: {error.strerror or error}")
+        try:
+            job = await blockjob.end(run, doorbell, status)
+        except LeftDisplaced:  # nothing was asked for
+            _give_name_back(run)
+            raise
+        await _note_whether_it_moved(run, job)
+    finally:
+        try:
+            await syncing
+        except OSError as error:
+            run.notes.append(f"the storage did not make the new names durable: {error.strerror or error}")
     return job
+
+
+async def _note_whether_it_moved(run: Run, job: Job | None) -> None:
+    """What was written before tells enough where this cannot be written: the guest waits."""
+    moved = await _has_moved(run, job)
+    if run.record is None or moved is None:
+        return
+    with contextlib.suppress(OSError):
+        if not moved:
+            merged_files.give_back(run.record, run.record.top)
+        else:  # before the guest's next write, which base alone will have
+            run.enter(State.SWITCHED)
+            await asyncio.to_thread(files.sync, run.record.path)
 
 
 def _write_down(run: Run, rests: bool) -> None:
@@ -126,6 +138,12 @@ def _take_name_away(run: Run) -> None:
         away = {index: name for index, name in record.away.items() if index != record.top}
         run.record = store.write(replace(record, away=away))
         run.notes.append(f"{record.chain.active.file} could not be renamed: {error.strerror or error}")
+
+
+def _give_name_back(run: Run) -> None:
+    if run.record is not None:
+        with contextlib.suppress(OSError):  # the guest waits, and whoever comes next finds it
+            merged_files.give_back(run.record, run.record.top)
 
 
 async def _has_moved(run: Run, job: Job | None) -> bool | None:

@@ -3,7 +3,7 @@
 import shlex
 import time
 
-from qmpmerge.chain.chain import Chain
+from qmpmerge.chain.chain import Chain, Image, told_apart
 from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
@@ -11,6 +11,7 @@ from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchDisk, NotProven
 from qmpmerge.images import nbd
 from qmpmerge.journal import stash
+from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView
 
 
@@ -18,7 +19,8 @@ async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
     view = await view_after(run, expected)
     if not _is_shown(run, expected, view.chain):
-        raise NotProven(target=run.target.name, expected=_in_full(expected), found=_in_full(view.chain))
+        raise _not_proven(run, expected, view.chain)
+    _see_names(run)
     if expected is run.plan.result:
         await _see_header_on_server(run)
     merged = await run.finish(State.KEPT if verdict == "kept" else State.DONE)
@@ -33,7 +35,14 @@ async def prove_old_chain(run: Run) -> None:
     """See that the chain is what it was before. Raises NotProven."""
     after = await view_after(run, run.plan.chain)
     if not after.chain.same_files(run.plan.chain):
-        raise NotProven(target=run.target.name, expected=str(run.plan.chain), found=str(after.chain))
+        raise _not_proven(run, run.plan.chain, after.chain)
+
+
+async def see_old_chain(run: Run) -> None:
+    """See that nothing was switched; which file an image is may not be known. Raises NotProven."""
+    after = (await view_after(run, run.plan.chain)).chain
+    if len(after) != len(run.plan.chain) or not all(map(Image.may_be, after, run.plan.chain)):
+        raise _not_proven(run, run.plan.chain, after)
 
 
 async def view_after(run: Run, expected: Chain) -> ChainView:
@@ -58,7 +67,7 @@ async def _see_header_on_server(run: Run) -> None:
         run.notes.append(f"the header of {overlay.file} could not be read back from its server")
     elif header.backing != run.plan.backing_name:
         found = f"{overlay.file} (backing {header.backing}) on its server, which may have lost what QEMU wrote"
-        raise NotProven(target=run.target.name, expected=_in_full(run.plan.result), found=found)
+        raise NotProven(target=run.target.name, expected=told_apart(run.plan.result, run.plan.result)[0], found=found)
 
 
 def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
@@ -72,8 +81,17 @@ def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
     return image.backing == run.plan.backing_name and image.backing_format in formats
 
 
-def _in_full(chain: Chain) -> str:
-    return " <-- ".join(f"{image.file} (backing {image.backing})" if image.backing else image.file for image in chain)
+def _not_proven(run: Run, expected: Chain, found: Chain) -> NotProven:
+    words = told_apart(expected, found)
+    return NotProven(target=run.target.name, expected=words[0], found=words[1])
+
+
+def _see_names(run: Run) -> None:
+    """QEMU uses what it has open; the next start opens names. Raises NotUnderItsName."""
+    for image in run.plan.written:
+        astray = identity.astray(image, run.target.pid)
+        if astray is not None:
+            raise identity.unproven(astray, run.target, run.plan)
 
 
 def _advice(run: Run, verdict: str, merged: tuple[MergedFile, ...]) -> list[str]:

@@ -46,6 +46,11 @@ class Request:
             raise OptionsConflict(options=["--converge", "--polite"])
 
     @property
+    def option(self) -> str:
+        """What makes `qmpmerge job ... follow` end it like this."""
+        return {"pivot": "", "keep": " --keep-overlay", "ready": " --wait-ready"}[self.ending]
+
+    @property
     def compares(self) -> bool | None:
         """Like `verify`; what is to be deleted must be compared."""
         return True if self.merged_files == "delete" else self.verify

@@ -238,6 +238,10 @@ async def _undone(run: Run, judged: Judgement) -> None:
     run.give_names_back()
     overlay = run.plan.overlay
     if judged.way == "repoint" and overlay is not None and overlay.backing is not None:
+        if run.record is not None and run.record.place(run.record.top + 1) != overlay.file:
+            raise CannotRecover(
+                file=overlay.file, reason="it is another file than the one whose header is to be written"
+            )
         try:
             await qemuimg.repoint(overlay.file, overlay.backing, run.plan.top.format)
         except ImageUnreadable as error:

@@ -217,10 +217,10 @@ class Run:
         """The merged images get their own names back. Raises OSError, CannotRecover where one is under neither of its names."""
         if self.record is None:
             return
-        for index in range(self.record.base + 1, self.record.top + 1):
-            image = self.record.chain[index]
-            if self.record.place(index) is None and image.inode is not None:
-                raise CannotRecover(file=image.file, reason="it is neither there nor under its stashed name")
+        for index in self.record.away:
+            if self.record.place(index) is None:
+                reason = "it is neither there nor under its stashed name"
+                raise CannotRecover(file=self.record.chain[index].file, reason=reason)
             merged_files.give_back(self.record, index)
 
     async def finish(self, state: State) -> tuple[MergedFile, ...]:

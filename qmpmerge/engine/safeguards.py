@@ -14,6 +14,7 @@ from qmpmerge.errors import (
     MigrationBegan,
     NotAtRest,
     NotDurable,
+    NotProven,
     NotVerified,
     VmState,
 )
@@ -21,11 +22,25 @@ from qmpmerge.images import compare
 from qmpmerge.qemu import bitmaps, flush, vmstate
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
+from qmpmerge.targets import identity
 
 CHEAP_BYTES = 256 * 1024 * 1024
 """Up to this much in the merged images, base and top are compared unless the user says no."""
 CHEAP_LAYERS = 50
 """And up to so many images: what qemu-img takes to open a chain grows with the cube, 0.03 s for 30 and 2 s for 200."""
+
+
+async def see_files(run: Run, doorbell: Doorbell) -> None:
+    """
+    What the job has written must be the images that were meant, under their names, and QEMU must have them open, not others
+    that were there when it opened the names again. Raises Displaced with the job taken back, NotProven.
+    """
+    await blockjob.see_names(run, doorbell)
+    for image in run.plan.written:
+        if identity.is_open(image, run.target.pid) is False:
+            await shield.finished(blockjob.take_back(run, doorbell))
+            found = f"another file than {image.file} open"
+            raise NotProven(target=run.target.name, expected=str(run.plan.chain), found=found)
 
 
 async def see_that_it_is_compared(run: Run, doorbell: Doorbell) -> None:
@@ -96,7 +111,7 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
     if run.verify is False or (run.verify is None and not is_remote and not _is_cheap(run.plan)):
         return
     try:
-        same = await compare.same(run.plan)
+        same = await _is_same(run)
     except ImageUnreadable as error:
         if run.verify is None:
             run.notes += [not_compared(run.plan, error.reason)] if is_remote else []
@@ -111,6 +126,22 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
         await shield.finished(blockjob.take_back(run, doorbell))
         raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
     run.verified = True
+
+
+async def _is_same(run: Run) -> bool:
+    """As `compare.same`, which opens names. Raises ImageUnreadable also where one leads to another file."""
+    _see_what_is_compared(run)
+    same = await compare.same(run.plan)
+    if not same:
+        _see_what_is_compared(run)  # it may have been given to another file meanwhile
+    return same
+
+
+def _see_what_is_compared(run: Run) -> None:
+    for image in run.plan.chain.images[: run.plan.chain.index(run.plan.top)]:
+        astray = identity.astray(image, run.target.pid)
+        if astray is not None:
+            raise ImageUnreadable(file=image.file, reason=f"{image.file} is another file now: {astray.found}")
 
 
 def not_compared(planned: CommitPlan, reason: str) -> str:

@@ -81,6 +81,19 @@ class MigrationBegan(Failed):
     advice = "wait for the migration's end, or send `migrate_cancel` to the monitor; then run the same command again"
 
 
+class Displaced(Failed):
+    """
+    The name of an image that the merge writes to leads to it no more: it was renamed, removed or replaced while the job ran.
+    So a merge would end in a file that nobody finds again. Facts as those of `Replaced`.
+    """
+
+    file: str
+    found: str
+    cure: str
+    sentence = "{file} was displaced while the job ran ({found}); nothing was switched, the old chain is in use"
+    advice = "{cure}"
+
+
 class RecordFailed(Failed):
     """What was about to be done could not be written down, so it was not done; the job was cancelled."""
 
@@ -97,6 +110,19 @@ class NotProven(Unknown):
     expected: str
     found: str
     sentence = "the outcome is not proven: expected {expected}, found {found}"
+
+
+class NotUnderItsName(Unknown):
+    """
+    QEMU has switched, and the name of an image of the new chain leads to it no more: a start from that name fails, or shows
+    other data, and an image without any name is lost with the QEMU that has it open. Facts as those of `Replaced`.
+    """
+
+    file: str
+    found: str
+    cure: str
+    sentence = "QEMU uses the new chain, but {file} is not in it any more: {found}"
+    advice = "{cure}"
 
 
 class HeaderNotDurable(Unknown):
@@ -212,6 +238,23 @@ class LeftCancelling(StillRunning):
 
     sentence = "left while job {job} was being cancelled, which QEMU does when it gets to it"
     advice = "where `qmpmerge jobs {target}` still shows it, `qmpmerge job {target} {job} follow{option}` stays with it"
+
+
+class LeftDisplaced(StillRunning):
+    """
+    The name of the base was taken away or given to another file while the job ran. However the job ends, QEMU opens base by
+    its name again: it takes the other file, or aborts where there is none. So the job is left. Facts as of `Replaced`.
+    """
+
+    file: str
+    found: str
+    cure: str
+    sentence = (
+        "job {job} is left waiting, the old chain in use: QEMU opens {file} by its name when it ends, and {found}"
+    )
+    advice = (
+        "{cure}; while QEMU runs `qmpmerge job {target} {job} follow{option}` goes on with it, and `cancel` ends it"
+    )
 
 
 class Cancelled(Error):

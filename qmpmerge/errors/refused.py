@@ -69,12 +69,16 @@ class Temporary(Refused):
 
 
 class Replaced(Refused):
-    """The file at a path is not the inode that QEMU has open; QEMU would reopen the path and write into that file."""
+    """
+    The name of an image does not lead to the file that QEMU has open: it was replaced, renamed or removed. QEMU would open
+    the name again and use what is there. `found` tells the files apart, `cure` has the commands that put it back.
+    """
 
     file: str
-    pid: int
-    sentence = "{file} was replaced: QEMU (pid {pid}) has another file open under this name"
-    advice = "put the file that QEMU has open back under its name, then try again"
+    found: str
+    cure: str
+    sentence = "{file} is not the file that QEMU has open: {found}"
+    advice = "{cure}"
 
 
 class Disagrees(Refused):

@@ -22,13 +22,23 @@ def take_away(record: Record, index: int) -> str:
     """
     Rename the image at `index` to its stashed name, and return that. Not durable before its folder is synced.
 
-    Raises OSError, also when the name leads to another file by now.
+    Raises OSError, also when the name leads to another file by now: one that was put there at that very moment gets its
+    name back.
     """
-    old, new = record.own_name(index), record.away[index]
-    if not record.is_file(old, record.chain[index]):
-        raise FileNotFoundError(f"{old} is another file now")
+    image, old, new = record.chain[index], record.own_name(index), record.away[index]
+    _see(record, image, old)
     files.rename(old, new)
+    try:
+        _see(record, image, new)
+    except FileNotFoundError:
+        files.rename(new, old)
+        raise
     return new
+
+
+def _see(record: Record, image: Image, name: str) -> None:
+    if not record.is_file(name, image):
+        raise FileNotFoundError(f"{name} is another file now")
 
 
 def give_back(record: Record, index: int) -> bool:
@@ -90,10 +100,10 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
     place = record.place(index)
     if image.slice is not None:
         hints.append(f"{image.file} stays where it is: only a part of it ({image.slice}) was merged")
-    if record.policy == "keep" or index not in record.away:
-        return MergedFile(image.file, "keep", place or image.file)
-    if place is None:
+    if place is None and image.inode is not None:
         return MergedFile(image.file, "gone", None)
+    if record.policy == "keep" or index not in record.away or place is None:
+        return MergedFile(image.file, "keep", place or image.file)
     if own != image.file:
         hints.append(f"{image.file} leads nowhere now: it is a symlink to {own}, which was merged")
     if place == own:
@@ -101,6 +111,7 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
         files.sync_folder(place)
     reason = why_not_delete(record, index, place) if record.policy == "delete" else "it is to be stashed"
     if reason is None:
+        _see(record, image, place)  # it took a while to find out; from here on nobody can close the gap
         files.remove(place)
         files.sync_folder(place)
         return MergedFile(image.file, "delete", None)

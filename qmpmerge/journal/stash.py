@@ -1,6 +1,8 @@
 """The names under which merged files are put aside."""
 
+import itertools
 import os
+from collections.abc import Iterator
 
 from qmpmerge.chain.chain import Chain
 from qmpmerge.images import files
@@ -10,23 +12,30 @@ STASHED = ".merged"
 
 def names_away(chain: Chain, base: int, top: int) -> dict[int, str]:
     """
-    By index, the names under which the merged images can be stashed: regular files only. Where an image is called by a
-    symlink it is the file that loses its name, or it would still open under that. A file of which an image is but a part is
-    not the merge's to rename.
+    By index, the names under which the merged images can be stashed: regular files only, that are there under their own
+    names. Where an image is called by a symlink it is the file that loses its name, or it would still open under that. A file
+    of which an image is but a part is not the merge's to rename.
     """
     merged = range(base + 1, top + 1)
     shared = {image.inode for image in chain if image.slice is not None}
     able = {index: chain[index] for index in merged if chain[index].inode not in {None, *shared}}
-    return {index: stash_of(files.real(image.file)) for index, image in able.items() if files.is_regular(image.file)}
+    there = {index: image.file for index, image in able.items() if image.is_file(image.file)}
+    return {index: stash_of(files.real(file)) for index, file in there.items() if files.is_regular(file)}
 
 
 def stash_of(file: str) -> str:
     """The name under which a merged file is stashed: ``NAME.merged``, or ``NAME.merged.2`` where that is taken."""
-    name, number = f"{file}{STASHED}", 1
-    while os.path.lexists(name):
-        number += 1
-        name = f"{file}{STASHED}.{number}"
-    return name
+    return next(name for name in _names(file) if not os.path.lexists(name))
+
+
+def names_of(file: str) -> Iterator[str]:
+    """The names under which a file of this name may have been stashed."""
+    return itertools.takewhile(os.path.lexists, _names(file))
+
+
+def _names(file: str) -> Iterator[str]:
+    yield f"{file}{STASHED}"
+    yield from (f"{file}{STASHED}.{number}" for number in itertools.count(2))
 
 
 def is_stashed(path: str) -> bool:

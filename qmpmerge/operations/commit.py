@@ -169,6 +169,7 @@ class _Beginning:
     async def _taken_over(
         self, view: ChainView, operation: Operation, lock: Lock, job: Job, record: Record | None
     ) -> Run:
+        earlier.refuse_astray(self._target, view, record, *operation.plan.written)
         run = await self._resumed(view, operation, lock, record)
         self._report(earlier.going_on(view, job, record))
         await jobs.set_speed(self._target.monitor, job, self._request.speed)

@@ -46,7 +46,7 @@ async def control(
     is then, None when it is gone. `speed` is for ``speed``, `ending` for ``follow``, `merged_files`, `pause` and
     `converge` are as for `commit.commit`.
 
-    Raises NoSuchJob, JobVerb, QemuRefused, and what `follow.follow` raises.
+    Raises NoSuchJob, JobVerb, QemuRefused, Replaced, and what `follow.follow` raises.
     """
     job = await _look(target, job_id)
     if verb not in job.verbs and not (verb in jobs.FINISHING and job.type == "commit"):
@@ -69,10 +69,23 @@ async def control(
     if verb == "dismiss":
         await _dismiss(target, job)
         return await jobs.look(target.monitor, job_id)
+    if verb == "cancel" and job.type == "commit":
+        await _see_that_it_may_end(target, job_id)
     controlled = await jobs.control(target.monitor, job_id, verb, speed)
     if verb == "cancel" and job.ours:
         await _settle(target, job_id)
     return controlled
+
+
+async def _see_that_it_may_end(target: Target, job_id: str) -> None:
+    """QEMU opens base by its name again when a job ends (see `LeftDisplaced`). Raises Replaced."""
+    layout = await target.layout()
+    edges = layout.job_edges.get(job_id, {})
+    for disk in layout.disks:
+        if disk.chain is not None and disk.job is not None and disk.job.id == job_id:
+            base = [image for image in disk.chain if image.node in edges.get("base", edges.get("target", []))]
+            record = earlier.of_job(_records(disk.chain), disk.job)
+            earlier.refuse_astray(target, await target.view(layout, disk.name), record, *base)
 
 
 async def _settle(target: Target, job_id: str) -> None:

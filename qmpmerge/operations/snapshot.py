@@ -9,13 +9,14 @@ import contextlib
 import os
 import shlex
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from qmpmerge import shield
 from qmpmerge.chain import backing
-from qmpmerge.chain.chain import ELSEWHERE, Image
+from qmpmerge.chain.chain import ELSEWHERE, Chain, Image, told_apart
 from qmpmerge.checks import sight
+from qmpmerge.checks.files import held
 from qmpmerge.engine import earlier
 from qmpmerge.errors import (
     BackingString,
@@ -29,12 +30,14 @@ from qmpmerge.errors import (
     QemuRefused,
     Temporary,
     Untouched,
+    refuse,
 )
-from qmpmerge.images import qemuimg
+from qmpmerge.images import files, qemuimg
 from qmpmerge.journal import store
 from qmpmerge.processes import proc
 from qmpmerge.qemu import vmstate
 from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
 
 
@@ -64,20 +67,25 @@ async def snapshot(
     *,
     relative: bool = False,
     agent: str | os.PathLike[str] | None = None,
+    force: Collection[str] = (),
 ) -> tuple[Overlay, ...]:
     """
     Put a new overlay on each disk of `files` (disk to path of the file to be made), on all of them or on none.
 
     The backing name is written relative where the overlay lies in the folder of the image below it, or where `relative`
     asks for it. `agent` is the socket of the guest agent: the guest's filesystems are frozen for the moment of the
-    snapshot. Raises VmState, FileExists, CannotCreate, Busy, Temporary, BackingString, QemuRefused, AgentFailed; NotProven when
-    a fresh look does not show the overlays.
+    snapshot. `force` can hold ``in-use``: who else has an active image open may see it.
+
+    Raises VmState, FileExists, CannotCreate, Busy, Temporary, Replaced, InUse, BackingString, QemuRefused, AgentFailed;
+    NotProven when a fresh look does not show the overlays.
     """
     layout = await _without_ended_jobs(target, files)
     nodes = [node for disk in files for node in layout.nodes_of(layout.find(disk, target.name))]
     await vmstate.check(target.monitor, nodes)
+    await _refuse_used(target, layout, files, force)
     orders = [_order(target, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
     _refuse_twice(orders)
+    _refuse_replaced(target, orders)
     return await shield.finished(_carry_out(target, layout, orders, os.fspath(agent) if agent is not None else None))
 
 
@@ -93,13 +101,32 @@ async def _without_ended_jobs(target: Target, disks: Iterable[str]) -> Layout:
     return await target.layout()
 
 
+async def _refuse_used(target: Target, layout: Layout, disks: Iterable[str], force: Collection[str]) -> None:
+    """What becomes a backing file is taken not to change any more. Raises InUse, SeveralRefusals."""
+    if "in-use" in force or not target.is_live or target.pid is None:
+        return
+    from qmpmerge.processes import holders
+
+    chains = [layout.find(disk, target.name).chain for disk in disks]
+    active = [chain.active.file for chain in chains if chain is not None and chain.active.has_path]
+    refuse(list(held(active, await holders.lasting(active, excluding=[target.pid]))))
+
+
+def _refuse_replaced(target: Target, orders: list[_Order]) -> None:
+    """QEMU opens the image that it has written to again by its name, to read it only. Raises Replaced."""
+    for order in orders:
+        astray = identity.astray(order.below, target.pid)
+        if astray is not None:
+            raise identity.refusal(astray, target)
+
+
 def _order(target: Target, layout: Layout, name: str, file: str, relative: bool) -> _Order:
     disk = layout.find(name, target.name)
     assert disk.chain is not None, "find() returns disks with an image only"
     if disk.job is not None:
         raise Busy(disk=disk.name, job=disk.job.id, target=target.name)
     below = disk.chain.active
-    if below.has_path and below.inode is None and below.name.startswith("vl."):
+    if identity.is_temporary(below):
         raise Temporary(disk=disk.name, file=below.file)
     path = os.path.abspath(file)
     _refuse_unseen(target, disk.name, below, path)
@@ -155,6 +182,7 @@ async def _carry_out(target: Target, layout: Layout, orders: list[_Order], agent
         for order in orders:
             await undo.enter_async_context(_node(target, layout, order))
         async with _quiet(agent):
+            _refuse_replaced(target, orders)  # again, as late as can be
             await _transaction(target, orders)
             undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
     return await _prove(target, orders)
@@ -248,8 +276,10 @@ async def _prove(target: Target, orders: list[_Order]) -> tuple[Overlay, ...]:
     for order in orders:
         assert order.disk.chain is not None
         view = await target.chain(order.node)
-        expected = " <-- ".join([*order.disk.chain.files, order.file])
+        overlay = replace(view.chain.active, file=order.file, backing=order.backing, inode=files.inode(order.file))
+        expected = Chain((*order.disk.chain, overlay))
         odd = [oddity for oddity in view.oddities if oddity.file == order.file]
-        if " <-- ".join(view.chain.files) != expected or view.chain.active.backing != order.backing or odd:
-            raise NotProven(target=target.name, expected=expected, found=" <-- ".join(view.chain.files))
+        if not view.chain.same_files(expected) or view.chain.active.backing != order.backing or odd:
+            words = told_apart(expected, view.chain)
+            raise NotProven(target=target.name, expected=words[0], found=words[1])
     return tuple(Overlay(order.disk.name, order.file, order.node) for order in orders)

@@ -1,5 +1,6 @@
 """Who holds a file, a socket or a lock."""
 
+import asyncio
 import fcntl
 import os
 import re
@@ -13,6 +14,8 @@ from qmpmerge.chain.chain import Inode
 from qmpmerge.processes import kernel, proc, vms
 from qmpmerge.processes.vms import Vm
 
+LOOKS, LOOK_AGAIN_SECONDS = 5, 0.05
+"""How often a process must be seen again to have a file for more than a moment, and how long we wait before each look."""
 _SS_SECONDS = 0.9
 
 
@@ -121,11 +124,23 @@ def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[Use
     All that have one of the files open, as far as we may see: processes but for ours and those `excluding`, and what the
     kernel itself has put on them (`kernel`); by the order of the files.
     """
-    found = (*processes(files, excluding=excluding), *of_kernel(kernel.look(files)))
+    found = (*processes(files, excluding=excluding), *_of_kernel(kernel.look(files)))
     return tuple(sorted(found, key=lambda user: files.index(user.file)))
 
 
-def of_kernel(look: kernel.Look) -> tuple[User, ...]:
+async def lasting(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:
+    """The same without those who have a file for a moment: another qmpmerge reads the headers of all that QEMUs have open."""
+    found = users(files, excluding=excluding)
+    for _ in range(LOOKS):
+        if all(user.vm for user in found):
+            break
+        await asyncio.sleep(LOOK_AGAIN_SECONDS)
+        now = users(files, excluding=excluding)
+        found = tuple(user for user in found if user in now)
+    return found
+
+
+def _of_kernel(look: kernel.Look) -> tuple[User, ...]:
     """What was found of the kernel's, as users."""
     return tuple(User(use.file, None, use.what, release=use.release) for use in look.uses)
 
@@ -136,13 +151,13 @@ def processes(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple
 
     Looked at are the descriptors of all processes, so hard links and other names do not hide anybody.
     """
-    wanted = {inode: file for file in files if (inode := proc.inode_of(file)) is not None}
+    wanted = {one: file for file in files if (one := proc.identity(file)) is not None}
     found: dict[tuple[int, str], User] = {}
     for pid in proc.pids():
         if pid == os.getpid() or pid in excluding:
             continue
-        for inode in (proc.open_files(pid) or set()) & set(wanted):
-            found[pid, wanted[inode]] = User(wanted[inode], pid, proc.command_name(pid), vms.vm_of(pid))
+        for one in set(proc.open_files(pid) or ()) & set(wanted):
+            found[pid, wanted[one]] = User(wanted[one], pid, proc.command_name(pid), vms.vm_of(pid))
     return tuple(user for _key, user in sorted(found.items()))
 
 

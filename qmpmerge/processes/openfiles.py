@@ -8,7 +8,7 @@ namespace one name is two files. Our own working folder never has anything to do
 import os
 from functools import cached_property
 
-from qmpmerge.chain.chain import ELSEWHERE, Inode
+from qmpmerge.chain.chain import ELSEWHERE
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
 
@@ -22,15 +22,14 @@ class OpenFiles:
     def __init__(self, pid: int | None) -> None:
         self._pid = pid
 
-    def locate(self, name: str) -> tuple[str, Inode | None]:
+    def locate(self, name: str) -> str:
         """
-        An absolute path and what it leads to; ``qemu:NAME`` (`Image.is_elsewhere`) where none is known to lead to the file.
+        An absolute path; ``qemu:NAME`` (`Image.is_elsewhere`) where none is known to lead to the file.
 
         A path is no proof: what lies there may have been put there after QEMU had opened its image, and where we may not
-        look at the process an absolute name is taken as it is (`checks` deal with both).
+        look at the process an absolute name is taken as it is (`targets.identity` and `checks` deal with both).
         """
-        path = self._by_name(name) or self._by_descriptor(name)
-        return (path, proc.inode_of(path)) if path is not None else (f"{ELSEWHERE}{name}", None)
+        return self._by_name(name) or self._by_descriptor(name) or f"{ELSEWHERE}{name}"
 
     def _by_name(self, name: str) -> str | None:
         """Where names lead as they did when the process opened them, and as they do for us."""

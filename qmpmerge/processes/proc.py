@@ -35,15 +35,18 @@ def descriptors(pid: int) -> list[str] | None:
         return None
 
 
-def open_identities(pid: int) -> set[Identity]:
-    """The files that a process has open; empty where we may not look."""
-    return set(open_links(pid))
+def open_files(pid: int) -> dict[Identity, int] | None:
+    """All that a process has open, each with one of its descriptors; None when we may not look or the process is gone."""
+    numbers = descriptors(pid)
+    if numbers is None:
+        return None
+    paths = {number: f"/proc/{pid}/fd/{number}" for number in numbers}
+    return {found: int(number) for number, path in paths.items() if (found := identity(path)) is not None}
 
 
 def open_links(pid: int) -> dict[Identity, str]:
     """The same, and what each is called now."""
-    paths = [f"/proc/{pid}/fd/{number}" for number in descriptors(pid) or ()]
-    return {found: read_link(path) for path in paths if (found := identity(path)) is not None}
+    return {found: read_link(f"/proc/{pid}/fd/{number}") for found, number in (open_files(pid) or {}).items()}
 
 
 def written(pid: int) -> set[Identity]:
@@ -94,7 +97,7 @@ def identity(path: str) -> Identity | None:
     """The inode of a file, the device number of a block device: several device nodes can lead to one device."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return None
     if stat.S_ISBLK(status.st_mode):
         return "device", status.st_rdev, 0
@@ -126,14 +129,6 @@ def cwd(pid: int) -> str | None:
         return os.readlink(f"/proc/{pid}/cwd")
     except OSError:
         return None
-
-
-def open_files(pid: int) -> set[Inode] | None:
-    """All that the process's descriptors lead to, None when we may not look or the process is gone."""
-    found = descriptors(pid)
-    if found is None:
-        return None
-    return {inode for number in found if (inode := inode_of(f"/proc/{pid}/fd/{number}")) is not None}
 
 
 def inode_of(path: str) -> Inode | None:

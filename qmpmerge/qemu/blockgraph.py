@@ -152,7 +152,8 @@ class Layout:
 
     def has_moved(self, device: str, top: Image, kept: Image) -> bool | None:
         """
-        Whether the new chain, without `top` and with `kept`, is under the disk; None where neither it nor the old one is.
+        Whether the new chain, without `top` and with `kept`, is under the disk; None where neither it nor the old one is,
+        or where one of its images, whose file is not known, may be `top`.
 
         Nodes that a merge has left over look like the old chain, so only what a device, or an export, uses is looked at.
         """
@@ -161,7 +162,8 @@ class Layout:
                 chain = self.find(device, "").chain or ()
                 if any(image.same_as(top) for image in chain):
                     return False
-                return True if any(image.same_as(kept) for image in chain) else None
+                is_there = any(image.same_as(kept) for image in chain)
+                return True if is_there and not any(image.may_be(top) for image in chain) else None
             return None
         used = {node for root in self.exported for node in self.subtree(root)}
         return False if top.node in used else True if kept.node in used else None

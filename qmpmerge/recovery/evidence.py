@@ -19,6 +19,7 @@ from qmpmerge.journal.record import Record, look
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
 
 Way = Literal["back", "finish", "repoint", "leave"]
@@ -60,18 +61,36 @@ async def judge(
     that was asked for already. `kept` is the image that the disk shows once it is done, in the place of top; `decide` looks
     at the rest where the graph does not show that it was not done.
 
-    Raises Undecided, and what asking QEMU raises.
+    Raises Undecided, NotUnderItsName, and what asking QEMU raises.
     """
     moved = None
     if target is not None:
         seen = next((job for job in layout.jobs if job.id == record.job), None) if layout is not None else None
         if layout is None or seen is None or seen.status == "concluded":
             seen = await jobs.look(target.monitor, record.job)  # first: one that is over by now moves nothing any more
+            target.remember(record.chain)
             layout = await target.layout()
         moved = layout.has_moved(record.device, record.plan.top, kept)
         if moved is False:
             return _judge_old(record, seen)
-    return await decide(record, moved, use)
+    judged = await decide(record, moved, use)
+    _see_names(record, target, use)
+    return judged
+
+
+def _see_names(record: Record, target: Target | None, use: Use | None) -> None:
+    """
+    What stays must be under its name, or be taken for right by a user who has looked. Raises NotUnderItsName where QEMU
+    still has it open, Undecided.
+    """
+    for image in record.plan.written:
+        if image.inode is None or record.place(record.chain.index(image)) is not None:
+            continue
+        astray = identity.astray(image, target.pid) if target is not None else None
+        if target is not None and astray is not None:
+            raise identity.unproven(astray, target, record.plan)
+        if target is None and (use is None or files.inode(image.file) is None):
+            raise _undecided(record, f"what lies at {image.file}, if anything, is not the file that was merged into")
 
 
 def _back(record: Record, *reasons: str) -> Judgement:
@@ -152,7 +171,7 @@ async def by_header(record: Record, moved: bool | None, use: Use | None) -> Judg
     """`Decide` for an intermediate merge: what the overlay's header names, and whether base was complete by then."""
     overlay = record.plan.overlay
     assert overlay is not None
-    points = _points_to(record, overlay)
+    points = _points_to(record, overlay, use)
     if points == "old":
         if moved or record.state is State.PROVED:
             raise _undecided(record, f"the merge was seen to be done, and the header of {overlay.name} is the old one")
@@ -172,8 +191,8 @@ async def by_header(record: Record, moved: bool | None, use: Use | None) -> Judg
     return Judgement("repoint", record.chain.active.file, tuple(reasons))
 
 
-def _points_to(record: Record, overlay: Image) -> Literal["base", "old"] | None:
-    place = record.place(record.top + 1)
+def _points_to(record: Record, overlay: Image, use: Use | None) -> Literal["base", "old"] | None:
+    place = record.place(record.top + 1) or (overlay.file if use is not None else None)
     try:
         header = qcow2.read_of(replace(overlay, file=place)) if place is not None else None
     except OSError:

@@ -83,7 +83,7 @@ async def offline(
     image = os.fspath(image)
     async with storagedaemon.started() as daemon:
         layers = walk.walk(image, allow=allow)
-        users = holders.users([layer.file for layer in layers])
+        users = await holders.lasting([layer.file for layer in layers])
         if write:
             _refuse_used(layers, users)
         async with daemon.session(trace=trace) as session:

@@ -4,12 +4,13 @@ above talks to a `Target` and does not care which of them did.
 """
 
 import json
+import os
 import shlex
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qmpmerge.chain.chain import Chain, Inode
+from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.chain.state import State
 from qmpmerge.errors import CommandError, StreamConcluded
 from qmpmerge.images import files, headers
@@ -21,6 +22,7 @@ from qmpmerge.qemu import discovery, mutex
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job, query
 from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.targets import identity
 
 if TYPE_CHECKING:
     from qmpmerge.journal.record import Record
@@ -49,6 +51,7 @@ class Target:
         self.monitor = session
         self.name = name
         self._connect = connect
+        self._files: dict[tuple[int | None, str], Inode] = {}
 
     @property
     def pid(self) -> int | None:
@@ -99,11 +102,18 @@ class Target:
 
     async def view(self, layout: Layout, disk: str | None = None) -> ChainView:
         """The same, of a layout that was asked for already."""
+        found, chain = self._found(layout, disk)
+        if self._is_reminded(chain):
+            layout = await self.layout()
+            found, chain = self._found(layout, disk)
+        written = await headers.read(chain)
+        odd = (*headers.oddities(chain, written), *unfinished(found))
+        return ChainView(found, headers.as_written(chain, written), odd, layout)
+
+    def _found(self, layout: Layout, disk: str | None) -> tuple[Disk, Chain]:
         found = layout.find(disk, self.name)
         assert found.chain is not None, "find() returns disks with an image only"
-        written = await headers.read(found.chain)
-        odd = (*headers.oddities(found.chain, written), *unfinished(found))
-        return ChainView(found, headers.as_written(found.chain, written), odd, layout)
+        return found, found.chain
 
     async def jobs(self) -> list[Job]:
         """All block jobs, each with the disk it works on where the graph tells it."""
@@ -120,16 +130,39 @@ class Target:
         # All are sent before the first is answered. One that went with its parent, or that is in use, is an error to QEMU.
         await self.monitor.execute_all([("blockdev-del", {"node_name": node}) for node in named])
 
+    def remember(self, images: Iterable[Image]) -> None:
+        """Which files these were when somebody saw them earlier: a name that was taken from one since still means it."""
+        self._files.update({(self.pid, image.file): image.inode for image in images if image.inode is not None})
+
+    def _is_reminded(self, chain: Chain) -> bool:
+        """Whether a record tells which file an image was of which that is not known now."""
+        unknown = {image.file for image in chain if image.has_path and image.inode is None}
+        found = [one for folder in dict.fromkeys(map(os.path.dirname, unknown)) for one in store.in_folder(folder)]
+        records = [one for one in found if not isinstance(one, Disbelieved)]
+        told = [image for record in records for image in record.chain if image.file in unknown]
+        self.remember(told)
+        return bool(told)
+
     def locate(self) -> discovery.Locate:
-        """What tells where the files of QEMU's names lie; a name that is no path stays as it is."""
-        opened = OpenFiles(self.pid)
+        """
+        What tells where the files of QEMU's names lie, and which files it has open by them now; a name that is no path stays
+        as it is.
+        """
+        pid = self.pid
+        lying, opened = OpenFiles(pid), identity.Opened(pid)
 
         def located(name: str) -> tuple[str, Inode | None]:
             path = _plain(name)
             if path is None:
                 return name, None
-            file, inode = opened.locate(path)
-            return (files.plain(file) if file.startswith("/") else file), inode
+            file = lying.locate(path)
+            if not file.startswith("/"):
+                return file, None
+            file = files.plain(file)
+            found = opened.located(file, self._files.get((pid, file)))
+            if found is not None:
+                self._files.setdefault((pid, file), found)
+            return file, found
 
         return located
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpmerge.chain.chain import Chain, Image, draw
+from qmpmerge.chain.chain import Chain, Image, draw, told_apart
 from qmpmerge.errors import NoSuchLayer
 
 SIZE = 1024**2
@@ -83,11 +83,31 @@ def test_a_chain_can_be_told_from_another_by_its_files_and_their_order() -> None
     assert not chain.same_files(chain_of("/vm/a", "/vm/b", "/vm/c"))
 
 
-def test_a_file_is_the_same_under_another_name_where_both_know_their_inode() -> None:
+def test_a_file_is_the_same_under_another_name_and_another_one_under_its_own_is_not() -> None:
     here, linked = image("/vm/a", inode=(1, 2)), image("/old/a", inode=(1, 2))
     replaced, unknown = image("/vm/a", inode=(1, 3)), image("/vm/a")
-    assert here.same_as(linked) and here.same_as(unknown)
-    assert not here.same_as(replaced) and not linked.same_as(unknown)
+    assert here.same_as(linked) and not here.same_as(replaced)
+    assert not here.same_as(unknown) and not unknown.same_as(here)
+    assert unknown.same_as(image("/vm/a")) and not unknown.same_as(image("/old/a"))
+
+
+def test_what_is_not_known_may_be_what_is_called_like_it() -> None:
+    here, unknown = image("/vm/a", inode=(1, 2)), image("/vm/a")
+    assert here.may_be(unknown) and unknown.may_be(here)
+    assert not here.may_be(image("/vm/a", inode=(1, 3))) and not unknown.may_be(image("/old/a", inode=(1, 2)))
+
+
+def test_chains_are_told_apart_by_inodes_where_names_are_not_enough() -> None:
+    lowest, other = image("/vm/a", inode=(1, 2)), image("/vm/a", inode=(1, 3))
+    top = image("/vm/b", inode=(1, 4), backing="a")
+    assert told_apart(Chain((lowest, top)), Chain((other, top))) == (
+        "/vm/a (inode 2 on device 1) <-- /vm/b (backing a)",
+        "/vm/a (inode 3 on device 1) <-- /vm/b (backing a)",
+    )
+    assert told_apart(Chain((lowest, top)), Chain((image("/vm/a"), top)))[1] == (
+        "/vm/a (which file is not known) <-- /vm/b (backing a)"
+    )
+    assert told_apart(Chain((lowest, top)), Chain((top,))) == ("/vm/a <-- /vm/b (backing a)", "/vm/b (backing a)")
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------

@@ -486,7 +486,7 @@ async def test_merged_files_are_let_go(
     kind: str, top: str, tmp_path: Path, images: list[Path], content: Content
 ) -> None:
     """Explicit nodes stay open after a commit, the old active one even locked: we close them, and nothing else."""
-    inodes = {image.name: (image.stat().st_dev, image.stat().st_ino) for image in images}
+    inodes = {image.name: ("file", image.stat().st_dev, image.stat().st_ino) for image in images}
     with KINDS[kind](tmp_path, images, content) as setup:
         async with qmpmerge.live(setup.machine.target) as target:
             outcome = await qmpmerge.commit(target, setup.disk, top=top)

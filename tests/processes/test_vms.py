@@ -322,6 +322,8 @@ def test_open_files(tmp_path: Path) -> None:
         image.rename(tmp_path / "moved")
         assert proc.cwd(pid) == str(tmp_path)
         files = proc.open_files(pid)
-    assert files is not None and (status.st_dev, status.st_ino) in files
+        assert files is not None
+        descriptor = files["file", status.st_dev, status.st_ino]
+        assert proc.read_link(f"/proc/{pid}/fd/{descriptor}") == f"{tmp_path}/moved"
     assert proc.open_files(pid) is None
     assert proc.cwd(pid) is None

@@ -14,13 +14,20 @@ def harm(refusal: str, happens: str) -> Callable[[Test], Test]:
 
 
 def marked() -> dict[str, str]:
-    """All marks of the suite, by their refusals' names, whichever of its files this process has imported."""
+    """
+    All marks of the suite, by their refusals' names, whichever of its files this process has imported; several of one are
+    told in the order of their files.
+    """
     calls = [
         call
-        for file in Path(__file__).parents[1].rglob("test_*.py")
+        for file in sorted(Path(__file__).parents[1].rglob("test_*.py"))
         for test in ast.parse(file.read_text()).body
         if isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef)
         for call in test.decorator_list
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == harm.__name__
     ]
-    return {ast.literal_eval(refusal): ast.literal_eval(happens) for refusal, happens in (call.args for call in calls)}
+    happens: dict[str, list[str]] = {}
+    for call in calls:
+        refusal, words = map(ast.literal_eval, call.args)
+        happens.setdefault(refusal, []).append(words)
+    return {refusal: "; ".join(words) for refusal, words in happens.items()}

@@ -65,7 +65,8 @@ def snapshot(
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import snapshot as operation
 
-        output.snapshot(await operation.snapshot(target, dict(overlays), relative=relative, agent=agent))
+        made = await operation.snapshot(target, dict(overlays), relative=relative, agent=agent, force=options.force)
+        output.snapshot(made)
         return "created"
 
     return run(options, on_target(target, options, work, write=True))
