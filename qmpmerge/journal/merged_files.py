@@ -10,10 +10,10 @@ import os
 import stat
 from collections.abc import Callable
 
-from qmpmerge.chain.backing import is_relative
+from qmpmerge.chain.backing import is_relative, json_name
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import MergedFile
-from qmpmerge.errors import ImageUnreadable, ToolMissing
+from qmpmerge.errors import BackingString, ImageUnreadable, ToolMissing
 from qmpmerge.images import dependents, files, qcow2, qemuimg
 from qmpmerge.journal.record import Record, look
 
@@ -206,8 +206,10 @@ async def relink(record: Record) -> str | None:
     new = f"{os.path.dirname(own)}/.{os.path.basename(own)}.qmpmerge-new"
     # Where a symlink leads there too, a relative name would mean another file by either name.
     is_near = is_relative(old.backing) and own == old.file
-    backing = os.path.relpath(base.file, os.path.dirname(own)) if is_near else base.file
     try:
+        backing = os.path.relpath(base.file, os.path.dirname(own)) if is_near else base.file
+        if base.slice is not None:
+            backing = json_name(base, own)
         files.remove(new)
         os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         await qemuimg.create_overlay(new, size=old.virtual_size, backing=backing, backing_format=base.format)
@@ -215,7 +217,7 @@ async def relink(record: Record) -> str | None:
         files.sync(new)
         files.rename(new, own)
         files.sync_folder(own)
-    except (OSError, ImageUnreadable, ToolMissing) as error:
+    except (OSError, BackingString, ImageUnreadable, ToolMissing) as error:
         _quietly(lambda: files.remove(new))
         return str(error)
     return None

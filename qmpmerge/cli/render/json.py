@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 from qmpmerge.cli.render.humanize import cleaned_verdict
 
 if TYPE_CHECKING:
+    from qmpmerge.chain.chain import Image
     from qmpmerge.chain.outcome import Estimate, MergedFile, Outcome
     from qmpmerge.doctor.findings import Finding
     from qmpmerge.engine.pace.progress import Progress
@@ -49,6 +50,8 @@ class JsonOutput:
                 "index": index,
                 "node": image.node,
                 "file": image.file,
+                "slice": _slice(image),
+                "data_file": image.data.file if image.data else None,
                 "format": image.format,
                 "virtual_size": image.virtual_size,
                 "allocated": image.allocated,
@@ -160,6 +163,11 @@ def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
 def _estimate(estimate: "Estimate") -> dict[str, object]:
     keys = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
     return {key: getattr(estimate, key) for key in keys}
+
+
+def _slice(image: "Image") -> dict[str, int | None] | None:
+    """The part of the file that the image is; null for the whole."""
+    return {"offset": image.slice.offset, "size": image.slice.size} if image.slice else None
 
 
 def _oddities(found: "Sequence[Oddity]") -> list[dict[str, object]]:

@@ -81,7 +81,7 @@ class TextOutput:
                 humanize.size(image.virtual_size),
                 humanize.size(image.allocated),
                 image.node or "-",
-                image.file + (" *" if image is view.chain.active else ""),
+                image.label + (" *" if image is view.chain.active else ""),
                 image.backing or "",
             )
             for index, image in enumerate(view.chain, 1)

@@ -3,13 +3,14 @@
 import dataclasses
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress
@@ -99,7 +100,9 @@ def test_disks(streams: Streams) -> None:
 
 def test_chain(streams: Streams) -> None:
     odd = Oddity("no-format", "/vm/a.qcow2", "its header records no backing format")
-    streams.output.chain(ChainView(disk(), CHAIN, (odd,), Layout((), (), {}, {})))
+    box = replace(BASE, file="/vm/box", slice=Slice(512))
+    chain = Chain((box, replace(TOP, data=Image("/vm/a.data", "raw", 0))))
+    streams.output.chain(ChainView(disk(), chain, (odd,), Layout((), (), {}, {})))
     assert streams.document() == {
         "schema": 1,
         "disk": "vda",
@@ -107,7 +110,9 @@ def test_chain(streams: Streams) -> None:
             {
                 "index": 1,
                 "node": "#block2",
-                "file": "/vm/base.raw",
+                "file": "/vm/box",
+                "slice": {"offset": 512, "size": None},
+                "data_file": None,
                 "format": "raw",
                 "virtual_size": 10 * GIB,
                 "allocated": 4 * GIB,
@@ -119,6 +124,8 @@ def test_chain(streams: Streams) -> None:
                 "index": 2,
                 "node": "#block1",
                 "file": "/vm/a.qcow2",
+                "slice": None,
+                "data_file": "/vm/a.data",
                 "format": "qcow2",
                 "virtual_size": 10 * GIB,
                 "allocated": GIB,
