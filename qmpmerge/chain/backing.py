@@ -21,6 +21,8 @@ def leads_to(image: Image, backing: str, target: Image) -> bool | None:
 
     A relative name may lead there from the folder of the name that QEMU opened, or from the folder of the real file.
     """
+    if target.is_renamed:
+        return None
     if not target.has_path:
         return True if backing == target.file else None
     if backing.startswith("json:"):
@@ -119,7 +121,9 @@ def json_name(image: Image, overlay: str) -> str:
 
 
 def node(image: Image, file: Mapping[str, object]) -> dict[str, object]:
-    """The blockdev of an image in the blockdev `file`, or in a part of that. Raises OSError where nobody tells in which."""
+    """The blockdev of an image in the blockdev `file`, or in a part of that. Raises OSError where it is not known in which."""
+    if image.is_renamed:
+        raise OSError(errno.ENOENT, "its name leads to another image now")
     if image.slice is None:
         return {"driver": image.format, "file": file}
     within = part(image.slice, file)

@@ -45,7 +45,8 @@ class Image:
     bytes. `slice` is the part of that file which is this image, None where it is the whole of it: the rest of the file is
     somebody else's. `data` is the external data file of a qcow2 image (`data_file`), as QEMU has it open. `backing` and
     `backing_format` are the strings written in the image's own header. `allocated` is what the image takes on its storage,
-    metadata included (`actual-size` in QEMU's words). What is not known is None.
+    metadata included (`actual-size` in QEMU's words). What is not known is None. With `is_renamed` the name by which QEMU
+    opened it leads to another image of the chain by now, and its own file is not known by name.
     """
 
     file: str
@@ -59,11 +60,12 @@ class Image:
     read_only: bool = False
     slice: Slice | None = None
     data: "Image | None" = None
+    is_renamed: bool = False
 
     @property
     def identity(self) -> object:
-        """Which image it is, whatever its file is called. A part of which nobody tells the place is known by its node."""
-        unknown = self.slice is not None and self.slice.offset is None
+        """Which image it is, whatever its file is called; by its node where its file, or its place there, is not known."""
+        unknown = self.is_renamed or (self.slice is not None and self.slice.offset is None)
         return self.inode or self.file, self.slice, self.node if unknown else None
 
     @property
@@ -91,6 +93,8 @@ class Image:
 
     def is_file(self, path: str) -> bool:
         """Whether `path` leads to the file of this image; symlinks are followed on both sides."""
+        if self.is_renamed:
+            return False
         if not self.has_path:
             return path == self.file
         if self.inode is not None:

@@ -170,6 +170,7 @@ _WHY_ODD = {
     "disagrees": "the next start reads the headers and shows another disk than the guest sees now",
     "not-seen": "neither its header nor who is built on it can be looked at: a merge is refused, and says the cure",
     "unreadable": "the next start needs it, and a merge cannot be proved without it",
+    "replaced": "a merge would have QEMU write to that one: let the name lead to the old image, or start the VM anew",
     "part-of-file": "a start that goes by the header alone shows the guest the file from its first byte on",
     "no-format": "a raw image below could make the next start read any file of this host",
 }

@@ -45,7 +45,7 @@ async def read(chain: Chain) -> tuple[Header | None, ...]:
 
 async def _read_alone(image: Image) -> Header | None:
     """The header of one image, without opening the data file or anything else that it may name."""
-    if not image.has_path:
+    if not image.has_path or image.is_renamed:
         return None
     try:
         if image.format == "raw":
@@ -66,7 +66,11 @@ def _names_are_harmless(chain: Chain) -> bool:
     """Whether the headers on disk name exactly the regular files of this chain, each with its format."""
     below: Image | None = None
     for image in chain:
-        if image.slice is not None or not (image.has_path and _is_regular(image.file) and _leads_on(image, below)):
+        if (
+            image.is_renamed
+            or image.slice is not None
+            or not (image.has_path and _is_regular(image.file) and _leads_on(image, below))
+        ):
             return False
         below = image
     return True
@@ -101,6 +105,9 @@ def oddities(chain: Chain, found: tuple[Header | None, ...]) -> list[Oddity]:
             odd.append(
                 Oddity("not-seen", image.file, "where QEMU has this file from cannot be told: nothing is known of it")
             )
+        elif image.is_renamed:
+            message = "its name leads to another image of the chain than the one that QEMU opened by it"
+            odd.append(Oddity("replaced", image.file, message))
         elif header is None and image.has_path:
             message = "its header cannot be read: does the file still exist, and may you read it?"
             odd.append(Oddity("unreadable", image.file, message))

@@ -19,7 +19,7 @@ from qmpmerge.processes.proc import Process
 SCHEMA = 2
 _STATE_BYTES = 256
 _PLAIN = ("policy", "target", "disk", "device", "job", "base", "top", "is_live", "since", "old_nodes", "base_driver")
-_IMAGE = ("file", "format", "virtual_size", "backing", "backing_format", "inode", "node")
+_IMAGE = ("file", "format", "virtual_size", "backing", "backing_format", "inode", "node", "is_renamed")
 _SLICE = ("offset", "size")
 
 

@@ -1,5 +1,6 @@
 """The discovery of disks, chains and jobs from QEMU's block graph."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -240,9 +241,15 @@ def _depth(graph: Any) -> int:
 
 
 def _told_apart(images: list[Image]) -> list[Image]:
-    """A name leads to another image of the chain than QEMU opened by it: such images are known by their nodes."""
+    """
+    Where names lead to one file by which QEMU has opened several, one of them at most is still right: that which is no
+    symlink, for a symlink is what people point at another image.
+    """
     known = [image.identity for image in images]
+    plain = [image.identity for image in images if not os.path.islink(image.file)]
     return [
-        replace(image, file=f"{image.file}#{image.node}", inode=None) if known.count(image.identity) > 1 else image
+        replace(image, inode=None, is_renamed=True)
+        if known.count(image.identity) > 1 and (plain.count(image.identity) != 1 or os.path.islink(image.file))
+        else image
         for image in images
     ]

@@ -138,6 +138,8 @@ def astray(image: Image, pid: int | None) -> Astray | None:
     if not image.has_path or not _is_name(image):
         return None
     there = proc.inode_of(image.file)
+    if image.is_renamed:
+        return Astray(image.file, None, there, pid)
     if image.inode is not None and there == image.inode:
         return None
     opened = Opened(pid)

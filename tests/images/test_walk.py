@@ -356,4 +356,14 @@ def test_dots_behind_a_symlinked_folder_lead_where_the_kernel_says(tmp_path: Pat
         cwd=tmp_path / "data" / "vm")  # fmt: skip
     (tmp_path / "vm").symlink_to("data/vm")
     base, _top = walk.walk(str(tmp_path / "vm" / "top.qcow2"), allow=[str(tmp_path)])
+    assert base.file == str(tmp_path / "vm" / ".." / "golden" / "base.raw")
     assert os.path.samefile(base.file, tmp_path / "data" / "golden" / "base.raw")
+
+
+def test_dots_that_lead_back_are_left_out(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "two" / "base.raw").write_bytes(bytes(512))
+    header(tmp_path / "one" / "top.qcow2", "../one/../two/base.raw", "raw")
+    base, _top = walk.walk(str(tmp_path / "one" / "top.qcow2"), allow=[str(tmp_path)])
+    assert base.file == str(tmp_path / "two" / "base.raw")

@@ -14,7 +14,7 @@ from rig.machines import SIZE, Machine, make_chain, run
 
 import qmpmerge
 from qmpmerge.chain.chain import Chain
-from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk, StreamConcluded
+from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk, Replaced, SeveralRefusals, StreamConcluded
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.discovery import DEEP
 from qmpmerge.qemu.jobs import Job
@@ -426,6 +426,42 @@ async def test_an_active_image_reached_by_a_link_in_another_folder(tmp_path: Pat
     assert not view.oddities
     for name in (files[-1], link):
         assert view.layout.find(str(name), machine.target) == view.disk
+
+
+async def test_a_link_that_leads_to_the_new_overlay_by_now(tmp_path: Path) -> None:
+    """People let the name that a VM is started from follow its newest overlay; QEMU has the old image open by it."""
+    files = make_chain(tmp_path)
+    old, link, new = tmp_path / "old.qcow2", files[-1], tmp_path / "new.qcow2"
+    link.rename(old)
+    link.symlink_to(old)
+    with machines.machine(tmp_path, *drive(link), *virtio("vda")) as machine:
+        run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", old, "-F", "qcow2", new, str(machines.SIZE))
+        given = {"snapshot_file": str(new), "format": "qcow2", "mode": "existing"}
+        machine.session.execute("blockdev-snapshot-sync", device="vda", **given)
+        link.unlink()
+        link.symlink_to(new)
+        view = await ask(machine)
+        assert [image.name for image in view.chain] == [*(file.name for file in files), "new.qcow2"]
+        assert [(odd.name, odd.file) for odd in view.oddities] == [("replaced", str(link))]
+        assert view.chain.find(str(link)) is view.chain.active  # what the name means now
+        async with qmpmerge.live(machine.target) as target:
+            (found,) = [one for one in await qmpmerge.examine(target) if one.where == str(link)]
+            assert (found.name, found.severity, found.command) == ("replaced", "harm", "")
+            for top in ("[4]", "[5]"):
+                with pytest.raises((Replaced, SeveralRefusals), match="was replaced"):
+                    await qmpmerge.commit(target, top=top, base="[3]", force=["dependents"])
+
+
+async def test_names_that_lead_back_are_shown_without_dots(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    make_chain(tmp_path / "one", ["base.raw", "a.qcow2"])
+    (tmp_path / "two").mkdir()
+    name = "../two/../one/a.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", "-b", name, "-F", "qcow2", "top.qcow2", cwd=tmp_path / "two")
+    with machines.machine(tmp_path, *drive("two/top.qcow2"), *virtio("vda")) as machine:
+        view = await ask(machine)
+    assert view.chain.files == [str(tmp_path / name) for name in ("one/base.raw", "one/a.qcow2", "two/top.qcow2")]
+    assert not view.oddities
 
 
 ODD_NAMES = ["with space", "co,mma", "co:lon", "quo\"te'", "new\nline", "per%cent", "back\\slash", "$(x)", "nbd:x", "ü"]
