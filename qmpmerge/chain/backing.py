@@ -39,8 +39,13 @@ def _options_lead_to(backing: str, target: Image) -> bool | None:
     named = described(backing)
     if named is None or not named.path.startswith("/"):
         return None
+    if not target.is_file(named.path):
+        return False
     whole = Slice(0, target.virtual_size)
-    return target.is_file(named.path) and (named.slice or whole) == (target.slice or whole)
+    if (named.slice or whole) == (target.slice or whole):
+        return True
+    may_be_all = target.slice is None and named.slice is not None and named.slice.offset == 0
+    return None if may_be_all else False
 
 
 def folders(image: Image) -> tuple[str, ...]:
@@ -177,14 +182,18 @@ def described(name: str) -> Described | None:
     """Read a ``json:`` name, as `node` would have it; None for one that says anything else, or more."""
     try:
         image = json.loads(name.removeprefix("json:"))
-        storage, part = image["file"], None
-        if storage["driver"] == "raw" or not image.keys() <= {"driver", "file"}:
-            node = storage if image.keys() == {"driver", "file"} else image
-            storage, part = node["file"], slice_of(node) if node.keys() & {"offset", "size"} else None
-            if node["driver"] != "raw" or not node.keys() <= {"driver", "offset", "size", "file"}:
-                return None
-        is_file = storage.keys() == {"driver", "filename"} and storage["driver"] in ("file", "host_device")
-        return Described(str(storage["filename"]), str(image["driver"]), part) if is_file else None
+        is_raw = image["driver"] == "raw" and bool(image.keys() & {"offset", "size"})
+        raw = image if is_raw else image["file"]
+        file = raw["file"] if raw["driver"] == "raw" else raw
+        allowed = {"driver", "offset", "size", "file"} if raw is not file else file.keys()
+        if raw.keys() - allowed or (raw is not image and image.keys() != {"driver", "file"}):
+            return None
+        if file.keys() != {"driver", "filename"} or file["driver"] not in ("file", "host_device"):
+            return None
+        if b"\0" in os.fsencode(file["filename"]):
+            return None
+        found = slice_of(raw) if raw is not file and raw.keys() & {"offset", "size"} else None
+        return Described(file["filename"], str(image["driver"]), found)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -104,11 +104,11 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
         return MergedFile(image.file, "gone", None)
     if record.policy == "keep" or index not in record.away or place is None:
         return MergedFile(image.file, "keep", place or image.file)
-    if own != image.file:
-        hints.append(f"{image.file} leads nowhere now: it is a symlink to {own}, which was merged")
     if place == own:
         place = take_away(record, index)
         files.sync_folder(place)
+    if own != image.file and not (record.policy == "relink" and index == len(record.chain)):
+        hints.append(f"{image.file} leads nowhere now: it is a symlink to {own}, which was merged")
     reason = why_not_delete(record, index, place) if record.policy == "delete" else "it is to be stashed"
     if reason is None:
         _see(record, image, place)  # it took a while to find out; from here on nobody can close the gap

@@ -246,6 +246,8 @@ def _told_apart(images: list[Image]) -> list[Image]:
     symlink, for a symlink is what people point at another image.
     """
     known = [image.identity for image in images]
+    if len(set(known)) == len(known):
+        return images
     plain = [image.identity for image in images if not os.path.islink(image.file)]
     return [
         replace(image, inode=None, is_renamed=True)

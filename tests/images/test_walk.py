@@ -114,6 +114,8 @@ def test_a_json_name_that_says_more_is_foreign(tmp_path: Path) -> None:
     names = [
         described(tmp_path / "outside", offset=512),
         described(Path("box"), offset=512),
+        described(Path(f"{box}\0"), offset=512),
+        described(Path(f"{box}\ud800"), offset=512),
         described(box, offset=-1),
         described(box, offset=1 << 70),
         described(box, offset=512, probed=True),
