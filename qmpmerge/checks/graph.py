@@ -127,9 +127,12 @@ def known_bad(question: Question) -> AsyncIterator[KnownBad]:
     return found(question.target.monitor, question.view, question.plan, pivots=pivots)
 
 
-async def flush_unavailable(question: Question) -> AsyncIterator[Refused]:
-    """An active commit flushes base by itself."""
+async def flush_unavailable(question: Question) -> AsyncIterator[Refused | Unseen]:
+    """An active commit flushes base by itself. It takes a node on the base, which an inactive image must not get."""
     if question.plan.overlay is None:
+        return
+    if [one async for one in vm_state(question) if isinstance(one, VmState)]:
+        yield Unseen("nothing is tried in this state of the VM")
         return
     try:
         await flush.check(question.target.monitor, question.plan.base)

@@ -269,8 +269,13 @@ async def test_a_dry_run_sends_nothing_that_writes(top: str | None, tmp_path: Pa
             vm.target, trace=lambda way, text: sent.append(text) if way == "->" else None
         ) as target:
             outcome = await qmpmerge.commit(target, top=top, dry_run=True)
-    commands = {json.loads(text)["execute"] for text in sent}
-    assert {name for name in commands if "query" not in name} <= {"qom-get", "nbd-server-start", "nbd-server-stop"}
+    asked = [json.loads(text) for text in sent]
+    others = [one for one in asked if "query" not in one["execute"] and one["execute"] != "qom-get"]
+    added = [
+        one["arguments"] for one in others if one["execute"] == "blockdev-add"
+    ]  # to see that a flush can be asked for
+    assert all(node["read-only"] for node in added) and len(added) <= 1
+    assert {one["execute"] for one in others} <= {"blockdev-add", "blockdev-del", "blockdev-reopen"}
     unseen = {check.name: check.reason for check in outcome.checks if check.result == "not checked"}
     assert list(unseen) == (["not-writable"] if top else [])
     assert all("header" in reason for reason in unseen.values())
