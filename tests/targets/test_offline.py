@@ -660,7 +660,7 @@ async def test_held_by_a_process_that_we_may_not_see(
     way: str, images: list[Path], content: Content, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a container, or of another user: the locks are the kernel's and seen by all."""
-    monkeypatch.setattr(holders, "users", lambda files: ())
+    monkeypatch.setattr(holders, "users", lambda files, excluding=(): ())
     read_only = f"file={images[1]},format=qcow2,if=none,id=x,readonly=on"
     ways: dict[str, contextlib.AbstractContextManager[object]] = {
         "vm": blockdev(tmp_path, images, content),
@@ -679,7 +679,7 @@ async def test_qemus_own_locks_are_the_last_guard(
     images: list[Path], content: Content, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when somebody opens it between our look and our opening."""
-    monkeypatch.setattr(holders, "users", lambda files: ())
+    monkeypatch.setattr(holders, "users", lambda files, excluding=(): ())
     monkeypatch.setattr(holders, "is_locked", lambda file: False)
     with blockdev(tmp_path, images, content), unchanged(folder), pytest.raises(InUse, match="another process"):
         await merged(images[3])
