@@ -144,5 +144,5 @@ COUNTS = {
     "machine_died": "machines that died of an error",
     "asked": "left to the user to decide",
     "stale_launch_path": "old image still opens, stale",
-    "left": "a flush's export left in QEMU",
+    "left": "a flush's node left in QEMU",
 }
