@@ -121,7 +121,7 @@ class NotUnderItsName(Unknown):
     file: str
     found: str
     cure: str
-    sentence = "QEMU uses the new chain, but {file} is not in it any more: {found}"
+    sentence = "the outcome is not proven: {file} is not the file that QEMU uses: {found}"
     advice = "{cure}"
 
 

@@ -30,4 +30,4 @@ def marked() -> dict[str, str]:
     for call in calls:
         refusal, words = map(ast.literal_eval, call.args)
         happens.setdefault(refusal, []).append(words)
-    return {refusal: "; ".join(words) for refusal, words in happens.items()}
+    return {refusal: "; ".join(dict.fromkeys(words)) for refusal, words in happens.items()}
