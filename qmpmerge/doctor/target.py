@@ -199,9 +199,9 @@ def rebase(image: str, below: Image | None) -> str:
 
 
 def _replaced(target: Target, chain: Chain) -> Iterator[Finding]:
-    """The file at a path is not the one that QEMU has open."""
+    """The file at a path is not the one that QEMU has open; one that is another image of the chain is told as an oddity."""
     for image in chain:
-        astray = identity.astray(image, target.pid)
+        astray = identity.astray(image, target.pid) if not image.is_renamed else None
         if astray is not None and _is_regular(image.file):
             what = "another file is there now than the one that QEMU has open"
             why = "the next start shows the new file's data, and a merge would write into it: put the old one back"
