@@ -155,6 +155,7 @@ async def test_a_job_that_failed_unseen_is_told_and_dismissed_and_the_merge_made
 ) -> None:
     await leave(setup, "[3]")
     setup.machine.session.execute("job-cancel", id=JOB)
+    setup.machine.wait_for_job("concluded")
     outcome, told = await commit(setup, "[3]")
     assert outcome.verdict == "merged"
     assert "had failed (Operation canceled) while nobody looked (begun" in notes(told)[0]
@@ -204,6 +205,7 @@ async def test_a_job_that_let_the_overlay_go_unseen_is_begun_again(setup: Setup,
 async def test_a_snapshot_does_not_mind_a_job_that_has_ended(setup: Setup, images: list[Path]) -> None:
     await leave(setup, "[3]")
     setup.machine.session.execute("job-cancel", id=JOB)
+    setup.machine.wait_for_job("concluded")
     async with setup.target() as target:
         await qmpmerge.snapshot(target, {"vda": f"{images[0].parent}/new.qcow2"})
         assert not await target.jobs()
@@ -299,6 +301,7 @@ async def test_an_error_that_is_dismissed_by_hand_is_not_forgotten(setup: Setup,
     await leave(setup, "[3]")
     lock = images[0].parent / ".base.raw.qmpmerge-lock"
     setup.machine.session.execute("job-cancel", id=JOB)
+    setup.machine.wait_for_job("concluded")
     async with setup.target() as target:
         with pytest.raises(JobFailed, match="canceled"):
             await qmpmerge.follow(target, JOB)
