@@ -72,12 +72,13 @@ CheckResult = Literal["passed", "forced", "not checked"]
 class Checked:
     """
     A check by its refusal's name, and what it came to. `forced` refused, and the user wanted to go on all the same;
-    what is not checked could not be, for the `reason`.
+    what is not checked could not be, or not wholly, for the `reason`. `looked_at` says how much was, where that matters.
     """
 
     name: str
     result: CheckResult
     reason: str = ""
+    looked_at: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Outcome:
     `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
     merge counts what it walked). `verified` says that base and top were compared before the switch. `paused_ms` is how long
     the guest stood still for the pivot, None where it was not paused. `hints` are sentences for the user, `rungs` those
-    about what was done to a guest that wrote as fast as was copied (`converge`). `checks` and `estimate` are what was
-    found out before: of a plan that was only looked at.
+    about what was done to a guest that wrote as fast as was copied (`converge`). `checks` are what
+    was found out before, none where an earlier qmpmerge has begun; `estimate` is that of a plan that was only looked at.
     """
 
     verdict: str

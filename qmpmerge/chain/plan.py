@@ -21,7 +21,8 @@ class CommitPlan:
     `merged` are the images that the chain loses, base first. `pivots` says that top is the active image: then the guest
     moves onto base and nothing is rewritten. Else `overlay` is the image right above top, and `backing_name` is the
     string its header will get. `result` is the chain afterwards. A plan with `refusals` (ShorterLayer, BackingString) must
-    not be carried out: `checks.check` raises them together with what else it finds.
+    not be carried out: `checks.check` raises them together with what else it finds. `base_is_named` says that the user has
+    named the base, and not left it to us.
     """
 
     chain: Chain
@@ -33,6 +34,7 @@ class CommitPlan:
     backing_name: str | None
     result: Chain
     refusals: tuple[Refused, ...] = ()
+    base_is_named: bool = False
 
     @property
     def written(self) -> tuple[Image, ...]:
@@ -68,7 +70,7 @@ def commit(
         raise BaseAboveTop(base=chain[base_index].file, top=chain[top_index].file)
     if base_index == top_index and len(chain) > 1:
         raise BaseIsTop(base=chain[base_index].file)
-    return _plan(chain, base_index, top_index)
+    return replace(_plan(chain, base_index, top_index), base_is_named=base is not None)
 
 
 def _plan(chain: Chain, base_index: int, top_index: int) -> CommitPlan:

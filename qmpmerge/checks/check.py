@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import files, graph, sight
-from qmpmerge.checks.question import Question, Unseen, process
+from qmpmerge.checks.question import Question, Seen, Unseen, process
 from qmpmerge.errors import FORCEABLE, CommandError, NotWritable, Refused, refuse
-from qmpmerge.images import space
+from qmpmerge.images import dependents, space
 from qmpmerge.qemu import vmstate
 from qmpmerge.qemu.bitmaps import Bitmap, Handling
 from qmpmerge.targets.target import ChainView, Target
@@ -44,13 +44,16 @@ async def check(
     """
     Refuse what would do harm, but for what `force` names (of `errors.FORCEABLE`). Changes nothing that anyone could see.
 
-    `handling` is of the dirty bitmaps of merged images, `search` are more folders in which images may be built on those of
+    `handling` is of the dirty bitmaps of merged images, `search` are more folders below which images may be built on those of
     the chain, `speed` is for the estimate. With `dry_run` that is made closely (`space.estimate`), and nothing is sent that
     writes. Raises one of the refusals of `CHECKS`, or SeveralRefusals with all of them.
     """
+    from qmpmerge.processes import holders
+
     pid, opened = process(target, plan)
     estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=dry_run)
-    question = Question(target, pid, opened, view, plan, ending, handling, search, estimate, dry_run)
+    others = await dependents.look([plan.base, *plan.merged], plan.chain, search, holders.qemu_files())
+    question = Question(target, pid, opened, view, plan, ending, handling, others, estimate, dry_run)
     checked: list[Checked] = []
     refusals: list[Refused] = []
     for name, ask in CHECKS.items():
@@ -59,8 +62,9 @@ async def check(
         insisting = [refusal for refusal in refused if refusal.name not in FORCEABLE or refusal.name not in force]
         refusals += insisting
         unseen = "; ".join(one.reason for one in found if isinstance(one, Unseen))
+        seen = "; ".join(one.what for one in found if isinstance(one, Seen))
         result: CheckResult = "forced" if len(insisting) < len(refused) else "not checked" if unseen else "passed"
-        checked.append(Checked(name, result, unseen if result == "not checked" else ""))
+        checked.append(Checked(name, result, unseen if result == "not checked" else "", seen))
     refuse(refusals)
     if not dry_run:
         await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))  # once more: all this can take seconds
@@ -90,7 +94,7 @@ async def _rewrite_header(question: Question) -> None:
         raise NotWritable(file=overlay.file, reason=error.description) from None
 
 
-CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen]]] = {
+CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen | Seen]]] = {
     "vm-state": graph.vm_state,
     "not-seen": sight.not_seen,
     "busy": graph.busy,
@@ -102,6 +106,7 @@ CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen]]] = {
     "backing-string": graph.backing_string,
     "in-use": files.in_use,
     "dependents": files.dependents,
+    "shared-base": files.shared_base,
     "no-space": files.no_space,
     "device-too-small": files.device_too_small,
     "not-writable": files.not_writable,

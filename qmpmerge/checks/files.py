@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image
+from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import sight
-from qmpmerge.checks.question import Question, Unseen
-from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotReopenable, NotWritable, Refused
-from qmpmerge.images.dependents import find
+from qmpmerge.checks.question import Question, Seen, Unseen
+from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotReopenable, NotWritable, Refused, SharedBase
+from qmpmerge.images.dependents import is_outside
 from qmpmerge.processes import permissions, proc
 from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.targets import identity
@@ -122,21 +123,44 @@ def _instead(users: "list[User]") -> str:
     return f"{letting_go}; `--force in-use` goes on if it may see the image change"
 
 
-async def dependents(question: Question) -> AsyncIterator[Refused | Unseen]:
+async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | Seen]:
     """
     The merged images leave the chain, and base, which what is built on them would still look through to, changes.
 
     Looked for in folders, and among what the QEMUs of this host have open, this one and its other disks included.
     """
-    from qmpmerge.processes import holders
-
-    plan = question.plan
-    found = find([plan.base, *plan.merged], plan.chain, question.search, holders.qemu_files())
+    found = question.others.dependents
     if found:
         images = list(dict.fromkeys(dependent.image for dependent in found))
         yield Dependents(images=images, dependents=[dependent.file for dependent in found])
+    yield Seen(question.others.told)
     for blind in sight.unseen_dependents(question):
         yield blind
+    for image in (question.plan.base, *question.plan.merged):
+        if not (image.has_path or image.is_elsewhere):
+            yield Unseen(f"what is built on {image.file} cannot be looked for in folders")
+
+
+async def shared_base(question: Question) -> AsyncIterator[Refused]:
+    """What is built on a golden image lies in folders that nobody but the user knows."""
+    plan = question.plan
+    base, active = plan.base, plan.chain.active
+    if plan.base_is_named or identity.is_temporary(active) or not is_outside(base, active):
+        return
+    if not (base.has_path and question.others.covers(os.path.dirname(base.file))):
+        yield SharedBase(base=base.file, active=active.file, command=_naming(plan))
+
+
+def _naming(plan: CommitPlan) -> str:
+    """How a base is named on the command line, and where to search for others who are built on it."""
+    base, active = plan.base.file, plan.chain.active.file
+    if not (plan.base.has_path and plan.chain.active.has_path):
+        return f"`--base '[{plan.chain.index(plan.base)}]'`"
+    place, home = os.path.dirname(os.path.realpath(base)), os.path.dirname(os.path.realpath(active))
+    common = os.path.commonpath((place, home))
+    folders = [common] if common != "/" else [place, home]
+    search = " ".join(f"--search {shlex.quote(folder)}" for folder in folders)
+    return f"`--base {shlex.quote(base)}`; or have the folders of all who may be looked through: `{search}`"
 
 
 async def no_space(question: Question) -> AsyncIterator[Refused | Unseen]:

@@ -2,12 +2,12 @@
 What a check is asked about, and how files are told apart.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import Ending, Estimate
 from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.images.dependents import Look
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
 from qmpmerge.qemu.bitmaps import Bitmap, Handling, of
@@ -22,8 +22,18 @@ class Unseen:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a check yields to say how much it has looked at."""
+
+    what: str
+
+
+@dataclass(frozen=True)
 class Question:
-    """All that a check may want to know. `pid` is QEMU's, None where it is not known; `opened` is what it has open."""
+    """
+    All that a check may want to know. `pid` is QEMU's, None where it is not known; `opened` is what it has open. `others` is
+    the look for images that are built on those of the chain.
+    """
 
     target: Target
     pid: int | None
@@ -32,7 +42,7 @@ class Question:
     plan: CommitPlan
     ending: Ending
     handling: Handling
-    search: Collection[str]
+    others: Look
     estimate: Estimate
     dry_run: bool
 

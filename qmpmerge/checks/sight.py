@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from qmpmerge.chain.chain import ELSEWHERE, Image
 from qmpmerge.checks.question import Question, Unseen
 from qmpmerge.errors import NotSeen, Refused
-from qmpmerge.images import dependents
 from qmpmerge.processes import holders, proc
 from qmpmerge.processes.openfiles import FDSET
 
@@ -32,7 +31,7 @@ async def not_seen(question: Question) -> AsyncIterator[Refused]:
             found.setdefault(why, []).append(image.file.removeprefix(ELSEWHERE))
     for (reason, cure), files in found.items():
         yield NotSeen(unseen=files, reason=reason, cure=f"{cure}; {INSIST}")
-    folders = dependents.unlisted(question.plan.chain, question.search)
+    folders = question.others.unlisted
     if folders:
         reason = "we may not list the folder, and who else is built on its images cannot be told"
         yield NotSeen(unseen=folders, reason=reason, cure=f"run qmpmerge as a user who may, such as root; {INSIST}")
@@ -96,12 +95,4 @@ def unread(question: Question) -> list[Unseen]:
 
 def unseen_dependents(question: Question) -> list[Unseen]:
     """For the search for who is built on our images."""
-    chain, search = question.plan.chain, question.search
-    folders, files = dependents.unlisted(chain, search), dependents.unread(chain, search)
-    told = [*([f"we may not list {', '.join(folders)}"] if folders else []), *([_unread(files)] if files else [])]
-    return [*unseen(question), *map(Unseen, told)]
-
-
-def _unread(files: list[str]) -> str:
-    rest = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f"we may not read {files[0]}{rest}"
+    return [*unseen(question), *map(Unseen, question.others.unseen)]

@@ -13,9 +13,8 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.doctor import leftovers, target
 from qmpmerge.doctor.findings import Finding, Severity, sort
 from qmpmerge.errors import ImageUnreadable, Refused
-from qmpmerge.images import dependents, qcow2, qemuimg, walk
+from qmpmerge.images import dependents, qcow2, qemuimg, stashed, walk
 from qmpmerge.images.walk import Layer
-from qmpmerge.journal import stash
 from qmpmerge.processes import holders
 from qmpmerge.processes.holders import User
 
@@ -97,8 +96,7 @@ def _used(chain: Chain, users: tuple[User, ...]) -> Iterator[Finding]:
 
 def _deep(chain: Chain) -> Iterator[Finding]:
     if len(chain) >= target.DEEP:
-        command = f"qmpmerge commit {shlex.quote(chain.active.file)} --top '[{len(chain) - 1}]'"
-        yield target.deep(chain.active.file, len(chain), command)
+        yield target.deep(chain.active.file, chain, shlex.quote(chain.active.file))
 
 
 async def _marks(layers: tuple[Layer, ...]) -> list[Finding]:
@@ -130,7 +128,7 @@ def _overlays(folder: str) -> dict[str, str | None]:
     images: dict[str, str | None] = {}
     for entry in dependents.files(folder):
         try:
-            header = qcow2.read(entry.path) if not entry.name.endswith(stash.STASHED) else None
+            header = qcow2.read(entry.path) if not stashed.is_stashed(entry.path) else None
         except OSError:
             continue
         if header is not None:

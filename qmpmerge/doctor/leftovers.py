@@ -8,21 +8,21 @@ for a moment: a lock is looked up and not tried.
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 
-from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.state import State
 from qmpmerge.doctor.findings import Finding, Severity
-from qmpmerge.images import dependents, files
-from qmpmerge.images.dependents import Dependent
-from qmpmerge.journal import locks, stash, store
+from qmpmerge.images import dependents, files, stashed
+from qmpmerge.images.dependents import Dependent, Look
+from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Note
 from qmpmerge.journal.record import Record
-from qmpmerge.journal.stash import STASHED
 from qmpmerge.journal.store import Disbelieved, Found
 from qmpmerge.processes import holders
 
 _LOCK = re.compile(r"\.(?P<image>.+)\.qmpmerge-lock", re.DOTALL)
+_ANY = re.compile(r"(?P<image>.+)", re.DOTALL)
 _OWNED = re.compile(r"qmpmerge-(?:[a-z]+-)?(\d+)-")
 
 
@@ -95,10 +95,7 @@ def _old_locks(folder: str, jobs: Collection[str]) -> Iterator[Finding]:
 
 
 def _stashed(folder: str) -> Iterator[Finding]:
-    paths = [
-        path
-        for path, _image in files.matching(folder, re.compile(r"(?P<image>.+)" + re.escape(stash.STASHED), re.DOTALL))
-    ]
+    paths = [path for path, _image in files.matching(folder, _ANY) if stashed.is_stashed(path)]
     users = {user.file: user for user in holders.users(paths)} if paths else {}
     for path in paths:
         why = "it takes up room" + (f", and {users[path]} has it open still" if path in users else "")
@@ -108,7 +105,11 @@ def _stashed(folder: str) -> Iterator[Finding]:
 
 def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterator[Finding]:
     """Images outside the chain whose headers name an image of it, or one that is built on it."""
-    for dependent in _above(chain, search):
+    look = dependents.look_now(chain.images, chain, search)
+    for reason in look.unseen:
+        why = "an image that is built on the chain could lie there: a merge would ruin it"
+        yield Finding("not-looked-at", "note", chain.active.file, reason, why)
+    for dependent in _above(chain, look, search):
         users = holders.users([dependent.file])
         if pid is not None and pid in {user.pid for user in users}:
             continue
@@ -123,15 +124,15 @@ def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterato
                 "if an earlier merge left it, it opens without a word and shows older data: put it out of reach; if "
                 f"somebody wants it, it is ruined by every write to {dependent.image}"
             )
-            stash = shlex.join(["mv", "-n", "--", dependent.file, dependent.file + STASHED])
-            yield Finding("stale-image", "care", dependent.file, what, why, stash)
+            away = os.path.join(os.path.dirname(dependent.file), "stale")
+            command = f"{shlex.join(['mkdir', '-p', away])} && {shlex.join(['mv', '-n', '--', dependent.file, away])}"
+            yield Finding("stale-image", "care", dependent.file, what, why, command)
 
 
-def _above(chain: Chain, search: Collection[str]) -> Iterator[Dependent]:
+def _above(chain: Chain, look: Look, search: Collection[str]) -> Iterator[Dependent]:
+    """What was found to be built on the chain, and on that, and so on."""
     seen: set[str] = set()
-    wanted: Sequence[Image] = chain.images
-    while wanted:
-        new = [found for found in dependents.find(wanted, chain, search) if found.file not in seen]
+    while new := [found for found in look.dependents if found.file not in seen]:
         seen |= {found.file for found in new}
-        yield from (found for found in new if not found.file.endswith(stash.STASHED) and found.file not in chain.files)
-        wanted = [dependents.image_at(found.file) for found in new]
+        yield from (found for found in new if found.file not in chain.files)
+        look = dependents.look_now([dependents.image_at(found.file) for found in new], chain, search)

@@ -19,6 +19,7 @@ from qmpmerge.doctor import jobs, leftovers
 from qmpmerge.doctor.findings import Finding, Severity, sort
 from qmpmerge.errors import CommandError
 from qmpmerge.images import headers, qcow2
+from qmpmerge.images.dependents import is_outside
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import DEEPEST
 from qmpmerge.qemu.blockgraph import Disk, Layout
@@ -216,15 +217,15 @@ def _is_regular(path: str) -> bool:
 
 
 def _deep(target: Target, disk: Disk) -> Iterator[Finding]:
-    depth = len(disk.chain or ())
-    if depth < DEEP:
-        return
-    command = f"qmpmerge commit {shlex.quote(target.name)} {shlex.quote(disk.name)} --top '[{depth - 1}]'"
-    yield deep(disk.name, depth, command)
+    if disk.chain is not None and len(disk.chain) >= DEEP:
+        yield deep(disk.name, disk.chain, shlex.join([target.name, disk.name]))
 
 
-def deep(where: str, depth: int, command: str) -> Finding:
-    """A chain of so many images."""
+def deep(where: str, chain: Chain, arguments: str) -> Finding:
+    """A chain of many images; a base that others may use is left out of the merge of what is between."""
+    depth = len(chain)
+    base = "--base '[2]' " if is_outside(chain.base, chain.active) else ""
+    command = f"qmpmerge commit {arguments} {base}--top '[{depth - 1}]'"
     if depth > DEEPEST:
         why = "QEMU 10 and 11 crash at the first read through some 870 images"
         return Finding("deep-chain", "harm", where, f"its chain has {depth} images", why, command)

@@ -135,6 +135,7 @@ def _outcome(
         hints=hints,
         verified=run.verified,
         paused_ms=run.paused_ms,
+        checks=run.checks,
     )
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from qmpmerge.chain.chain import Chain
-from qmpmerge.chain.outcome import MergedFile
+from qmpmerge.chain.outcome import Checked, MergedFile
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import NEXT, RECORDED, State
 from qmpmerge.engine import first_record
@@ -54,6 +54,7 @@ class Run:
     base_driver: str
     speed: int | None = None
     bitmaps: tuple[Bitmap, ...] = ()
+    checks: tuple[Checked, ...] = ()
     state: State = State.PLANNED
     record: Record | None = None
     is_started: bool = True

@@ -181,9 +181,19 @@ class Dependents(Refused):
     dependents: list[str]
     sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
-        "delete those that an earlier merge left over; the others would be ruined: merge them first, or give them a copy "
-        "of it. `--force dependents` merges all the same"
+        "delete those that an earlier merge left over (`qmpmerge clean FILE` for one that it has stashed); the others would be "
+        "ruined: merge them first, or give them a copy of it. `--force dependents` merges all the same"
     )
+
+
+class SharedBase(Refused):
+    """The base lies outside of the active image's folder, as golden images do, and the user has not named it."""
+
+    base: str
+    active: str
+    command: str
+    sentence = "{base} lies outside the folder of {active}: others may be built on it, and the merge would change it"
+    advice = "if it is to be changed, say so (in place of `--shallow`) with {command}"
 
 
 class ForeignName(Refused):

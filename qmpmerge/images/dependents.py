@@ -5,19 +5,25 @@ QEMU knows nothing about it: an overlay that nobody has open at the moment is ru
 it is merged away or written to.
 """
 
+import asyncio
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import time
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qmpmerge.chain import backing
-from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.images import backing_names
+from qmpmerge.chain.chain import Chain, Image, Inode
+from qmpmerge.images import backing_names, stashed
+from qmpmerge.mounts import mounts
 
-STASHED = ".merged"
-"""
-How the names of merged files end that were stashed: no VM starts from them any more, so what they show may change.
-One that a process has open counts all the same.
-"""
+MOST = 100_000
+"""Files and folders that are looked at before a search is given up."""
+
+LONGEST = 30.0
+"""Seconds that a search takes before it is given up."""
+
+A_STEP = 100
+"""Files that are looked at until others have their turn, and a signal is heeded."""
 
 
 @dataclass(frozen=True)
@@ -28,39 +34,177 @@ class Dependent:
     image: str
 
 
-def find(
-    images: Sequence[Image], chain: Chain, search: Collection[str] = (), opened: Iterable[str] = ()
-) -> tuple[Dependent, ...]:
+class Look:
     """
-    The images outside `chain` that are built directly on one of `images`.
+    A look for images outside of a chain that are built directly on one of `images`; afterwards, what was seen.
 
-    Looked through are the folders of the chain's files, under their names and their real ones, and `search`; not what is
-    below them. `opened` are more files to look at. Folders and files that cannot be read are passed over: nobody can
-    promise more than what was seen.
+    Looked through are the folders of the chain's files, under their names and their real ones, and `search` with all that is
+    below: not other filesystems that are mounted there, and no symlinks to folders. Files that were stashed are passed over
+    (`stashed`), since no VM starts from them any more. `opened` are more files to look at, those too.
     """
-    wanted = {image.inode: image.file for image in images if image.inode is not None}
-    members = {image.inode for image in chain}
-    found: dict[str, Dependent] = {}
-    for path in dict.fromkeys([*_scanned(chain, search), *opened]):
+
+    def __init__(
+        self, images: Sequence[Image], chain: Chain, search: Collection[str] = (), opened: Iterable[str] = ()
+    ) -> None:
+        self._wanted = {image.inode: image.file for image in images if image.inode is not None}
+        self._members = {image.inode for image in chain}
+        self._chain = chain
+        self._search = [os.path.realpath(folder) for folder in search]
+        self._opened = opened
+        self._found: dict[str, Dependent] = {}
+        self._missed: dict[str, dict[str, None]] = {}
+        self._searched: set[str] = set()
+        self.unlisted: list[str] = []
+        """Folders of the chain, or that the search was to begin with, that are there and may not be listed."""
+        self._deadline: float | None = None
+        self.is_cut = False
+        """Whether the search came to one of its bounds."""
+        self.files = 0
+        self.folders: dict[str, None] = {}
+        """All that were looked through, by their real paths."""
+
+    @property
+    def dependents(self) -> tuple[Dependent, ...]:
+        """Those that were found, by their names."""
+        return tuple(sorted(self._found.values(), key=lambda dependent: dependent.file))
+
+    @property
+    def told(self) -> str:
+        """How much was looked at, and where."""
+        below = [f"all below {folder}" for folder in dict.fromkeys(self._search)]
+        named = ", ".join([*folders(self._chain), *below])
+        count = len(self.folders)
+        return f"{self.files} files in {count} folder{'s' if count != 1 else ''}: {named}"
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """What was not looked at, and why: a clause for each reason."""
+        return tuple(
+            f"{next(iter(paths))}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} {reason}"
+            for reason, paths in self._missed.items()
+        )
+
+    def covers(self, folder: str) -> bool:
+        """Whether `folder` was looked through because it lies in one that was searched to its end."""
+        return not self.is_cut and os.path.realpath(folder) in self._searched
+
+    def steps(self) -> Iterator[None]:
+        """Look, a little at each step."""
+        for folder in folders(self._chain):
+            yield from self._look_through(folder)
+        yield from self._below()
+        for path in self._opened:
+            self._look_at(path)
+
+    def _below(self) -> Iterator[None]:
+        """The folders of the search, the nearer ones first."""
+        borders = {mount.place for mount in mounts()} if self._search else set()
+        self._deadline = time.monotonic() + LONGEST
+        links: dict[str, str] = {}
+        waiting = dict.fromkeys(self._search)
+        while waiting and not self._is_over(next(iter(waiting))):
+            folder = next(iter(waiting))
+            del waiting[folder]
+            self._searched.add(folder)
+            for entry in (yield from self._look_through(folder)):
+                if entry.is_symlink():
+                    links[entry.path] = os.path.realpath(entry.path)
+                elif entry.path in borders and entry.path not in self._search:
+                    self._miss(entry.path, "is another filesystem: name it by `--search` too")
+                elif entry.path not in self._searched:
+                    waiting[entry.path] = None
+        for link, folder in links.items():
+            if folder not in self._searched and folder not in waiting:
+                self._miss(link, "is a link to another folder: name that by `--search` too")
+
+    def _is_over(self, folder: str) -> bool:
+        """Of the search; the folders of the chain are looked through whatever they hold."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        if self._deadline is not None and (late or self.files + len(self.folders) >= MOST):
+            reason = f"it takes longer than {LONGEST:.0f} s" if late else f"more than {MOST} files are too many"
+            self._miss(folder, f"was not looked through to its end: {reason}")
+            self.is_cut = True
+        return self.is_cut
+
+    def _look_through(self, folder: str) -> Generator[None, None, list["os.DirEntry[str]"]]:
+        """The files of a folder, once; returns the folders in it."""
+        yield
+        try:
+            with os.scandir(folder) as found:
+                entries = list(found)
+        except OSError as error:
+            self._miss(folder, f"cannot be listed ({error.strerror})")
+            if isinstance(error, PermissionError) and folder in folders(self._chain, self._search):
+                self.unlisted.append(folder)
+            return []
+        if folder not in self.folders:
+            self.folders[folder] = None
+            for entry in filter(_is_file, entries):
+                if self._is_over(folder):
+                    break
+                self.files += 1
+                if not stashed.is_stashed(entry.path):
+                    self._look_at(entry.path)
+                if self.files % A_STEP == 0:
+                    yield
+        return [entry for entry in entries if _is_folder(entry)]
+
+    def _look_at(self, path: str) -> None:
         status = _status(path)
-        if status is None or (status.st_dev, status.st_ino) in members:
-            continue
-        for inode in _backing(path) & wanted.keys():
-            found.setdefault(os.path.realpath(path), Dependent(path, wanted[inode]))
-    return tuple(sorted(found.values(), key=lambda dependent: dependent.file))
+        if status is None or (status.st_dev, status.st_ino) in self._members:
+            return
+        try:
+            below = _backing(path)
+        except OSError as error:
+            # Without an errno its header is broken: QEMU could not open it either.
+            if error.errno is not None and os.path.exists(path):
+                self._miss(path, f"cannot be read ({error.strerror})")
+            return
+        for inode in below & self._wanted.keys():
+            self._found.setdefault(os.path.realpath(path), Dependent(path, self._wanted[inode]))
+
+    def _miss(self, path: str, reason: str) -> None:
+        self._missed.setdefault(reason, {})[path] = None
 
 
-def _scanned(chain: Chain, search: Collection[str]) -> Iterator[str]:
-    for folder in _folders(chain, search):
-        for entry in files(folder):
-            if not entry.name.endswith(STASHED):
-                yield entry.path
+async def look(images: Sequence[Image], chain: Chain, search: Collection[str] = (), opened: Iterable[str] = ()) -> Look:
+    """Look for images that are built on `images`; others have their turn meanwhile."""
+    looking = Look(images, chain, search, opened)
+    for _step in looking.steps():
+        await asyncio.sleep(0)
+    return looking
 
 
-def _folders(chain: Chain, search: Collection[str]) -> list[str]:
+def look_now(images: Sequence[Image], chain: Chain, search: Collection[str] = ()) -> Look:
+    """The same, for those who have nobody to wait for."""
+    looking = Look(images, chain, search)
+    for _step in looking.steps():
+        pass
+    return looking
+
+
+def folders(chain: Chain, search: Collection[str] = ()) -> list[str]:
+    """The folders in which the chain's files are, under their names and their real ones, and those of `search`."""
     files = [image.file for image in chain if image.has_path]
-    folders = [*map(os.path.dirname, files), *(os.path.dirname(os.path.realpath(file)) for file in files), *search]
-    return list(dict.fromkeys(map(os.path.realpath, folders)))
+    names = [*map(os.path.dirname, files), *(os.path.dirname(os.path.realpath(file)) for file in files), *search]
+    return list(dict.fromkeys(map(os.path.realpath, names)))
+
+
+def is_outside(base: Image, active: Image) -> bool:
+    """
+    Whether `base` lies outside the active image's folder, so that what else is built on it may lie anywhere.
+
+    Of a chain that lies on the network altogether nothing is known.
+    """
+    if not (base.has_path and active.has_path):
+        return base.has_path or active.has_path
+    homes = (os.path.realpath(os.path.dirname(active.file)), os.path.dirname(os.path.realpath(active.file)))
+    return not any(is_within(os.path.realpath(base.file), home) for home in homes)
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a real path is that of a folder, or leads into it."""
+    return os.path.commonpath((path, folder)) == folder
 
 
 def files(folder: str) -> list["os.DirEntry[str]"]:
@@ -72,32 +216,17 @@ def files(folder: str) -> list["os.DirEntry[str]"]:
         return []
 
 
-def unlisted(chain: Chain, search: Collection[str] = ()) -> list[str]:
-    """The folders that `find` looks through and that are there, but may not be listed: who is built on what is not known."""
-    return [folder for folder in _folders(chain, search) if _is_unlisted(folder)]
-
-
-def _is_unlisted(folder: str) -> bool:
-    try:
-        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return False
-
-
-def unread(chain: Chain, search: Collection[str] = ()) -> list[str]:
-    """The files that `find` looks at and that we may not read: they can be images that are built on ours."""
-    members = {image.inode for image in chain}
-    closed = [path for path in _scanned(chain, search) if not os.access(path, os.R_OK, effective_ids=True)]
-    return [path for path in closed if (status := _status(path)) and (status.st_dev, status.st_ino) not in members]
-
-
 def _is_file(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_file()
     except OSError:  # a link that leads to itself
+        return False
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
         return False
 
 
@@ -108,25 +237,19 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _backing(path: str) -> set[tuple[int, int]]:
-    """The inodes that the backing name in a file's header leads to: QEMU resolves it from the name that it was given."""
-    try:
-        written = backing_names.read(path)
-    except OSError:
-        return set()
+def _backing(path: str) -> set[Inode]:
+    """
+    The inodes that the backing name in a file's header leads to: QEMU resolves it from the name that it was given.
+
+    Raises OSError, without an errno where the header is broken.
+    """
+    written = backing_names.read(path)
     name = backing.named_path(written) if written is not None else None
     if name is None:
         return set()
     folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
     found = [status for folder in folders if (status := _status(os.path.join(folder, name))) is not None]
     return {(status.st_dev, status.st_ino) for status in found}
-
-
-def folders(chain: Chain, search: Collection[str] = ()) -> list[str]:
-    """The folders in which the chain's files are, under their names and their real ones."""
-    files = [image.file for image in chain if image.has_path]
-    names = [*map(os.path.dirname, files), *(os.path.dirname(os.path.realpath(file)) for file in files), *search]
-    return list(dict.fromkeys(map(os.path.realpath, names)))
 
 
 def image_at(file: str) -> Image:

@@ -109,7 +109,7 @@ def _checked(record: Record) -> Record:
     """Nobody can have us rename a file to anything but its own stashed name: it is from that that we take its own."""
     if record.state not in RECORDED or record.policy not in get_args(Policy) or record.plan.is_empty:
         raise ValueError(record.state)
-    if not all(record.chain[index].has_path and stash.is_stashed(name) for index, name in record.away.items()):
+    if not all(record.chain[index].has_path and stash.can_be_stashed(name) for index, name in record.away.items()):
         raise ValueError(record.away)
     return record
 

@@ -14,7 +14,7 @@ from qmpmerge.chain.backing import is_relative, json_name
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.errors import BackingString, ImageUnreadable, ToolMissing
-from qmpmerge.images import dependents, files, qcow2, qemuimg
+from qmpmerge.images import dependents, files, qcow2, qemuimg, stashed
 from qmpmerge.journal.record import Record, look
 
 
@@ -27,6 +27,7 @@ def take_away(record: Record, index: int) -> str:
     """
     image, old, new = record.chain[index], record.own_name(index), record.away[index]
     _see(record, image, old)
+    stashed.mark(old, new)
     files.rename(old, new)
     try:
         _see(record, image, new)
@@ -90,7 +91,8 @@ def deal_with(record: Record) -> tuple[list[MergedFile], list[str]]:
 
 def _needed(record: Record) -> tuple[int, str]:
     """Up to which index the merged images are needed by an image outside the chain, and by which; 0 for none of them."""
-    users = {found.image: found.file for found in dependents.find(record.plan.merged, record.chain)}
+    built_on = dependents.look_now(record.plan.merged, record.chain).dependents
+    users = {found.image: found.file for found in built_on}
     indexes = [index for index, image in enumerate(record.chain, 1) if image.file in users]
     return (max(indexes), users[record.chain[max(indexes)].file]) if indexes else (0, "")
 
@@ -168,7 +170,7 @@ def _remove_data(record: Record, data: Image, place: str) -> str | None:
     is_shared = data.inode in {other.inode for other in others if other is not None}
     if data.slice is not None or not files.is_regular(place) or is_shared:
         return "it is not this image's alone"
-    users = [found.file for found in dependents.find([data], record.chain)] or _naming(place)
+    users = [found.file for found in dependents.look_now([data], record.chain).dependents] or _naming(place)
     reason = f"{users[0]} names it" if users else in_use(place)
     if reason is None:
         try:

@@ -23,7 +23,7 @@ from qmpmerge.chain.state import State
 from qmpmerge.errors import Refused
 from qmpmerge.images import files
 from qmpmerge.images.files import Seen
-from qmpmerge.journal import stash
+from qmpmerge.images.stashed import original_of
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Process
 
@@ -79,7 +79,7 @@ class Record:
     def own_name(self, index: int) -> str:
         """What the file of the image at `index` was called: not by the symlink that the chain may know it by."""
         away = self.away.get(index)
-        return (away and stash.original_of(away)) or self.chain[index].file
+        return (away and original_of(away)) or self.chain[index].file
 
     def place(self, index: int) -> str | None:
         """Where the file of the image at `index` is now; None where neither name leads to it."""

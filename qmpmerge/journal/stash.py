@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from qmpmerge.chain.chain import Chain
 from qmpmerge.images import files
-
-STASHED = ".merged"
+from qmpmerge.images.stashed import STASHED, original_of
 
 
 def names_away(chain: Chain, base: int, top: int) -> dict[int, str]:
@@ -38,14 +37,6 @@ def _names(file: str) -> Iterator[str]:
     yield from (f"{file}{STASHED}.{number}" for number in itertools.count(2))
 
 
-def is_stashed(path: str) -> bool:
-    """Whether it is the path of a stashed file."""
+def can_be_stashed(path: str) -> bool:
+    """Whether it is a path that `stash_of` gives."""
     return path.startswith("/") and original_of(path) is not None
-
-
-def original_of(name: str) -> str | None:
-    """What a stashed file was called; None for a name that is not one of a stashed file."""
-    stem, dot, number = name.rpartition(".")
-    if dot and number.isdigit():
-        name = stem
-    return name.removesuffix(STASHED) if name.endswith(STASHED) else None

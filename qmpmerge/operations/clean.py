@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from qmpmerge.chain import backing
 from qmpmerge.errors import CannotRecover, NoSuchStash
-from qmpmerge.images import dependents, files, qcow2
+from qmpmerge.images import dependents, files, qcow2, stashed
+from qmpmerge.images.stashed import original_of
 from qmpmerge.journal import merged_files, store
-from qmpmerge.journal.stash import original_of
 from qmpmerge.journal.store import Disbelieved
 
 
@@ -28,11 +28,13 @@ def clean(paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False)
     Remove the stashed files (``NAME.merged``, ``NAME.merged.2``) that `paths` name, or that lie in the folders among them.
 
     One that a process holds, that an image is still built on, or that an unfinished merge may need, stays; so does a
-    symlink that leads anywhere, for what it leads to was not put aside. Raises NoSuchStash, CannotRecover.
+    symlink that leads anywhere, for what it leads to was not put aside, and one in a folder of which only the name says that
+    a merge has stashed it. Raises NoSuchStash, CannotRecover.
     """
     done = []
+    named = {os.path.abspath(path) for path in paths}
     for file in [file for path in paths for file in _stashed(os.path.abspath(path))]:
-        reason = why_not(file)
+        reason = why_not(file) or (None if file in named else _why_not_by_its_name(file))
         data = _data_of(file) if reason is None else []
         size = os.lstat(file).st_blocks * 512
         if reason is None and not dry_run:
@@ -70,6 +72,12 @@ def _stashed(path: str) -> list[str]:
     return [path]
 
 
+def _why_not_by_its_name(file: str) -> str | None:
+    if stashed.is_stashed(file) or os.path.islink(file):  # that leads nowhere, see above
+        return None
+    return "nothing but its name says that a merge has stashed it: name the file itself"
+
+
 def why_not(file: str) -> str | None:
     """Why a stashed file must stay; None where nothing speaks against removing it."""
     needed = _needed_by(file)
@@ -99,7 +107,8 @@ def _needed_by(file: str) -> str | None:
 def _built_on(file: str) -> str | None:
     """An image in the folder whose header leads to the file, or to a name that only this file had and nobody has now."""
     with os.scandir(os.path.dirname(file)) as entries:
-        images = [entry.path for entry in entries if original_of(entry.name) is None and entry.is_file()]
+        others = [entry.path for entry in entries if entry.path != file and entry.is_file()]
+    images = [image for image in others if not stashed.is_stashed(image)]
     return next((image for image in images if _leads_to(image, file)), None)
 
 

@@ -57,7 +57,8 @@ async def commit(
     polite: float | None = None,
 ) -> Outcome:
     """
-    Merge the images above `base` up to `top` into `base`; by default the whole chain, the guest moving onto its base.
+    Merge the images above `base` up to `top` into `base`; by default the whole chain, the guest moving onto its base. One
+    that lies in another folder must be named, or have its folder searched.
 
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
     where it is cheap, True does so for an active merge while the guest is paused. `merged_files` says what becomes of
@@ -163,7 +164,7 @@ class _Beginning:
         if request.dry_run:
             return proof.planned(view.disk.name, planned, request.merged_files, answer.checks, answer.estimate)
         run = Run.begin(self._target, operation, request, lock, view=view, report=self._report)
-        run.bitmaps = answer.bitmaps
+        run.bitmaps, run.checks = answer.bitmaps, answer.checks
         return run
 
     async def _taken_over(

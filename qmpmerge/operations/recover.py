@@ -13,7 +13,8 @@ from qmpmerge.engine import resume
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import NothingThere
 from qmpmerge.images import files, qcow2
-from qmpmerge.journal import locks, stash, store
+from qmpmerge.images.stashed import STASHED
+from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
 from qmpmerge.journal.store import Found
 from qmpmerge.qemu.monitor import Trace
@@ -66,7 +67,7 @@ def _active_folder(base: str) -> list[str]:
 
 def _nothing(path: str) -> Recovery:
     """No record: nothing is suspected without proof, but what is there is record."""
-    stashed = f"{files.real(path)}{stash.STASHED}"
+    stashed = f"{files.real(path)}{STASHED}"
     if os.path.exists(path):
         return Recovery("unchanged", path, None, "no merge was left unfinished here")
     if not os.path.lexists(stashed):

@@ -4,10 +4,13 @@ Each refusal on a real QEMU: the harm that happens without it (`plain_...`, mark
 Those whose harm is part of the safe sequence have their tests in test_merge.
 """
 
+import asyncio
 import contextlib
+import itertools
 import os
 import re
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +22,7 @@ from typing import Any, TypeVar
 import pytest
 from rig.command import invoke
 from rig.devices import loop, mounted
-from rig.disks import BACKEND, blockdev, device, drive, nodes
+from rig.disks import BACKEND, blockdev, device, drive, nbd_server, nodes
 from rig.harms import harm, marked
 from rig.headers import may_trace, raw_header
 from rig.machines import MIB, SIZE, Content, Machine, machine, make_chain, run
@@ -45,9 +48,11 @@ from qmpmerge.errors import (
     Refused,
     Replaced,
     SeveralRefusals,
+    SharedBase,
     WouldLose,
 )
 from qmpmerge.errors import refused as refusals
+from qmpmerge.images import dependents
 from qmpmerge.qemu.bitmaps import Handling, carry, of
 
 R = TypeVar("R", bound=Refused)
@@ -125,7 +130,7 @@ async def test_all_that_says_no_is_told_at_once(vm: Machine, images: list[Path])
     assert {check.name for check in outcome.checks if check.result == "forced"} == {"dependents", "would-lose"}
 
 
-def test_a_dry_run_tells_what_passed_and_what_it_takes(vm: Machine) -> None:
+def test_a_dry_run_tells_what_passed_and_what_it_takes(vm: Machine, tmp_path: Path) -> None:
     planned = invoke("commit", vm.target, "--top", "[3]", "--dry-run", "--speed", "1M", "--json").document
     assert [check["name"] for check in planned["checks"]] == list(check.CHECKS)
     assert {check["name"] for check in planned["checks"] if check["result"] != "passed"} == {"not-writable"}
@@ -133,7 +138,9 @@ def test_a_dry_run_tells_what_passed_and_what_it_takes(vm: Machine) -> None:
     assert estimate["copy"] == 2 * MIB + 384 * 1024  # what `fill` has written to a and b, once
     assert (estimate["seconds"], estimate["rate"], estimate["rate_given"]) == (estimate["copy"] / MIB, MIB, True)
     said = invoke("commit", vm.target, "--dry-run").out
-    assert f"  passed: {', '.join(check.CHECKS)}\n" in said and "at least" in said and "200 MiB/s (assumed)" in said
+    looked = re.escape(f" in 1 folder: {tmp_path}/vm)")
+    assert re.sub(rf" \(looked at \d files{looked}", "", said).count(f"  passed: {', '.join(check.CHECKS)}\n") == 1
+    assert "at least" in said and "200 MiB/s (assumed)" in said
 
 
 def test_what_can_be_forced() -> None:
@@ -165,14 +172,155 @@ async def test_an_image_on_the_base_is_protected(kind: str, images: list[Path], 
         (images[0].parent / "parent.vmdk").symlink_to(images[0])
     else:
         other = overlay(images[0].parent / f"other.{kind}", "base.raw", kind=kind)
-    dependents = await refused(vm, Dependents, top="[3]")
-    assert (dependents.images, dependents.dependents) == ([str(images[0])], [str(other)])
+    found = await refused(vm, Dependents, top="[3]")
+    assert (found.images, found.dependents) == ([str(images[0])], [str(other)])
 
 
-async def test_a_stashed_image_is_no_obstacle(images: list[Path], vm: Machine) -> None:
-    overlay(images[0].parent / "old.qcow2.merged", "base.raw")
-    async with qmpmerge.live(vm.target) as target:
-        assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
+async def test_what_is_only_called_like_a_stashed_image_is_protected(images: list[Path], vm: Machine) -> None:
+    """Somebody's disk can be called so; nothing marks it as one that a merge has put aside."""
+    other = overlay(images[0].parent / "vm2.merged", "base.raw")
+    assert (await refused(vm, Dependents, top="[3]")).dependents == [str(other)]
+    vm.stop()
+    assert (await refused(images[3], Dependents, top="[3]")).dependents == [str(other)]
+
+
+@pytest.mark.parametrize("live", [True, False])
+async def test_a_chain_made_again_beside_what_was_stashed(live: bool, images: list[Path], tmp_path: Path) -> None:
+    """The new images have the names that the stashed ones name as their backing files, and so have theirs in the end."""
+    for number in ("", ".2", ".3"):
+        with machine(tmp_path, *nodes(images), *device("c")) if live else contextlib.nullcontext() as vm:
+            async with qmpmerge.opened(vm.target if vm is not None else images[3]) as target:
+                outcome = await qmpmerge.commit(target, top="[3]", dry_run=True)
+                assert "dependents" in {check.name for check in outcome.checks if check.result == "passed"}
+                assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"
+                assert (await qmpmerge.commit(target)).verdict == "pivoted"
+        assert {f"{name}.qcow2.merged{number}" for name in "abc"} <= set(os.listdir(images[0].parent))
+        for below, image in itertools.pairwise(images):
+            overlay(image, below.name, below.suffix[1:])
+
+
+@needs_root
+def test_where_no_file_can_be_marked_a_stashed_image_is_anybodys(images: list[Path], tmp_path: Path) -> None:
+    """Until it was removed by its name."""
+    with mounted(tmp_path / "m", "-t", "ramfs", "none") as folder:
+        for image in images:
+            shutil.copy(image, folder)
+        assert invoke("commit", str(folder / "c.qcow2"), "--top", "[2]").code == 0
+        error = invoke("commit", str(folder / "c.qcow2"), "--json").document["error"]
+        assert (error["name"], error["facts"]["dependents"]) == ("dependents", [f"{folder}/a.qcow2.merged"])
+        assert invoke("clean", str(folder), "--json").document["stashed"][0]["kept"].endswith("name the file itself")
+        assert "`qmpmerge clean FILE`" in error["hint"]
+        assert invoke("clean", f"{folder}/a.qcow2.merged", "--json").document["verdict"] == "done"
+        assert invoke("commit", str(folder / "c.qcow2")).code == 0
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> list[Path]:
+    """A golden image and five jobs that are built on it, each in a folder of its own."""
+    golden = tmp_path / "ci" / "golden" / "base.raw"
+    golden.parent.mkdir(parents=True)
+    golden.write_bytes(b"\x11" * SIZE)
+    tops = [tmp_path / "ci" / "jobs" / str(number) / "top.qcow2" for number in range(5)]
+    for top in tops:
+        top.parent.mkdir(parents=True)
+        overlay(top, golden)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", tops[0])
+    return [golden, *tops]
+
+
+@harm("shared-base", "the images of others that are built on a golden image show other data, wherever they lie")
+def test_plain_commit_into_a_golden_image(jobs: list[Path]) -> None:
+    before = view(jobs[2])
+    run("qemu-img", "commit", "-q", jobs[1])
+    assert view(jobs[2]) != before
+
+
+def asked(jobs: list[Path], vm: Machine | None, *options: str) -> Any:
+    """The first job is merged, live or offline; what the command says."""
+    where = [vm.target] if vm is not None else [str(jobs[1]), "--allow", str(jobs[0])]
+    return invoke("commit", *where, *options, "--json").document
+
+
+@contextlib.contextmanager
+def job(live: bool, jobs: list[Path], tmp_path: Path) -> Iterator[Machine | None]:
+    if not live:
+        yield None
+        return
+    with machine(tmp_path, "-drive", DRIVE.format(jobs[1]), *device("vda")) as vm:
+        yield vm
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_golden_image_is_protected(live: bool, jobs: list[Path], tmp_path: Path) -> None:
+    """The search that the hint tells finds the others; without them it covers the base, and nobody needs to name it."""
+    before = jobs[0].read_bytes()
+    with job(live, jobs, tmp_path) as vm:
+        for options in (["--shallow"], ["--search", str(jobs[1].parent)], []):
+            error = asked(jobs, vm, *options)["error"]
+            assert (error["name"], error["facts"]["base"]) == ("shared-base", str(jobs[0]))
+        search = re.findall(r"`(--search \S+)`", asked(jobs, vm)["error"]["hint"])[0].split()
+        assert search == ["--search", str(tmp_path / "ci")]
+        error = asked(jobs, vm, *search)["error"]
+        assert (error["name"], error["facts"]["dependents"]) == ("dependents", sorted(map(str, jobs[2:])))
+        assert jobs[0].read_bytes() == before
+        for other in jobs[2:]:
+            other.unlink()
+        merged = asked(jobs, vm, *search)
+        (row,) = [row for row in merged["checks"] if row["name"] == "dependents"]
+        assert (merged["verdict"], row["result"]) == ("pivoted", "passed")
+        assert row["looked_at"].endswith(f", all below {tmp_path}/ci") and " in 8 folders: " in row["looked_at"]
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("by_index", [True, False])
+def test_a_golden_image_that_is_named_is_merged_into(
+    by_index: bool, live: bool, jobs: list[Path], tmp_path: Path
+) -> None:
+    with job(live, jobs, tmp_path) as vm:
+        hint = asked(jobs, vm)["error"]["hint"]
+        base = re.findall(r"`--base (\S+)`", hint)[0]
+        assert base == str(jobs[0])
+        assert asked(jobs, vm, "--base", "[1]" if by_index else base)["verdict"] == "pivoted"
+
+
+def test_a_search_that_comes_to_no_end_protects_nobody(
+    jobs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no look at those who may be built on the base; where that is named, the check is not made."""
+    monkeypatch.setattr(dependents, "MOST", 5)
+    cut = asyncio.run(planned(jobs, search=[str(tmp_path)]))
+    assert isinstance(cut, SharedBase)
+    cut = asyncio.run(planned(jobs, search=[str(tmp_path)], base="[1]"))
+    (row,) = [row for row in cut.checks if row.name == "dependents"]
+    assert (row.result, "more than 5 files" in row.reason) == ("not checked", True)
+
+
+async def planned(jobs: list[Path], **options: Any) -> Any:
+    """The plan of an offline merge, or what it is refused for."""
+    try:
+        async with qmpmerge.offline(jobs[1], allow=[str(jobs[0])]) as target:
+            return await qmpmerge.commit(target, dry_run=True, **options)
+    except Refused as refusal:
+        return refusal
+
+
+def test_a_base_below_the_active_images_folder_needs_no_name(tmp_path: Path) -> None:
+    (tmp_path / "vm" / "base").mkdir(parents=True)
+    (tmp_path / "vm" / "base" / "base.raw").write_bytes(bytes(SIZE))
+    top = overlay(tmp_path / "vm" / "top.qcow2", "base/base.raw")
+    (tmp_path / "link").symlink_to(top.parent)
+    assert invoke("commit", str(tmp_path / "link" / "top.qcow2")).code == 0
+
+
+async def test_a_base_on_a_server_is_anybodys(tmp_path: Path, images: list[Path]) -> None:
+    """Named by its index: a hint can be typed."""
+    with nbd_server(tmp_path, images[0]) as uri:
+        top = overlay(tmp_path / "top.qcow2", uri)
+        with machine(tmp_path, "-drive", DRIVE.format(top), *device("vda")) as vm:
+            found = await refused(vm, SharedBase)
+            assert (found.base, "`--base '[1]'`" in found.hint) == (uri.replace(":///?", "://?"), True)
+            done = invoke("commit", vm.target, "--base", "[1]", "--dry-run")
+            assert f"dependents (what is built on {found.base} cannot be looked for in folders" in done.out
 
 
 @contextlib.contextmanager
@@ -197,9 +345,9 @@ def test_plain_commit_changes_what_another_vm_reads(vm: Machine, images: list[Pa
 async def test_a_vm_without_locks_is_found(vm: Machine, images: list[Path], tmp_path: Path) -> None:
     with neighbour(tmp_path, images[0]) as other:
         several = await refused(vm, SeveralRefusals)
-        in_use, dependents = several.refusals
-        assert isinstance(in_use, InUse) and isinstance(dependents, Dependents)
-        assert (in_use.file, dependents.dependents) == (str(images[0]), [f"{tmp_path}/far/other.qcow2"])
+        in_use, built_on = several.refusals
+        assert isinstance(in_use, InUse) and isinstance(built_on, Dependents)
+        assert (in_use.file, built_on.dependents) == (str(images[0]), [f"{tmp_path}/far/other.qcow2"])
         (holder,) = in_use.holders
         assert f"VM neighbour-{os.getpid()} (" in holder and f"pid {other.process.pid}" in holder
         assert other.target in holder
@@ -282,9 +430,9 @@ async def test_a_base_that_is_a_mounted_device(images: list[Path], tmp_path: Pat
             done = invoke("commit", str(images[3]), "--allow", disk, "--json")
             assert done.document["error"]["facts"]["holders"] == [f"mounted on {place}"]
         with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
-            assert invoke("commit", vm.target, "--dry-run").code == 0
+            assert invoke("commit", vm.target, "--base", disk, "--dry-run").code == 0
             with mounted(tmp_path / "m", disk) as place:
-                assert (await refused(vm, InUse)).holders == [f"mounted on {place}"]
+                assert (await refused(vm, InUse, base=disk)).holders == [f"mounted on {place}"]
 
 
 @needs_root
@@ -392,7 +540,7 @@ def test_plain_commit_takes_any_string(tmp_path: Path, linked: list[Path], image
 
 async def test_a_string_that_does_not_lead_there_from_everywhere_is_refused(tmp_path: Path, linked: list[Path]) -> None:
     with machine(tmp_path, *nodes(linked), *device("c")) as vm:
-        assert (await refused(vm, BackingString, top="[3]")).backing == "../../gold.raw"
+        assert (await refused(vm, BackingString, base="[1]", top="[3]")).backing == "../../gold.raw"
     run("qemu-img", "info", "--backing-chain", linked[3])
 
 
@@ -526,7 +674,7 @@ async def test_a_filesystem_that_is_mounted_read_only(images: list[Path], tmp_pa
         run("qemu-img", "rebase", "-u", "-F", "raw", "-b", base, images[1])
         with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
             run("mount", "-o", "remount,ro", gold)
-            found = await refused(vm, NotWritable)
+            found = await refused(vm, NotWritable, base=str(base))
         assert (found.file, found.reason) == (str(base), "its filesystem is mounted read-only")
 
 
@@ -539,11 +687,12 @@ async def test_plain_commit_fills_the_filesystem(images: list[Path], content: Co
         run("qemu-img", "create", "-q", "-f", "raw", base, str(SIZE))
         run("qemu-img", "rebase", "-u", "-F", "raw", "-b", base, images[1])
         with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
-            found = await refused(vm, NoSpace)
+            found = await refused(vm, NoSpace, base=str(base))
             assert found.growth > 2 * MIB >= found.free
             async with qmpmerge.live(vm.target) as target:
                 with pytest.raises(errors.StillRunning):
-                    await qmpmerge.commit(target, force=["no-space"], patience=qmpmerge.Patience(detach=True))
+                    patience = qmpmerge.Patience(detach=True)
+                    await qmpmerge.commit(target, base=str(base), force=["no-space"], patience=patience)
             while (job := vm.session.execute("query-block-jobs")[0])["io-status"] == "ok":
                 pass
             assert (job["io-status"], os.statvfs(full).f_bavail) == ("nospace", 0)
@@ -557,7 +706,7 @@ async def test_plain_commit_to_a_device_too_small(tmp_path: Path, images: list[P
     with loop(tmp_path / "disk") as disk:
         run("qemu-img", "rebase", "-u", "-F", "raw", "-b", disk, images[1])
         with machine(tmp_path, "-drive", DRIVE.format(images[3]), *device("vda")) as vm:
-            assert (await refused(vm, DeviceTooSmall)).size == SIZE // 2
+            assert (await refused(vm, DeviceTooSmall, base=disk)).size == SIZE // 2
             said = vm.session.ask("block-commit", job_id="plain", device="vda", auto_dismiss=False)
             while "error" not in said:
                 (said,) = [job for job in vm.session.execute("query-jobs") if job["status"] == "concluded"] or [{}]

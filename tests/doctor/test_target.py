@@ -24,6 +24,7 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.state import State
 from qmpmerge.doctor import leftovers, target
 from qmpmerge.doctor.findings import Finding
+from qmpmerge.images import stashed
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import flush
@@ -63,7 +64,9 @@ def mend(vm: Machine, finding: Finding) -> None:
             sent = json.loads(line)
             vm.session.execute(sent["execute"], **sent.get("arguments", {}))
     else:
-        command = [sys.executable, "-m", "qmpmerge", *words[1:]] if words[0] == "qmpmerge" else words
+        command = ["sh", "-c", finding.command]
+        if words[0] == "qmpmerge":
+            command = [sys.executable, "-m", "qmpmerge", *words[1:]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -380,6 +383,7 @@ def leave(folder: Path) -> None:
     """What earlier merges and crashes leave."""
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "old.qcow2", cwd=folder)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2.merged", cwd=folder)
+    stashed.mark(f"{folder}/b.qcow2.merged", "b.qcow2.merged")
     (folder / ".base.raw.qmpmerge-lock").touch()
     (folder / ".a.qcow2.qmpmerge-lock").write_text('{"record": "/gone", "suspect": null}')
     images = (Image(str(folder / "base.raw"), "raw", 1), Image(str(folder / "c.qcow2"), "qcow2", 1))
@@ -414,7 +418,7 @@ async def test_what_lies_about_beside_a_running_chain(tmp_path: Path, images: li
             mend(setup.machine, found[name])
         os.unlink(tmp_path / ".c.qcow2.qmpmerge-record")
         found = await examined(setup.machine)
-        assert (set(found), found["stashed"].where) == ({"stashed", "unfinished"}, f"{tmp_path}/old.qcow2.merged")
+        assert (set(found), os.listdir(tmp_path / "stale")) == ({"unfinished"}, ["old.qcow2"])
 
 
 async def test_an_image_of_another_vm_on_the_same_base_is_left_alone(
@@ -439,6 +443,11 @@ async def test_what_lies_about_beside_images(whole_folder: bool, tmp_path: Path,
         assert (found["shared-image"].where, found["shared-image"].command) == (str(images[0]), "")
     else:
         check_left({finding.name: finding for finding in await qmpmerge.examine_path(images[3])}, tmp_path)
+
+
+async def test_what_was_not_looked_at_is_told(images: list[Path], tmp_path: Path) -> None:
+    (found,) = await qmpmerge.examine_path(images[3], search=[str(tmp_path / "not-there")])
+    assert (found.name, found.severity, "cannot be listed" in found.what) == ("not-looked-at", "note", True)
 
 
 def test_a_record_that_is_not_believed_is_a_finding_without_a_command_that_would_refuse(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ async def begun(name: str, top: str = "[3]", speed: int = 1) -> AsyncIterator["a
     """A merge that has begun and does not end by itself."""
     seen = asyncio.Event()
     async with library.live(name) as target:
-        merge = asyncio.ensure_future(library.commit(target, top=top, speed=speed, report=lambda told: seen.set()))
+        work = library.commit(target, base="[1]", top=top, speed=speed, report=lambda told: seen.set())
+        merge = asyncio.ensure_future(work)
         waiting = asyncio.ensure_future(seen.wait())
         await asyncio.wait({merge, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -126,12 +127,12 @@ async def test_a_disk_without_room_for_the_record_is_refused(top: str, small: Pa
     with drive(tmp_path, images, content) as setup:
         async with setup.target() as target:
             with pytest.raises(CannotRecord, match="No space left"):
-                await library.commit(target, "vda", top=top)
+                await library.commit(target, "vda", base="[1]", top=top)
             assert (await target.chain()).chain.files == [str(image) for image in images]
         assert (setup.machine.session.execute("query-jobs"), sorted(small.iterdir())) == ([], before)
         (small / "filler").unlink()
         async with setup.target() as target:
-            outcome = await library.commit(target, "vda", top=top)
+            outcome = await library.commit(target, "vda", base="[1]", top=top)
         setup.check()
     content.check(outcome.after.active.file, form(images[0] if top == "[4]" else images[3]))
 
@@ -280,7 +281,7 @@ async def again(target: library.Target) -> library.Outcome:
     """A lost server is noticed by the first who asks: QEMU connects anew for the one after."""
     for _ in range(5):
         with contextlib.suppress(JobFailed, library.errors.NotDurable):
-            return await library.commit(target, top="[3]", verify=False)
+            return await library.commit(target, base="[1]", top="[3]", verify=False)
     raise AssertionError("it does not come back")
 
 

@@ -23,7 +23,7 @@ from faults.log import Log, Operation
 from faults.oracle import Judgement
 from faults.stage import Case, Guest, Played, Story, command, ended
 from faults.sweeps import Bench, Point, Sweep
-from qmpmerge.journal.stash import STASHED
+from qmpmerge.images.stashed import STASHED
 
 NAMES = ("create", "rename", "link", "unlink")
 BEFORE = 12

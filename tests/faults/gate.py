@@ -24,7 +24,7 @@ from types import TracebackType
 
 from faults import behind_gate
 from faults.log import Kind, Log, Operation
-from qmpmerge.journal.stash import STASHED
+from qmpmerge.images.stashed import STASHED
 
 _names = itertools.count(1)
 _kernel = ctypes.CDLL(None, use_errno=True)

@@ -1,14 +1,17 @@
 """Who else is built on an image: found in the folders of the chain, live and offline."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from rig.command import invoke
+from rig.devices import mounted
 from rig.disks import drive
 from rig.headers import raw_header
 from rig.machines import Content, make_chain, run
+from rig.nobody import as_nobody, public
 
 import qmpmerge
 from qmpmerge.chain.chain import Chain, Image
@@ -37,9 +40,7 @@ def inode(path: Path) -> tuple[int, int]:
 
 def found(images: list[Path], search: tuple[str, ...] = ()) -> dict[str, str]:
     """What is built on the middle images: name of the dependent to name of the image."""
-    chain = chain_of(images)
-    told = dependents.find(chain.images[1:3], chain, search)
-    return {os.path.basename(one.file): os.path.basename(one.image) for one in told}
+    return {os.path.basename(one.file): os.path.basename(one.image) for one in look(images, *search).dependents}
 
 
 # --- what is looked at ---------------------------------------------------------------------------------------------------
@@ -129,17 +130,97 @@ def test_a_chain_of_symlinks_is_looked_for_in_both_folders(images: list[Path], t
 
 
 def test_other_folders_are_looked_through_where_they_are_named(images: list[Path], tmp_path: Path) -> None:
-    other, below = tmp_path / "other", tmp_path / "other" / "below"
+    """With all that is below, the chain's own folder among it."""
+    other, below = tmp_path / "other", tmp_path / "other" / "below" / "it"
     below.mkdir(parents=True)
+    (images[0].parent / "own").mkdir()
+    sibling(images[0].parent / "own" / "near.qcow2", images[1])
     sibling(other / "far.qcow2", images[1])
     sibling(below / "farther.qcow2", images[1])
     assert found(images) == {}
-    assert found(images, (str(other),)) == {"far.qcow2": "a.qcow2"}
-    assert found(images, (str(other), str(below))) == {"far.qcow2": "a.qcow2", "farther.qcow2": "a.qcow2"}
-    assert found(images, (str(tmp_path / "not-there"),)) == {}
+    assert found(images, (str(below),)) == {"farther.qcow2": "a.qcow2"}
+    far = {"far.qcow2": "a.qcow2", "farther.qcow2": "a.qcow2"}
+    assert found(images, (str(other),)) == far
+    assert found(images, (str(tmp_path), str(below))) == far | {"near.qcow2": "a.qcow2"}
+    looked = look(images, tmp_path, tmp_path)
+    assert looked.told == f"7 files in 6 folders: {tmp_path}/vm, all below {tmp_path}"
+    assert (looked.unseen, looked.covers(str(below)), looked.covers("/")) == ((), True, False)
 
 
-def test_what_cannot_be_read_is_passed_over(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def look(images: list[Path], *search: Path | str) -> dependents.Look:
+    chain = chain_of(images)
+    return dependents.look_now(chain.images[1:3], chain, [str(folder) for folder in search])
+
+
+def test_what_is_not_there_was_not_looked_at(images: list[Path], tmp_path: Path) -> None:
+    looked = look(images, tmp_path / "not-there")
+    assert looked.unseen == (f"{tmp_path}/not-there cannot be listed (No such file or directory)",)
+    assert looked.covers(str(images[0].parent)) is False
+    assert invoke("commit", str(images[3]), "--search", str(tmp_path / "not-there")).code == 2
+
+
+def test_what_may_not_be_looked_at_is_said() -> None:
+    with public() as folder:
+        images = make_chain(folder)
+        for number in range(3):
+            (folder / f"closed{number}").mkdir(0o700)
+            sibling(folder / f"secret{number}.qcow2", "a.qcow2").chmod(0o600)
+        with as_nobody():
+            looked = look(images, folder)
+        assert looked.dependents == ()
+        denied = "(Permission denied)"
+        first, second = sorted(looked.unseen, key=lambda reason: "listed" in reason)
+        assert re.fullmatch(rf"{folder}/secret\d.qcow2 and 2 more cannot be read {re.escape(denied)}", first)
+        assert re.fullmatch(rf"{folder}/closed\d and 2 more cannot be listed {re.escape(denied)}", second)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+def test_another_filesystem_is_looked_at_where_it_is_named(kind: str, images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "store").mkdir()
+    how = ["-t", "tmpfs", "none"] if kind == "tmpfs" else ["--bind", str(tmp_path / "store")]
+    with mounted(tmp_path / "other" / "m m", *how) as m:
+        sibling(m / "far.qcow2", images[1])
+        looked = look(images, tmp_path / "other")
+        assert looked.dependents == ()
+        assert looked.unseen == (f"{m} is another filesystem: name it by `--search` too",)
+        assert (looked.covers(str(m)), looked.covers(str(m.parent))) == (False, True)
+        looked = look(images, tmp_path / "other", m)
+        assert ([one.file for one in looked.dependents], looked.unseen) == ([f"{m}/far.qcow2"], ())
+
+
+def test_a_link_to_a_folder_is_not_followed_and_that_is_said(images: list[Path], tmp_path: Path) -> None:
+    """It could lead anywhere; those that lead to what was looked at are no matter."""
+    other, store = tmp_path / "other", tmp_path / "store"
+    other.mkdir()
+    store.mkdir()
+    sibling(store / "far.qcow2", images[1])
+    (other / "link").symlink_to(store)
+    (other / "self").symlink_to(".")
+    looked = look(images, other)
+    assert looked.unseen == (f"{other}/link is a link to another folder: name that by `--search` too",)
+    looked = look(images, other, store)
+    assert ([one.file for one in looked.dependents], looked.unseen) == ([f"{store}/far.qcow2"], ())
+    assert [one.file for one in look(images, other / "link").dependents] == [f"{store}/far.qcow2"]
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MOST", 3), ("LONGEST", 0.0)])
+def test_a_search_has_an_end(
+    limit: str, value: float, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chain's own folder is looked through whatever it holds."""
+    (tmp_path / "other").mkdir()
+    sibling(tmp_path / "other" / "far.qcow2", images[1])
+    sibling(images[0].parent / "near.qcow2", images[1])
+    monkeypatch.setattr(dependents, limit, value)
+    looked = look(images, tmp_path)
+    assert [one.file for one in looked.dependents] == [f"{images[0].parent}/near.qcow2"]
+    assert (looked.is_cut, looked.covers(str(images[0].parent)), len(looked.unseen)) == (True, False, 1)
+    assert looked.unseen[0].startswith(f"{tmp_path} was not looked through to its end: ")
+
+
+def test_what_cannot_be_read_is_passed_over_and_said(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = images[0].parent
     os.mkfifo(folder / "fifo.qcow2")
     (folder / "dangling.qcow2").symlink_to("nowhere")
@@ -157,6 +238,7 @@ def test_what_cannot_be_read_is_passed_over(images: list[Path], monkeypatch: pyt
 
     monkeypatch.setattr(backing_names, "read", read)
     assert found(images) == {"seen.qcow2": "a.qcow2"}
+    assert look(images).unseen == (f"{folder}/secret.qcow2 cannot be read (Permission denied)",)
 
 
 def test_a_symlink_that_leads_to_itself_is_passed_over(images: list[Path]) -> None:

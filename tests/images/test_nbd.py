@@ -30,7 +30,7 @@ async def test_a_base_on_a_server_is_compared_where_others_are_let_in(
         fill([tmp_path / "a.qcow2", tmp_path / "b.qcow2"], content)
         with machine(tmp_path, *DRIVE) as vm:
             async with qmpmerge.live(vm.target) as host:
-                outcome = await qmpmerge.commit(host, top=top)
+                outcome = await qmpmerge.commit(host, base="[1]", top=top)
             vm.stop()
         assert outcome.verified == (shared == 10 and top is not None)
         assert any("was not compared" in hint for hint in outcome.hints) != outcome.verified

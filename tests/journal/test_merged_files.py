@@ -431,7 +431,7 @@ async def test_a_base_on_the_network(tmp_path: Path, images: list[Path], content
         top = tmp_path / "top.qcow2"
         run("qemu-img", "create", "-qf", "qcow2", "-b", uri, "-F", "raw", top, "8M")
         with drive(tmp_path, [top], Content()) as setup:
-            outcome = await folder.live(setup)
+            outcome = await folder.live(setup, base=uri)
     assert told(outcome) == [("top.qcow2", "stash", "top.qcow2.merged")]
 
 
@@ -441,16 +441,19 @@ async def test_a_base_on_the_network(tmp_path: Path, images: list[Path], content
 async def test_clean_removes_what_nobody_needs(tmp_path: Path, images: list[Path], content: Content) -> None:
     await offline(images[3], top="[3]")
     (tmp_path / "text.merged").write_text("no image")
+    run("qemu-img", "create", "-qf", "qcow2", tmp_path / "vm2.merged", "8M")
     run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", "b.qcow2", "-F", "qcow2", "late.qcow2", "8M", cwd=tmp_path)
     reasons = {os.path.basename(one.file): one.kept for one in qmpmerge.clean([tmp_path], dry_run=True)}
     assert reasons == {
         "a.qcow2.merged": None,
         "b.qcow2.merged": f"{tmp_path}/late.qcow2 is built on it",
         "text.merged": "it is no qcow2 image",
+        "vm2.merged": "nothing but its name says that a merge has stashed it: name the file itself",
     }
     assert (tmp_path / "a.qcow2.merged").exists()
     (tmp_path / "late.qcow2").unlink()
     qmpmerge.clean([tmp_path])
-    assert sorted(name for name in os.listdir(tmp_path) if "merged" in name) == ["text.merged"]
+    assert sorted(name for name in os.listdir(tmp_path) if "merged" in name) == ["text.merged", "vm2.merged"]
+    assert [one.kept for one in qmpmerge.clean([tmp_path / "vm2.merged"])] == [None]
     with pytest.raises(NoSuchStash):
         qmpmerge.clean([images[3]])

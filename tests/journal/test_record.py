@@ -14,6 +14,7 @@ from qmpmerge.chain.state import State
 from qmpmerge.errors import RecordNotBelieved
 from qmpmerge.images import files
 from qmpmerge.images.files import Seen
+from qmpmerge.images.stashed import original_of
 from qmpmerge.journal import stash, store
 from qmpmerge.journal.record import Record
 from qmpmerge.journal.store import Disbelieved
@@ -259,5 +260,5 @@ def test_stashed_names(tmp_path: Path) -> None:
         names.append(stash.stash_of(file))
         Path(names[-1]).touch()
     assert [os.path.basename(name) for name in names] == ["a.qcow2.merged", "a.qcow2.merged.2", "a.qcow2.merged.3"]
-    assert [stash.original_of(name) for name in names] == [file] * 3
-    assert [stash.original_of(name) for name in ("a.2", "merged", "a.merged.x", "a.qcow2")] == [None] * 4
+    assert [original_of(name) for name in names] == [file] * 3
+    assert [original_of(name) for name in ("a.2", "merged", "a.merged.x", "a.qcow2")] == [None] * 4

@@ -4,13 +4,13 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rig.devices import loop, mounted
 from rig.machines import MIB, run
+from rig.nobody import as_nobody, public
 
 from qmpmerge.processes import holders, kernel
 
@@ -34,24 +34,11 @@ def told(*files: Path | str) -> list[tuple[str, str]]:
     return [(use.what, use.release) for use in kernel.look([str(file) for file in files]).uses]
 
 
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without root's rights; folders must be open to all."""
-    os.setegid(65534)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-
-
 @pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder into which nobody may look too."""
-    with tempfile.TemporaryDirectory(prefix="qmpmerge-test-") as name:
-        os.chmod(name, 0o755)
-        yield Path(name)
+def shown() -> Iterator[Path]:
+    """A folder into which everybody may look."""
+    with public() as folder:
+        yield folder
 
 
 # --- loop devices -------------------------------------------------------------------------------------------------------
@@ -103,25 +90,25 @@ def elsewhere(folder: Path, script: str, *arguments: str | Path) -> Iterator[str
         shell.stdin.close()
 
 
-def test_a_name_of_another_mount_namespace(public: Path) -> None:
+def test_a_name_of_another_mount_namespace(shown: Path) -> None:
     """The kernel tells a name that means nothing here, or another file: it is asked for the file itself."""
-    image = filesystem(public / "disk.raw")
-    (public / "alias").mkdir()
+    image = filesystem(shown / "disk.raw")
+    (shown / "alias").mkdir()
     with loop(image):
         pass  # or it is skipped
-    with elsewhere(public, "mount --bind . alias && losetup --find --show $PWD/alias/disk.raw") as device:
+    with elsewhere(shown, "mount --bind . alias && losetup --find --show $PWD/alias/disk.raw") as device:
         try:
             assert told(image) == [(f"loop device {device}", f"losetup -d {device}")]
             with as_nobody():
                 look = kernel.look([str(image)])
             assert look.uses == ()
-            assert f"{device} lies on {public}/alias/disk.raw, which cannot be seen from here" in look.unseen
+            assert f"{device} lies on {shown}/alias/disk.raw, which cannot be seen from here" in look.unseen
         finally:
             run("losetup", "--detach", device)
 
 
-def test_everybody_is_told_of_loop_devices(public: Path) -> None:
-    image = filesystem(public / "disk.raw")
+def test_everybody_is_told_of_loop_devices(shown: Path) -> None:
+    image = filesystem(shown / "disk.raw")
     with loop(image) as device, as_nobody():
         assert told(image) == [(f"loop device {device}", f"losetup -d {device}")]
 
@@ -165,10 +152,10 @@ def test_a_partition_of_it_is_mounted(tmp_path: Path, image: Path) -> None:
             assert told(disk)[0][0] == f"loop device {device} (mounted on {place})"
 
 
-def test_mounted_in_another_mount_namespace(image: Path, public: Path) -> None:
+def test_mounted_in_another_mount_namespace(image: Path, shown: Path) -> None:
     """Which our own list of mounts does not show; who may not open the device cannot know."""
-    (public / "m").mkdir()
-    with loop(image) as device, elsewhere(public, "mount $1 m", device):
+    (shown / "m").mkdir()
+    with loop(image) as device, elsewhere(shown, "mount $1 m", device):
         ((what, release),) = told(device)
         assert (what.startswith("the kernel, exclusively"), release) == (True, "")
         with as_nobody():

@@ -82,7 +82,7 @@ async def test_the_story_with_a_base_on_the_network(tmp_path: Path) -> None:
                 assert outcome.after.active.backing == uri
                 setup.write(0x13, 4 * MIB, MIB)
                 setup.check()
-                outcome = await qmpmerge.commit(target, "vda")
+                outcome = await qmpmerge.commit(target, "vda", base=uri)
                 assert (outcome.verdict, len(outcome.after)) == ("pivoted", 1)
                 assert outcome.after.base.file.startswith("nbd+unix:")
                 setup.write(0x14, 5 * MIB, MIB)

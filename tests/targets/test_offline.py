@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from rig.command import invoke
+from rig.devices import loop
 from rig.disks import blockdev, drive, nbd_server, nodes, remove, storage_daemon
 from rig.headers import raw_header
 from rig.machines import MIB, SIZE, Content, create_encrypted, fill, machine, make_chain, run
@@ -31,6 +32,7 @@ from qmpmerge.errors import (
     OptionsConflict,
     QemuRefused,
     Refused,
+    SharedBase,
 )
 from qmpmerge.images import qcow2, qemuimg
 from qmpmerge.processes import holders
@@ -484,27 +486,14 @@ async def test_a_symlinked_base(top: str, folder: Path, images: list[Path], cont
     images[0].symlink_to(golden)
     with unchanged(tmp_path), pytest.raises(ForeignName, match="leads out"):
         await merged(images[3], top=top)
-    outcome = await merged(images[3], top=top, allow=[str(golden)])
+    with unchanged(tmp_path), pytest.raises(SharedBase):
+        await merged(images[3], top=top, allow=[str(golden)])
+    outcome = await merged(images[3], top=top, base="[1]", allow=[str(golden)])
     assert images[0].is_symlink()
     content.check(outcome.after.active.file)
 
 
 # --- block devices -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def loop_device(file: Path) -> Iterator[str]:
-    """The file as a block device; the test is skipped where there are none."""
-    if os.geteuid() != 0 or shutil.which("losetup") is None:
-        pytest.skip("losetup needs root")
-    made = subprocess.run(["losetup", "-f", "--show", str(file)], capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "-d", device], check=False)
 
 
 def on_device(folder: Path, device: str, size: int) -> tuple[list[Path], Content]:
@@ -521,11 +510,11 @@ def on_device(folder: Path, device: str, size: int) -> tuple[list[Path], Content
 @pytest.mark.parametrize("top", ["[2]", "[3]"])
 async def test_a_block_device_as_base(top: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(SIZE))
-    with loop_device(tmp_path / "disk") as device:
+    with loop(tmp_path / "disk") as device:
         images, content = on_device(folder, device, SIZE)
         with unchanged(folder), pytest.raises(ForeignName):
             await merged(images[1], top=top)
-        outcome = await merged(images[1], top=top, allow=[device], verify=True)
+        outcome = await merged(images[1], top=top, base=device, allow=[device], verify=True)
         assert outcome.after.files == ([device, str(images[1])] if top == "[2]" else [device])
         if top == "[2]":
             content.check(images[1])
@@ -536,25 +525,25 @@ async def test_a_block_device_as_base(top: str, folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("top", ["[2]", "[3]"])
 async def test_a_block_device_too_small_to_grow_loses_nothing(top: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(SIZE))
-    with loop_device(tmp_path / "disk") as device:
+    with loop(tmp_path / "disk") as device:
         images, content = on_device(folder, device, SIZE + 4 * MIB)
         with pytest.raises((JobFailed, QemuRefused, Refused)):
-            await merged(images[1], top=top, allow=[device])
+            await merged(images[1], top=top, base=device, allow=[device])
         assert Path(device).read_bytes() == bytes(SIZE)
         content.check(images[1])
 
 
 async def test_a_block_device_too_small_to_grow_is_refused_clearly(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(SIZE))
-    with loop_device(tmp_path / "disk") as device:
+    with loop(tmp_path / "disk") as device:
         images, _content = on_device(folder, device, SIZE + 4 * MIB)
         with unchanged(folder), pytest.raises(Refused, match="cannot grow"):
-            await merged(images[1], allow=[device])
+            await merged(images[1], base=device, allow=[device])
 
 
 def test_a_block_device_is_nothing_odd(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(SIZE))
-    with loop_device(tmp_path / "disk") as device:
+    with loop(tmp_path / "disk") as device:
         images, _content = on_device(folder, device, SIZE)
         shown = invoke("chain", str(images[1]), "--allow", device, "--json")
         assert (shown.code, shown.document["oddities"]) == (0, [])
@@ -789,7 +778,9 @@ def test_what_the_user_has_named_is_merged(folder: Path, tmp_path: Path) -> None
         refused = invoke("commit", str(images[1]), "--json")
         assert (refused.code, refused.document["error"]["name"]) == (3, "foreign-name")
         assert invoke("commit", str(images[1]), "--allow", str(folder)).code == 3
-    assert invoke("commit", str(images[1]), "--allow", "golden", cwd=tmp_path).code == 0
+        allowed = ("commit", str(images[1]), "--allow", "golden")
+        assert invoke(*allowed, "--json", cwd=tmp_path).document["error"]["name"] == "shared-base"
+    assert invoke(*allowed, "--base", "golden/base.raw", cwd=tmp_path).code == 0
     content.check(golden)
 
 

@@ -45,7 +45,11 @@ if TYPE_CHECKING:
     help="Dirty bitmaps of merged images: do not merge, carry them over to the base, or let them go.",
 )
 @click.option(
-    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on those of the chain."
+    "--search",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Look here too, and below, for images that are built on those of the chain.",
 )
 @options.finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
@@ -76,7 +80,8 @@ def commit(
 
     The images above --base up to and including --top go into --base. By default that is the whole chain, and the guest
     moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
-    to the base.
+    to the base. A base outside the active image's folder may be of use to others: it must be named by --base, or --search
+    must go through its folder.
 
     A guest that writes faster than the job copies keeps an active merge from ever being ready. With --converge the job's
     speed limit is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 @group.cli.command()
 @options.target
 @click.option(
-    "--search", multiple=True, metavar="FOLDER", help="Look here too for images that are built on the chain's."
+    "--search",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Look here too, and below, for images that are built on the chain's.",
 )
 @for_images
 @shared

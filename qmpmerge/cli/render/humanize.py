@@ -77,8 +77,14 @@ def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
 
 
 def checked(value: "Checked") -> str:
-    """The check's name, and why it could not be made."""
-    return f"{value.name} ({visible(value.reason)})" if value.reason else value.name
+    """The check's name, why it could not be made, and what was looked at."""
+    more = [*([value.reason] if value.reason else []), *([f"looked at {value.looked_at}"] if value.looked_at else [])]
+    return f"{value.name} ({visible('; '.join(more))})" if more else value.name
+
+
+def is_odd(value: "Checked") -> bool:
+    """Whether there is more to say of it than that it passed."""
+    return value.result != "passed" or bool(value.looked_at)
 
 
 def estimate(value: "Estimate") -> str:

@@ -85,7 +85,8 @@ class JsonOutput:
                 "paused_ms": None if outcome.paused_ms is None else round(outcome.paused_ms, 1),
                 "hints": list(outcome.hints),
                 "checks": [
-                    {"name": check.name, "result": check.result, "reason": check.reason} for check in outcome.checks
+                    {key: getattr(check, key) for key in ("name", "result", "reason", "looked_at")}
+                    for check in outcome.checks
                 ],
                 "estimate": _estimate(outcome.estimate) if outcome.estimate is not None else None,
                 "converge": list(outcome.rungs),

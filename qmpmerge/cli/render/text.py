@@ -116,7 +116,8 @@ class TextOutput:
         if outcome.estimate is not None:
             self._say(f"  {humanize.estimate(outcome.estimate)}")
         for result in ("passed", "forced", "not checked"):
-            names = [humanize.checked(check) for check in outcome.checks if check.result == result]
+            of_interest = (one for one in outcome.checks if outcome.verdict == "planned" or humanize.is_odd(one))
+            names = [humanize.checked(check) for check in of_interest if check.result == result]
             if names:
                 self._say(f"  {result}: {', '.join(names)}")
         for rung in outcome.rungs:
