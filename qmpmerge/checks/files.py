@@ -83,7 +83,7 @@ async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
         users = await holders.lasting(files, excluding=[pid])
         for refusal in held(files, users):
             yield refusal
-        for answer in _by_locks([file for file in files if file not in {user.file for user in users}], pid):
+        async for answer in _by_locks([file for file in files if file not in {user.file for user in users}], pid):
             yield answer
     for reason in kernel.look(files).unseen:
         yield Unseen(reason)
@@ -99,11 +99,11 @@ def held(files: Sequence[str], users: "Sequence[User]") -> Iterator[InUse]:
             yield InUse(file=file, holders=[_told(user) for user in holding], command=_instead(holding))
 
 
-def _by_locks(files: list[str], pid: int) -> Iterator[InUse | Unseen]:
+async def _by_locks(files: list[str], pid: int) -> AsyncIterator[InUse | Unseen]:
     """QEMU programs of which we may not see what they have open, even in other containers."""
     from qmpmerge.processes import holders
 
-    locked = holders.locked_besides(files, pid)
+    locked = await holders.locked_besides(files, pid)
     for file in (file for file in files if locked[file]):
         yield InUse(file=file, holders=["a process that we may not see"], command=UNKNOWN_HOLDER)
     untold = [file for file in files if locked[file] is None]

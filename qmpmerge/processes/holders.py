@@ -191,14 +191,25 @@ def _is_hidden(pid: int) -> bool:
     return False
 
 
-def locked_besides(files: Sequence[str], pid: int) -> dict[str, bool | None]:
+async def locked_besides(files: Sequence[str], pid: int) -> dict[str, bool | None]:
     """
-    Whether another QEMU program than `pid` has locked each of the files, even one that we may not see; None where the locks
-    do not tell, since there are none (`locking=off`), or not under the file's number (some filesystems).
+    Whether another QEMU program than `pid` has locked each of the files for more than a moment, even one that we may not see;
+    None where the locks do not tell, since there are none (`locking=off`), or not under the file's number (some filesystems).
 
     Every user of an image locks the first of the bytes; of a process that we may not look at it is taken to have done so
     once.
     """
+    locked = _locked_besides(files, pid)
+    for _ in range(LOOKS):
+        if not any(locked.values()):
+            break
+        await asyncio.sleep(LOOK_AGAIN_SECONDS)
+        now = _locked_besides(files, pid)
+        locked = {file: was and now[file] for file, was in locked.items()}
+    return locked
+
+
+def _locked_besides(files: Sequence[str], pid: int) -> dict[str, bool | None]:
     held = _first_byte_locks(proc.read_text("/proc/locks"))
     own = _own_locks(pid, held)
     inodes = [(file, proc.inode_of(file) or (0, 0)) for file in files]
