@@ -31,9 +31,9 @@ from qmpmerge.errors import CommandError, JobFailed, StillRunning
 from qmpmerge.guest.throttle import Throttle
 from qmpmerge.qemu.jobs import Job
 
-SIZE = 16 * MIB
+SIZE = 8 * MIB
 PIECE = 512 * 1024
-COPIED = 12 * MIB
+COPIED = 4 * MIB
 """Bytes a second that the storage of the slow base takes."""
 
 SIX = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
@@ -162,7 +162,7 @@ async def test_our_own_limit_is_taken_off(tmp_path: Path, images: list[Path]) ->
         with guest.writing():
             async with qmpmerge.live(vm.target) as target:
                 outcome = await qmpmerge.commit(target, "vda", speed=COPIED, ending="ready", converge=Converge())
-        assert (outcome.verdict, outcome.rungs) == ("ready", ("the job's own limit of 12 MiB/s is taken off",))
+        assert (outcome.verdict, outcome.rungs) == ("ready", ("the job's own limit of 4 MiB/s is taken off",))
         await pivot(guest, images[0])
 
 
