@@ -160,7 +160,7 @@ def _naming(plan: CommitPlan) -> str:
     common = os.path.commonpath((place, home))
     folders = [common] if common != "/" else [place, home]
     search = " ".join(f"--search {shlex.quote(folder)}" for folder in folders)
-    return f"`--base {shlex.quote(base)}`; or have the folders of all who may be looked through: `{search}`"
+    return f"`--base {shlex.quote(base)}`; or have all who may be built on it searched for: `{search}`"
 
 
 async def no_space(question: Question) -> AsyncIterator[Refused | Unseen]:

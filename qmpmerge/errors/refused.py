@@ -193,7 +193,7 @@ class SharedBase(Refused):
     active: str
     command: str
     sentence = "{base} lies outside the folder of {active}: others may be built on it, and the merge would change it"
-    advice = "if it is to be changed, say so (in place of `--shallow`) with {command}"
+    advice = "if it is to be changed, say so with {command}"
 
 
 class ForeignName(Refused):
