@@ -15,6 +15,7 @@ from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotReope
 from qmpmerge.images.dependents import is_outside
 from qmpmerge.processes import permissions, proc
 from qmpmerge.processes.openfiles import FDSET
+from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.targets import identity
 
 if TYPE_CHECKING:
@@ -53,17 +54,23 @@ def _lost_name(question: Question, image: Image, pid: int) -> NotReopenable | No
     there = proc.identity(seen)
     if there in question.opened:
         return None
-    place = os.path.normpath(os.path.join(proc.cwd(pid) or "", name))
-    leads, cure = f"to another file, {place}", ""
-    if there is None:
-        leads, cure = "nowhere", f"; or have it lead there: `{_link(image.file, place)}`"
-    return NotReopenable(file=image.file, known_as=name, leads=leads, cure=cure if image.has_path else "")
+    leads = "nowhere" if there is None else f"to another file, {_place(name, pid)}"
+    return NotReopenable(file=image.file, known_as=name, leads=leads)
 
 
-def _link(file: str, place: str) -> str:
-    folder = os.path.dirname(place)
-    made = "" if os.path.isdir(folder) else shlex.join(["mkdir", "-p", folder]) + " && "
-    return made + shlex.join(["ln", "-s", file, place])
+def led_astray(layout: Layout, image: Image, pid: int | None) -> NotReopenable | None:
+    """Where the name that QEMU has for the image leads to another file, which QEMU takes when it opens it again to read it."""
+    name = layout.reopened(image)
+    if pid is None or name is None or name.startswith(FDSET):
+        return None
+    there = proc.identity(proc.as_seen_by(pid, name))
+    if there is None or there in (proc.open_files(pid) or {there}):
+        return None
+    return NotReopenable(file=image.file, known_as=name, leads=f"to another file, {_place(name, pid)}")
+
+
+def _place(name: str, pid: int) -> str:
+    return os.path.normpath(os.path.join(proc.cwd(pid) or "", name))
 
 
 async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
@@ -75,17 +82,18 @@ async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
     from qmpmerge.processes import holders, kernel
 
     pid = question.pid
-    if pid is None:
-        yield UNSEEN
-        return
     files = [image.file for image in question.touched if image.has_path]
+    look = kernel.look(files)
+    users = await holders.lasting(files, excluding=[pid]) if pid is not None else holders.of_kernel(look)
     if question.target.is_live:
-        users = await holders.lasting(files, excluding=[pid])
         for refusal in held(files, users):
             yield refusal
+    if pid is None:
+        yield UNSEEN
+    elif question.target.is_live:
         async for answer in _by_locks([file for file in files if file not in {user.file for user in users}], pid):
             yield answer
-    for reason in kernel.look(files).unseen:
+    for reason in look.unseen:
         yield Unseen(reason)
     for blind in sight.unseen(question):
         yield blind
@@ -106,9 +114,8 @@ async def _by_locks(files: list[str], pid: int) -> AsyncIterator[InUse | Unseen]
     locked = await holders.locked_besides(files, pid)
     for file in (file for file in files if locked[file]):
         yield InUse(file=file, holders=["a process that we may not see"], command=UNKNOWN_HOLDER)
-    untold = [file for file in files if locked[file] is None]
-    if untold and holders.are_hidden():
-        yield Unseen(f"we may not look at all processes, and no locks tell who uses {', '.join(untold)}")
+    if files and holders.are_hidden():
+        yield Unseen("we may not look at all processes, and who has an image open without QEMU's locks does not show")
 
 
 def _told(user: "User") -> str:

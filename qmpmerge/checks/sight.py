@@ -26,7 +26,7 @@ async def not_seen(question: Question) -> AsyncIterator[Refused]:
     again = f"commit pid:{pid} {shlex.quote(question.view.disk.name)}"
     found: dict[tuple[str, str], list[str]] = {}
     for image in question.touched:
-        why = whereabouts(image, pid, again) if image.is_elsewhere else _doubtful(question, image)
+        why = whereabouts(image, pid, again) if image.is_elsewhere else doubtful(image, is_seen=bool(question.opened))
         if why is not None:
             found.setdefault(why, []).append(image.file.removeprefix(ELSEWHERE))
     for (reason, cure), files in found.items():
@@ -57,7 +57,7 @@ def whereabouts(image: Image, pid: int | None, again: str) -> tuple[str, str]:
 
 def inside(pid: int, again: str) -> str:
     """The cure that looks through QEMU's eyes."""
-    return f"run qmpmerge there: `nsenter --target {pid} --mount qmpmerge {again}`"
+    return f"run it there, with all options that you gave: `nsenter --target {pid} --mount qmpmerge {again}`"
 
 
 def _other_folders(question: Question) -> list[str]:
@@ -70,9 +70,9 @@ def _other_folders(question: Question) -> list[str]:
     return [one for one in folders if proc.identity(proc.as_seen_by(pid, one)) != proc.identity(one)]
 
 
-def _doubtful(question: Question, image: Image) -> tuple[str, str] | None:
-    """The same of a file of which we have the name alone."""
-    if question.opened or not image.has_path or holders.is_locked(image.file):
+def doubtful(image: Image, *, is_seen: bool) -> tuple[str, str] | None:
+    """The same of a file of which we have the name alone; `is_seen` says that what QEMU has open can be seen."""
+    if is_seen or not image.has_path or holders.is_locked(image.file):
         return None
     return (
         "we may not look at QEMU, and no lock on the file tells that it is the one that QEMU has open",

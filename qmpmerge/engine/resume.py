@@ -36,7 +36,7 @@ from qmpmerge.processes import proc
 from qmpmerge.qemu import flush, jobs, vmstate
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.monitor import Trace
-from qmpmerge.recovery.evidence import Judgement, Use, Way
+from qmpmerge.recovery.evidence import Judgement, Use, Way, see_unused
 from qmpmerge.targets.live import live
 from qmpmerge.targets.target import ChainView, Target
 
@@ -83,6 +83,8 @@ async def recover(record: Record, use: Use | None, *, dry_run: bool, trace: Trac
     async with _carrier(record, trace) as target:
         with locks.taken_for(record.plan) as lock:
             judged = await commit.operation(record.plan).evidence(record, target, use)
+            if target is None:
+                await see_unused(record, judged, None)
             if dry_run:
                 action = _action(judged, record)
                 return Recovery("planned", record.chain.active.file, judged.right, action, judged.reasons)
@@ -137,17 +139,18 @@ async def settle_image(image: str, *, trace: Trace | None = None) -> Outcome | N
         return (await _settled(record, target, None))[1]
 
 
+async def foresee(target: Target, view: ChainView, records: Sequence[Record]) -> None:
+    """See that `settle` would end what was left, and end nothing. Raises Unfinished."""
+    for record in records:
+        if record.is_abandoned:
+            await _judged(record, _carrier_of(record, target), target, view.layout)
+
+
 async def _settled(record: Record, target: Target | None, layout: Layout | None) -> tuple[Way, Outcome | None]:
-    carrier = target if target is not None and _is_carrier(record, target) else None
-    operation = commit.operation(record.plan)
-    try:
-        with locks.taken_for(record.plan) as lock:
-            judged = await operation.evidence(record, carrier, layout=layout)
-            if judged.way == "repoint" or (judged.way != "leave" and carrier is None and _runs(record)):
-                raise _unfinished(record, judged.reasons)
-            recovery = await _ended(record, judged, carrier, lock)
-    except Undecided as error:
-        raise _unfinished(record, error.evidence) from None
+    carrier, operation = _carrier_of(record, target), commit.operation(record.plan)
+    with locks.taken_for(record.plan) as lock:
+        judged = await _judged(record, carrier, target, layout)
+        recovery = await _ended(record, judged, carrier, lock)
     if judged.way != "finish":
         return judged.way, None
     hints = ("an earlier run had merged them; what remained was done now", *recovery.hints)
@@ -156,8 +159,24 @@ async def _settled(record: Record, target: Target | None, layout: Layout | None)
     return judged.way, outcome
 
 
-def _is_carrier(record: Record, target: Target) -> bool:
-    return target.is_live and record.is_live and (record.qemu is None or record.qemu == proc.process(target.pid or 0))
+async def _judged(record: Record, carrier: Target | None, target: Target | None, layout: Layout | None) -> Judgement:
+    """What can be ended by itself. Raises Unfinished."""
+    try:
+        judged = await commit.operation(record.plan).evidence(record, carrier, layout=layout)
+        if judged.way == "repoint" or (judged.way != "leave" and carrier is None and _runs(record)):
+            raise _unfinished(record, judged.reasons)
+        if carrier is None:
+            await see_unused(record, judged, target)
+    except Undecided as error:
+        raise _unfinished(record, error.evidence) from None
+    return judged
+
+
+def _carrier_of(record: Record, target: Target | None) -> Target | None:
+    """The target, where it is the QEMU that carried the merge out."""
+    if target is None or not (target.is_live and record.is_live):
+        return None
+    return target if record.qemu is None or record.qemu == proc.process(target.pid or 0) else None
 
 
 def _runs(record: Record) -> bool:

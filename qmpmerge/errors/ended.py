@@ -236,7 +236,9 @@ class StillRunning(Error):
 class LeftCancelling(StillRunning):
     """We were told to leave at once while the job was being cancelled."""
 
-    sentence = "left while job {job} was being cancelled, which QEMU does when it gets to it"
+    sentence = (
+        "left while job {job} was being cancelled; whether QEMU does so, or never reads it and goes on, is not known"
+    )
     advice = "where `qmpmerge jobs {target}` still shows it, `qmpmerge job {target} {job} follow{option}` stays with it"
 
 

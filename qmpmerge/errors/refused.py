@@ -125,11 +125,10 @@ class NotReopenable(Refused):
     file: str
     known_as: str
     leads: str
-    cure: str
     sentence = (
         "QEMU cannot open {file} for writing: it knows it as {known_as}, which leads {leads} from where QEMU is now"
     )
-    advice = "start the VM with absolute file names, or merge with the VM off{cure}"
+    advice = "start the VM with absolute file names, or merge with the VM off"
 
 
 class NotSeen(Refused):
@@ -181,8 +180,9 @@ class Dependents(Refused):
     dependents: list[str]
     sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
-        "delete those that an earlier merge left over (`qmpmerge clean FILE` for one that it has stashed); the others would be "
-        "ruined: merge them first, or give them a copy of it. `--force dependents` merges all the same"
+        "they would be ruined: merge them first, or give them a copy; if one is the newest image of this very chain, name that "
+        "as TARGET; one that an earlier merge has stashed goes with `qmpmerge clean FILE`. `--force dependents` merges all "
+        "the same"
     )
 
 

@@ -198,13 +198,19 @@ def is_outside(base: Image, active: Image) -> bool:
     """
     if not (base.has_path and active.has_path):
         return base.has_path or active.has_path
-    homes = (os.path.realpath(os.path.dirname(active.file)), os.path.dirname(os.path.realpath(active.file)))
-    return not any(is_within(os.path.realpath(base.file), home) for home in homes)
+    return os.path.dirname(os.path.realpath(base.file)) not in _homes(active)
 
 
-def is_within(path: str, folder: str) -> bool:
-    """Whether a real path is that of a folder, or leads into it."""
-    return os.path.commonpath((path, folder)) == folder
+def folders_above(base: Image, active: Image) -> list[str]:
+    """The active image's folders, where `base` lies somewhere below: then what else is built on it lies there too."""
+    if not (base.has_path and active.has_path and is_outside(base, active)):
+        return []
+    place = os.path.realpath(base.file)
+    return [home for home in dict.fromkeys(_homes(active)) if os.path.commonpath((place, home)) == home]
+
+
+def _homes(active: Image) -> tuple[str, str]:
+    return os.path.realpath(os.path.dirname(active.file)), os.path.dirname(os.path.realpath(active.file))
 
 
 def files(folder: str) -> list["os.DirEntry[str]"]:

@@ -115,6 +115,10 @@ class _Beginning:
         view = await self._target.chain(disk)
         records = store.believed(store.about(view.chain))
         if self._request.dry_run:
+            if records:
+                from qmpmerge.engine import resume
+
+                await resume.foresee(self._target, view, records)
             return await self._begun(view, records)
         view = await earlier.without_concluded(self._target, view, records, self._report)
         request = self._request

@@ -16,7 +16,7 @@ from qmpmerge import shield
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import ELSEWHERE, Chain, Image, told_apart
 from qmpmerge.checks import sight
-from qmpmerge.checks.files import held
+from qmpmerge.checks.files import held, led_astray
 from qmpmerge.engine import earlier
 from qmpmerge.errors import (
     BackingString,
@@ -85,7 +85,7 @@ async def snapshot(
     await _refuse_used(target, layout, files, force)
     orders = [_order(target, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
     _refuse_twice(orders)
-    _refuse_replaced(target, orders)
+    _refuse_replaced(target, layout, orders)
     return await shield.finished(_carry_out(target, layout, orders, os.fspath(agent) if agent is not None else None))
 
 
@@ -112,12 +112,14 @@ async def _refuse_used(target: Target, layout: Layout, disks: Iterable[str], for
     refuse(list(held(active, await holders.lasting(active, excluding=[target.pid]))))
 
 
-def _refuse_replaced(target: Target, orders: list[_Order]) -> None:
-    """QEMU opens the image that it has written to again by its name, to read it only. Raises Replaced."""
+def _refuse_replaced(target: Target, layout: Layout, orders: list[_Order]) -> None:
+    """QEMU opens the image that it has written to again by its name, to read it only. Raises Replaced, NotReopenable."""
     for order in orders:
         astray = identity.astray(order.below, target.pid)
         if astray is not None:
             raise identity.refusal(astray, target)
+        if (lost := led_astray(layout, order.below, target.pid)) is not None:
+            raise lost
 
 
 def _order(target: Target, layout: Layout, name: str, file: str, relative: bool) -> _Order:
@@ -143,6 +145,9 @@ def _refuse_unseen(target: Target, disk: str, below: Image, path: str) -> None:
     if below.is_elsewhere:
         reason, cure = sight.whereabouts(below, target.pid, again)
         raise NotSeen(unseen=[below.file.removeprefix(ELSEWHERE)], reason=reason, cure=cure)
+    why = sight.doubtful(below, is_seen=target.pid is not None and bool(proc.open_files(target.pid)))
+    if why is not None:
+        raise NotSeen(unseen=[below.file], reason=why[0], cure=why[1])
     if seen is not None and seen != proc.identity(folder):
         cure = sight.inside(target.pid or 0, again)
         raise NotSeen(unseen=[folder], reason="QEMU sees another folder under this name", cure=cure)
@@ -182,7 +187,7 @@ async def _carry_out(target: Target, layout: Layout, orders: list[_Order], agent
         for order in orders:
             await undo.enter_async_context(_node(target, layout, order))
         async with _quiet(agent):
-            _refuse_replaced(target, orders)  # again, as late as can be
+            _refuse_replaced(target, layout, orders)  # again, as late as can be
             await _transaction(target, orders)
             undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
     return await _prove(target, orders)

@@ -124,7 +124,7 @@ def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[Use
     All that have one of the files open, as far as we may see: processes but for ours and those `excluding`, and what the
     kernel itself has put on them (`kernel`); by the order of the files.
     """
-    found = (*processes(files, excluding=excluding), *_of_kernel(kernel.look(files)))
+    found = (*processes(files, excluding=excluding), *of_kernel(kernel.look(files)))
     return tuple(sorted(found, key=lambda user: files.index(user.file)))
 
 
@@ -140,7 +140,7 @@ async def lasting(files: Sequence[str], *, excluding: Collection[int] = ()) -> t
     return found
 
 
-def _of_kernel(look: kernel.Look) -> tuple[User, ...]:
+def of_kernel(look: kernel.Look) -> tuple[User, ...]:
     """What was found of the kernel's, as users."""
     return tuple(User(use.file, None, use.what, release=use.release) for use in look.uses)
 

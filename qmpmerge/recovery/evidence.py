@@ -78,6 +78,20 @@ async def judge(
     return judged
 
 
+async def see_unused(record: Record, judged: Judgement, ours: Target | None) -> None:
+    """
+    An image that is to lose its name must not be what somebody runs from, whatever the record says; what `ours` has open does
+    not count where that is a daemon of our own. Raises Undecided.
+    """
+    from qmpmerge.processes import holders
+
+    place = record.place(record.top) if judged.way == "finish" else None
+    ourselves = [ours.pid] if ours is not None and not ours.is_live and ours.pid is not None else []
+    users = await holders.lasting([place], excluding=ourselves) if place is not None else ()
+    if users:
+        raise _undecided(record, *judged.reasons, f"{place} is in use by {', '.join(map(str, users))}")
+
+
 def _see_names(record: Record, target: Target | None, use: Use | None) -> None:
     """
     What stays must be under its name, or be taken for right by a user who has looked. Raises NotUnderItsName where QEMU
@@ -119,7 +133,8 @@ async def by_contents(record: Record, moved: bool | None, use: Use | None) -> Ju
     if moved:
         return _finish(record, f"QEMU uses {base.name}")
     if record.state in (State.SWITCHED, State.PROVED):
-        return _finish(record, "the move onto the base was seen and written down")
+        seen, doubt = "the move onto the base was seen and written down", _brought_back(record)
+        return _finish(record, seen) if doubt is None else _by_user(record, use, [seen, doubt])
     if record.state is State.COPYING:
         return _back(record, "the move onto the base was never asked for")
     if record.top in record.away and record.place(record.top) == record.own_name(record.top):
@@ -129,6 +144,21 @@ async def by_contents(record: Record, moved: bool | None, use: Use | None) -> Ju
     if equal:
         return _finish(record, *reasons)
     return _by_times(record, equal, reasons) or _by_user(record, use, reasons)
+
+
+def _brought_back(record: Record) -> str | None:
+    """
+    How somebody has put an image where the VM was started from, after that name was taken away for the move; None where
+    nobody has. After a power cut the old name can be there again by itself, with the image as it was.
+    """
+    own, top = record.own_name(record.top), record.chain[record.top]
+    if record.top not in record.away or files.inode(own) is None:
+        return None
+    if record.place(record.top) != own:
+        return None if record.policy == "relink" else f"another file is called {own} since"
+    if record.is_of_an_earlier_boot and not _was_changed(record, record.top):
+        return None
+    return f"{top.name} was given its name back since"
 
 
 def _by_times(record: Record, equal: bool | None, reasons: list[str]) -> Judgement | None:

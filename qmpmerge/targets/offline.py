@@ -103,11 +103,12 @@ def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
 
 
 def _instead(user: User) -> str:
-    """What to do about an image in use, the command of the live door where there is one."""
+    """What to do about an image in use; the command and its options are the user's."""
     if user.vm is None:
         return user.instead
     if user.vm.monitors and not user.vm.libvirt:
-        return f"merge it live: `qmpmerge commit {shlex.quote(user.vm.name or f'pid:{user.vm.pid}')}`"
+        name = shlex.quote(user.vm.name or f"pid:{user.vm.pid}")
+        return f"run the command with `{name}` for TARGET, in place of the image: `qmpmerge disks {name}` shows what it has"
     return "shut that VM down first, or start it with a QMP monitor and merge live"
 
 

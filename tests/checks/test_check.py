@@ -309,6 +309,13 @@ def test_a_base_below_the_active_images_folder_needs_no_name(tmp_path: Path) -> 
     (tmp_path / "vm" / "base" / "base.raw").write_bytes(bytes(SIZE))
     top = overlay(tmp_path / "vm" / "top.qcow2", "base/base.raw")
     (tmp_path / "link").symlink_to(top.parent)
+    done = invoke("commit", str(tmp_path / "link" / "top.qcow2"), "--dry-run")
+    assert (done.code, f"all below {tmp_path}/vm" in done.out) == (0, True)
+    (tmp_path / "vm" / "other").mkdir()
+    other = overlay(tmp_path / "vm" / "other" / "top.qcow2", "../base/base.raw")
+    refused = invoke("commit", str(tmp_path / "link" / "top.qcow2"), "--json").document["error"]
+    assert (refused["name"], refused["facts"]["dependents"]) == ("dependents", [str(other)])
+    other.unlink()
     assert invoke("commit", str(tmp_path / "link" / "top.qcow2")).code == 0
 
 
@@ -417,6 +424,18 @@ async def test_a_mounted_filesystem_is_named(mountable: list[Path], vm: Machine,
 async def looked_at(image: Path) -> qmpmerge.ChainView:
     async with qmpmerge.offline(image, write=False) as target:
         return await target.chain()
+
+
+@needs_root
+def test_the_kernel_is_asked_where_the_process_cannot_be(mountable: list[Path], tmp_path: Path) -> None:
+    """By TCP nobody tells which process QEMU is."""
+    monitor = ["-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
+    with machine(tmp_path, "-drive", DRIVE.format(mountable[3]), *device("vda"), *monitor) as vm:
+        names = [one["filename"] for one in vm.session.execute("query-chardev") if "tcp:" in one["filename"]]
+        target = f"tcp:127.0.0.1:{re.findall('[0-9]+', names[0])[-1]}"
+        with loop(mountable[0]) as disk, mounted(tmp_path / "m", disk):
+            error = invoke("commit", target, "--json").document["error"]
+        assert (error["name"], error["facts"]["file"]) == ("in-use", str(mountable[0]))
 
 
 @needs_root

@@ -345,6 +345,54 @@ async def test_two_that_were_written_to_are_shown_and_not_chosen_from(use: Any, 
     left.content.check(chosen.right or "")
 
 
+@pytest.mark.parametrize("use", ["base", "top"])
+async def test_an_image_that_was_brought_back_is_asked_about(use: Any, left: Left) -> None:
+    """The move was written down, and then somebody gave the old image its name again, and may have started a VM from it."""
+    switched(left)
+    (left.folder / STASHED[2]).rename(left.images[3])
+    before = names(left.folder)
+    with pytest.raises(Undecided, match=r"c\.qcow2 was given its name back since"):
+        await qmpmerge.recover(left.folder)
+    async with qmpmerge.offline(left.images[3]) as target:
+        with pytest.raises(Unfinished, match="given its name back"):
+            await qmpmerge.commit(target)
+    assert names(left.folder) == before
+    (chosen,) = await qmpmerge.recover(left.folder, use=use)
+    assert Path(chosen.right or "").name == (BASE if use == "base" else C)
+    assert names(left.folder) == (["a.qcow2", "b.qcow2", BASE, C] if use == "top" else [*STASHED[:2], BASE, STASHED[2]])
+
+
+async def test_after_a_power_cut_the_old_name_is_there_again_by_itself(left: Left) -> None:
+    switched(left)
+    (told,) = store.believed(store.in_folder(str(left.folder)))
+    assert told.tool is not None
+    store.write(replace(told, tool=replace(told.tool, boot="before")))
+    (left.folder / STASHED[2]).rename(left.images[3])
+    assert [one.right for one in await qmpmerge.recover(left.folder)] == [str(left.images[0])]
+    left.content.check(left.images[0])
+
+
+async def test_a_backup_in_the_place_of_the_old_image_is_asked_about(left: Left) -> None:
+    switched(left)
+    shutil.copy(left.template.images[3], left.images[3])
+    with pytest.raises(Undecided, match=r"another file is called .*c\.qcow2 since"):
+        await qmpmerge.recover(left.folder)
+
+
+async def test_an_image_that_a_vm_runs_from_keeps_its_name_whatever_the_record_says(left: Left, tmp_path: Path) -> None:
+    """The merge was done in another QEMU; its record must not win over the one that has the old chain now."""
+    store.write(replace(left.merge(policy="keep"), away={}, state=State.SWITCHED))
+    before = names(left.folder)
+    with drive(tmp_path, left.images, left.content) as setup:
+        with pytest.raises(Undecided, match=r"c\.qcow2 is in use by"):
+            await qmpmerge.recover(left.folder)
+        async with qmpmerge.live(setup.machine.target) as target:
+            for options in ({}, {"top": "[3]"}, {"dry_run": True}):
+                with pytest.raises(Unfinished, match=r"c\.qcow2 is in use by"):
+                    await qmpmerge.commit(target, **options)
+        assert set(before) <= set(names(left.folder))
+
+
 async def test_without_a_quiet_moment_times_are_no_evidence(left: Left) -> None:
     told = left.away(left.merge())
     store.mark(replace(told, seen={}))

@@ -570,7 +570,7 @@ def test_held_by_a_running_vm(
             assert (done.code, error["name"]) == (3, "in-use")
             assert f"VM {name}" in error["message"]
             assert f"pid {vm.process.pid}" in error["message"]
-            assert f"`qmpmerge commit {name}`" in error["hint"]
+            assert f"with `{name}` for TARGET" in error["hint"]
         assert invoke("snapshot", str(images[3]), f"c.qcow2={tmp_path}/new.qcow2").code == 3
         assert invoke("commit", str(images[3]), "--dry-run").code == 3
         assert not (tmp_path / "new.qcow2").exists()
@@ -581,7 +581,8 @@ def test_the_live_command_of_the_hint_works(name: str, images: list[Path], conte
     with machine(tmp_path, "-name", name, *nodes(images), "-device", "virtio-blk-pci,drive=c") as vm:
         hint = invoke("commit", str(images[3]), "--json").document["error"]["hint"]
         (line,) = [part for part in hint.split("`") if part.startswith("qmpmerge ")]
-        assert invoke(*line.split()[1:]).code == 0
+        assert "c.qcow2" in invoke(*line.split()[1:]).out
+        assert invoke("commit", hint.split("`")[1]).code == 0
         vm.stop()
     content.check(images[0])
 
@@ -590,13 +591,13 @@ def test_the_live_command_can_be_pasted(images: list[Path], tmp_path: Path) -> N
     name = f"my vm; {os.getpid()}"
     with machine(tmp_path, "-name", name, *nodes(images)):
         hint = invoke("commit", str(images[3]), "--json").document["error"]["hint"]
-    assert f"`qmpmerge commit '{name}'`" in hint
+    assert f"`qmpmerge disks '{name}'`" in hint
 
 
 def test_held_without_a_name_or_a_monitor(images: list[Path], folder: Path, tmp_path: Path) -> None:
     with machine(tmp_path, *nodes(images)) as vm, unchanged(folder):
         error = invoke("commit", str(images[3]), "--json").document["error"]
-        assert f"`qmpmerge commit pid:{vm.process.pid}`" in error["hint"]
+        assert f"with `pid:{vm.process.pid}` for TARGET" in error["hint"]
         os.unlink(vm.target)
         error = invoke("commit", str(images[3]), "--json").document["error"]
         assert "shut that VM down" in error["hint"]
@@ -628,7 +629,7 @@ def test_held_by_a_storage_daemon(images: list[Path], content: Content, folder: 
         error = invoke("commit", str(images[3]), "--json").document["error"]
         assert error["name"] == "in-use"
         assert f"pid {setup.machine.process.pid}" in error["message"]
-        assert f"`qmpmerge commit pid:{setup.machine.process.pid}`" in error["hint"]
+        assert f"with `pid:{setup.machine.process.pid}` for TARGET" in error["hint"]
 
 
 def test_held_by_any_program(images: list[Path], folder: Path) -> None:
