@@ -78,7 +78,7 @@ async def recover(record: Record, use: Use | None, *, dry_run: bool, trace: Trac
     """
     Bring one merge to an end, as the evidence says, or where that does not decide, as the user does with `use`.
 
-    Raises Undecided, Locked, CannotRecover, VmState, and what a session with the QEMU that carried it out raises.
+    Raises Undecided, Locked, InUse, CannotRecover, VmState, and what a session with the QEMU that carried it out raises.
     """
     async with _carrier(record, trace) as target:
         with locks.taken_for(record.plan) as lock:
@@ -113,7 +113,8 @@ async def _carrier(record: Record, trace: Trace | None) -> AsyncIterator[Target 
 
 async def settle(target: Target, view: ChainView, records: Sequence[Record]) -> Settled:
     """
-    Before a merge: end what an earlier one of the chain left, where that is beyond doubt. Raises Unfinished, Locked, VmState.
+    Before a merge: end what an earlier one of the chain left, where that is beyond doubt. Raises Unfinished, Locked, InUse,
+    VmState.
     """
     settled = Settled()
     for record in records:
@@ -140,7 +141,7 @@ async def settle_image(image: str, *, trace: Trace | None = None) -> Outcome | N
 
 
 async def foresee(target: Target, view: ChainView, records: Sequence[Record]) -> None:
-    """See that `settle` would end what was left, and end nothing. Raises Unfinished."""
+    """See that `settle` would end what was left, and end nothing. Raises Unfinished, InUse."""
     for record in records:
         if record.is_abandoned:
             await _judged(record, _carrier_of(record, target), target, view.layout)
@@ -160,7 +161,7 @@ async def _settled(record: Record, target: Target | None, layout: Layout | None)
 
 
 async def _judged(record: Record, carrier: Target | None, target: Target | None, layout: Layout | None) -> Judgement:
-    """What can be ended by itself. Raises Unfinished."""
+    """What can be ended by itself. Raises Unfinished, InUse."""
     try:
         judged = await commit.operation(record.plan).evidence(record, carrier, layout=layout)
         if judged.way == "repoint" or (judged.way != "leave" and carrier is None and _runs(record)):

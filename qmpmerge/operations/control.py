@@ -10,7 +10,7 @@ from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.engine import earlier, resume
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
-from qmpmerge.errors import JobVerb, Locked, NoSuchJob, Unfinished, VmState
+from qmpmerge.errors import InUse, JobVerb, Locked, NoSuchJob, Unfinished, VmState
 from qmpmerge.journal import store
 from qmpmerge.journal.record import Record
 from qmpmerge.operations import follow
@@ -94,7 +94,7 @@ async def _settle(target: Target, job_id: str) -> None:
     for disk in layout.disks:
         if disk.chain is not None:
             records = [record for record in _records(disk.chain) if record.job == job_id]
-            with contextlib.suppress(Unfinished, Locked, VmState):  # for `recover` to look at
+            with contextlib.suppress(Unfinished, Locked, VmState, InUse):  # for `recover` to look at
                 await resume.settle(target, await target.view(layout, disk.name), records)
 
 

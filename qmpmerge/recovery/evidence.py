@@ -5,6 +5,7 @@ Nothing is changed here, and nothing guessed: where the evidence does not decide
 """
 
 import os
+import shlex
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +13,7 @@ from typing import Literal
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.state import State
-from qmpmerge.errors import CommandError, ImageUnreadable, Undecided
+from qmpmerge.errors import CommandError, ImageUnreadable, InUse, Undecided
 from qmpmerge.images import files, qcow2, qemuimg
 from qmpmerge.journal import merged_files
 from qmpmerge.journal.record import Record, look
@@ -81,15 +82,17 @@ async def judge(
 async def see_unused(record: Record, judged: Judgement, ours: Target | None) -> None:
     """
     An image that is to lose its name must not be what somebody runs from, whatever the record says; what `ours` has open does
-    not count where that is a daemon of our own. Raises Undecided.
+    not count where that is a daemon of our own. Raises InUse.
     """
     from qmpmerge.processes import holders
 
     place = record.place(record.top) if judged.way == "finish" else None
     ourselves = [ours.pid] if ours is not None and not ours.is_live and ours.pid is not None else []
     users = await holders.lasting([place], excluding=ourselves) if place is not None else ()
-    if users:
-        raise _undecided(record, *judged.reasons, f"{place} is in use by {', '.join(map(str, users))}")
+    if users and place is not None:
+        again = f"qmpmerge recover {shlex.quote(record.chain.active.file)}"
+        command = f"by the record of an earlier merge nobody should: shut down who runs from it, then `{again}`"
+        raise InUse(file=place, holders=list(map(str, users)), command=command)
 
 
 def _see_names(record: Record, target: Target | None, use: Use | None) -> None:
@@ -148,11 +151,13 @@ async def by_contents(record: Record, moved: bool | None, use: Use | None) -> Ju
 
 def _brought_back(record: Record) -> str | None:
     """
-    How somebody has put an image where the VM was started from, after that name was taken away for the move; None where
-    nobody has. After a power cut the old name can be there again by itself, with the image as it was.
+    How somebody has used the old image since, or has put one where the VM was started from after that name was taken away for
+    the move; None where nobody has. After a power cut the old name can be there again by itself, with the image as it was.
     """
     own, top = record.own_name(record.top), record.chain[record.top]
-    if record.top not in record.away or files.inode(own) is None:
+    if record.top not in record.away:
+        return f"{top.name} was written to since" if _was_changed(record, record.top) else None
+    if files.inode(own) is None:
         return None
     if record.place(record.top) != own:
         return None if record.policy == "relink" else f"another file is called {own} since"

@@ -23,6 +23,7 @@ from qmpmerge.engine import blockjob, resume
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import (
     CannotRecover,
+    InUse,
     Locked,
     NothingThere,
     SessionLost,
@@ -381,16 +382,23 @@ async def test_a_backup_in_the_place_of_the_old_image_is_asked_about(left: Left)
 
 async def test_an_image_that_a_vm_runs_from_keeps_its_name_whatever_the_record_says(left: Left, tmp_path: Path) -> None:
     """The merge was done in another QEMU; its record must not win over the one that has the old chain now."""
-    store.write(replace(left.merge(policy="keep"), away={}, state=State.SWITCHED))
+    told = left.switching(replace(left.merge(policy="keep"), away={}))
+    store.write(replace(told, state=State.SWITCHED))
     before = names(left.folder)
     with drive(tmp_path, left.images, left.content) as setup:
-        with pytest.raises(Undecided, match=r"c\.qcow2 is in use by"):
+        with pytest.raises(InUse, match=r"c\.qcow2 is in use by") as used:
             await qmpmerge.recover(left.folder)
         async with qmpmerge.live(setup.machine.target) as target:
             for options in ({}, {"top": "[3]"}, {"dry_run": True}):
-                with pytest.raises(Unfinished, match=r"c\.qcow2 is in use by"):
+                with pytest.raises(InUse, match=r"c\.qcow2 is in use by"):
                     await qmpmerge.commit(target, **options)
         assert set(before) <= set(names(left.folder))
+        setup.write(0x66, 0, MIB)
+        setup.off()
+    typed = invoke(*used.value.hint.split("`")[1].split()[1:], "--json").document["error"]
+    assert typed["facts"]["evidence"][-1] == "c.qcow2 was written to since"
+    (chosen,) = await qmpmerge.recover(left.images[3], use="top")
+    left.content.check(chosen.right or "")
 
 
 async def test_without_a_quiet_moment_times_are_no_evidence(left: Left) -> None:
