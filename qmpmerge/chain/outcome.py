@@ -43,11 +43,8 @@ class Estimate:
         return self.growth is None or self.free is None or self.growth <= self.free
 
 
-Policy = Literal["stash", "relink", "delete", "keep"]
-"""
-What becomes of merged files: renamed to NAME.merged; that, and the active image's old name leads to a new, empty overlay on
-the base; removed, where it was compared; left alone.
-"""
+Policy = Literal["stash", "delete", "keep"]
+"""What becomes of merged files: renamed to NAME.merged; removed, where it was compared; left alone."""
 
 Ending = Literal["pivot", "keep", "ready"]
 """
@@ -111,8 +108,6 @@ class Outcome:
 
 def launch_advice(base: str, old: MergedFile) -> list[str]:
     """What a pivot means for the next start of the VM."""
-    if old.action == "relink":
-        return [f"{old.file} is a new, empty overlay on {base} now: the VM can be started from either"]
     if old.action == "keep":
         return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data"]
     return [f"start the VM from {base} from now on: {old.file} is no more"]
@@ -120,9 +115,7 @@ def launch_advice(base: str, old: MergedFile) -> list[str]:
 
 def files_advice(merged: Sequence[MergedFile]) -> list[str]:
     """What can be done with the merged files."""
-    folders = dict.fromkeys(
-        os.path.dirname(file.now) for file in merged if file.action in ("stash", "relink") and file.now
-    )
+    folders = dict.fromkeys(os.path.dirname(file.now) for file in merged if file.action == "stash" and file.now)
     if folders:
         command = " ".join(["qmpmerge clean", *map(shlex.quote, folders)])
         return [f"`{command}` removes what was stashed, once nobody uses or needs it"]

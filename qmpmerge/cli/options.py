@@ -226,14 +226,13 @@ def endings(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Declare what becomes of the merged files, and whether the guest may be paused."""
-    policies = click.Choice(["stash", "relink", "delete", "keep"])
+    policies = click.Choice(["stash", "delete", "keep"])
     files = click.option(
         "--merged-files",
         type=policies,
         default="stash",
         show_default=True,
-        help="stash: rename to NAME.merged; relink: that, and a new overlay takes the active image's name; "
-        "delete: compare, then remove; keep: leave alone.",
+        help="stash: rename to NAME.merged; delete: compare, then remove; keep: leave alone.",
     )
     pause = click.option(
         "--pause/--no-pause",

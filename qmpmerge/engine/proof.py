@@ -23,7 +23,7 @@ async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
     _see_names(run)
     if expected is run.plan.result:
         await _see_header_on_server(run)
-    merged = await run.finish(State.KEPT if verdict == "kept" else State.DONE)
+    merged = run.finish(State.KEPT if verdict == "kept" else State.DONE)
     left = [node for node in run.old_nodes if node in view.layout.nodes and verdict != "kept"]
     hints = [*_advice(run, verdict, merged), *run.notes]
     if left:

@@ -243,7 +243,7 @@ async def _finished(run: Run) -> tuple[MergedFile, ...]:
             await jobs.dismiss(run.carrier.monitor, run.job)
         await run.carrier.close(_left_open(run.plan, await run.carrier.layout()))
     run.proved()  # before any file is dealt with
-    return await run.finish(State.DONE)
+    return run.finish(State.DONE)
 
 
 def _left_open(plan: CommitPlan, layout: Layout) -> list[str]:

@@ -224,7 +224,7 @@ class Run:
                 raise CannotRecover(file=self.record.chain[index].file, reason=reason)
             merged_files.give_back(self.record, index)
 
-    async def finish(self, state: State) -> tuple[MergedFile, ...]:
+    def finish(self, state: State) -> tuple[MergedFile, ...]:
         """
         To PROVED and DONE, or to KEPT: all is proved and durable. Deals with the merged files; then the record goes, and
         `record` is still set where it could not be removed.
@@ -233,7 +233,7 @@ class Run:
         if state is State.KEPT:
             self._names_given_back()
         else:
-            merged = await self._files_dealt_with()
+            merged = self._files_dealt_with()
         self._forget_record(None if self.verified else self.suspect)
         self.enter(state)
         return tuple(merged)
@@ -257,7 +257,7 @@ class Run:
             return False
         return True
 
-    async def _files_dealt_with(self) -> list[MergedFile]:
+    def _files_dealt_with(self) -> list[MergedFile]:
         if self.state is not State.PROVED:
             try:
                 self.proved()
@@ -265,7 +265,7 @@ class Run:
                 self.notes.append(f"the record cannot be written: {error.strerror or error}")
                 self.state = State.PROVED
         known = self.record or first_record.of_run(self, "")
-        done, hints = await merged_files.finish(replace(known, verified=self.verified))
+        done, hints = merged_files.finish(replace(known, verified=self.verified))
         self.notes += hints
         return done
 

@@ -1,5 +1,5 @@
 """
-What becomes of the files that a merge leaves over: stashed under another name, removed, replaced, or left alone.
+What becomes of the files that a merge leaves over: stashed under another name, removed, or left alone.
 
 After a pivot the old active image still opens and shows older data, so by default it loses its name. Only names that the
 record lists are touched, and only while they lead to the very files that it means; nothing is overwritten.
@@ -7,14 +7,10 @@ record lists are touched, and only while they lead to the very files that it mea
 
 import contextlib
 import os
-import stat
-from collections.abc import Callable
 
-from qmpmerge.chain.backing import is_relative, json_name
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import MergedFile
-from qmpmerge.errors import BackingString, ImageUnreadable, ToolMissing
-from qmpmerge.images import dependents, files, qcow2, qemuimg, stashed
+from qmpmerge.images import dependents, files, qcow2, stashed
 from qmpmerge.journal.record import Record, look
 
 
@@ -52,25 +48,13 @@ def give_back(record: Record, index: int) -> bool:
     return True
 
 
-async def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
+def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
     """
     Do what the policy says with all merged files, base first; also what went otherwise, as sentences for the user.
 
     The merge is proved and durable by now. Done before, or in part, it goes on from there. Nothing is raised: a file
     that cannot be renamed stays, and that is said.
     """
-    done, hints = deal_with(record)
-    if record.policy == "relink" and record.top == len(record.chain):
-        reason = await relink(record)
-        if reason is None:
-            done[-1] = MergedFile(record.chain.active.file, "relink", done[-1].now)
-        else:
-            hints.append(f"no new overlay was put at {record.chain.active.file}: {reason}")
-    return done, hints
-
-
-def deal_with(record: Record) -> tuple[list[MergedFile], list[str]]:
-    """`finish` without what comes in the place of the active image."""
     needed, user = _needed(record)
     done: list[MergedFile] = []
     hints: list[str] = []
@@ -109,7 +93,7 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
     if place == own:
         place = take_away(record, index)
         files.sync_folder(place)
-    if own != image.file and not (record.policy == "relink" and index == len(record.chain)):
+    if own != image.file:
         hints.append(f"{image.file} leads nowhere now: it is a symlink to {own}, which was merged")
     reason = why_not_delete(record, index, place) if record.policy == "delete" else "it is to be stashed"
     if reason is None:
@@ -190,48 +174,3 @@ def _naming(place: str) -> list[str]:
             if data is not None and files.inode(data) == files.inode(place):
                 found.append(entry.path)
     return found
-
-
-# --- relink -------------------------------------------------------------------------------------------------------
-
-
-async def relink(record: Record) -> str | None:
-    """
-    Put a new, empty overlay on the base at the old active image's name, so that whatever starts the VM from there works.
-
-    Returns why that was not done, None where it was. It is put in place whole, with the owner and mode of the old one.
-    """
-    old, base, index = record.chain.active, record.chain[record.base], record.top
-    place, own = record.place(index), record.own_name(index)
-    if place is None or place == own:
-        return "its name could not be taken away"
-    new = f"{os.path.dirname(own)}/.{os.path.basename(own)}.qmpmerge-new"
-    # Where a symlink leads there too, a relative name would mean another file by either name.
-    is_near = is_relative(old.backing) and own == old.file
-    try:
-        backing = os.path.relpath(base.file, os.path.dirname(own)) if is_near else base.file
-        if base.slice is not None:
-            backing = json_name(base, own)
-        files.remove(new)
-        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        await qemuimg.create_overlay(new, size=old.virtual_size, backing=backing, backing_format=base.format)
-        _like(place, new)
-        files.sync(new)
-        files.rename(new, own)
-        files.sync_folder(own)
-    except (OSError, BackingString, ImageUnreadable, ToolMissing) as error:
-        _quietly(lambda: files.remove(new))
-        return str(error)
-    return None
-
-
-def _like(old: str, new: str) -> None:
-    """Owner and mode of the old image, as far as we may."""
-    status = os.stat(old)
-    os.chmod(new, stat.S_IMODE(status.st_mode))
-    _quietly(lambda: os.chown(new, status.st_uid, status.st_gid))
-
-
-def _quietly(work: Callable[[], None]) -> None:
-    with contextlib.suppress(OSError):
-        work()

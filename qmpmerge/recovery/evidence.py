@@ -160,7 +160,7 @@ def _brought_back(record: Record) -> str | None:
     if files.inode(own) is None:
         return None
     if record.place(record.top) != own:
-        return None if record.policy == "relink" else f"another file is called {own} since"
+        return f"another file is called {own} since"
     if record.is_of_an_earlier_boot and not _was_changed(record, record.top):
         return None
     return f"{top.name} was given its name back since"

@@ -12,7 +12,6 @@ import pytest
 from rig import folder
 from rig.command import invoke
 from rig.disks import KINDS, Setup, drive, nbd_server
-from rig.faults import header
 from rig.machines import Content, fill, make_chain, run
 
 import qmpmerge
@@ -166,27 +165,6 @@ def held(file: Path) -> Iterator[None]:
             reader.kill()
 
 
-# --- relink -----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_new_overlay_takes_the_old_name(
-    setup: Setup, tmp_path: Path, images: list[Path], content: Content
-) -> None:
-    images[3].chmod(0o640)
-    outcome = await folder.live(setup, merged_files="relink")
-    assert told(outcome) == [*STASHED[:2], ("c.qcow2", "relink", "c.qcow2.merged")]
-    setup.check()
-    setup.machine.stop()
-    assert '"backing-filename": "base.raw"' in header(images[3])
-    assert '"backing-filename-format": "raw"' in header(images[3])
-    assert images[3].stat().st_mode & 0o777 == 0o640
-    with drive(tmp_path, images, content) as again:
-        again.write(0x55, 0, 64 * 1024)
-        again.check()
-        again.machine.stop()
-    content.check(images[3])
-
-
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
@@ -241,15 +219,6 @@ async def test_the_commands_follow_a_symlink_that_leads_nowhere(
     assert f"{real}.merged was stashed" in invoke("recover", str(images[3])).out
     (cleaned,) = qmpmerge.clean([real.parent])
     assert (cleaned.file, cleaned.kept, cleaned.size > 0, os.listdir(real.parent)) == (f"{real}.merged", None, True, [])
-
-
-async def test_a_new_overlay_is_reached_by_both_names(tmp_path: Path, images: list[Path], content: Content) -> None:
-    real = linked(images[3])
-    outcome = await offline(images[3], merged_files="relink")
-    assert told(outcome)[-1] == ("c.qcow2", "relink", f"{real.name}.merged")
-    assert images[3].is_symlink() and not any("leads nowhere" in hint for hint in outcome.hints)
-    content.check(images[3])
-    content.check(real)
 
 
 @pytest.mark.parametrize("name", ["link", "real"])

@@ -176,10 +176,6 @@ def proved_in_part(left: Left) -> None:
     left.write(BASE, 5)
 
 
-def relinked_in_part(left: Left) -> None:
-    store.mark(replace(left.away(left.merge(policy="relink")), state=State.PROVED))
-
-
 def header_old(left: Left) -> None:
     left.switching(left.merge("[3]"))
 
@@ -218,7 +214,6 @@ STATES: dict[Callable[[Left], None], tuple[str, list[str]]] = {
     guest_wrote_to_top: (C, ["a.qcow2", "b.qcow2", BASE, C]),
     switched: (BASE, [*STASHED[:2], BASE, STASHED[2]]),
     proved_in_part: (BASE, [*STASHED[:2], BASE, STASHED[2]]),
-    relinked_in_part: (BASE, [*STASHED[:2], BASE, C, STASHED[2]]),
     header_old: (C, ["a.qcow2", "b.qcow2", BASE, C]),
     header_new: (C, [*STASHED[:2], BASE, C]),
     header_new_too_early_but_equal: (C, [*STASHED[:2], BASE, C]),
@@ -233,8 +228,6 @@ def look(left: Left, state: Callable[[Left], None], found: list[Recovery]) -> No
     assert names(left.folder) == sorted(there)
     assert not store.in_folder(str(left.folder))
     left.content.check(left.folder / right)
-    if state is relinked_in_part:
-        left.content.check(left.folder / C)
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)

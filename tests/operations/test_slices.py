@@ -155,14 +155,6 @@ async def test_a_plain_merge_has_the_overlay_name_the_whole_file(
         content.check(images[3])
 
 
-async def test_a_new_overlay_names_the_part(tmp_path: Path, images: list[Path], base: Box, content: Content) -> None:
-    with machine(tmp_path, *by_nodes(images, base)) as vm:
-        outcome = await merge(vm.target, merged_files="relink")
-    assert outcome.merged[-1].action == "relink"
-    content.check(images[3])
-    base.check()
-
-
 async def test_a_part_does_not_grow(tmp_path: Path, images: list[Path], base: Box, content: Content) -> None:
     """Of QEMU a job would fail that has begun."""
     run("qemu-img", "resize", "-q", images[3], "+4M")

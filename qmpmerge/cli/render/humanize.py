@@ -130,14 +130,12 @@ def fate(merged: "MergedFile", *, planned: bool) -> str:
     if planned:
         plans = {
             "stash": ", and be renamed to NAME.merged",
-            "relink": ", and be renamed to NAME.merged; a new overlay would have the active image's name",
             "delete": ", and be deleted",
         }
         return plans.get(merged.action, "")
     place = os.path.basename(merged.now or "")
     fates = {
         "stash": f" (now {place})",
-        "relink": f" (now {place}; a new overlay has its name)",
         "delete": " (deleted)",
         "gone": " (gone already)",
     }
