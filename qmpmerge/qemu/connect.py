@@ -17,7 +17,7 @@ from qemu.qmp.qmp_client import NegotiationError
 from qmpmerge import sockets
 from qmpmerge.errors import CannotConnect, MonitorSilent, NobodyListens, NoPermission, NoSuchTarget, NotASocket, NotQmp
 from qmpmerge.qemu import monitor
-from qmpmerge.qemu.monitor import COMMAND_SECONDS, GREETING_SECONDS, LARGEST_REPLY, Monitor, Trace
+from qmpmerge.qemu.monitor import COMMAND_SECONDS, GREETING_SECONDS, Monitor, Trace
 from qmpmerge.sockets import Address
 
 TRIES = 3
@@ -78,7 +78,7 @@ async def opened(
 
 
 async def _begun(connection: socket.socket, name: str, pid: int | None, timeout: float, trace: Trace | None) -> Monitor:
-    client = QMPClient(readbuflen=LARGEST_REPLY)
+    client = monitor.new_client()
     await _greet(client, connection, name, pid, timeout)
     try:
         return Monitor(client, name, pid, trace, connection)

@@ -11,10 +11,11 @@ import contextlib
 import json
 import logging
 import socket
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from qmpmerge.errors import CommandError, NoReply, SessionLost
 
@@ -33,9 +34,13 @@ WAKING_EVENTS = {
     "BLOCK_JOB_ERROR",
 }
 
-# Replies grow with the chain: 1000 layers make 1.2 MB, and other people's nodes can be many. qemu.qmp's own limit of
-# 10 MB would end the session.
-LARGEST_REPLY = 256 * 1024 * 1024
+# Replies grow with the chain: 1000 layers make 1.2 MB, 40 MB at the worst where QEMU 7.2 calls each of them by a nested
+# json: name. qemu.qmp's own limit of 10 MB would end the session; without any a server could fill our memory, since what
+# is decoded can be twenty times as large.
+LARGEST_REPLY = 64 * 1024 * 1024
+
+TRACED_EVENTS, TRACED_LETTERS = 100, 4000
+"""How much of the events that nobody has waited for yet is kept for the trace."""
 
 # Their arguments have underscores, as before QMP had rules.
 _OLD = frozenset({"block_set_io_throttle"})
@@ -122,8 +127,9 @@ class Monitor:
 
         Enter it before the job is started: its first events come before the reply.
         """
-        with self._client.listener(names=WAKING_EVENTS) as listener:
-            yield Doorbell(listener, self._trace)
+        doorbell = Doorbell(self._trace)
+        with self._client.listen(doorbell):
+            yield doorbell
 
     async def close(self) -> None:
         """End the session; what was sent and not answered is not run any more (QEMU drops it with the connection)."""
@@ -138,24 +144,54 @@ def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
         raise CommandError(command, "a name is no UTF-8, which QMP cannot carry") from None
 
 
-class Doorbell:
-    """Job events as a doorbell: they say when to look, never what is true."""
+def new_client() -> QMPClient:
+    """A client that keeps nothing: the listener that each one of qemu.qmp has would keep all events until its end."""
+    client = QMPClient(readbuflen=LARGEST_REPLY)
+    client.events.event_filter = lambda event: False
+    return client
 
-    def __init__(self, listener: Any, trace: Trace | None) -> None:
-        self._listener = listener
+
+class Doorbell(EventListener):
+    """
+    Job events as a doorbell: they say when to look, never what is true.
+
+    A bell that has rung already is not rung twice: however many events come, nothing grows. (Listeners of qemu.qmp keep
+    all that they were told, even what was taken from them.)
+    """
+
+    def __init__(self, trace: Trace | None) -> None:
+        super().__init__(WAKING_EVENTS)
         self._trace = trace
+        self._rung = asyncio.Event()
+        self._events = 0
+        self._heard: deque[str] = deque(maxlen=TRACED_EVENTS)
+
+    async def put(self, event: Message) -> None:
+        """Called by qemu.qmp for every event."""
+        if not self.accept(event):
+            return
+        self._rung.set()
+        if self._trace is not None:
+            self._events += 1
+            self._heard.append(str(event)[:TRACED_LETTERS])
 
     async def wait(self, seconds: float) -> None:
         """Return when it rang, at the latest after `seconds`; a dead session does not ring."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                self._note(await self._listener.get())
-        for event in self._listener.clear():
-            self._note(event)
-
-    def _note(self, event: object) -> None:
+                await self._rung.wait()
+        self._rung.clear()
         if self._trace is not None:
-            self._trace("<!", str(event))
+            self._tell(self._trace)
+
+    def _tell(self, trace: Trace) -> None:
+        heard, missing = list(self._heard), self._events - len(self._heard)
+        self._heard.clear()
+        self._events = 0
+        if missing:
+            trace("<!", f"({missing} events that are not shown)")
+        for text in heard:
+            trace("<!", text)
 
 
 def _reason(error: BaseException) -> str:

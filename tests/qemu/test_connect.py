@@ -6,6 +6,7 @@ something else could be.
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import os
 import pwd
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from qemu.qmp import Message
 from rig import server
 from rig.machines import Machine, have, machine, make_chain
 from rig.server import CLIENT
@@ -37,7 +39,7 @@ from qmpmerge.errors import (
     Unreachable,
 )
 from qmpmerge.processes import holders
-from qmpmerge.qemu import connect
+from qmpmerge.qemu import connect, monitor
 from qmpmerge.qemu.monitor import Doorbell, Monitor
 from qmpmerge.sockets import Address
 from qmpmerge.targets import live
@@ -124,7 +126,7 @@ async def test_a_host_that_has_no_address() -> None:
 UNPRIVILEGED = """
 import asyncio, json, os, sys
 from qmpmerge.errors import Error
-from qmpmerge.qemu import connect
+from qmpmerge.qemu import connect, monitor
 async def main():
     async with connect.connected(sys.argv[1]):
         pass
@@ -694,6 +696,82 @@ async def test_the_doorbell_does_not_ring_for_anything_else(vm: Machine) -> None
         await session.execute("query-status")
         await doorbell.wait(0.01)
     assert rings.events == []
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+MANY, FEW = 2000, 50
+
+
+def kept() -> int:
+    """How many messages of QMP are in our memory."""
+    gc.collect()
+    return sum(isinstance(thing, Message) for thing in gc.get_objects())
+
+
+def shout(vm: Machine) -> None:
+    """Somebody else pauses a job and lets it go on, again and again: two events each time."""
+    for number in range(MANY):
+        vm.session.execute("job-resume" if number % 2 else "job-pause", id="j")
+        vm.session.events.clear()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+async def test_the_events_of_a_qemu_are_not_kept(vm: Machine, traced: bool) -> None:
+    vm.session.execute("block-commit", job_id="j", device="vda", auto_dismiss=False)
+    vm.wait_for_job("ready")
+    rings = Rings()
+    async with connect.connected(vm.target, trace=rings if traced else None) as session:
+        before = kept()
+        shout(vm)
+        await session.execute("query-status")
+        assert kept() - before < FEW
+        async with session.listening() as doorbell:
+            shout(vm)
+            await session.execute("query-status")
+            await until_it_rings(doorbell)
+            shout(vm)
+            await session.execute("query-status")
+            assert kept() - before < FEW
+            await until_it_rings(doorbell)
+    if traced:
+        assert len(rings.events) <= 2 * (monitor.TRACED_EVENTS + 1)
+        assert "events that are not shown" in rings.events[0] and "JOB_STATUS_CHANGE" in rings.events[1]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"event": "JOB_STATUS_CHANGE", "data": {"status": "running", "id": "j"}, "timestamp": {}}\n',
+        b'{"event": "RESET", "data": {}, "timestamp": {"seconds": 1, "microseconds": 2}}\n',
+        b'{"return": {"status": "running"}, "id": "another"}\n',
+        b'{"error": {"class": "GenericError", "desc": "no"}, "id": "another"}\n',
+        b'{"event": "JOB_STATUS_CHANGE", "data": "' + b"x" * 10_000 + b'"}\n',
+        b'{"return": {}, "id": ID}\n',
+    ],
+    ids=lambda message: repr(message[:60]),
+)
+async def test_what_a_server_sends_unasked_is_not_kept(tmp_path: Path, message: bytes) -> None:
+    flood = message * MANY + b'{"return": 7, "id": ID}\n'
+    rings = Rings()
+    async with (
+        peer(tmp_path, greeting_then(fake([flood, b'{"return": 8, "id": ID}\n']))) as path,
+        connect.connected(path, timeout=PATIENCE, trace=rings) as session,
+        session.listening() as doorbell,
+    ):
+        before = kept()
+        assert await session.execute("query-status") in (7, {})
+        assert await session.execute("query-status") == 8
+        assert kept() - before < FEW
+        await doorbell.wait(0)
+    assert sum(map(len, rings.events)) <= (monitor.TRACED_EVENTS + 1) * monitor.TRACED_LETTERS
+
+
+async def test_a_line_without_an_end_is_the_end_of_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "LARGEST_REPLY", 1024 * 1024)
+    async with session_with(tmp_path, b'{"return": "' + b"x" * (8 * 1024 * 1024)) as session:
+        with pytest.raises(SessionLost):
+            await session.execute("query-named-block-nodes", timeout=PATIENCE)
 
 
 async def test_without_an_event_the_doorbell_returns_after_the_time_given(session: Monitor) -> None:
