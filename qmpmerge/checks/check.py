@@ -99,6 +99,7 @@ CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen | Seen]]] 
     "vm-state": graph.vm_state,
     "not-seen": sight.not_seen,
     "busy": graph.busy,
+    "attached": graph.attached,
     "temporary": graph.temporary,
     "shorter-layer": graph.shorter_layer,
     "replaced": files.replaced,

@@ -12,6 +12,7 @@ from qmpmerge.checks import sight
 from qmpmerge.checks.known_bad import found
 from qmpmerge.checks.question import Question, Unseen
 from qmpmerge.errors import (
+    Attached,
     BackingString,
     BitmapsStay,
     Busy,
@@ -26,7 +27,10 @@ from qmpmerge.errors import (
     WouldLose,
 )
 from qmpmerge.qemu import bitmaps, flush, vmstate
+from qmpmerge.qemu.blockgraph import Layout, Parent, qdev_id
+from qmpmerge.sockets import typed
 from qmpmerge.targets import identity
+from qmpmerge.targets.target import ChainView, Target
 
 
 async def vm_state(question: Question) -> AsyncIterator[Refused | Unseen]:
@@ -46,6 +50,45 @@ async def busy(question: Question) -> AsyncIterator[Refused]:
     disk = question.view.disk
     if disk.job is not None:
         yield Busy(disk=disk.name, job=disk.job.id, target=question.target.name)
+
+
+async def attached(question: Question) -> AsyncIterator[Refused | Unseen]:
+    """
+    Who uses a layer past the disk, by the permissions that the job will ask for (block/commit.c, block/mirror.c): nobody may
+    read what lies between top and base, and all must let base be written to. Images built on a layer are `dependents`.
+    """
+    view, plan = question.view, question.plan
+    base, top = plan.base.node or "", plan.top.node or ""
+    nodes = view.disk.nodes
+    for node in nodes[nodes.index(top) + 1 : nodes.index(base) + 1]:
+        others = [parent for parent in view.layout.parents.get(node, ()) if _is_outside(parent, view)]
+        if any(parent.reads is None for parent in others):
+            yield Unseen("QEMU does not tell what others who use these layers need")
+        users = [one for one in others if (one.lets_write is False if node == base else one.reads)]
+        if users:
+            told = [await _told(question.target, view.layout, parent, node) for parent in users]
+            names, cures = zip(*told, strict=True)
+            file = next((image.file for image in view.chain if image.node == node), node)
+            yield Attached(file=file, users=list(names), cure="; ".join(cures))
+
+
+def _is_outside(parent: Parent, view: ChainView) -> bool:
+    """Jobs are `busy`."""
+    is_layer = parent.edge == "backing" or parent.name in view.disk.nodes
+    return parent.kind == "block-backend" or (parent.kind == "block-driver" and not is_layer)
+
+
+async def _told(target: Target, layout: Layout, parent: Parent, node: str) -> tuple[str, str]:
+    """Who it is, and how it lets go."""
+    name, monitor = parent.name, target.monitor
+    if parent.kind == "block-driver":
+        return f"node {name}", f"take node {name} away (`blockdev-del`, with what is above it)"
+    if not name:
+        exports = [one["id"] for one in await monitor.execute("query-block-exports") if one["node-name"] == node]
+        ends = [("block-export-del", {"id": export}) for export in exports]
+        return f"export {', '.join(exports)}", f"end the export: `{typed(monitor.name, *ends)}`"
+    device = next((disk.qdev for disk in layout.disks if disk.root == node and disk.drive == name), "") or qdev_id(name)
+    return f"device {device}", f"unplug {device} (`{typed(monitor.name, ('device_del', {'id': device}))}`)"
 
 
 async def temporary(question: Question) -> AsyncIterator[Refused]:

@@ -217,11 +217,17 @@ def target(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def endings(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare how an active merge may end."""
-    values = {"--pivot": "pivot", "--keep-overlay": "keep", "--wait-ready": "ready"}
-    for flag in reversed(ENDINGS):
-        function = click.option(flag, "ending", flag_value=values[flag], default="pivot", help=ENDINGS[flag])(function)
-    return function
+    """Declare how an active merge may end; the command gets one value, ``ending``."""
+    declared = [click.option(flag, is_flag=True, help=meaning) for flag, meaning in ENDINGS.items()]
+
+    def gather(*, pivot: bool, keep_overlay: bool, wait_ready: bool, **rest: object) -> Any:
+        said = dict(zip(ENDINGS, (pivot, keep_overlay, wait_ready), strict=True))
+        flags = [flag for flag, is_given in said.items() if is_given]
+        if len(flags) > 1:
+            raise click.UsageError(f"{' and '.join(flags)} cannot be used together")
+        return function(ending="keep" if keep_overlay else "ready" if wait_ready else "pivot", **rest)
+
+    return _declared(gather, function, declared)
 
 
 def finishing(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -81,12 +81,12 @@ async def dismiss(target: Target, record: Record | None, job: Job) -> None:
     await jobs.dismiss(target.monitor, job.id)
 
 
-def going_on(view: ChainView, job: Job, record: Record | None) -> Progress:
-    """The report that we go on with a job."""
+def going_on(view: ChainView, job: Job, record: Record | None, speed: int | None = None) -> Progress:
+    """The report that we go on with a job, whose limit stays where no other `speed` is asked for."""
     paused = ", where it waits to be resumed" if job.status in ("paused", "standby") and not job.has_no_space else ""
-    return _progress(
-        view, job, f"job {job.id} is at work on this already{_since(record)}: going on, it is {job.status}{paused}"
-    )
+    limited = f", limited to {job.speed} bytes a second (`--speed 0` lifts that)" if speed is None and job.speed else ""
+    what = f"going on, it is {job.status}{paused}{limited}"
+    return _progress(view, job, f"job {job.id} is at work on this already{_since(record)}: {what}")
 
 
 def _progress(view: ChainView, job: Job, note: str) -> Progress:

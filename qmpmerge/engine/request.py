@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.outcome import Ending, Policy
+from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine.pace.patience import Patience
-from qmpmerge.errors import LiveOnly, OptionsConflict
+from qmpmerge.errors import ActiveOnly, LiveOnly, OptionsConflict
 from qmpmerge.qemu.bitmaps import Handling
 
 if TYPE_CHECKING:
@@ -17,18 +18,19 @@ if TYPE_CHECKING:
 class Request:
     """
     `base`, `top` and `shallow` say which layers, as `plan.commit` takes them. `ending` is how an active merge ends.
-    `speed` is bytes a second, 0 for unlimited. `verify` compares what base shows with what top shows before anything is
-    switched; None does so where it is cheap. `bitmaps` says what becomes of the dirty bitmaps of merged images,
-    `merged_files` what becomes of their files; `pause` lets the guest stand still for the pivot. `force` and `search` are
-    those of `checks.check`. `converge` allows to slow down or pause a guest that writes faster than the job copies. With
-    `polite` the monitor is released for so many seconds between two polls. `patience` is how long we stay.
+    `speed` is bytes a second, 0 for unlimited; None leaves a job that is at work as fast as it is. `verify` compares what
+    base shows with what top shows before anything is switched; None does so where it is cheap. `bitmaps` says what becomes
+    of the dirty bitmaps of merged images, `merged_files` what becomes of their files; `pause` lets the guest stand still for
+    the pivot. `force` and `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes
+    faster than the job copies. With `polite` the monitor is released for so many seconds between two polls. `patience` is
+    how long we stay.
     """
 
     base: str | None = None
     top: str | None = None
     shallow: bool = False
     ending: Ending = "pivot"
-    speed: int = 0
+    speed: int | None = None
     verify: bool | None = None
     bitmaps: Handling = "refuse"
     merged_files: Policy = "stash"
@@ -54,6 +56,11 @@ class Request:
     def compares(self) -> bool | None:
         """Like `verify`; what is to be deleted must be compared."""
         return True if self.merged_files == "delete" else self.verify
+
+    def refuse_ending_of(self, plan: CommitPlan) -> None:
+        """An intermediate merge ends in one way only. Raises ActiveOnly."""
+        if self.ending != "pivot" and not plan.pivots:
+            raise ActiveOnly(option=self.option.strip(), top=plan.top.file, active=plan.chain.active.file)
 
     def refuse_offline(self) -> None:
         """Offline nothing goes on without us. Raises LiveOnly."""

@@ -77,7 +77,7 @@ class Run:
     ) -> "Run":
         """One whose job is to be started."""
         run = cls.resume(target, operation, request, lock, view=view, report=report)
-        run.speed, run.is_started = request.speed, False
+        run.speed, run.is_started = request.speed or 0, False
         return run
 
     @classmethod

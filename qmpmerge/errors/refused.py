@@ -59,6 +59,16 @@ class Locked(Refused):
     advice = "wait for it; its lock is {lock}"
 
 
+class Attached(Refused):
+    """A device, an export or a filter uses a layer past the disk: QEMU starts no job that writes to it or takes it away."""
+
+    file: str
+    users: list[str]
+    cure: str
+    sentence = "{file} is also used directly, by {users} of this very QEMU, which merges nothing under their feet"
+    advice = "{cure}; then try again, or merge a range that leaves {file} out"
+
+
 class Temporary(Refused):
     """A ``snapshot=on`` drive: the merge would write into the image that the user meant to protect."""
 

@@ -65,6 +65,16 @@ class OptionsConflict(Refused):
     advice = "leave one of them out"
 
 
+class ActiveOnly(Refused):
+    """An ending of active merges, asked of one whose top is below the active image: that one cannot be left half done."""
+
+    option: str
+    top: str
+    active: str
+    sentence = "{option} is for a merge of the active image {active}, and this one ends at {top}"
+    advice = "leave it out to have {top} merged for good, or have the active image merged too (without `--top`)"
+
+
 class LiveOnly(Refused):
     """An option that leaves a job behind, on images that are opened for as long as the command runs."""
 

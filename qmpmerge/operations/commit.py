@@ -42,7 +42,7 @@ async def commit(
     top: str | None = None,
     shallow: bool = False,
     ending: Ending = "pivot",
-    speed: int = 0,
+    speed: int | None = None,
     verify: bool | None = None,
     bitmaps: Handling = "refuse",
     merged_files: Policy = "stash",
@@ -65,9 +65,10 @@ async def commit(
     them; to delete them they must be compared. `pause` lets the guest stand still for the milliseconds of the pivot:
     without it nobody can tell which image is right if QEMU and we die during it. `bitmaps` says what becomes of the
     dirty bitmaps of merged images. `force` and `search` are those of `checks.check`. `speed` is bytes a second, 0 for
-    unlimited; `timeout` seconds, after which StillRunning is raised and the job goes on; `patience` says more than that,
-    in its place. `converge` allows to slow down or pause a guest that writes faster than the job copies. With
-    `polite`, the monitor is released for so many seconds between two polls; the two do not go together.
+    unlimited; without one a job that is at work stays as fast as it is. `timeout` is seconds, after which StillRunning is
+    raised and the job goes on; `patience` says more than that, in its place. `converge` allows to slow down or pause a
+    guest that writes faster than the job copies. With `polite`, the monitor is released for so many seconds between two
+    polls; the two do not go together.
 
     A job of an earlier qmpmerge that does this very thing is taken over, and what it has done already is only proved.
 
@@ -176,8 +177,9 @@ class _Beginning:
     ) -> Run:
         earlier.refuse_astray(self._target, view, record, *operation.plan.written)
         run = await self._resumed(view, operation, lock, record)
-        self._report(earlier.going_on(view, job, record))
-        await jobs.set_speed(self._target.monitor, job, self._request.speed)
+        self._report(earlier.going_on(view, job, record, self._request.speed))
+        if self._request.speed is not None:
+            await jobs.set_speed(self._target.monitor, job, self._request.speed)
         # Whoever has started the job was not refused for them, so what can come along does.
         run.bitmaps = () if self._request.bitmaps == "drop" else dirty.portable(view.layout, run.plan)
         return run
@@ -192,6 +194,7 @@ class _Beginning:
 
     def _refuse_what_does_not_go_together(self, operation: Operation) -> None:
         request = self._request
+        request.refuse_ending_of(operation.plan)
         if not self._target.is_live:
             request.refuse_offline()
         elif request.verify is True and not request.pause and operation.pivots:
@@ -207,6 +210,6 @@ class _Beginning:
             handling=request.bitmaps,
             force=request.force,
             search=request.search,
-            speed=request.speed,
+            speed=request.speed or 0,
             dry_run=request.dry_run,
         )

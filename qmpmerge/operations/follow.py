@@ -82,6 +82,7 @@ async def _begun(
         raise JobVerb(job=job_id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
     await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))
     if job.status != "concluded":
+        request.refuse_ending_of(planned)
         earlier.refuse_astray(target, view, record, *planned.written)
     if planned.pivots and request.ending == "pivot" and job.status != "concluded":
         refuse([bad async for bad in known_bad.of_pivot(target.monitor, view)])

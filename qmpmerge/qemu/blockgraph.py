@@ -57,6 +57,20 @@ class Node:
         return None
 
 
+@dataclass(frozen=True)
+class Parent:
+    """
+    Who has a node for a child, by its name, which an export has not: `kind` and `edge` as QEMU tells them. `reads` and
+    `lets_write` say what it does with the node and what it lets others do, None where that was not told.
+    """
+
+    kind: str
+    name: str
+    edge: str
+    reads: bool | None
+    lets_write: bool | None
+
+
 def storage(node: Node, nodes: Mapping[str, Node]) -> Iterator[Node]:
     """The nodes that an image is read through, from its own down to that of its file."""
     yield node
@@ -110,7 +124,7 @@ class Layout:
 
     `job_edges` maps a job's id and an edge's name (``base``, ``source``, ``target``, ``intermediate node``) to nodes.
     `exported` are the nodes that something without a name uses: an export, or a job's target while it runs.
-    `held` are the nodes that a device, an export or a job has for its root.
+    `held` are the nodes that a device, an export or a job has for its root, `parents` all who have a node, by its name.
     """
 
     disks: tuple[Disk, ...]
@@ -119,6 +133,7 @@ class Layout:
     job_edges: Mapping[str, Mapping[str, list[str]]]
     exported: tuple[str, ...] = ()
     held: frozenset[str] = frozenset()
+    parents: Mapping[str, list[Parent]] = field(default_factory=dict)
 
     def find(self, name: str | None, target: str) -> Disk:
         """

@@ -8,7 +8,7 @@ from typing import Any
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.errors import CommandError, StreamConcluded
 from qmpmerge.qemu import blockgraph, jobs, slices
-from qmpmerge.qemu.blockgraph import FILTERS, Disk, Layout, Node
+from qmpmerge.qemu.blockgraph import FILTERS, Disk, Layout, Node, Parent
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Monitor
 
@@ -38,7 +38,8 @@ class _Decoder:
             for node in graph["nodes"]
             if node["type"] == "block-driver"
         }
-        self._parents: set[str] = set()
+        self._parents: dict[str, list[Parent]] = {}
+        self._below: set[str] = set()
         self._held: set[str] = set()
         self._job_edges: dict[str, dict[str, list[str]]] = {}
         self._read_edges()
@@ -47,11 +48,13 @@ class _Decoder:
         for edge in self._edges:
             child, kind = self._names[edge["child"]], self._kinds[edge["parent"]]
             parent = self._names[edge["parent"]]
+            reads, lets_write = _permissions(edge)
+            self._parents.setdefault(child, []).append(Parent(kind, parent, edge["name"], reads, lets_write))
             if kind == "block-driver":
                 self._nodes[parent].children[edge["name"]] = child
-                if edge["name"] == "file" and "shared-perm" in edge:
-                    self._nodes[parent].lets_write = "write" in edge["shared-perm"]
-                self._parents.add(child)
+                if edge["name"] == "file":
+                    self._nodes[parent].lets_write = lets_write
+                self._below.add(child)
             elif kind == "block-backend":
                 self._held.add(child)
             elif kind == "block-job":
@@ -69,6 +72,7 @@ class _Decoder:
             job_edges=self._job_edges,
             exported=tuple(self._exported()),
             held=frozenset(self._held),
+            parents=self._parents,
         )
 
     def _attached(self) -> Iterator[Disk]:
@@ -97,7 +101,7 @@ class _Decoder:
         attached = {self._names[edge["child"]] for edge in roots if self._names[edge["parent"]]}
         exported = {self._names[edge["child"]] for edge in roots} - attached
         for name, node in self._nodes.items():
-            if name not in self._parents and name not in attached and (node.children or name in exported):
+            if name not in self._below and name not in attached and (node.children or name in exported):
                 yield self._disk(name, drive="", qdev="")
 
     def _exported(self) -> Iterator[str]:
@@ -234,6 +238,13 @@ def graph_of_stats(stats: Any) -> Any:
                 above, storage = below, storage.get("parent")
             parent, edge, entry = node, "backing", entry.get("backing")
     return {"nodes": nodes, "edges": edges}
+
+
+def _permissions(edge: Any) -> tuple[bool | None, bool | None]:
+    """Whether the parent reads, and lets others write; `query-blockstats` does not tell."""
+    if "shared-perm" not in edge:
+        return None, None
+    return "consistent-read" in edge["perm"], "write" in edge["shared-perm"]
 
 
 def _depth(graph: Any) -> int:

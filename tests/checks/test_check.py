@@ -7,9 +7,11 @@ Those whose harm is part of the safe sequence have their tests in test_merge.
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import re
 import select
+import shlex
 import shutil
 import socket
 import subprocess
@@ -32,6 +34,7 @@ from qmpmerge import errors
 from qmpmerge.checks import check, known_bad
 from qmpmerge.errors import (
     FORCEABLE,
+    Attached,
     BackingString,
     BitmapsStay,
     Busy,
@@ -146,6 +149,72 @@ def test_a_dry_run_tells_what_passed_and_what_it_takes(vm: Machine, tmp_path: Pa
 def test_what_can_be_forced() -> None:
     assert set(FORCEABLE) - {"libvirt"} <= set(check.CHECKS)
     assert invoke("commit", "nobody", "--force", "shorter-layer").code == 2
+
+
+# --- who else in this QEMU uses them ------------------------------------------------------------------------------------
+
+
+def exporting(vm: Machine, node: str, folder: Path) -> None:
+    vm.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(folder / "export")}})
+    vm.session.execute("block-export-add", type="nbd", id="theirs", node_name=node, name="theirs")
+
+
+@harm("attached", "QEMU says `Permission conflict`, and a dry run that does not ask says `planned`")
+def test_plain_commit_says_something_about_permissions(vm: Machine, tmp_path: Path) -> None:
+    exporting(vm, "a", tmp_path)
+    said = vm.session.ask("block-commit", job_id="plain", device="c", top_node="b", base_node="base")
+    assert "conflict" in said["error"]["desc"].lower()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("top", ["[3]", None])
+async def test_an_exported_layer_is_told_with_the_export(
+    vm: Machine, images: list[Path], tmp_path: Path, top: str | None, dry_run: bool
+) -> None:
+    exporting(vm, "a", tmp_path)
+    found = await refused(vm, Attached, top=top, dry_run=dry_run)
+    assert (found.file, found.users) == (str(images[1]), ["export theirs"])
+    assert {other.name for other in images[0].parent.iterdir()} == {image.name for image in images}
+    do(vm, found.hint)
+    while vm.session.execute("query-block-exports"):  # it goes by and by
+        pass
+    async with qmpmerge.live(vm.target) as target:
+        assert (await qmpmerge.commit(target, top=top, dry_run=dry_run)).verdict in ("planned", "merged", "pivoted")
+
+
+@pytest.mark.parametrize(("node", "shared"), [("base", False), ("a", True)])
+async def test_a_layer_under_a_second_device_is_told_with_the_device(
+    tmp_path: Path, images: list[Path], node: str, shared: bool
+) -> None:
+    second = ["-device", f"virtio-blk-pci,drive={node},id=second,share-rw={'on' if shared else 'off'}"]
+    with machine(tmp_path, *nodes(images), *device("c"), *second) as vm:
+        found = await refused(vm, Attached, disk="disk0", dry_run=True)
+        assert (Path(found.file).stem, found.users) == (node, ["device second"])
+        assert '"device_del", "arguments": {"id": "second"}' in found.hint
+        said = vm.session.ask("block-commit", job_id="j", device="c", base_node="base")
+        assert "conflict" in said["error"]["desc"].lower()
+
+
+async def test_who_is_in_nobodys_way_is_not_refused(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """A reader of the base that lets it be written to, of the top, which shows the same afterwards, and of the overlay."""
+    second = ["-device", "virtio-blk-pci,drive=base,id=second,share-rw=on"]
+    with machine(tmp_path, *nodes(images), *device("c"), *second) as vm:
+        exporting(vm, "b", tmp_path)
+        vm.session.execute("block-export-add", type="nbd", id="active", node_name="c", name="active")
+        async with qmpmerge.live(vm.target) as target:
+            outcome = await qmpmerge.commit(target, "disk0", top="[3]")
+        assert str(outcome.after) == "base.raw <-- c.qcow2"
+        vm.stop()
+    content.check(images[3])
+
+
+def do(vm: Machine, hint: str) -> None:
+    """What the first command of a hint sends, over the bench's own session."""
+    words = shlex.split(hint.split("`")[1])
+    assert words[:2] == ["printf", "%s\\n"] and words[-4:] == ["socat", "-t5", "-", f"UNIX-CONNECT:{vm.target}"]
+    for line in words[3 : words.index("|")]:
+        sent = json.loads(line)
+        vm.session.execute(sent["execute"], **sent.get("arguments", {}))
 
 
 # --- who else uses the images -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig.disks import KINDS, Setup
@@ -33,10 +34,11 @@ async def leave(setup: Setup, top: str) -> None:
             await qmpmerge.commit(target, setup.disk, top=top, speed=1, patience=patience)
 
 
-async def commit(setup: Setup, top: str | None = None, **options: object) -> tuple[qmpmerge.Outcome, list[Progress]]:
+async def commit(setup: Setup, top: str | None = None, **options: Any) -> tuple[qmpmerge.Outcome, list[Progress]]:
+    """The same command again, without the limit that would have it take for ever."""
     told: list[Progress] = []
     async with setup.target() as target:
-        return await qmpmerge.commit(target, setup.disk, top=top, report=told.append, **options), told  # type: ignore[arg-type]
+        return await qmpmerge.commit(target, setup.disk, top=top, speed=0, report=told.append, **options), told
 
 
 def notes(told: list[Progress]) -> list[str]:
@@ -60,6 +62,24 @@ async def test_the_same_command_goes_on_from_where_the_job_stands(
         assert told[0].status in ("created", "running", "ready")
         setup.check()
     assert beside(images) == []
+
+
+@pytest.mark.parametrize(("asked", "limit"), [(None, 4096), (0, 0), (2048, 2048)])
+async def test_a_limit_that_somebody_has_set_stays_unless_another_is_asked_for(
+    setup: Setup, asked: int | None, limit: int
+) -> None:
+    await leave(setup, "[3]")
+    told: list[Progress] = []
+    async with setup.target() as target:
+        await qmpmerge.control(target, JOB, "speed", speed=4096)
+        again = qmpmerge.commit(
+            target, "vda", top="[3]", speed=asked, patience=Patience(detach=True), report=told.append
+        )
+        with pytest.raises(StillRunning):
+            await again
+    running = setup.machine.session.execute("query-block-jobs")
+    assert [job["speed"] for job in running] == [limit] or limit == 0  # without one it may have ended already
+    assert ("limited to 4096 bytes a second" in notes(told)[0]) == (asked is None)
 
 
 async def test_the_same_merge_in_other_words_is_the_same_merge(setup: Setup, images: list[Path]) -> None:

@@ -64,7 +64,7 @@ def test_a_closed_terminal_leaves_the_job(setup: Setup, top: str) -> None:
     assert (run.code, run.document["verdict"]) == (7, "running")
     assert job_now(setup) in ("running", "ready")
     nothing_is_left_behind(setup)
-    again = invoke("commit", setup.machine.target, "--top", top, "--json")
+    again = invoke("commit", setup.machine.target, "--top", top, "--speed", "0", "--json")
     assert again.document["verdict"] == {"[3]": "merged", "[4]": "pivoted"}[top]
 
 
@@ -160,8 +160,9 @@ async def test_offline_nothing_can_be_left(images: list[Path], content: Content)
 
 @ALL_TOPS
 def test_at_the_time_limit_the_job_can_be_cancelled(setup: Setup, top: str) -> None:
-    options = ("--top", top, *FOREVER, "--timeout", "3", "--on-timeout", "cancel", "--wait-ready")
+    options = ["--top", top, *FOREVER, "--timeout", "3", "--on-timeout", "cancel"]
     if top == "[4]":  # so small a disk heeds no limit, so it is paused instead
+        options.append("--wait-ready")
         assert invoke("commit", setup.machine.target, "--wait-ready").code == 0
         setup.machine.session.execute("job-pause", id=JOB)
         setup.machine.wait_for_job("standby")
@@ -324,7 +325,7 @@ async def test_a_monitor_that_never_answers_again_is_an_unknown_outcome(
 
 async def followed(setup: Setup) -> library.Outcome:
     async with library.live(setup.machine.target) as target:
-        return await library.commit(target, top="[3]")
+        return await library.commit(target, top="[3]", speed=0)
 
 
 async def test_a_qemu_that_was_started_anew_is_not_the_one_that_had_the_job(
@@ -455,4 +456,4 @@ async def test_a_step_that_is_not_allowed_is_a_bug_and_changes_nothing(
         with pytest.raises(ValueError, match="LEFT does not lead to SWITCHED"):
             run.enter(State.SWITCHED)
         assert run.state is State.LEFT
-        assert (await library.commit(target, top="[3]")).verdict == "merged"
+        assert (await library.commit(target, top="[3]", speed=0)).verdict == "merged"

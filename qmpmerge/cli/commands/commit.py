@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
 @options.endings
-@click.option("--speed", type=Size(), default=0, metavar="SIZE", help="Limit in bytes a second, as in 100M.")
+@click.option("--speed", type=Size(), metavar="SIZE", help="Limit in bytes a second, as in 100M; 0 for none.")
 @click.option(
     "--verify/--no-verify",
     default=None,
@@ -64,7 +64,7 @@ def commit(
     top: str | None,
     shallow: bool,
     ending: "Ending",
-    speed: int,
+    speed: int | None,
     verify: bool | None,
     bitmaps: "Handling",
     search: tuple[str, ...],
