@@ -8,7 +8,7 @@ from pathlib import Path
 import qmpmerge
 
 ROWS = (
-    {"errors", "mounts", "shield", "sockets"},
+    {"errors", "folder", "mounts", "shield", "sockets"},
     {"chain"},
     {"images", "processes"},
     {"qemu"},

@@ -135,8 +135,8 @@ def node(image: Image, file: Mapping[str, object]) -> dict[str, object]:
     return within if image.format == "raw" else {"driver": image.format, "file": within}
 
 
-def part(slice: Slice, file: Mapping[str, object]) -> dict[str, object]:
-    """The blockdev of this part of the blockdev `file`. Raises OSError where nobody tells which part it is."""
+def part(slice: Slice, file: Mapping[str, object] | str) -> dict[str, object]:
+    """The blockdev of this part of the blockdev `file`, or of its name. Raises OSError where nobody tells which part it is."""
     if slice.offset is None:
         raise OSError(errno.EINVAL, "QEMU uses a part of it, and does not tell which")
     size = {} if slice.size is None else {"size": slice.size}

@@ -69,6 +69,7 @@ async def check(
     refuse(refusals)
     if not dry_run:
         await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))  # once more: all this can take seconds
+        await target.open_for_writing(question.written)
         await _rewrite_header(question)  # the last, because it writes, if only what is there already
     carried = question.bitmaps if handling == "merge" else []
     return Answer(tuple(checked), estimate, tuple(carried))

@@ -10,6 +10,8 @@ import re
 import stat
 import struct
 
+from qmpmerge import folder
+from qmpmerge.folder import File
 from qmpmerge.images import qcow2
 
 _QED = b"QED\0"
@@ -29,34 +31,32 @@ def read(path: str) -> str | None:
 
     A FIFO or a device is not read. Raises OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return None
-        start = os.pread(descriptor, 4096, 0)
+    with folder.looked_at(path) as seen:
+        return _read(seen) if stat.S_ISREG(seen.status.st_mode) else None
+
+
+def _read(seen: File) -> str | None:
+    with folder.opened(seen) as file:
+        start = file.read(4096)
         if start.startswith(qcow2.MAGIC):
-            header = qcow2.decode(start) or qcow2.decode(os.pread(descriptor, _LONGEST, 0))
+            header = qcow2.decode(start) or qcow2.decode(file.read(_LONGEST))
             return header.backing if header is not None else None
-        if start.startswith(_QED):
-            return _qed(descriptor, start)
-        return _vmdk(descriptor, start)
-    finally:
-        os.close(descriptor)
+        return _qed(file, start) if start.startswith(_QED) else _vmdk(file, start)
 
 
-def _qed(descriptor: int, start: bytes) -> str | None:
+def _qed(file: File, start: bytes) -> str | None:
     if len(start) < _QED_HEADER.size:
         return None
     _magic, _cluster, _table, _size, features, *_others, offset, length = _QED_HEADER.unpack_from(start)
     if not features & _QED_HAS_BACKING:
         return None
-    return os.fsdecode(os.pread(descriptor, min(length, _LONGEST), offset)) or None
+    return os.fsdecode(file.read(min(length, _LONGEST), offset)) or None
 
 
-def _vmdk(descriptor: int, start: bytes) -> str | None:
+def _vmdk(file: File, start: bytes) -> str | None:
     text = start if start.startswith(_VMDK_TEXT) else b""
     if start.startswith(_VMDK_SPARSE) and len(start) >= _SECTOR:
         offset, size = (sectors * _SECTOR for sectors in _VMDK_DESCRIPTOR.unpack_from(start, 28))
-        text = os.pread(descriptor, min(size, _LONGEST), offset) if offset < 1 << 62 else b""
+        text = file.read(min(size, _LONGEST), offset) if offset < 1 << 62 else b""
     parent = _PARENT.search(text)
     return os.fsdecode(parent[1]) or None if parent is not None else None

@@ -12,8 +12,10 @@ import stat
 import struct
 from dataclasses import dataclass, field
 
+from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
+from qmpmerge.folder import File
 
 MAGIC = b"QFI\xfb"
 _FIXED = struct.Struct(">4sIQIIQI")
@@ -55,22 +57,21 @@ def read(path: str, offset: int = 0) -> Qcow2Header | None:
     """
     The header of the regular file or block device at `path`, from this byte on; None where it is not qcow2.
 
-    Nothing else is opened, and a FIFO or a device of another kind is not even opened for longer than it takes to see
-    that. Raises OSError, also for a header that makes no sense.
+    Nothing else is opened. Raises OSError, also for a header that makes no sense.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+    with folder.looked_at(path) as seen:
+        return None if seen.is_special else read_from(folder.opened(seen), offset)
+
+
+def read_from(file: File, offset: int = 0) -> Qcow2Header | None:
+    """The same of one that is open; it is closed."""
+    with file:
+        if file.read(len(MAGIC), offset) != MAGIC:
             return None
-        if os.pread(descriptor, len(MAGIC), offset) != MAGIC:
-            return None
-        header = decode(os.pread(descriptor, _READ, offset))
-        if header is None:
-            raise OSError(errno.EINVAL, "it begins like qcow2, but its header makes no sense")
-        return header
-    finally:
-        os.close(descriptor)
+        header = decode(file.read(_READ, offset))
+    if header is None:
+        raise OSError(errno.EINVAL, "it begins like qcow2, but its header makes no sense")
+    return header
 
 
 def data_path(image: Image) -> str | None:

@@ -11,10 +11,12 @@ import stat
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.chain.backing import Described
 from qmpmerge.chain.chain import Slice
 from qmpmerge.errors import BackingLoop, Disguised, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
+from qmpmerge.folder import File, Inode
 from qmpmerge.images import files, qcow2
 
 DEEPEST = 800
@@ -35,6 +37,8 @@ class Layer:
     is_device: bool = False
     slice: Slice | None = None
     """The part of `file` that it is, None for the whole."""
+    inodes: frozenset[Inode] = frozenset()
+    """Which files it and its data are: those that were looked at, whatever has their names later."""
 
 
 def walk(image: str, *, allow: Collection[str] = ()) -> tuple[Layer, ...]:
@@ -48,34 +52,44 @@ def walk(image: str, *, allow: Collection[str] = ()) -> tuple[Layer, ...]:
     Raises Disguised, ForeignName, NoFormat, BackingLoop, TooDeep, UnsupportedFormat, ImageUnreadable.
     """
     path = os.path.abspath(image)
-    allowed = {
-        os.path.realpath(place) for place in (os.path.dirname(path), os.path.dirname(os.path.realpath(path)), *allow)
-    }
+    rule = _Rule(
+        {os.path.realpath(place) for place in (os.path.dirname(path), os.path.dirname(os.path.realpath(path)), *allow)}
+    )
     layers: list[Layer] = []
     seen: set[object] = set()
-    below: Described | None = Described(path, "")
+    below: tuple[Described, File] | None = Described(path, ""), _looked_at(path)
     while below is not None:
-        name = below.path
-        layer, identity = _open(below)
+        named, file = below
+        layer, identity = _open(named, file)
         if identity in seen:
-            raise BackingLoop(image=layers[-1].file, backing=name)
+            raise BackingLoop(image=layers[-1].file, backing=named.path)
         if len(layers) >= DEEPEST:
             raise TooDeep(image=path, limit=DEEPEST)
         seen.add(identity)
         if layer.data_file is not None:
-            layer = replace(layer, data_file=_followed(layer, layer.data_file, allowed))
+            with rule.followed(layer, layer.data_file) as data:
+                layer = replace(layer, data_file=files.plain(data.path), inodes=layer.inodes | {data.inode})
         layers.append(layer)
-        below = _below(layer, allowed)
+        below = _below(layer, rule)
     return tuple(reversed(layers))
 
 
-def _open(named: Described) -> tuple[Layer, object]:
+def _looked_at(path: str, by: str = "") -> File:
+    try:
+        return folder.looked_at(path)
+    except OSError as error:
+        raise ImageUnreadable(file=path, reason=f"{error.strerror or error}{by}") from None
+
+
+def _open(named: Described, seen: File) -> tuple[Layer, object]:
     """A layer and its identity; without a format it is the active image, whose own looks are all there is to go by."""
     path, form = named.path, named.format or None
     begin = named.slice.offset or 0 if named.slice is not None else 0
     try:
-        status = os.stat(path)
-        header = qcow2.read(path, begin) if form in (None, "qcow2") else None
+        with seen:
+            status = seen.status
+            wanted = form in (None, "qcow2") and not seen.is_special
+            header = qcow2.read_from(folder.opened(seen), begin) if wanted else None
     except OSError as error:
         raise ImageUnreadable(file=path, reason=error.strerror or str(error)) from None
     if form == "qcow2" and header is None:
@@ -94,39 +108,50 @@ def _open(named: Described) -> tuple[Layer, object]:
         encrypted=form == "luks" or (header is not None and header.encrypted),
         is_device=stat.S_ISBLK(status.st_mode),
         slice=named.slice,
+        inodes=frozenset({folder.inode_in(status)}),
     )
-    return layer, (status.st_dev, status.st_ino, named.slice)
+    return layer, (*folder.inode_in(status), named.slice)
 
 
-def _below(layer: Layer, allowed: Collection[str]) -> Described | None:
+def _below(layer: Layer, rule: "_Rule") -> tuple[Described, File] | None:
     """What the header names, once that has passed the rule: by a path, or as a file or a part of one."""
     if layer.backing is None:
         return None
     told = backing.described(layer.backing) if layer.backing.startswith("json:") else None
     if told is not None and not told.path.startswith("/"):
         told = None  # from QEMU's own folder, whichever that was
-    path = _followed(layer, told.path if told is not None else layer.backing, allowed)
+    file = rule.followed(layer, told.path if told is not None else layer.backing)
     if layer.backing_format is None:
         raise NoFormat(image=layer.file, backing=layer.backing)
     if told is not None and told.format != layer.backing_format:
         reason = f"it says {told.format}, the header {layer.backing_format}"
         raise ForeignName(image=layer.file, backing=layer.backing, reason=reason)
-    return Described(path, layer.backing_format, told.slice if told is not None else None)
+    named = Described(files.plain(file.path), layer.backing_format, told.slice if told is not None else None)
+    return named, file
 
 
-def _followed(layer: Layer, name: str, allowed: Collection[str]) -> str:
-    """The absolute path that a name in the header of `layer` leads to. Raises ForeignName, ImageUnreadable."""
-    if ":" in name.split("/", 1)[0]:
-        raise ForeignName(image=layer.file, backing=name, reason="it is not a path")
-    path = os.path.join(os.path.dirname(layer.file), name)
-    real = os.path.realpath(path)
-    try:
-        mode = os.stat(real).st_mode
-    except OSError as error:
-        raise ImageUnreadable(file=path, reason=f"{error.strerror or error}, named by {layer.file}") from None
-    named = real in allowed
-    if not (stat.S_ISREG(mode) or (named and stat.S_ISBLK(mode))):
-        raise ForeignName(image=layer.file, backing=name, reason="it does not lead to a regular file")
-    if not named and not any(os.path.commonpath((real, folder)) == folder for folder in allowed):
-        raise ForeignName(image=layer.file, backing=name, reason="it leads out of the image's folder")
-    return files.plain(path)
+class _Rule:
+    """The rule for names in headers: `allowed` are the real paths of folders, and of files, that they may lead to."""
+
+    def __init__(self, allowed: Collection[str]) -> None:
+        self._allowed = allowed
+
+    def followed(self, layer: Layer, name: str) -> File:
+        """What a name in the header of `layer` leads to, not opened yet. Raises ForeignName, ImageUnreadable."""
+        if ":" in name.split("/", 1)[0]:
+            raise ForeignName(image=layer.file, backing=name, reason="it is not a path")
+        file = _looked_at(os.path.join(os.path.dirname(layer.file), name), f", named by {layer.file}")
+        reason = self._against(file)
+        if reason is not None:
+            raise ForeignName(image=layer.file, backing=name, reason=reason)
+        return file
+
+    def _against(self, file: File) -> str | None:
+        """By the file itself and where the kernel says that it is: the name may lead elsewhere by now."""
+        real, mode = file.real, file.status.st_mode
+        named = real in self._allowed
+        if not (stat.S_ISREG(mode) or (named and stat.S_ISBLK(mode))):
+            return "it does not lead to a regular file"
+        if not named and not any(os.path.commonpath((real, place)) == place for place in self._allowed):
+            return "it leads out of the image's folder"
+        return None

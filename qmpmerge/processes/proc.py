@@ -1,5 +1,6 @@
 """What /proc tells of a process."""
 
+import contextlib
 import os
 import re
 import stat
@@ -42,6 +43,17 @@ def open_files(pid: int) -> dict[Identity, int] | None:
         return None
     paths = {number: f"/proc/{pid}/fd/{number}" for number in numbers}
     return {found: int(number) for number, path in paths.items() if (found := identity(path)) is not None}
+
+
+def open_inodes(pid: int) -> set[Inode]:
+    """Those of the regular files and block devices that a process has open and that have a name; none when we may not look."""
+    found = set()
+    for number in descriptors(pid) or ():
+        with contextlib.suppress(OSError):
+            status = os.stat(f"/proc/{pid}/fd/{number}")
+            if status.st_nlink and (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+                found.add((status.st_dev, status.st_ino))
+    return found
 
 
 def open_links(pid: int) -> dict[Identity, str]:

@@ -1,8 +1,13 @@
 """
 The door to images not in use: a private storage daemon opens the chain, and the same engine works on it.
 
-The chain is walked first without opening what has not passed the rule for names (`diskwalk`), then opened node by node
-under QEMU's own locks. What is planned and proved is read again after that: from then on nothing can change it.
+The chain is walked first without opening what has not passed the rule for names (`walk`), then opened node by node under
+QEMU's own locks. What is planned and proved is read again after that: from then on nothing can change it.
+
+The daemon opens by name, so what it has open is compared with what the walk has approved, before anything is made of it,
+and once more when the images that are to be written are open for that. A node of a file that another node was made with
+is opened again by name whenever that is (7.2 to 11.1), one that was there before is not; with `auto-read-only` it is opened
+again when somebody first writes. So files have nodes of their own, and no job opens a name: test_offline pins it.
 
 Middle layers could be copied by an active merge of the lower part, 16 requests at a time instead of one: 0.27 s instead of
 0.33 s for 512 MiB. It was not done: the overlay's header would have to be written by somebody else, past the locks, since
@@ -13,17 +18,17 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qmpmerge.chain import backing
-from qmpmerge.chain.chain import Chain
-from qmpmerge.errors import CommandError, ImageUnreadable, InUse, NeedsSecret
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.errors import CommandError, ImageUnreadable, InUse, NeedsSecret, NotWritable, Replaced
 from qmpmerge.images import walk
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import Layer
-from qmpmerge.processes import holders
+from qmpmerge.processes import holders, proc
 from qmpmerge.processes.holders import User
 from qmpmerge.qemu import discovery, storagedaemon
 from qmpmerge.qemu.blockgraph import Disk, Layout
@@ -38,10 +43,27 @@ class OfflineTarget(Target):
 
     is_live = False
 
-    def __init__(self, session: Monitor, target: str, users: tuple[User, ...]) -> None:
+    def __init__(self, session: Monitor, target: str, layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
         super().__init__(session, target)
         self._name = os.path.basename(target)
+        self._layers = layers
         self._users = users
+
+    async def open_for_writing(self, images: Collection[Image]) -> None:
+        """The last time that they are opened by name. Raises NotWritable, Replaced."""
+        written = {image.inode for image in images}
+        below = [*enumerate(self._layers, 1)][:-1]  # the active image is open for writing already
+        nodes = [
+            node
+            for number, layer in below
+            for node in _files(layer, number, write=True, now=True)
+            if not written.isdisjoint(layer.inodes) and "filename" in node
+        ]
+        replies = await self.monitor.execute_all([("blockdev-reopen", {"options": [node]}) for node in nodes])
+        _see_approved(self.pid, self._layers)
+        for node, reply in zip(nodes, replies, strict=True):
+            if isinstance(reply, CommandError):
+                raise NotWritable(file=str(node["filename"]), reason=reply.description)
 
     async def layout(self) -> Layout:
         """The disk is called like its active image's file; that we have opened it read-only is not the disk's doing."""
@@ -78,7 +100,7 @@ async def offline(
     whoever writes them. `allow` are files and folders that headers may name besides the image's folder. `secret` is the
     passphrase of encrypted images.
 
-    Raises InUse, NeedsSecret, what `diskwalk.walk` raises, ToolMissing.
+    Raises InUse, NeedsSecret, Replaced, what `walk.walk` raises, ToolMissing.
     """
     image = os.fspath(image)
     async with storagedaemon.started() as daemon:
@@ -88,7 +110,7 @@ async def offline(
             _refuse_used(layers, users)
         async with daemon.session(trace=trace) as session:
             await _open(session, layers, write=write, secret=secret)
-            yield OfflineTarget(session, image, users)
+            yield OfflineTarget(session, image, layers, users)
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
@@ -119,48 +141,69 @@ async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, sec
         if secret is None:
             raise NeedsSecret(image=encrypted.file)
         await session.execute("object-add", qom_type="secret", id=SECRET, data=secret)
-    below: str | None = None
-    for number, layer in enumerate(layers, 1):
-        node = f"layer{number}"
-        options = _image(layer, node, below, write=write, writable=write and layer is layers[-1])
-        try:
-            await session.execute("blockdev-add", **options)
-        except CommandError as error:
-            if re.search(r"Failed to get .*lock", error.description):
-                raise InUse(file=layer.file, holders=["another process"], command="end it, or wait") from None
-            raise ImageUnreadable(file=layer.file, reason=error.description) from None
-        below = node
+    nodes = [(layer, node) for number, layer in enumerate(layers, 1) for node in _nodes(layers, number, layer, write)]
+    replies = await session.execute_all([("blockdev-add", node) for _layer, node in nodes])
+    for (layer, _node), reply in zip(nodes, replies, strict=True):
+        if isinstance(reply, CommandError):
+            if re.search(r"Failed to get .*lock", reply.description):
+                raise InUse(file=layer.file, holders=["another process"], command="end it, or wait")
+            raise ImageUnreadable(file=layer.file, reason=reply.description)
+    _see_approved(session.pid, layers)
 
 
-def _image(layer: Layer, node: str, below: str | None, *, write: bool, writable: bool) -> dict[str, Any]:
-    """An image's node together with that of its file, which goes with it."""
+def _see_approved(pid: int | None, layers: Sequence[Layer]) -> None:
+    """The daemon has open what was approved, all of it and nothing else. Raises Replaced."""
+    opened = proc.open_inodes(pid) if pid is not None else set()
+    unknown = opened - {inode for layer in layers for inode in layer.inodes}
+    for layer in reversed(layers):
+        if unknown or not layer.inodes <= opened:
+            found = "a name in its chain was given to another file while that was being opened"
+            cure = "find out who renames files there, then run the same command again"
+            raise Replaced(file=layer.file, found=found, cure=cure)
+
+
+def _nodes(layers: Sequence[Layer], number: int, layer: Layer, write: bool) -> list[dict[str, Any]]:
+    """All of an image, in their order."""
+    now = write and layer is layers[-1]
+    return [*_files(layer, number, write=write, now=now), _image(layer, number, write=write, writable=now)]
+
+
+def _files(layer: Layer, number: int, *, write: bool, now: bool) -> list[dict[str, Any]]:
+    """The nodes of an image's file, or of the part of it, and of its data; `now` opens them for writing at once."""
+    node = f"layer{number}"
+    file = _file(layer.file, f"{node}-file", is_device=layer.is_device, write=write, now=now)
+    nodes = [file]
+    if layer.slice is not None:
+        more = {"node-name": f"{node}-part", "read-only": not write, "auto-read-only": True, "discard": "unmap"}
+        nodes.append(
+            {**backing.part(layer.slice, file["node-name"]), **more, **({} if write else {"force-share": True})}
+        )
+    if layer.data_file is not None:
+        nodes.append(_file(layer.data_file, f"{node}-data", write=write, now=now))
+    return nodes
+
+
+def _image(layer: Layer, number: int, *, write: bool, writable: bool) -> dict[str, Any]:
+    """An image's node on those of its files."""
+    node = f"layer{number}"
     options: dict[str, Any] = {
         "driver": layer.format,
         "node-name": node,
         "read-only": not writable,
         "discard": "unmap",
-        "file": _storage(layer, node, write=write),
+        "file": f"{node}-file" if layer.slice is None else f"{node}-part",
         **_key(layer),
     }
     if layer.format == "qcow2":
-        options["backing"] = below
+        options["backing"] = f"layer{number - 1}" if number > 1 else None
     if layer.data_file is not None:
-        options["data-file"] = _file(layer.data_file, f"{node}-data", write=write)
+        options["data-file"] = f"{node}-data"
     if not write:
         options["force-share"] = True
     return options
 
 
-def _storage(layer: Layer, node: str, *, write: bool) -> dict[str, Any]:
-    """The node of the file, or of the part of it."""
-    file = _file(layer.file, f"{node}-file", is_device=layer.is_device, write=write)
-    if layer.slice is None:
-        return file
-    more = {"node-name": f"{node}-part", "read-only": not write, "auto-read-only": True, "discard": "unmap"}
-    return {**backing.part(layer.slice, file), **more, **({} if write else {"force-share": True})}
-
-
-def _file(file: str, node: str, *, is_device: bool = False, write: bool) -> dict[str, Any]:
+def _file(file: str, node: str, *, is_device: bool = False, write: bool, now: bool) -> dict[str, Any]:
     """
     The node of the file, by threads through the host's cache, which is QEMU's default.
 
@@ -172,7 +215,7 @@ def _file(file: str, node: str, *, is_device: bool = False, write: bool) -> dict
         "node-name": node,
         "filename": file,
         "read-only": not write,
-        "auto-read-only": True,
+        "auto-read-only": not now,
         "discard": "unmap",
         # A reader takes no locks: while an image is merged not even `force-share` would let it in.
         **({} if write else {"force-share": True, "locking": "off"}),

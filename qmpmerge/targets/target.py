@@ -6,7 +6,7 @@ above talks to a `Target` and does not care which of them did.
 import json
 import os
 import shlex
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -129,6 +129,12 @@ class Target:
         named = [node for node in nodes if not node.startswith("#")]
         # All are sent before the first is answered. One that went with its parent, or that is in use, is an error to QEMU.
         await self.monitor.execute_all([("blockdev-del", {"node_name": node}) for node in named])
+
+    async def open_for_writing(self, images: Collection[Image]) -> None:
+        """
+        Have QEMU open the files of these images for that, where the session is our own and nothing else would keep a job
+        from opening them later, by names that lead elsewhere by then. Raises NotWritable, Replaced.
+        """
 
     def remember(self, images: Iterable[Image]) -> None:
         """Which files these were when somebody saw them earlier: a name that was taken from one since still means it."""

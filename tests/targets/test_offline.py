@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import stat
@@ -16,11 +17,12 @@ from rig.command import invoke
 from rig.devices import loop
 from rig.disks import blockdev, drive, nbd_server, nodes, remove, storage_daemon
 from rig.headers import raw_header
-from rig.machines import MIB, SIZE, Content, create_encrypted, fill, machine, make_chain, run
+from rig.machines import MIB, SIZE, Content, create_encrypted, fill, have, machine, make_chain, run
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.errors import (
+    Failed,
     FileExists,
     ForeignName,
     ImageUnreadable,
@@ -33,6 +35,7 @@ from qmpmerge.errors import (
     QemuRefused,
     Refused,
     SharedBase,
+    Unknown,
 )
 from qmpmerge.images import qcow2, qemuimg
 from qmpmerge.processes import holders
@@ -799,6 +802,79 @@ async def test_the_first_bytes_of_a_raw_base_are_the_guests(folder: Path) -> Non
         assert outcome.after.base.format == "raw"
         remove(outcome)
     assert images[0].read_bytes()[: 2 * MIB] == expected
+
+
+# --- names are given to other files -----------------------------------------------------------------------------------------
+
+
+class Swapper:
+    """Gives a name to another file right before a command is sent for the first time; puts it back afterwards."""
+
+    def __init__(self, image: Path, victim: Path, command: str) -> None:
+        self.image, self.victim, self.command = image, victim, command
+        self.seen: list[str] = []
+        self.away = image.with_name(f"{image.name}.was")
+
+    def __call__(self, direction: str, text: str) -> None:
+        command = json.loads(text).get("execute") if direction == "->" else None
+        if command == self.command and command not in self.seen:
+            self.image.rename(self.away)
+            self.image.symlink_to(self.victim)
+        self.seen += [command] if command else []
+
+    def put_back(self) -> None:
+        if self.away.exists():
+            self.image.unlink()
+            self.away.rename(self.image)
+
+
+@pytest.mark.parametrize(
+    "command", ["blockdev-add", "blockdev-reopen", "change-backing-file", "block-commit", "job-finalize"]
+)
+@pytest.mark.parametrize(
+    ("swapped", "base", "top"), [(0, "[1]", "[3]"), (1, "[2]", "[3]"), (2, "[1]", "[2]"), (0, "[1]", "[4]")]
+)
+async def test_a_swapped_name_makes_us_write_to_no_other_file(
+    command: str, swapped: int, base: str, top: str, images: list[Path], content: Content, tmp_path: Path
+) -> None:
+    """The base, the base in the middle, the overlay: all that are opened again to be written."""
+    victim = tmp_path / "root" / "victim"
+    victim.parent.mkdir()
+    shutil.copyfile(images[swapped], victim)
+    swapper, outcome = Swapper(images[swapped], victim, command), None
+    with unchanged(victim.parent), contextlib.suppress(Refused, Failed, Unknown):
+        async with qmpmerge.offline(images[3], trace=swapper) as target:
+            outcome = await qmpmerge.commit(target, base=base, top=top, merged_files="keep")
+    has_struck = command in swapper.seen
+    assert has_struck == ((command, top) not in [("job-finalize", "[4]"), ("change-backing-file", "[4]")])
+    assert (outcome is None) == has_struck
+    swapper.put_back()
+    content.check(images[3])
+
+
+@pytest.mark.skipif(not have("strace"), reason="there is no strace")
+@pytest.mark.parametrize(("base", "top"), [("[1]", "[2]"), ("[2]", "[3]"), ("[1]", "[4]")])
+async def test_no_job_opens_a_name(
+    base: str, top: str, images: list[Path], content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon, log, place = shutil.which(storagedaemon.DAEMON), tmp_path / "log", tmp_path / "bin"
+    place.mkdir()
+    (place / storagedaemon.DAEMON).write_text(
+        f'#!/bin/sh\nexec strace -D -f -qq -o {log} -e trace=openat {daemon} "$@"\n'
+    )
+    (place / storagedaemon.DAEMON).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    before = 0
+
+    def trace(direction: str, text: str) -> None:
+        nonlocal before
+        if direction == "->" and json.loads(text)["execute"] == "block-commit":
+            before = len(log.read_text())
+
+    async with qmpmerge.offline(images[3], trace=trace) as target:
+        await qmpmerge.commit(target, base=base, top=top)
+    opened = [line for line in log.read_text()[before:].splitlines() if str(images[0].parent) in line]
+    assert before and not opened, opened
 
 
 # --- job control makes no sense here ------------------------------------------------------------------------------------------

@@ -1,0 +1,281 @@
+"""
+Folders and files by their descriptors: a name can be given to another file at any moment, by anybody who may write to the
+folder; a descriptor stays what it is.
+
+Whatever of ours is created, renamed, marked, changed in owner or mode, or removed goes through here, and whatever is opened
+to be read: relative to a folder's descriptor, and which file a name leads to is compared right before it is taken away.
+What is planted under a name is never waited for (a FIFO) and never woken up (a device). Everything here raises OSError.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import Self
+
+Inode = tuple[int, int]
+"""(st_dev, st_ino): which file it is, whatever it is called."""
+
+_RENAME_NOREPLACE = 1  # linux/fs.h
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_LOOK = os.O_PATH | os.O_CLOEXEC  # opens nothing: neither is a device woken up, nor a FIFO's other end
+
+
+def before(operation: str, path: str) -> None:
+    """
+    Called right before each ``open``, ``create``, ``rename`` and ``remove`` of a name. It does nothing: tests put what gives
+    the name to another file at that very moment in its place.
+    """
+
+
+class _Open:
+    """Something that is open, until the end of the block or of its last user."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self.descriptor = descriptor
+        self.path = path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Fine when it is closed already."""
+        if self.descriptor >= 0:
+            descriptor, self.descriptor = self.descriptor, -1
+            os.close(descriptor)
+
+    @property
+    def status(self) -> os.stat_result:
+        """What it is."""
+        return os.fstat(self.descriptor)
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it is neither a regular file nor a block device: nothing that is to be opened."""
+        mode = self.status.st_mode
+        return not (stat.S_ISREG(mode) or stat.S_ISBLK(mode))
+
+    @property
+    def inode(self) -> Inode:
+        """Which file it is."""
+        return inode_in(self.status)
+
+    @property
+    def link(self) -> str:
+        """A path to it, whatever has its name by now: for us, and for a program that inherits the descriptor (`pass_fds`)."""
+        return f"/proc/self/fd/{self.descriptor}"
+
+    @property
+    def real(self) -> str:
+        """The path that the kernel has for it now, without symlinks."""
+        return os.readlink(self.link)
+
+    def sync(self) -> None:
+        """Make it durable: a file's content, a folder's names."""
+        os.fsync(self.descriptor)
+
+
+class File(_Open):
+    """A regular file, or a block device. `folder` is the one that it was opened in, where it is to be dealt with there."""
+
+    def __init__(self, descriptor: int, path: str, folder: "Folder | None" = None) -> None:
+        super().__init__(descriptor, path)
+        self.folder = folder
+
+    def read(self, size: int, offset: int = 0) -> bytes:
+        """So many bytes from there, or what there is."""
+        return os.pread(self.descriptor, size, offset)
+
+    def write(self, data: bytes) -> None:
+        """Put this in place of all that is in it, whole, durable, and read back."""
+        rest = memoryview(data)
+        while rest:  # a full disk takes a part before it says so
+            rest = rest[os.pwrite(self.descriptor, rest, len(data) - len(rest)) :]
+        os.ftruncate(self.descriptor, len(data))
+        os.fsync(self.descriptor)
+        if self.read(len(data) + 1) != data:
+            raise OSError(errno.EIO, "it does not read back as it was written", self.path)
+
+    def overwrite(self, data: bytes) -> None:
+        """Put this in place of its first bytes, however it was opened. Not durable before `sync`."""
+        descriptor = os.open(self.link, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, data, 0)
+        finally:
+            os.close(descriptor)
+
+    def mark(self, attribute: str, value: bytes) -> None:
+        """Give it an extended attribute."""
+        os.setxattr(self.descriptor, attribute, value)
+
+    def belong(self, like: os.stat_result) -> None:
+        """Give it the owner and group that another file has, as far as we may."""
+        for owner in (like.st_uid, -1):
+            with contextlib.suppress(OSError):
+                os.fchown(self.descriptor, owner, like.st_gid)
+                return
+
+    def allow(self, mode: int) -> None:
+        """Set its permissions."""
+        os.fchmod(self.descriptor, mode)
+
+
+class Folder(_Open):
+    """A folder, whatever symlinks lead to it; it stays the same one whatever they lead to later. Names are in it."""
+
+    def __init__(self, path: str) -> None:
+        before("open", path)
+        super().__init__(os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+
+    def create(self, name: str, mode: int = 0o600) -> File:
+        """Make an empty file, for us to write to and read. FileExistsError where anything has the name."""
+        before("create", self._path(name))
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return File(os.open(name, flags, mode, dir_fd=self.descriptor), self._path(name), self)
+
+    def open(self, name: str, *, write: bool = False) -> File:
+        """Open a regular file; what else has the name is an error with words about it."""
+        before("open", self._path(name))
+        with File(os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=self.descriptor), self._path(name), self) as seen:
+            mode = seen.status.st_mode
+            if not stat.S_ISREG(mode):
+                words = "it is a symlink" if stat.S_ISLNK(mode) else "it is no regular file"
+                raise OSError(errno.EINVAL, words, seen.path)
+            return opened(seen, write=write)
+
+    def inode_of(self, name: str) -> Inode | None:
+        """Which file has the name, a symlink being one of its own; None where none has."""
+        try:
+            return inode_in(os.stat(name, dir_fd=self.descriptor, follow_symlinks=False))
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        """All, in order."""
+        return sorted(os.listdir(self.descriptor))
+
+    def files(self) -> list[str]:
+        """The names of the regular files, in order."""
+        with os.scandir(self.descriptor) as entries:
+            return sorted(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+
+    def rename(self, old: str, new: str, inode: Inode) -> None:
+        """Give this file a name that nobody has: FileExistsError. Not durable before `sync`."""
+        self._see(old, inode, "rename")
+        import ctypes  # 6 ms, and most commands rename nothing
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        rename_at: object = getattr(libc, "renameat2", None)
+        if callable(rename_at):
+            here = self.descriptor
+            if rename_at(here, os.fsencode(old), here, os.fsencode(new), _RENAME_NOREPLACE) == 0:
+                return
+            code = ctypes.get_errno()
+            if code not in _UNSUPPORTED:
+                raise OSError(code, os.strerror(code), self._path(old))
+        self._link_and_unlink(old, new)
+
+    def _link_and_unlink(self, old: str, new: str) -> None:
+        """For filesystems that cannot rename without replacing; killed in between, both names lead to the file."""
+        here = {"src_dir_fd": self.descriptor, "dst_dir_fd": self.descriptor}
+        try:
+            os.link(old, new, **here, follow_symlinks=False)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links either: a name that turns up within these microseconds would be lost
+            if self.inode_of(new) is not None:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._path(new)) from None
+            os.rename(old, new, **here)
+        else:
+            os.unlink(old, dir_fd=self.descriptor)
+
+    def put(self, name: str, data: bytes) -> File:
+        """
+        Put a file of ours, 0600, under `name` with this content, in one step: whatever dies, the old or the new one is there.
+
+        The content is durable on return, and was read back; the name is durable after `sync`. Never written through a
+        symlink: the new file is made beside it, by us alone, and takes the name's place. Where that fails nothing is left.
+        """
+        new = f"{name}.new"
+        self.remove(new, self.inode_of(new))  # of one of us that was killed
+        file = self.create(new)
+        try:
+            file.write(data)
+            self._see(new, file.inode, "rename")
+            os.rename(new, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+            self._see(name, file.inode)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.remove(new, file.inode)
+            raise OSError(error.errno, error.strerror, self._path(name)) from None
+        file.path = self._path(name)
+        return file
+
+    def remove(self, name: str, inode: Inode | None) -> None:
+        """Take the name away from this file; fine when nobody has it. Not durable before `sync`."""
+        if self.inode_of(name) is None:
+            return
+        self._see(name, inode, "remove")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.descriptor)
+
+    def _see(self, name: str, inode: Inode | None, operation: str | None = None) -> None:
+        """That the name still is this file's."""
+        if operation is not None:
+            before(operation, self._path(name))
+        if self.inode_of(name) != inode:
+            raise FileNotFoundError(errno.ENOENT, f"{self._path(name)} is another file now", self._path(name))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+
+def looked_at(path: str) -> File:
+    """What a path leads to, symlinks followed, without opening it: `opened` does, once it is known what it is."""
+    before("open", path)
+    return File(os.open(path, _LOOK), path)
+
+
+def opened(seen: File, *, write: bool = False) -> File:
+    """Open what was looked at, whatever has its name by now; only a regular file or a block device is."""
+    if seen.is_special:
+        is_folder = stat.S_ISDIR(seen.status.st_mode)
+        words = os.strerror(errno.EISDIR) if is_folder else "it is neither a regular file nor a block device"
+        raise OSError(errno.EINVAL, words, seen.path)
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return File(os.open(seen.link, flags), seen.path, seen.folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, seen.path) from None
+
+
+def reading(path: str, *, write: bool = False) -> File:
+    """Look, and open."""
+    with looked_at(path) as seen:
+        return opened(seen, write=write)
+
+
+def split(path: str) -> tuple[Folder, str]:
+    """The folder of a path, and the name in it."""
+    folder, name = os.path.split(path)
+    return Folder(folder), name
+
+
+def inode_in(status: os.stat_result) -> Inode:
+    """Which file this is about."""
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def beside(path: str) -> Iterator[tuple[Folder, str]]:
+    """`split` for the length of a block."""
+    folder, name = split(path)
+    with folder:
+        yield folder, name
