@@ -32,6 +32,8 @@ def before(operation: str, path: str) -> None:
 class _Open:
     """Something that is open, until the end of the block or of its last user."""
 
+    descriptor = -1
+
     def __init__(self, descriptor: int, path: str) -> None:
         self.descriptor = descriptor
         self.path = path
@@ -110,6 +112,11 @@ class File(_Open):
             os.pwrite(descriptor, data, 0)
         finally:
             os.close(descriptor)
+
+    def remove(self) -> None:
+        """Take its name in its folder away from it, where it still has it. Not durable before the folder's `sync`."""
+        assert self.folder is not None, "it was opened in one"
+        self.folder.remove(os.path.basename(self.path), self.inode)
 
     def mark(self, attribute: str, value: bytes) -> None:
         """Give it an extended attribute."""

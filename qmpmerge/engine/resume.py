@@ -11,7 +11,8 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from qmpmerge.chain.chain import Chain
+from qmpmerge import folder
+from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
@@ -258,13 +259,18 @@ async def _undone(run: Run, judged: Judgement) -> None:
     run.give_names_back()
     overlay = run.plan.overlay
     if judged.way == "repoint" and overlay is not None and overlay.backing is not None:
-        if run.record is not None and run.record.place(run.record.top + 1) != overlay.file:
-            raise CannotRecover(
-                file=overlay.file, reason="it is another file than the one whose header is to be written"
-            )
+        await _repointed(run, overlay, overlay.backing)
+    run.undone()
+
+
+async def _repointed(run: Run, overlay: Image, backing: str) -> None:
+    """The overlay's header gets this backing name back, durably. Raises OSError, CannotRecover."""
+    with folder.reading(overlay.file, write=True) as file:
+        if run.record is not None and not run.record.is_inode(file.inode, overlay):
+            reason = "it is another file than the one whose header is to be written"
+            raise CannotRecover(file=overlay.file, reason=reason)
         try:
-            await qemuimg.repoint(overlay.file, overlay.backing, run.plan.top.format)
+            await qemuimg.repoint(file, backing, run.plan.top.format)
         except ImageUnreadable as error:
             raise CannotRecover(file=overlay.file, reason=error.reason) from None
-        files.sync(overlay.file)
-    run.undone()
+        file.sync()

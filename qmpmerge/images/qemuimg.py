@@ -10,12 +10,14 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ImageUnreadable, ToolMissing
+from qmpmerge.folder import File
 from qmpmerge.images import qcow2
 
 SECONDS = 60.0
@@ -54,12 +56,13 @@ async def info(path: str, format: str | None = None) -> Header:
 
 async def info_of(image: Image) -> Header:
     """The same for an image that may be on an NBD server, or a part of a file; ours is another connection than QEMU's."""
+    opened = _Files()
     try:
-        node = _node(image)
+        node = opened.image(image)
     except OSError as error:
         raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
-    output = await _run(image.file, "info", "--force-share", "--output=json", f"json:{json.dumps(node)}")
-    return _header(json.loads(output))
+    output = await _run(image.file, "info", "--force-share", "--output=json", _source(node), opened=opened.all)
+    return replace(_header(json.loads(output)), file=image.file)
 
 
 async def chain_info(path: str, format: str | None = None) -> list[Header]:
@@ -100,13 +103,14 @@ async def extents(image: Image) -> list[Extent]:
     Read without locks and shared with whoever writes: of an image in use it is what has been written to disk so far.
     `image` needs a path. Raises ImageUnreadable (encrypted, damaged), ToolMissing.
     """
+    opened = _Files()
     try:
-        node = _node(image)
+        node = opened.image(image)
     except OSError as error:
         raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
     if image.format not in ("raw", "luks"):
         node["backing"] = None
-    output = await _run(image.file, "map", "--force-share", "--output=json", f"json:{json.dumps(node)}")
+    output = await _run(image.file, "map", "--force-share", "--output=json", _source(node), opened=opened.all)
     # QEMU before 6.1 does not tell zeros that are noted from what is not there.
     return [
         Extent(entry["start"], entry["length"], zero=entry["zero"])
@@ -115,32 +119,23 @@ async def extents(image: Image) -> list[Extent]:
     ]
 
 
-async def create_overlay(path: str, *, size: int, backing: str, backing_format: str, format: str = "qcow2") -> None:
+async def create_overlay(file: File, *, size: int, backing: str, backing_format: str, format: str = "qcow2") -> None:
     """
-    Make an overlay of `size` bytes whose header names `backing`, without opening the backing image (`-u`).
+    Make an overlay of `size` bytes whose header names `backing` in this file, without opening the backing image (`-u`).
 
-    qemu-img overwrites whatever is at `path`: the caller has made sure that this is its own, empty file.
+    qemu-img overwrites whatever is in it. Raises ImageUnreadable, ToolMissing.
+    """
+    named = ["-b", backing, "-F", backing_format]
+    await _run(file.path, "create", "-q", "-u", "-f", format, *named, file.link, str(size), opened=[file])
+
+
+async def repoint(file: File, backing: str, backing_format: str) -> None:
+    """
+    Write another backing name into the qcow2 header of this file, which is open for writing; no backing image is opened.
     Raises ImageUnreadable, ToolMissing.
     """
-    await _run(
-        path,
-        "create",
-        "-q",
-        "-u",
-        "-f",
-        format,
-        "-b",
-        backing,
-        "-F",
-        backing_format,
-        os.path.abspath(path),
-        str(size),
-    )
-
-
-async def repoint(path: str, backing: str, backing_format: str) -> None:
-    """Write another backing name into a qcow2 header; no backing image is opened. Raises ImageUnreadable, ToolMissing."""
-    await _run(path, "rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, os.path.abspath(path))
+    named = ["-b", backing, "-F", backing_format]
+    await _run(file.path, "rebase", "-u", "-f", "qcow2", *named, file.link, opened=[file])
 
 
 async def held(images: Sequence[Image]) -> list[Extent]:
@@ -149,10 +144,12 @@ async def held(images: Sequence[Image]) -> list[Extent]:
 
     What is below them is not opened. Read as `same` reads. Raises ImageUnreadable, ToolMissing.
     """
+    opened = _Files()
     try:
-        code, output, complaints = await _finished("map", "--output=json", _source(_opened(images)), seconds=None)
+        source = _source(opened.chain(images))
     except OSError as error:
         raise ImageUnreadable(file=images[-1].file, reason=error.strerror or str(error)) from None
+    code, output, complaints = await _finished("map", "--output=json", source, seconds=None, opened=opened.all)
     if code != 0:
         raise ImageUnreadable(file=images[-1].file, reason=_first_line(complaints))
     # `present` came with QEMU 6.1
@@ -167,24 +164,15 @@ async def same(chain: Sequence[Image], other: Sequence[Image], within: Extent | 
     Holes cost nothing, all else is read. Nobody may write meanwhile, and what was written must be flushed. Raises
     ImageUnreadable when either cannot be opened like that (encrypted, on other networks than NBD), ToolMissing.
     """
+    opened = _Files()
     try:
-        sources = [_source(node, within) for node in _both(chain, other)]
+        sources = [_source(node, within) for node in opened.both(chain, other)]
     except OSError as error:
         raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
-    code, _output, complaints = await _finished("compare", "-q", *sources, seconds=None)
+    code, _output, complaints = await _finished("compare", "-q", *sources, seconds=None, opened=opened.all)
     if code not in (0, 1):  # 1: they differ; more: it is not known
         raise ImageUnreadable(file=chain[-1].file, reason=_first_line(complaints))
     return code == 0
-
-
-def _both(chain: Sequence[Image], other: Sequence[Image]) -> tuple[dict[str, object], dict[str, object]]:
-    """The lower part, and the whole chain."""
-    lower = _opened(other)
-    if all(image.has_path for image in other):
-        return lower, _opened(chain)
-    # Below an image only a file can be described anew: QEMU would mix all else with what the header names.
-    # So the lower part gets a name, is opened first, and is referred to.
-    return {**lower, "node-name": "lower"}, _opened(chain[len(other) :], "lower")
 
 
 def _source(node: dict[str, object], within: Extent | None = None) -> str:
@@ -196,32 +184,47 @@ def _source(node: dict[str, object], within: Extent | None = None) -> str:
     return f"json:{json.dumps(node)}"
 
 
-def _opened(images: Sequence[Image], lowest: str | None = None) -> dict[str, object]:
-    """
-    A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed; `lowest` is the node that
-    it stands on.
-    """
-    *below, image = images
-    node = _node(image)
-    if image.format != "qcow2":
-        return node
-    data = image.data.file if image.data is not None else qcow2.data_path(image) if image.has_path else None
-    node["backing"] = _opened(below, lowest) if below else lowest
-    return node if data is None else {**node, "data-file": _plain_file(data)}
+class _Files:
+    """Chains as blockdevs of files that we have opened, so that qemu-img, which inherits them, opens no name."""
 
+    def __init__(self) -> None:
+        self.all: list[File] = []
 
-def _node(image: Image) -> dict[str, object]:
-    """
-    An image in its file, or in the part of it. Raises OSError where that is not known.
+    def both(self, chain: Sequence[Image], other: Sequence[Image]) -> tuple[dict[str, object], dict[str, object]]:
+        """The lower part, and the whole chain. Raises OSError, as the others do."""
+        lower = self.chain(other)
+        if all(image.has_path for image in other):
+            return lower, self.chain(chain)
+        # Below an image only a file can be described anew: QEMU would mix all else with what the header names.
+        # So the lower part gets a name, is opened first, and is referred to.
+        return {**lower, "node-name": "lower"}, self.chain(chain[len(other) :], "lower")
 
-    As `backing.json_name` has it: below an image QEMU joins what is not simply a file with what the header names.
-    """
-    file = _nbd(image.file) if image.file.startswith("nbd") else _plain_file(image.file)
-    return backing.node(image, file)
+    def chain(self, images: Sequence[Image], lowest: str | None = None) -> dict[str, object]:
+        """
+        A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed; `lowest` is the node that
+        it stands on.
+        """
+        *below, image = images
+        node = self.image(image)
+        if image.format != "qcow2":
+            return node
+        data = image.data.file if image.data is not None else qcow2.data_path(image) if image.has_path else None
+        node["backing"] = self.chain(below, lowest) if below else lowest
+        return node if data is None else {**node, "data-file": self._file(data)}
 
+    def image(self, image: Image) -> dict[str, object]:
+        """
+        An image in its file, or in the part of it; it is an error where that is not known.
 
-def _plain_file(path: str) -> dict[str, object]:
-    return {**backing.storage(path), "locking": "off"}
+        As `backing.json_name` has it: below an image QEMU joins what is not simply a file with what the header names.
+        """
+        file = _nbd(image.file) if image.file.startswith("nbd") else self._file(image.file)
+        return backing.node(image, file)
+
+    def _file(self, path: str) -> dict[str, object]:
+        file = folder.reading(path)
+        self.all.append(file)
+        return {**backing.storage(file.link), "locking": "off"}
 
 
 def _nbd(uri: str) -> dict[str, object]:
@@ -260,10 +263,10 @@ def _header(entry: Any) -> Header:
     )
 
 
-async def _run(path: str, *arguments: str) -> bytes:
+async def _run(path: str, *arguments: str, opened: Sequence[File] = ()) -> bytes:
     """Run on the image at `path` and return what it said."""
     try:
-        code, output, complaints = await _finished(*arguments, seconds=SECONDS)
+        code, output, complaints = await _finished(*arguments, seconds=SECONDS, opened=opened)
     except TimeoutError:
         raise ImageUnreadable(file=path, reason=f"no answer within {SECONDS:g} s") from None
     if code != 0:
@@ -271,11 +274,19 @@ async def _run(path: str, *arguments: str) -> bytes:
     return output
 
 
-async def _finished(*arguments: str, seconds: float | None) -> tuple[int, bytes, bytes]:
-    """Exit code, stdout and stderr; the program does not outlive a cancellation. Raises TimeoutError, ToolMissing."""
+async def _finished(*arguments: str, seconds: float | None, opened: Sequence[File]) -> tuple[int, bytes, bytes]:
+    """
+    Exit code, stdout and stderr of a program that inherits what is `opened` and does not outlive a cancellation. Raises
+    TimeoutError, ToolMissing.
+    """
     try:
         process = await asyncio.create_subprocess_exec(
-            "qemu-img", *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            "qemu-img",
+            *arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[file.descriptor for file in opened],
         )
     except FileNotFoundError:
         raise ToolMissing(program="qemu-img", package="qemu-utils") from None

@@ -91,8 +91,11 @@ class Record:
         return path in (*self.chain.files, *self.away.values(), *map(self.own_name, self.away))
 
     def is_file(self, name: str, image: Image) -> bool:
-        """Whether a name leads to the image that the record means. Device numbers can change with a reboot."""
-        found = files.inode(name)
+        """Whether a name leads to the image that the record means."""
+        return self.is_inode(files.inode(name), image)
+
+    def is_inode(self, found: Inode | None, image: Image) -> bool:
+        """Whether this file is the image that the record means. Device numbers can change with a reboot."""
         if found is None or image.inode is None:
             return False
         return found == image.inode or (found[1] == image.inode[1] and self.is_of_an_earlier_boot)

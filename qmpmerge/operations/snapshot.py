@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from qmpmerge import shield
+from qmpmerge import folder, shield
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import ELSEWHERE, Chain, Image, told_apart
 from qmpmerge.checks import sight
@@ -32,6 +32,7 @@ from qmpmerge.errors import (
     Untouched,
     refuse,
 )
+from qmpmerge.folder import File
 from qmpmerge.images import files, qemuimg
 from qmpmerge.journal import store
 from qmpmerge.processes import proc
@@ -182,56 +183,53 @@ def _refuse_twice(orders: list[_Order]) -> None:
 
 async def _carry_out(target: Target, layout: Layout, orders: list[_Order], agent: str | None) -> tuple[Overlay, ...]:
     async with contextlib.AsyncExitStack() as undo:
-        for order in orders:
-            await undo.enter_async_context(_file(order))
-        for order in orders:
-            await undo.enter_async_context(_node(target, layout, order))
+        made = [await undo.enter_async_context(_file(order)) for order in orders]
+        for order, file in zip(orders, made, strict=True):
+            await undo.enter_async_context(_node(target, layout, order, file))
         async with _quiet(agent):
             _refuse_replaced(target, layout, orders)  # again, as late as can be
             await _transaction(target, orders)
             undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
-    return await _prove(target, orders)
+    return await _prove(target, orders, made)
 
 
 @contextlib.asynccontextmanager
-async def _file(order: _Order) -> AsyncIterator[None]:
+async def _file(order: _Order) -> AsyncIterator[File]:
     """The overlay's file, made with the owner and mode of the image below; removed again when the block fails."""
     made = _make_empty(order)
     try:
         await qemuimg.create_overlay(
-            order.file,
-            size=order.below.virtual_size,
-            backing=order.backing,
-            backing_format=order.below.format,
+            made, size=order.below.virtual_size, backing=order.backing, backing_format=order.below.format
         )
-        yield
+        yield made
     except Untouched:
         with contextlib.suppress(OSError):
-            if os.path.samestat(made, os.stat(order.file, follow_symlinks=False)):
-                os.unlink(order.file)
+            made.remove()
         raise
 
 
-def _make_empty(order: _Order) -> os.stat_result:
+def _make_empty(order: _Order) -> File:
     try:
-        descriptor = os.open(order.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        place, name = folder.split(order.file)
+        made = place.create(name)
     except FileExistsError:
         raise FileExists(file=order.file) from None
     except OSError as error:
         raise CannotCreate(file=order.file, reason=error.strerror or str(error)) from None
-    try:
-        with contextlib.suppress(OSError):  # a base on the network, or in a place that we may not see
-            model = os.stat(order.below.file)
-            os.fchmod(descriptor, (model.st_mode & 0o777) | 0o600)
-            os.fchown(descriptor, model.st_uid, model.st_gid)
-        return os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):  # a base on the network, or in a place that we may not see
+        model = os.stat(order.below.file)
+        made.allow((model.st_mode & 0o777) | 0o600)
+        made.belong(model)
+    return made
 
 
 @contextlib.asynccontextmanager
-async def _node(target: Target, layout: Layout, order: _Order) -> AsyncIterator[None]:
-    """The overlay as a node, with the cache settings of the image below; closed again when the block fails."""
+async def _node(target: Target, layout: Layout, order: _Order, file: File) -> AsyncIterator[None]:
+    """
+    The overlay as a node, with the cache settings of the image below; closed again when the block fails. QEMU opens it by its
+    name, and the guest must not write to another file: Replaced.
+    """
+    _see(file)
     told = layout.nodes[order.below.node or ""].info
     cache = {key: bool(told.get("cache", {}).get(key, False)) for key in ("direct", "no-flush")}
     try:
@@ -248,11 +246,20 @@ async def _node(target: Target, layout: Layout, order: _Order) -> AsyncIterator[
     except CommandError as error:
         raise QemuRefused(command="blockdev-add", reason=error.description) from None
     try:
+        _see(file)
+        if identity.is_open(Image(file.path, "qcow2", 0, inode=file.inode), target.pid) is False:
+            raise identity.swapped(file.path)
         yield
     except Untouched:
         with contextlib.suppress(CommandError):
             await target.monitor.execute("blockdev-del", node_name=order.node)
         raise
+
+
+def _see(file: File) -> None:
+    """That its name still leads to it. Raises Replaced."""
+    if files.inode(file.path) != file.inode:
+        raise identity.swapped(file.path)
 
 
 async def _transaction(target: Target, orders: list[_Order]) -> None:
@@ -276,12 +283,12 @@ async def _quiet(agent: str | None) -> AsyncIterator[None]:
         yield
 
 
-async def _prove(target: Target, orders: list[_Order]) -> tuple[Overlay, ...]:
+async def _prove(target: Target, orders: list[_Order], made: list[File]) -> tuple[Overlay, ...]:
     """Every disk's chain must be what it was with the overlay on top, in the graph and in the overlay's header."""
-    for order in orders:
+    for order, file in zip(orders, made, strict=True):
         assert order.disk.chain is not None
         view = await target.chain(order.node)
-        overlay = replace(view.chain.active, file=order.file, backing=order.backing, inode=files.inode(order.file))
+        overlay = replace(view.chain.active, file=order.file, backing=order.backing, inode=file.inode)
         expected = Chain((*order.disk.chain, overlay))
         odd = [oddity for oddity in view.oddities if oddity.file == order.file]
         if not view.chain.same_files(expected) or view.chain.active.backing != order.backing or odd:

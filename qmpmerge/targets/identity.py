@@ -160,6 +160,12 @@ def refusal(astray: Astray, target: "Target", *, active: str | None = None) -> R
     return Replaced(file=astray.file, found=astray.found, cure=cure)
 
 
+def swapped(file: str) -> Replaced:
+    """What was opened by this name is another file than the one that had it a moment before."""
+    found = "its name was given to another file while it was being opened"
+    return Replaced(file=file, found=found, cure=f"find out who renames files there, then {AGAIN}")
+
+
 def displaced(astray: Astray, target: "Target") -> Displaced:
     """An image is astray that the merge was to write to, which was taken back."""
     return Displaced(file=astray.file, found=astray.found, cure=astray.cure(target, renamed=AGAIN, saved=_anew()))

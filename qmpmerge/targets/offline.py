@@ -24,7 +24,7 @@ from typing import Any
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.errors import CommandError, ImageUnreadable, InUse, NeedsSecret, NotWritable, Replaced
+from qmpmerge.errors import CommandError, ImageUnreadable, InUse, NeedsSecret, NotWritable
 from qmpmerge.images import walk
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import Layer
@@ -33,6 +33,7 @@ from qmpmerge.processes.holders import User
 from qmpmerge.qemu import discovery, storagedaemon
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.monitor import Monitor, Trace
+from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView, Target
 
 SECRET = "qmpmerge-secret"  # noqa: S105 - the id of the object, not the passphrase
@@ -157,9 +158,7 @@ def _see_approved(pid: int | None, layers: Sequence[Layer]) -> None:
     unknown = opened - {inode for layer in layers for inode in layer.inodes}
     for layer in reversed(layers):
         if unknown or not layer.inodes <= opened:
-            found = "a name in its chain was given to another file while that was being opened"
-            cure = "find out who renames files there, then run the same command again"
-            raise Replaced(file=layer.file, found=found, cure=cure)
+            raise identity.swapped(layer.file)
 
 
 def _nodes(layers: Sequence[Layer], number: int, layer: Layer, write: bool) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig.disks import Setup, device, drive, remove
@@ -18,8 +19,11 @@ from qmpmerge.errors import (
     NoSuchDisk,
     OptionsConflict,
     QemuRefused,
+    Replaced,
     SessionLost,
 )
+from qmpmerge.folder import File
+from qmpmerge.images import qemuimg
 from qmpmerge.operations import snapshot
 from qmpmerge.targets.target import Target
 
@@ -114,14 +118,50 @@ async def test_a_failing_transaction_leaves_nothing(
 async def test_an_overlay_that_qemu_cannot_open_leaves_nothing(
     two: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def not_an_image(path: str, **options: object) -> None:
-        Path(path).write_text("not an image")
+    async def not_an_image(file: File, **options: object) -> None:
+        file.write(b"not an image")
 
     async with qmpmerge.live(two.target) as target:
         monkeypatch.setattr("qmpmerge.images.qemuimg.create_overlay", not_an_image)
         with pytest.raises(QemuRefused, match="blockdev-add"):
             await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2", "vdb": f"{tmp_path}/b.qcow2"})
     await unchanged(two)
+
+
+@pytest.mark.parametrize("planted", ["root's", "fifo", "folder"])
+@pytest.mark.parametrize("moment", ["create_overlay", "blockdev-add"])
+async def test_a_name_that_is_given_to_another_file_is_not_written(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, planted: str
+) -> None:
+    """Right after the overlay's file was made, or once it is whole, just before QEMU opens it by its name."""
+    victim, overlay, really = tmp_path / "root" / "victim", tmp_path / "a.qcow2", qemuimg.create_overlay
+    victim.parent.mkdir()
+    victim.write_text("precious")
+    victim.chmod(0o600)
+    before = victim.stat()
+
+    def swap() -> None:
+        overlay.rename(tmp_path / "moved")
+        os.mkfifo(overlay) if planted == "fifo" else overlay.symlink_to(
+            victim if planted == "root's" else victim.parent
+        )
+
+    async def swapping(file: File, **options: Any) -> None:
+        if moment == "create_overlay":
+            swap()
+        await really(file, **options)
+        if moment == "blockdev-add":
+            swap()
+
+    monkeypatch.setattr(qemuimg, "create_overlay", swapping)
+    async with qmpmerge.live(setup.machine.target) as target:
+        with pytest.raises((QemuRefused, Replaced)):
+            await qmpmerge.snapshot(target, {"vda": str(overlay)})
+        assert str((await target.chain()).chain) == "base.raw"
+    now = victim.stat()
+    assert victim.read_text() == "precious"
+    assert (now.st_mode, now.st_uid, now.st_mtime_ns) == (before.st_mode, before.st_uid, before.st_mtime_ns)
+    assert overlay.is_symlink() or overlay.is_fifo()
 
 
 async def test_nothing_is_removed_when_the_outcome_is_unknown(
