@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qmpmerge.chain.outcome import Policy
 from qmpmerge.journal import record, stash
 from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
@@ -42,11 +43,19 @@ def of_run(run: "Run", path: str) -> Record:
 def _continued(new: Record, known: Record) -> Record:
     """
     It knows the files by their inodes. Where the job was told to complete, maybe, the name stays away until it is known
-    what came of it.
+    what came of it. What only a record says is of the chain is not deleted.
     """
     away, before = {**new.away, **known.away}, {**new.before, **known.before}
+    policy: Policy = "stash" if new.policy == "delete" and not known.chain.same_files(new.chain) else new.policy
     return replace(
-        new, chain=known.chain, away=away, before=before, state=known.state, seen=known.seen, since=known.since
+        new,
+        policy=policy,
+        chain=known.chain,
+        away=away,
+        before=before,
+        state=known.state,
+        seen=known.seen,
+        since=known.since,
     )
 
 

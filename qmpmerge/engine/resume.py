@@ -8,7 +8,7 @@ done about it can itself be interrupted anywhere and be done again: each step le
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from qmpmerge import folder
@@ -37,6 +37,7 @@ from qmpmerge.processes import proc
 from qmpmerge.qemu import flush, jobs, vmstate
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.monitor import Trace
+from qmpmerge.recovery.claims import Vouched, refuse_foreign
 from qmpmerge.recovery.evidence import Judgement, Use, Way, see_unused
 from qmpmerge.targets.live import live
 from qmpmerge.targets.target import ChainView, Target
@@ -75,17 +76,21 @@ class Settled:
 # --- recover ----------------------------------------------------------------------------------------------------------
 
 
-async def recover(record: Record, use: Use | None, *, dry_run: bool, trace: Trace | None) -> Recovery:
+async def recover(
+    record: Record, use: Use | None, *, allow: Collection[str] = (), dry_run: bool, trace: Trace | None
+) -> Recovery:
     """
-    Bring one merge to an end, as the evidence says, or where that does not decide, as the user does with `use`.
+    Bring one merge to an end, as the evidence says, or where that does not decide, as the user does with `use`. The QEMU that
+    carried it out is found by the record's word, so it does not vouch for files; `allow` does.
 
-    Raises Undecided, Locked, InUse, CannotRecover, VmState, and what a session with the QEMU that carried it out raises.
+    Raises Undecided, ForeignFile, Locked, InUse, CannotRecover, VmState, and what a session with that QEMU raises.
     """
     async with _carrier(record, trace) as target:
         with locks.taken_for(record.plan) as lock:
             judged = await commit.operation(record.plan).evidence(record, target, use)
             if target is None:
                 await see_unused(record, judged, None)
+            refuse_foreign(record, [judged.way], Vouched(allow=tuple(allow)))
             if dry_run:
                 action = _action(judged, record)
                 return Recovery("planned", record.chain.active.file, judged.right, action, judged.reasons)
@@ -114,15 +119,15 @@ async def _carrier(record: Record, trace: Trace | None) -> AsyncIterator[Target 
 
 async def settle(target: Target, view: ChainView, records: Sequence[Record]) -> Settled:
     """
-    Before a merge: end what an earlier one of the chain left, where that is beyond doubt. Raises Unfinished, Locked, InUse,
-    VmState.
+    Before a merge: end what an earlier one of the chain left, where that is beyond doubt. Raises Unfinished, ForeignFile,
+    Locked, InUse, VmState.
     """
-    settled = Settled()
+    settled, vouched = Settled(), Vouched.by(view.chain, target)
     for record in records:
         if not record.is_abandoned:
             settled.left.append(record)
             continue
-        way, outcome = await _settled(record, target, None if settled.changed else view.layout)
+        way, outcome = await _settled(record, target, None if settled.changed else view.layout, vouched)
         if way == "leave":
             settled.left.append(record)
         else:
@@ -131,27 +136,30 @@ async def settle(target: Target, view: ChainView, records: Sequence[Record]) -> 
     return settled
 
 
-async def settle_image(image: str, *, trace: Trace | None = None) -> Outcome | None:
+async def settle_image(image: str, *, allow: Collection[str] = (), trace: Trace | None = None) -> Outcome | None:
     """The same for an image whose name is gone, or whose chain cannot be opened as it is. Raises RecordNotBelieved too."""
     found = store.beside(image)
     if found is None:
         return None
     (record,) = store.believed([found])
     async with _carrier(record, trace) as target:
-        return (await _settled(record, target, None))[1]
+        return (await _settled(record, target, None, Vouched(allow=tuple(allow))))[1]
 
 
 async def foresee(target: Target, view: ChainView, records: Sequence[Record]) -> None:
-    """See that `settle` would end what was left, and end nothing. Raises Unfinished, InUse."""
+    """See that `settle` would end what was left, and end nothing. Raises Unfinished, ForeignFile, InUse."""
+    vouched = Vouched.by(view.chain, target)
     for record in records:
         if record.is_abandoned:
-            await _judged(record, _carrier_of(record, target), target, view.layout)
+            await _judged(record, target, view.layout, vouched)
 
 
-async def _settled(record: Record, target: Target | None, layout: Layout | None) -> tuple[Way, Outcome | None]:
+async def _settled(
+    record: Record, target: Target | None, layout: Layout | None, vouched: Vouched
+) -> tuple[Way, Outcome | None]:
     carrier, operation = _carrier_of(record, target), commit.operation(record.plan)
     with locks.taken_for(record.plan) as lock:
-        judged = await _judged(record, carrier, target, layout)
+        judged = await _judged(record, target, layout, vouched)
         recovery = await _ended(record, judged, carrier, lock)
     if judged.way != "finish":
         return judged.way, None
@@ -161,8 +169,9 @@ async def _settled(record: Record, target: Target | None, layout: Layout | None)
     return judged.way, outcome
 
 
-async def _judged(record: Record, carrier: Target | None, target: Target | None, layout: Layout | None) -> Judgement:
-    """What can be ended by itself. Raises Unfinished, InUse."""
+async def _judged(record: Record, target: Target | None, layout: Layout | None, vouched: Vouched) -> Judgement:
+    """What can be ended by itself. Raises Unfinished, ForeignFile, InUse."""
+    carrier = _carrier_of(record, target)
     try:
         judged = await commit.operation(record.plan).evidence(record, carrier, layout=layout)
         if judged.way == "repoint" or (judged.way != "leave" and carrier is None and _runs(record)):
@@ -171,6 +180,7 @@ async def _judged(record: Record, carrier: Target | None, target: Target | None,
             await see_unused(record, judged, target)
     except Undecided as error:
         raise _unfinished(record, error.evidence) from None
+    refuse_foreign(record, [judged.way], vouched)
     return judged
 
 
@@ -195,8 +205,9 @@ def _unfinished(record: Record, reasons: Sequence[str]) -> Unfinished:
 
 
 async def _ended(record: Record, judged: Judgement, target: Target | None, lock: Lock) -> Recovery:
-    """Do what was judged. Raises CannotRecover, VmState."""
-    image = record.chain.active.file
+    """Do what was judged; nothing is deleted on a record's word. Raises CannotRecover, VmState."""
+    image, was_to_delete = record.chain.active.file, record.policy == "delete"
+    record = replace(record, policy="stash") if was_to_delete else record
     if target is not None and judged.way != "leave":
         known, ours = (await target.layout()).nodes, {image.node for image in record.chain}
         await vmstate.check(target.monitor, [node for name, node in known.items() if name in ours])
@@ -208,6 +219,7 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
             run.notes.append(f"`qmpmerge job {record.target} {record.job} follow` goes on with it")
         elif judged.way == "finish":
             merged = await _finished(run)
+            run.notes += ["nothing is deleted on a record's word: what was to be is stashed"] if was_to_delete else []
             run.notes[:0] = run.operation.advice(merged)
         else:
             await _undone(run, judged)

@@ -99,8 +99,12 @@ class Run:
         it: then only `finish` and `undone` are to come.
 
         Images are known by their files: the QEMU that has them now may have been started since, and call its nodes
-        otherwise.
+        otherwise. Raises ForeignFile.
         """
+        if view is not None and record is not None:
+            from qmpmerge.recovery import claims  # most runs have no record before they write it
+
+            claims.refuse_foreign(record, ("back", "finish"), claims.Vouched.by(view.chain, target))
         if view is None or (record is not None and record.is_done(view.chain)):
             assert record is not None, "what has nothing to show was written down"
             there = set() if view is None else set(view.layout.subtree(view.disk.root))

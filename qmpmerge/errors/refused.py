@@ -382,6 +382,23 @@ class RecordNotBelieved(Refused):
         return {**super()._words(), "path": shlex.quote(self.path)}
 
 
+class ForeignFile(Refused):
+    """
+    To end an earlier merge a file would have to be renamed, or its header written, that only the merge's record names: it lies
+    outside the record's folder, and QEMU does not show it in the chain. A record is a file that somebody may have put there.
+    """
+
+    path: str
+    files: list[str]
+    command: str
+    sentence = "only the record {path} says that {files} is of that merge, outside of its own folder"
+    advice = "if you know that merge, `{command}`; if not, it was none: `mv -nT -- {path} {aside}`"
+
+    def _words(self) -> dict[str, object]:
+        aside = shlex.quote(f"{self.path}.not-believed")
+        return {**super()._words(), "path": shlex.quote(self.path), "aside": aside}
+
+
 class CannotRecord(Refused):
     """The record of what is about to be done could not be written whole, so it was not begun."""
 

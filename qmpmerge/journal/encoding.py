@@ -4,6 +4,7 @@ a guest waits: whatever dies, the old or the new state is there, since it is les
 """
 
 import json
+import os
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -11,12 +12,13 @@ from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.state import RECORDED, State
 from qmpmerge.errors import Error
+from qmpmerge.images import files
 from qmpmerge.images.files import Seen
 from qmpmerge.journal import stash
 from qmpmerge.journal.record import Record
 from qmpmerge.processes.proc import Process
 
-SCHEMA = 2
+SCHEMA = 3
 _STATE_BYTES = 256
 _PLAIN = ("policy", "target", "disk", "device", "job", "base", "top", "is_live", "since", "old_nodes", "base_driver")
 _IMAGE = ("file", "format", "virtual_size", "backing", "backing_format", "inode", "node", "is_renamed")
@@ -47,6 +49,8 @@ def decode(path: str, data: bytes) -> Record:
         entry = {**json.loads(rest), **json.loads(state)}
         if entry["schema"] != SCHEMA:
             raise NoRecord(f"it is of schema {entry['schema']!r}, this qmpmerge reads schema {SCHEMA}")
+        if not _is_its_place(path, str(entry["path"])):
+            raise NoRecord(f"it was written to lie at {entry['path']}")
         return _checked(_record(path, entry))
     except NoRecord:
         raise
@@ -54,9 +58,16 @@ def decode(path: str, data: bytes) -> Record:
         raise NoRecord("it makes no sense") from None
 
 
+def _is_its_place(path: str, written: str) -> bool:
+    """One that was moved, or copied with the images, tells of others than those that lie beside it now."""
+    (here, name), (there, its_name) = os.path.split(path), os.path.split(written)
+    return name == its_name and (here == there or files.inode(here) == files.inode(there) is not None)
+
+
 def _fixed(record: Record) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
+        "path": record.path,
         **{key: getattr(record, key) for key in _PLAIN},
         "qemu": vars(record.qemu) if record.qemu else None,
         "tool": vars(record.tool) if record.tool else None,
@@ -109,7 +120,9 @@ def _checked(record: Record) -> Record:
     """Nobody can have us rename a file to anything but its own stashed name: it is from that that we take its own."""
     if record.state not in RECORDED or record.policy not in get_args(Policy) or record.plan.is_empty:
         raise ValueError(record.state)
-    if not all(record.chain[index].has_path and stash.can_be_stashed(name) for index, name in record.away.items()):
+    merged = range(record.base + 1, record.top + 1)
+    named = [index in merged and record.chain[index].has_path for index in record.away]
+    if not (all(named) and all(map(stash.can_be_stashed, record.away.values()))):
         raise ValueError(record.away)
     return record
 

@@ -76,6 +76,7 @@ def write(record: "Record") -> "Record":
     is_first = not os.path.lexists(record.path)
     files.write(record.path, data)
     try:
+        _refuse_what_anybody_writes(record.path)
         files.sync_folder(record.path)
     except OSError:
         if is_first:
@@ -83,6 +84,14 @@ def write(record: "Record") -> "Record":
                 files.remove(record.path)
         raise
     return record
+
+
+def _refuse_what_anybody_writes(path: str) -> None:
+    """A filesystem that knows no owners or modes: nothing that lies there could be believed. Raises PermissionError."""
+    try:
+        _refuse_what_is_no_record(os.lstat(path))
+    except ValueError as error:
+        raise PermissionError(errno.EPERM, str(error), path) from None
 
 
 def mark(record: "Record") -> "Record":
@@ -145,6 +154,10 @@ def _refuse_what_is_no_record(status: os.stat_result) -> None:
         raise ValueError("it is no regular file")
     if status.st_uid not in (os.geteuid(), 0):
         raise ValueError(f"it belongs to another user (uid {status.st_uid})")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError("others than its owner may write to it")
+    if status.st_nlink > 1:
+        raise ValueError("it has another name elsewhere (a hard link)")
     if status.st_size > LARGEST:
         raise ValueError(f"it has {status.st_size} bytes, more than any record")
 

@@ -6,7 +6,7 @@ Which records are meant is found out here; `engine.resume` brings each to an end
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.engine import resume
@@ -28,20 +28,28 @@ def verdict_of(found: Sequence[Recovery]) -> str:
 
 
 async def recover(
-    path: "str | os.PathLike[str]", *, use: Use | None = None, dry_run: bool = False, trace: Trace | None = None
+    path: "str | os.PathLike[str]",
+    *,
+    use: Use | None = None,
+    allow: Collection[str] = (),
+    dry_run: bool = False,
+    trace: Trace | None = None,
 ) -> list[Recovery]:
     """
     Put right every merge that was not finished at `path`: the name that a VM is started from, even if nothing has it any
     more, another image of the chain, or a folder.
 
-    `use` decides where the evidence does not. Raises NothingThere, RecordNotBelieved, Undecided, Locked, CannotRecover, and
-    what the live door raises where the QEMU that carried the merge out still runs.
+    `use` decides where the evidence does not. `allow` are folders and files that a record may have us rename besides those in
+    its own folder. Nothing is deleted: a merge that was to delete what it merged is finished as one that stashes it.
+
+    Raises NothingThere, RecordNotBelieved, ForeignFile, Undecided, Locked, CannotRecover, and what the live door raises where
+    the QEMU that carried the merge out still runs.
     """
     path = os.path.abspath(path)
     records = store.believed(_concerned(path))
     if not records:
         return [_nothing(path)]
-    return [await resume.recover(record, use, dry_run=dry_run, trace=trace) for record in records]
+    return [await resume.recover(record, use, allow=allow, dry_run=dry_run, trace=trace) for record in records]
 
 
 def _concerned(path: str) -> list[Found]:

@@ -111,7 +111,9 @@ async def offline(
             _refuse_used(layers, users)
         async with daemon.session(trace=trace) as session:
             await _open(session, layers, write=write, secret=secret)
-            yield OfflineTarget(session, image, layers, users)
+            target = OfflineTarget(session, image, layers, users)
+            target.allowed = tuple(allow)
+            yield target
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:

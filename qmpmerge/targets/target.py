@@ -40,7 +40,8 @@ class ChainView:
 
 class Target:
     """
-    Disks and the QMP session to them. `name` is what the user called it.
+    Disks and the QMP session to them. `name` is what the user called it, `allowed` are the files and folders that headers, and
+    records, may name besides those of the image.
 
     `is_live` says that somebody else, a guest, can write to the disks at any time.
     """
@@ -50,6 +51,7 @@ class Target:
     def __init__(self, session: Monitor, name: str, connect: Callable[[], Awaitable[Monitor]] | None = None) -> None:
         self.monitor = session
         self.name = name
+        self.allowed: tuple[str, ...] = ()
         self._connect = connect
         self._files: dict[tuple[int | None, str], Inode] = {}
 

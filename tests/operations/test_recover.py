@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,10 @@ import pytest
 from rig.command import Begun, invoke
 from rig.disks import KINDS, drive
 from rig.folder import live, names
+from rig.left import chain_of, record
 from rig.machines import MIB, Content, fill, make_chain, run
 
 import qmpmerge
-from qmpmerge.chain import plan
 from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob, resume
@@ -33,9 +32,8 @@ from qmpmerge.errors import (
     Unfinished,
 )
 from qmpmerge.images import files
-from qmpmerge.journal import locks, merged_files, stash, store
+from qmpmerge.journal import locks, merged_files, store
 from qmpmerge.journal.record import Record
-from qmpmerge.processes import proc
 from qmpmerge.qemu import jobs
 from qmpmerge.targets.target import unfinished
 
@@ -63,26 +61,10 @@ class Left:
 
     def merge(self, top: str = "[4]", policy: Policy = "stash") -> Record:
         """A record of somebody who is dead by now; base holds all data, and nothing was switched."""
-        chain = read(self.images)
-        base, last = chain.base, chain.find(top)
-        self.commit_data(chain.index(last))
-        with subprocess.Popen(["sleep", "60"]) as sleeper:
-            process = proc.process(sleeper.pid)
-            sleeper.kill()
-        planned = plan.commit(chain, base=base.file, top=last.file)
-        told = Record(
-            path=store.path_of(str(self.images[3])),
-            target="/nowhere",
-            disk="vda",
-            job="qmpmerge-commit-vda",
-            chain=chain,
-            base=1,
-            top=chain.index(planned.top),
-            policy=policy,
-            qemu=process,
-            tool=process,
-            away=stash.names_away(chain, 1, chain.index(planned.top)),
-        )
+        chain = chain_of(self.images)
+        last = chain.index(chain.find(top))
+        self.commit_data(last)
+        told = record(self.images, last, policy=policy)
         return store.write(told)
 
     def commit_data(self, top: int) -> None:
@@ -113,22 +95,6 @@ class Left:
         before = bytes(self.content.data)
         self.write(image, 0x99)
         self.content.data[:] = before
-
-
-def read(images: list[Path]) -> qmpmerge.Chain:
-    found = []
-    below: Path | None = None
-    for image in images:
-        status = image.stat()
-        backing = (below.name, below.suffix[1:]) if below else (None, None)
-        found.append(
-            qmpmerge.Image(
-                str(image), image.suffix[1:], 8 * MIB, backing=backing[0], backing_format=backing[1],
-                inode=(status.st_dev, status.st_ino),
-            )
-        )  # fmt: skip
-        below = image
-    return qmpmerge.Chain(tuple(found))
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,9 @@ def resuming(
 
             if error.path != target:
                 raise
-            outcome = await resume.settle_image(target, trace=output.trace if options.verbose else None)
+            outcome = await resume.settle_image(
+                target, allow=options.allow, trace=output.trace if options.verbose else None
+            )
         if outcome is None:
             return await begun(output)
         output.commit(outcome)

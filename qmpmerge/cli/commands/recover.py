@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     type=click.Choice(["base", "top"]),
     help="Where the evidence does not decide: you have looked, and this one holds the last writes.",
 )
+@click.option(
+    "--allow",
+    multiple=True,
+    metavar="PATH",
+    help="A folder or file that the record may name, besides what lies in the record's own folder.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, change nothing.")
 @shared
 def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> int:
@@ -28,7 +34,8 @@ def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> in
 
     PATH is the image that the VM is started from, even if it is not there any more, another image of its chain, or a
     folder. The record that the merge has left, QEMU where it still runs, the headers and the contents tell which image
-    is right; where they do not, nothing is changed and the evidence is shown. Can be run again at any time.
+    is right; where they do not, nothing is changed and the evidence is shown. Can be run again at any time. Nothing is
+    deleted, and a file outside the record's folder is renamed only with --allow.
 
     \b
     Examples:
@@ -38,7 +45,7 @@ def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> in
     \b
     Exit codes:
       0    done, planned, unchanged
-      3    refused: another qmpmerge is at work, or somebody runs from the image
+      3    refused: another qmpmerge is at work, somebody runs from the image, or the record names files elsewhere
       4    no session with the QEMU that carried the merge out, and which still runs
       6    unknown: the evidence does not decide, see --use
       7    a job is at work: the command to follow it is printed
@@ -48,7 +55,7 @@ def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> in
         from qmpmerge.operations import recover as operation
 
         trace = output.trace if options.verbose else None
-        found = await operation.recover(path, use=use, dry_run=dry_run, trace=trace)
+        found = await operation.recover(path, use=use, allow=options.allow, dry_run=dry_run, trace=trace)
         output.recovered(found)
         return operation.verdict_of(found)
 
