@@ -18,7 +18,7 @@ from qmpmerge.images.dependents import Dependent, Look
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Note
 from qmpmerge.journal.record import Record
-from qmpmerge.journal.store import Disbelieved, Found
+from qmpmerge.journal.store import Disbelieved, Found, Unlisted
 from qmpmerge.processes import holders
 
 _LOCK = re.compile(r"\.(?P<image>.+)\.qmpmerge-lock", re.DOTALL)
@@ -66,9 +66,14 @@ _UNSETTLED: tuple[Severity, str] = (
 
 
 def _unsettled(found: Found) -> Finding:
+    if isinstance(found, Unlisted):
+        return Finding(
+            "not-looked-at", "note", found.path, found.reason, f"what a merge left could lie there: {found.cure}"
+        )
     if isinstance(found, Disbelieved):
         what = f"the record of a merge of {found.image} that is not believed: {found.reason}"
         why = "which image is right is not known, so nothing is merged, recovered or cleaned here while it lies there"
+        why = f"{why}: {found.cure}"
         return Finding("unsettled", "harm", found.path, what, why)
     image = found.chain.active.file
     severity, why = _STATES.get(found.state, _UNSETTLED)

@@ -372,14 +372,9 @@ class RecordNotBelieved(Refused):
     image: str
     path: str
     reason: str
+    cure: str
     sentence = "whether a merge of {image} was left unfinished is not known: {path} is not believed ({reason})"
-    advice = (
-        "find out who wrote it, and which image is right (`qmpmerge doctor` shows what lies there); then, or where no merge "
-        "was under way: `rm -f -- {path}`"
-    )
-
-    def _words(self) -> dict[str, object]:
-        return {**super()._words(), "path": shlex.quote(self.path)}
+    advice = "{cure}"
 
 
 class ForeignFile(Refused):

@@ -29,6 +29,10 @@ class NoRecord(ValueError):
     """These bytes are no record that could be believed; the words say why."""
 
 
+class OtherSchema(NoRecord):
+    """Another version of qmpmerge has written it."""
+
+
 def encode(record: Record) -> bytes:
     """The whole record."""
     return state_line(record) + json.dumps(_fixed(record)).encode() + b"\n"
@@ -48,7 +52,7 @@ def decode(path: str, data: bytes) -> Record:
     try:
         entry = {**json.loads(rest), **json.loads(state)}
         if entry["schema"] != SCHEMA:
-            raise NoRecord(f"it is of schema {entry['schema']!r}, this qmpmerge reads schema {SCHEMA}")
+            raise OtherSchema(f"it is of schema {entry['schema']!r}, this qmpmerge reads schema {SCHEMA}")
         if not _is_its_place(path, str(entry["path"])):
             raise NoRecord(f"it was written to lie at {entry['path']}")
         return _checked(_record(path, entry))

@@ -9,6 +9,7 @@ Most disks have none, and need not wait for what a record is made of: `encoding`
 import contextlib
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,16 +29,29 @@ LARGEST = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Disbelieved:
-    """What lies at `path` under the name of a record of `image`, and why it is not believed."""
+    """What lies at `path` under the name of a record of `image`, why it is not believed, and what to do: `cure`."""
 
     path: str
     image: str
     reason: str
+    cure: str
 
     def concerns(self, inodes: set[Inode]) -> bool:
         """Whether it may: not where the image that it lies beside is there, and is none of these files."""
         found = files.inode(self.image)
         return found is None or found in inodes
+
+
+class Unlisted(Disbelieved):
+    """A folder in which there may be records of any image, for we may not look."""
+
+    def concerns(self, inodes: set[Inode]) -> bool:
+        """Always."""
+        return True
+
+
+class _OfAnother(ValueError):
+    """It belongs to another user."""
 
 
 Found: TypeAlias = "Record | Disbelieved"
@@ -133,7 +147,25 @@ def read(path: str) -> "Found | None":
         return None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Disbelieved(path, image, reason)
+        return Disbelieved(path, image, reason, _cure(path, image, error))
+
+
+def _cure(path: str, image: str, error: OSError | ValueError) -> str:
+    """What to do about it, by why it is not believed; nothing is ever lost by it."""
+    from qmpmerge.journal import encoding
+
+    recover = shlex.join(["qmpmerge", "recover", image])
+    aside = shlex.join(["mv", "-nT", "--", path, f"{path}.not-believed"])
+    if isinstance(error, PermissionError):
+        return f"run `{recover}` as root, or as who wrote it"
+    if isinstance(error, OSError):
+        return "see that its storage can be read, then run the same command again"
+    first = f"find out who wrote it, and which image is right (`qmpmerge doctor {shlex.quote(os.path.dirname(path))}`)"
+    if isinstance(error, _OfAnother):
+        first = f"run `{recover}` as that user, if you trust whoever that is"
+    elif isinstance(error, encoding.OtherSchema):
+        first = f"run `{recover}` of the qmpmerge that wrote it"
+    return f"{first}; once that is settled, or where no merge was under way: `{aside}`"
 
 
 def _content(path: str) -> bytes:
@@ -153,7 +185,7 @@ def _refuse_what_is_no_record(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no regular file")
     if status.st_uid not in (os.geteuid(), 0):
-        raise ValueError(f"it belongs to another user (uid {status.st_uid})")
+        raise _OfAnother(f"it belongs to another user (uid {status.st_uid})")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError("others than its owner may write to it")
     if status.st_nlink > 1:
@@ -168,21 +200,31 @@ def beside(image: str) -> "Found | None":
 
 
 def in_folder(folder: str) -> list[Found]:
-    """All that lie in a folder, by name."""
+    """All that lie in a folder, by name; one Unlisted where we may not look."""
     try:
         names = sorted(os.listdir(folder))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        cure = "run the same command as somebody who may list it, as root does"
+        return [Unlisted(folder, folder, f"it cannot be listed: {error.strerror}", cure)]
     found = [read(os.path.join(folder, name)) for name in names if name.startswith(_START) and name.endswith(_END)]
     return [one for one in found if one is not None]
 
 
 def about(chain: Chain) -> list[Found]:
-    """Those in the chain's folders that tell, or may tell, of a merge of one of its images."""
+    """
+    Those in the chain's folders that tell, or may tell, of a merge of one of its images. Where a folder cannot be listed, those
+    that lie beside the images: others are of images that the chain has no more.
+    """
     inodes = {image.inode for image in chain if image.inode is not None}
     names = [name for image in chain if image.has_path for name in (image.file, files.real(image.file))]
     folders = dict.fromkeys(map(os.path.dirname, names))
-    return [found for folder in folders for found in in_folder(folder) if found.concerns(inodes)]
+    listed = {folder: in_folder(folder) for folder in folders}
+    blind = {folder for folder, found in listed.items() if any(isinstance(one, Unlisted) for one in found)}
+    beside_them = [read(path) for path in dict.fromkeys(map(path_of, names)) if os.path.dirname(path) in blind]
+    seen = [one for folder in folders if folder not in blind for one in listed[folder]]
+    return [found for found in (*seen, *beside_them) if found is not None and found.concerns(inodes)]
 
 
 def believed(found: "Iterable[Found]") -> "list[Record]":
@@ -190,6 +232,6 @@ def believed(found: "Iterable[Found]") -> "list[Record]":
     records = []
     for one in found:
         if isinstance(one, Disbelieved):
-            raise RecordNotBelieved(image=one.image, path=one.path, reason=one.reason)
+            raise RecordNotBelieved(image=one.image, path=one.path, reason=one.reason, cure=one.cure)
         records.append(one)
     return records

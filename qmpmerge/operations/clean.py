@@ -98,7 +98,7 @@ def _needed_by(file: str) -> str | None:
     """The merge that was not finished and may need the file; what is not known is no reason to remove it."""
     for found in store.in_folder(os.path.dirname(file)):
         if isinstance(found, Disbelieved):
-            return f"{found.path} is not believed ({found.reason}), and may tell of a merge that needs it"
+            return f"{found.path} is not believed ({found.reason}), and may tell of a merge that needs it: {found.cure}"
         if file in found.away.values():
             return "a merge that was not finished may need it"
     return None

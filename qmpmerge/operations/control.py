@@ -10,7 +10,7 @@ from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.engine import earlier, resume
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
-from qmpmerge.errors import InUse, JobVerb, Locked, NoSuchJob, Unfinished, VmState
+from qmpmerge.errors import ForeignFile, InUse, JobVerb, Locked, NoSuchJob, Unfinished, VmState
 from qmpmerge.journal import store
 from qmpmerge.journal.record import Record
 from qmpmerge.operations import follow
@@ -78,13 +78,17 @@ async def control(
 
 
 async def _see_that_it_may_end(target: Target, job_id: str) -> None:
-    """QEMU opens base by its name again when a job ends (see `LeftDisplaced`). Raises Replaced."""
+    """
+    QEMU opens base by its name again when a job ends (see `LeftDisplaced`), and names that a merge of ours took away come back.
+    Raises Replaced, RecordNotBelieved.
+    """
     layout = await target.layout()
     edges = layout.job_edges.get(job_id, {})
     for disk in layout.disks:
         if disk.chain is not None and disk.job is not None and disk.job.id == job_id:
             base = [image for image in disk.chain if image.node in edges.get("base", edges.get("target", []))]
-            record = earlier.of_job(_records(disk.chain), disk.job)
+            records = store.believed(store.about(disk.chain)) if disk.job.ours else []
+            record = earlier.of_job(records, disk.job)
             earlier.refuse_astray(target, await target.view(layout, disk.name), record, *base)
 
 
@@ -94,7 +98,7 @@ async def _settle(target: Target, job_id: str) -> None:
     for disk in layout.disks:
         if disk.chain is not None:
             records = [record for record in _records(disk.chain) if record.job == job_id]
-            with contextlib.suppress(Unfinished, Locked, VmState, InUse):  # for `recover` to look at
+            with contextlib.suppress(Unfinished, ForeignFile, Locked, VmState, InUse):  # for `recover` to look at
                 await resume.settle(target, await target.view(layout, disk.name), records)
 
 

@@ -77,12 +77,13 @@ async def snapshot(
     asks for it. `agent` is the socket of the guest agent: the guest's filesystems are frozen for the moment of the
     snapshot. `force` can hold ``in-use``: who else has an active image open may see it.
 
-    Raises VmState, FileExists, CannotCreate, Busy, Temporary, Replaced, InUse, BackingString, QemuRefused, AgentFailed;
-    NotProven when a fresh look does not show the overlays.
+    Raises VmState, RecordNotBelieved, FileExists, CannotCreate, Busy, Temporary, Replaced, InUse, BackingString, QemuRefused,
+    AgentFailed; NotProven when a fresh look does not show the overlays.
     """
     layout = await _without_ended_jobs(target, files)
     nodes = [node for disk in files for node in layout.nodes_of(layout.find(disk, target.name))]
     await vmstate.check(target.monitor, nodes)
+    _refuse_unknown(target, layout, files)
     await _refuse_used(target, layout, files, force)
     orders = [_order(target, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
     _refuse_twice(orders)
@@ -100,6 +101,12 @@ async def _without_ended_jobs(target: Target, disks: Iterable[str]) -> Layout:
         records = store.believed(store.about(view.chain))
         await earlier.without_concluded(target, view, records, lambda progress: None)
     return await target.layout()
+
+
+def _refuse_unknown(target: Target, layout: Layout, disks: Iterable[str]) -> None:
+    """What an earlier merge has left must not be buried. Raises RecordNotBelieved."""
+    chains = [layout.find(disk, target.name).chain for disk in disks]
+    store.believed([found for chain in chains if chain is not None for found in store.about(chain)])
 
 
 async def _refuse_used(target: Target, layout: Layout, disks: Iterable[str], force: Collection[str]) -> None:

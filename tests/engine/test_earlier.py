@@ -303,6 +303,8 @@ async def test_a_record_that_is_not_believed_is_unknown_and_not_nothing(
     assert "is not believed" in (cleaned.kept or "")
     async with setup.target() as target:
         assert "record-not-believed" in [odd.name for odd in (await target.chain()).oddities]
+        with pytest.raises(RecordNotBelieved):
+            await qmpmerge.snapshot(target, {setup.disk: str(images[0].parent / "new.qcow2")})
     assert record.exists() and Path(f"{images[3]}.merged").exists()
     assert subprocess.run(shlex.split(refused.value.hint.rpartition("`")[0].rpartition("`")[2])).returncode == 0
     assert (await commit(setup))[0].verdict == "unchanged"
