@@ -1,5 +1,6 @@
 """What is mounted where, as our own mount namespace shows it."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ class Mount:
 
 def mounts() -> list[Mount]:
     """All mounts, in the order in which they were made; raises OSError."""
-    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
-        return [_mount(line) for line in file]
+    with open("/proc/self/mountinfo", "rb") as file:  # as text it would have lines that end with a carriage return
+        return [_mount(os.fsdecode(line)) for line in file]
 
 
 def _mount(line: str) -> Mount:

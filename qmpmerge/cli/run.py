@@ -127,6 +127,8 @@ def on_target(
         }
         try:
             async with opened(target, secret=secret, **given) as opened_target:
+                for note in opened_target.notes:
+                    output.note(note)
                 return await work(opened_target, output)
         except NeedsSecret as error:
             if secret is not None or not sys.stdin.isatty():

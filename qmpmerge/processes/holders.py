@@ -109,7 +109,7 @@ def _connections() -> list[_Connection]:
         output = subprocess.run(["ss", "-xepnH"], capture_output=True, timeout=_SS_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = map(_ROW.match, os.fsdecode(output).splitlines())
+    rows = map(_ROW.match, os.fsdecode(output).split("\n"))
     return [_connection(*row.groups(default="")) for row in rows if row is not None]
 
 

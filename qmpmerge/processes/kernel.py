@@ -138,7 +138,7 @@ class _Lying:
 
     def __init__(self) -> None:
         self._mounts = [(mount, _source(mount)) for mount in reversed(mounts())]
-        names = [line.split(" ")[0].split("\t")[0] for line in proc.read_text("/proc/swaps").splitlines()[1:]]
+        names = [line.split(" ")[0].split("\t")[0] for line in proc.read_text("/proc/swaps").split("\n")[1:]]
         self._swaps = [(name, proc.identity(name)) for name in map(plain, names)]
 
     def on_device(self, number: str) -> list[_Thing]:

@@ -10,6 +10,8 @@ import os
 import stat
 from dataclasses import dataclass
 
+from qmpmerge.processes import proc
+
 _DAC_OVERRIDE = 1 << 1
 _FS_IOC_GETFLAGS = 0x80086601
 _ATTRIBUTES = {0x10: "it is immutable (`chattr +i`)", 0x20: "it is append-only (`chattr +a`)"}
@@ -92,12 +94,12 @@ def _has_access_list(path: str) -> bool:
 
 def _credentials(pid: int) -> _Credentials | None:
     try:
-        with open(f"/proc/{pid}/status") as file:
-            lines = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+        rows = proc.read_text(f"/proc/{pid}/status").split("\n")
+        lines = dict(row.split(":\t", 1) for row in rows if ":\t" in row)
         return _Credentials(
             user=int(lines["Uid"].split()[3]),
             groups=frozenset(map(int, [lines["Gid"].split()[3], *lines["Groups"].split()])),
             overrides=bool(int(lines["CapEff"], 16) & _DAC_OVERRIDE),
         )
-    except (OSError, KeyError, ValueError):
+    except (KeyError, ValueError):
         return None

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from qmpmerge.chain.chain import Inode
 
 _MOST_LINKS = 40  # MAXSYMLINKS in include/linux/namei.h
+# As unix_seq_show in net/unix/af_unix.c writes it: flags, inode, name.
+_UNIX_ROW = re.compile(
+    r"[0-9a-f]+: [0-9A-F]{8} [0-9A-F]{8} ([0-9A-F]{8}) [0-9A-F]{4} [0-9A-F]{2} +(\d+) (.+)", re.DOTALL
+)
+_ACCEPTS = 0x10000  # __SO_ACCEPTCON in include/linux/net.h
 
 Identity = tuple[str, int, int]
 """Which file or device it is, whatever it is called."""
@@ -158,10 +163,10 @@ def command_name(pid: int) -> str:
 
 
 def read_text(path: str) -> str:
-    """A file of /proc; empty where it cannot be read."""
+    """A file of /proc, with names as they are (a carriage return is no line end); empty where it cannot be read."""
     try:
-        with open(path, errors="surrogateescape") as file:
-            return file.read()
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read())
     except OSError:
         return ""
 
@@ -171,12 +176,39 @@ def executable(pid: int) -> str:
     return read_link(f"/proc/{pid}/exe")
 
 
-def bound_sockets(pid: int) -> list[tuple[str, str]]:
-    """The listening UNIX sockets that have a name in the filesystem: ``socket:[INODE]`` and absolute path."""
-    accepts = 0x10000  # __SO_ACCEPTCON in include/linux/net.h
-    rows = [line.split(maxsplit=7) for line in read_text(f"/proc/{pid}/net/unix").splitlines()[1:]]
-    named = [row for row in rows if len(row) == 8 and int(row[3], 16) & accepts and not row[7].startswith("@")]
-    return [(f"socket:[{row[6]}]", os.path.join(cwd(pid) or "", row[7])) for row in named]
+def bound_path(pid: int, socket: str) -> str:
+    """
+    Where the listening UNIX socket ``socket:[INODE]`` of a process is bound in the filesystem; "" where that is not certain.
+
+    /proc/net/unix has names as they are, and a name may hold a line end and all of a row: so anybody can write rows. A row is
+    believed where its path is a socket that belongs to root, to us or to the process's user, and no other one is like it.
+    """
+    owners = {0, os.geteuid(), user_id(pid)}
+    rows = map(_UNIX_ROW.fullmatch, read_text(f"/proc/{pid}/net/unix").split("\n"))
+    named = [
+        row[3] for row in rows if row is not None and int(row[1], 16) & _ACCEPTS and f"socket:[{row[2]}]" == socket
+    ]
+    paths = [os.path.join(cwd(pid) or "", name) for name in named if not name.startswith("@")]
+    found = {path for path in paths if path.startswith("/") and _socket_owner(path) in owners}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _socket_owner(path: str) -> int | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_uid if stat.S_ISSOCK(status.st_mode) else None
+
+
+def user_id(pid: int) -> int | None:
+    """
+    Who started the process, its real user id; None when it is gone.
+
+    A program that is set-uid runs as root for anybody, and the owner of its folder in /proc is root too.
+    """
+    found = re.search(r"^Uid:\t(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    return int(found[1]) if found is not None else None
 
 
 def read_link(path: str) -> str:

@@ -9,7 +9,7 @@ or may not be looked at is left out, and nothing raises for it.
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qmpmerge.errors import AmbiguousName, NoMonitor, NoSuchTarget
@@ -33,7 +33,10 @@ class Vm:
 
     `monitors` are its QMP monitors as TARGET takes them: absolute socket paths and ``tcp:HOST:PORT``. Libvirt's own is
     the last, because libvirt never lets go of it. `name` is that of ``-name``, "" without. `started` is in seconds
-    since the epoch.
+    since the epoch. `namesakes` are the pids of others of its name that `find` has passed over.
+
+    All of it is what the process says: anybody can start one with any command line. Only the kernel's word, `is_foreign`
+    (started by neither us nor root), cannot be chosen.
     """
 
     pid: int
@@ -43,6 +46,8 @@ class Vm:
     user: str
     program: str
     started: float
+    is_foreign: bool = False
+    namesakes: tuple[int, ...] = ()
 
     @property
     def monitor(self) -> str:
@@ -67,7 +72,8 @@ def vm_of(pid: int) -> Vm | None:
 
 def find(name: str) -> Vm:
     """
-    The one QEMU of this name, with at least one monitor.
+    The one QEMU of this name, with at least one monitor. Of several the only one that was started by us or by root, since
+    anybody can call a process so.
 
     A second QEMU started with the same socket path takes that path over, so compare `Vm.pid` with the pid of the
     session. Raises NoSuchTarget, AmbiguousName, NoMonitor.
@@ -75,9 +81,11 @@ def find(name: str) -> Vm:
     found = [vm for vm in vms() if name and vm.name == name]
     if not found:
         raise NoSuchTarget(target=name)
-    if len(found) > 1:
+    meant = [vm for vm in found if not vm.is_foreign] if len(found) > 1 else found
+    if len(meant) != 1:
         raise AmbiguousName(target=name, pids=[vm.pid for vm in found])
-    return _with_monitor(found[0], name)
+    namesakes = tuple(vm.pid for vm in found if vm not in meant)
+    return replace(_with_monitor(meant[0], name), namesakes=namesakes)
 
 
 def find_pid(pid: int) -> Vm:
@@ -150,6 +158,7 @@ def _vm(process: "psutil.Process", line: CommandLine) -> Vm:
         user=process.username(),
         program=line.program,
         started=process.create_time(),
+        is_foreign=process.uids().real not in (0, os.geteuid()),
     )
 
 
@@ -192,7 +201,7 @@ def _is_there(address: str) -> bool:
         os.stat(address)
     except PermissionError:
         return True
-    except OSError:
+    except (OSError, ValueError):  # whoever runs a process writes its command line
         return False
     return True
 
@@ -205,5 +214,4 @@ def _resolved(address: str, pid: int) -> str:
     """``fd:N`` as the path that the socket was bound to, "" where the kernel does not tell; all else as it is."""
     if not address.startswith("fd:"):
         return address
-    link = proc.read_link(f"/proc/{pid}/fd/{address.removeprefix('fd:')}")
-    return next((path for socket, path in proc.bound_sockets(pid) if socket == link), "")
+    return proc.bound_path(pid, proc.read_link(f"/proc/{pid}/fd/{address.removeprefix('fd:')}"))

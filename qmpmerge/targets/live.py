@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from qmpmerge.errors import LibvirtManaged, MonitorSilent, MonitorTaken, NoSuchTarget
 from qmpmerge.qemu import connect, monitor
 from qmpmerge.qemu.monitor import Trace
 from qmpmerge.sockets import Address
 from qmpmerge.targets.target import Target
+
+if TYPE_CHECKING:
+    from qmpmerge.processes.vms import Vm
 
 
 @contextlib.asynccontextmanager
@@ -30,7 +34,8 @@ async def live(
     unless `force` holds ``libvirt``.
     """
     target = os.fspath(target)
-    address, pid = find(target)
+    address, vm = find(target)
+    pid = None if vm is None else vm.pid
     if "libvirt" not in force:
         _refuse_libvirt(pid, target)
     try:
@@ -38,6 +43,9 @@ async def live(
     except MonitorSilent as error:
         raise await _with_holder(error, address) from None
     live_target = Target(session, target, lambda: connect.connect(address, timeout=timeout, trace=trace))
+    if vm is not None and vm.namesakes:
+        others = ", ".join(map(str, vm.namesakes))
+        live_target.notes.append(f"{target} is pid {vm.pid}: others of this name (pid {others}) run as other users")
     try:
         if pid is not None and session.pid not in (None, pid):
             raise MonitorTaken(target=target, pid=pid, other=session.pid)
@@ -48,9 +56,9 @@ async def live(
         await live_target.monitor.close()
 
 
-def find(target: str) -> tuple[Address, int | None]:
+def find(target: str) -> "tuple[Address, Vm | None]":
     """
-    The address that `target` means, and the pid where it means a process. A path that exists is never taken for a name.
+    The address that `target` means, and the QEMU where it means a process. A path that exists is never taken for a name.
 
     Raises NoSuchTarget, AmbiguousName, NoMonitor.
     """
@@ -66,7 +74,7 @@ def find(target: str) -> tuple[Address, int | None]:
 
     by_pid = target.startswith("pid:") and target[4:].isdigit()
     vm = vms.find_pid(int(target[4:])) if by_pid else vms.find(target)
-    return (_tcp(vm.monitor) if vm.monitor.startswith("tcp:") else vm.monitor), vm.pid
+    return (_tcp(vm.monitor) if vm.monitor.startswith("tcp:") else vm.monitor), vm
 
 
 def _tcp(target: str) -> Address:

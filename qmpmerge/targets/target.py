@@ -43,7 +43,8 @@ class Target:
     Disks and the QMP session to them. `name` is what the user called it, `allowed` are the files and folders that headers, and
     records, may name besides those of the image.
 
-    `is_live` says that somebody else, a guest, can write to the disks at any time.
+    `is_live` says that somebody else, a guest, can write to the disks at any time. `notes` is what the user should know of
+    how it was found.
     """
 
     is_live = True
@@ -52,6 +53,7 @@ class Target:
         self.monitor = session
         self.name = name
         self.allowed: tuple[str, ...] = ()
+        self.notes: list[str] = []
         self._connect = connect
         self._files: dict[tuple[int | None, str], Inode] = {}
 

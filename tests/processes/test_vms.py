@@ -82,7 +82,8 @@ def test_socket_of_a_chardev(tmp_path: Path, name: str) -> None:
 
 
 def test_socket_that_was_passed_in(tmp_path: Path, name: str) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as odd:
+        odd.bind("\0x\na b c no-number d e f /g")  # as anybody can
         listener.bind(str(tmp_path / "q"))
         listener.listen()
         number = listener.fileno()

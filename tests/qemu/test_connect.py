@@ -828,6 +828,12 @@ async def test_a_monitor_on_a_port(tmp_path: Path, host: str, target: str) -> No
 # --- what a target means ------------------------------------------------------------------------------------------
 
 
+def meant(target: str) -> tuple[Address, int]:
+    address, vm = live.find(target)
+    assert vm is not None
+    return address, vm.pid
+
+
 @pytest.mark.parametrize(
     ("target", "address"),
     [
@@ -887,7 +893,7 @@ def name(tmp_path: Path) -> str:
 async def test_a_running_qemu_is_found_by_its_name_and_by_its_pid(tmp_path: Path, name: str) -> None:
     with machine(tmp_path, "-name", name) as vm:
         for word in (name, f"pid:{vm.process.pid}"):
-            assert live.find(word) == (vm.target, vm.process.pid)
+            assert meant(word) == (vm.target, vm.process.pid)
             async with live.live(word) as target:
                 assert target.pid == vm.process.pid and target.name == word
 
@@ -906,7 +912,7 @@ def test_a_path_that_exists_is_never_taken_for_a_name(
         assert live.find(name) == (name, None)
         assert is_image(name)
         os.unlink(name)
-        assert live.find(name) == (vm.target, vm.process.pid)
+        assert meant(name) == (vm.target, vm.process.pid)
 
 
 def test_two_qemus_of_one_name_are_both_listed(tmp_path: Path, name: str) -> None:
