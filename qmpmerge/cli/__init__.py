@@ -1,11 +1,13 @@
 """The command line: parse, call, render."""
 
-import contextlib
 import gc
+import io
 import json
 import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
+
+from qmpmerge.cli import streams
 
 if TYPE_CHECKING:
     import click
@@ -17,6 +19,8 @@ COLLECT_AFTER = 100_000
 
 def main() -> None:
     """The `qmpmerge` command."""
+    _speak_utf8()
+    streams.take()
     gc.set_threshold(COLLECT_AFTER)
     import click
 
@@ -29,20 +33,44 @@ def main() -> None:
         code = error.exit_code
     except click.Abort:
         code = 130
+    except Exception as error:
+        from qmpmerge.cli import bug
+
+        code = bug.show(error, as_json=_wants_json())
     _leave(code if isinstance(code, int) else 0)
+
+
+def _speak_utf8() -> None:
+    """
+    Start anew in Python's UTF-8 mode where the locale is another one.
+
+    QMP and JSON carry names as UTF-8. In Latin-1 the name of an image that QEMU tells would be that of another file, and in
+    ASCII that of none.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode and sys.executable:
+        os.execv(sys.executable, [sys.orig_argv[0], "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
 
 
 def _leave(code: int) -> NoReturn:
     """Exit without taking the interpreter apart, which takes an eighth of a short command's time and frees nothing."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    streams.settle(as_json=_wants_json())
     os._exit(code)
+
+
+def _wants_json() -> bool:
+    return "--json" in sys.argv
 
 
 def _usage(error: "click.ClickException") -> None:
     """A usage error as click shows it; with --json also as the one object on stdout that a program waits for."""
-    error.show()
-    if "--json" in sys.argv:
-        document = {"name": "usage", "message": error.format_message(), "hint": "see `qmpmerge --help`", "facts": {}}
-        sys.stdout.write(json.dumps({"schema": 1, "verdict": "usage", "error": document}) + "\n")
+    from qmpmerge.cli.render.visible import visible
+
+    shown = io.StringIO()
+    error.show(shown)
+    text = "".join(f"{visible(line)}\n" for line in shown.getvalue().rstrip("\n").split("\n"))
+    if not _wants_json():
+        streams.complain(text)
+        return
+    sys.stderr.write(text)
+    document = {"name": "usage", "message": error.format_message(), "hint": "see `qmpmerge --help`", "facts": {}}
+    sys.stdout.write(json.dumps({"schema": 1, "verdict": "usage", "error": document}) + "\n")

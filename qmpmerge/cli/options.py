@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
@@ -45,15 +45,15 @@ class Options:
     secret: str | None = None
     patience: Patience = field(default_factory=Patience)
 
-    def output(self) -> "Output":
-        """The renderer they ask for, on this process's streams."""
+    def output(self, err: TextIO | None = None) -> "Output":
+        """The renderer they ask for, on this process's streams; `err` in the place of stderr."""
         if self.json:
             from qmpmerge.cli.render.json import JsonOutput
 
-            return JsonOutput(sys.stdout, sys.stderr, quiet=self.quiet)
+            return JsonOutput(sys.stdout, err or sys.stderr, quiet=self.quiet)
         from qmpmerge.cli.render.text import TextOutput
 
-        return TextOutput(sys.stdout, sys.stderr, quiet=self.quiet)
+        return TextOutput(sys.stdout, err or sys.stderr, quiet=self.quiet)
 
 
 def shared(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ The first Ctrl-C (or SIGTERM) cancels and waits until the old chain is back; a s
 (SIGHUP), leave at once: the job, which is QEMU's, goes on. From the switch to the proof all of them wait.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpmerge.cli import bug, streams
 from qmpmerge.cli.options import Options
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, Offline, SecretUnreadable
@@ -29,20 +29,23 @@ def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     import asyncio
 
     output = options.output()
-    code = 1
     try:
-        try:
-            code = EXIT_CODES[asyncio.run(_interruptible(work, output, options.patience))]
-        except Error as error:
-            code = error.exit_code
-            output.failure(error)
-        finally:
-            output.close()
-        sys.stdout.flush()
-    except OSError:
-        # Whoever read our output has gone; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_CODES[asyncio.run(_interruptible(work, output, options.patience))]
+    except (Error, KeyboardInterrupt) as error:  # the latter until the signals are ours: nothing was begun
+        code = _show(error if isinstance(error, Error) else Cancelled(), options, output)
+    except Exception as error:
+        code = bug.show(error, as_json=options.json)
+    finally:
+        output.close()
     return code
+
+
+def _show(error: Error, options: Options, output: "Output") -> int:
+    """Say it, on stdout where stderr does not take what people find there; returns the exit code."""
+    output.failure(error)
+    if not options.json and streams.is_failing(sys.stderr):
+        options.output(err=sys.stdout).failure(error)
+    return error.exit_code
 
 
 def import_asyncio() -> None:

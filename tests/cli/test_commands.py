@@ -19,6 +19,7 @@ from rig.disks import Setup, device
 from rig.faults import injecting
 from rig.machines import Content, machine, make_chain
 
+from qmpmerge.cli import bug
 from qmpmerge.cli.commands.group import FILES, cli
 from qmpmerge.errors import EXIT_CODES
 
@@ -72,6 +73,21 @@ def failed(setup: Setup) -> Run:
         return command.invoke("commit", second.target, "--json")
 
 
+def with_a_bug(*arguments: str, raising: str = "1 / 0") -> Run:
+    """In looking for the target, which a bug of ours may raise anything from."""
+    program = f"""
+import qmpmerge.targets.live, sys
+def find(target):
+    raise {raising}
+qmpmerge.targets.live.find = find
+sys.argv = ["qmpmerge", *{arguments!r}]
+from qmpmerge.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
 def plainly(*arguments: str) -> Callable[[Setup], Run]:
     return lambda setup: command.invoke(arguments[0], setup.machine.target, *arguments[1:], "--json")
 
@@ -87,6 +103,7 @@ WAYS: dict[str, Callable[[Setup], Run]] = {
         "snapshot", setup.machine.target, f"vda={setup.machine.folder}/new.qcow2", "--json"
     ),
     "done": done,
+    "bug": lambda setup: with_a_bug("disks", "x", "--json"),
     "usage": plainly("commit", "--nonsense"),
     "refused": plainly("commit", "nope"),
     "unreachable": lambda setup: command.invoke("disks", f"{setup.machine.folder}/none", "--json"),
@@ -105,21 +122,30 @@ def test_every_verdict_can_be_reached_and_has_its_exit_code(verdict: str, setup:
 
 
 def test_the_table_is_complete() -> None:
-    assert table() == {**EXIT_CODES, "usage": 2}
+    assert table() == {**EXIT_CODES, "usage": 2, "bug": 1}
     assert set(WAYS) == set(table())
 
 
 def test_a_bug_is_a_traceback_and_exit_1() -> None:
-    program = """
-import qmpmerge.targets.live, sys
-qmpmerge.targets.live.find = lambda target: 1 / 0
-sys.argv = ["qmpmerge", "disks", "x"]
-from qmpmerge.cli import main
-main()
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert "ZeroDivisionError" in run.stderr
+    run = with_a_bug("disks", "x")
+    assert (run.code, run.out) == (1, "")
+    assert "Traceback" in run.err
+    assert run.err.splitlines()[-2:] == ["bug: ZeroDivisionError: division by zero", f"hint: {bug.HINT}"]
+
+
+def test_a_bug_is_one_object_too() -> None:
+    run = with_a_bug("disks", "x", "--json")
+    error = run.document["error"]
+    assert (error["name"], error["message"]) == ("internal", "ZeroDivisionError: division by zero")
+    assert "Traceback" in error["facts"]["traceback"][0]
+    assert "Traceback" in run.err
+
+
+def test_an_oserror_that_nobody_foresaw_is_a_bug_and_not_silence() -> None:
+    """Not even one that looks as if our reader had gone."""
+    for raised in ("OSError(5, 'Input/output error')", "BrokenPipeError(32, 'Broken pipe')"):
+        run = with_a_bug("disks", "x", raising=raised)
+        assert (run.code, "Traceback" in run.err) == (1, True)
 
 
 # --- what programs read ------------------------------------------------------------------------------------------------

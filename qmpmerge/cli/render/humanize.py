@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qmpmerge.cli.render.visible import visible
 from qmpmerge.engine.pace.progress import Progress
 
 if TYPE_CHECKING:
@@ -35,18 +36,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def visible(text: object) -> str:
-    """The text with control characters, broken bytes and direction marks spelled out: file names may hold anything."""
-    return "".join(c if c.isprintable() else _spelled(c) for c in str(text))
-
-
-def _spelled(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as the filesystem interface hands it over
-        return f"\\x{code - 0xDC00:02x}"
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def progress(value: Progress) -> str:

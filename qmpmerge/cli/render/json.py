@@ -1,6 +1,5 @@
 """JSON for programs: exactly one object on stdout, progress as one object a line on stderr. Fields are only ever added."""
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -149,12 +148,10 @@ class JsonOutput:
         """Nothing is redrawn."""
 
     def _print(self, document: Mapping[str, object]) -> None:
-        with contextlib.suppress(OSError):
-            self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
+        self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
 
     def _line(self, document: Mapping[str, object]) -> None:
-        with contextlib.suppress(OSError):  # nobody may be there to read it any more
-            self._err.write(json.dumps(document) + "\n")
+        self._err.write(json.dumps(document) + "\n")
 
 
 def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:

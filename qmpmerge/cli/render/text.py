@@ -1,13 +1,12 @@
 """Text for people."""
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmpmerge.chain.chain import draw
 from qmpmerge.cli.render import humanize
-from qmpmerge.cli.render.humanize import visible
+from qmpmerge.cli.render.visible import visible
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
@@ -28,7 +27,11 @@ DRAW_AFTER_SECONDS = 0.5
 
 
 class TextOutput:
-    """Renders to two streams; `quiet` leaves out progress and notes."""
+    """
+    Renders to two streams, to which it can always be written; `quiet` leaves out progress and notes.
+
+    File names may hold anything, so every line is spelled out as it is written.
+    """
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class TextOutput:
 
     def chain(self, view: "ChainView") -> None:
         """The drawing, the job that is on it, the table base first, the oddities."""
-        self._say(f"{visible(view.disk.name)}: {visible(view.chain)}")
+        self._say(f"{view.disk.name}: {view.chain}")
         rows = [
             (
                 f"[{index}]",
@@ -90,29 +93,27 @@ class TextOutput:
         job = view.disk.job
         if job is not None:
             of = f", {humanize.size(job.done)} of {humanize.size(job.total)}" if job.total else ""
-            self._say(f"job {visible(job.id)} ({job.type}): {job.status}{of}; possible now: {', '.join(job.verbs)}")
+            self._say(f"job {job.id} ({job.type}): {job.status}{of}; possible now: {', '.join(job.verbs)}")
         self._table(columns, rows, "")
         self._oddities(view.oddities)
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """A line for each overlay."""
         for overlay in overlays:
-            self._say(f"{visible(overlay.disk)}: {visible(overlay.file)} is the active image now")
+            self._say(f"{overlay.disk}: {overlay.file} is the active image now")
 
     def commit(self, outcome: "Outcome") -> None:
         """The verdict, the chain before and after, what is left to do."""
-        disk = visible(outcome.disk)
+        disk = outcome.disk
         if outcome.verdict == "unchanged":
-            self._say(f"{disk}: unchanged, {visible(outcome.before)} has no backing file, so there is nothing to merge")
+            self._say(f"{disk}: unchanged, {outcome.before} has no backing file, so there is nothing to merge")
             return
         self._say(f"{disk}: {outcome.verdict}{humanize.cost(outcome)}")
-        self._say(f"  before  {visible(draw(outcome.before.images))}")
-        self._say(f"  {'after ' if outcome.verdict != 'planned' else 'result'}  {visible(draw(outcome.after.images))}")
+        self._say(f"  before  {draw(outcome.before.images)}")
+        self._say(f"  {'after ' if outcome.verdict != 'planned' else 'result'}  {draw(outcome.after.images)}")
         for merged in outcome.merged:
             word = "would be removed from the chain" if outcome.verdict == "planned" else "removed from the chain"
-            self._say(
-                f"  {word}: {visible(merged.file)}{visible(humanize.fate(merged, planned=outcome.verdict == 'planned'))}"
-            )
+            self._say(f"  {word}: {merged.file}{humanize.fate(merged, planned=outcome.verdict == 'planned')}")
         if outcome.estimate is not None:
             self._say(f"  {humanize.estimate(outcome.estimate)}")
         for result in ("passed", "forced", "not checked"):
@@ -121,22 +122,20 @@ class TextOutput:
             if names:
                 self._say(f"  {result}: {', '.join(names)}")
         for rung in outcome.rungs:
-            self._say(f"  to get it ready: {visible(rung)}")
+            self._say(f"  to get it ready: {rung}")
         for hint in outcome.hints:
             self._hint(hint)
 
     def recovered(self, found: "Sequence[Recovery]") -> None:
         """For each merge what was done, why, and from which image the VM is started now."""
         for one in found:
-            self._say(f"{visible(one.image)}: {one.verdict}, {visible(one.action)}")
+            self._say(f"{one.image}: {one.verdict}, {one.action}")
             for reason in one.reasons:
-                self._say(f"  because  {visible(reason)}")
+                self._say(f"  because  {reason}")
             if one.right is not None:
-                self._say(f"  right is {visible(one.right)}")
+                self._say(f"  right is {one.right}")
             for merged in one.merged:
-                self._say(
-                    f"  removed from the chain: {visible(merged.file)}{visible(humanize.fate(merged, planned=False))}"
-                )
+                self._say(f"  removed from the chain: {merged.file}{humanize.fate(merged, planned=False)}")
             for hint in one.hints:
                 self._hint(hint)
 
@@ -144,7 +143,7 @@ class TextOutput:
         """A line for each stashed file."""
         for one in found:
             fate = f"stays, {one.kept}" if one.kept else "would be removed" if dry_run else "removed"
-            self._say(f"{visible(one.file)}: {visible(fate)} ({humanize.size(one.size)})")
+            self._say(f"{one.file}: {fate} ({humanize.size(one.size)})")
         if not found:
             self._say("nothing is stashed here")
 
@@ -168,23 +167,23 @@ class TextOutput:
 
     def controlled(self, job_id: str, job: "Job | None") -> None:
         """One line."""
-        self._say(f"{visible(job_id)}: {'gone' if job is None else job.status}")
+        self._say(f"{job_id}: {'gone' if job is None else job.status}")
 
     def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
         """Each finding in four lines: how bad and where, what, why, and the command that fixes it."""
         if not findings:
-            self._say(f"{visible(target)}: no problems found")
+            self._say(f"{target}: no problems found")
         for finding in findings:
-            self._say(f"{finding.severity}: {visible(finding.where)} ({finding.name})")
-            self._say(f"  what  {visible(finding.what)}")
-            self._say(f"  why   {visible(finding.why)}")
-            self._say(f"  fix   {visible(finding.command) or 'nothing to run'}")
+            self._say(f"{finding.severity}: {finding.where} ({finding.name})")
+            self._say(f"  what  {finding.what}")
+            self._say(f"  why   {finding.why}")
+            self._say(f"  fix   {finding.command or 'nothing to run'}")
 
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
         self.close()
         for part in error.parts:
-            self._tell(f"{part.verdict}: {visible(part)}\n")
+            self._tell(f"{part.verdict}: {part}")
             if part.hint:
                 self._hint(part.hint)
 
@@ -205,22 +204,22 @@ class TextOutput:
             return
         if (progress.shortage is None) != (self._shortage is None):
             self._shortage = progress.shortage
-            self._tell(humanize.progress(progress) + "\n")
+            self._tell(humanize.progress(progress))
         tenth = int((progress.percent or 0) // 10)
         if tenth > self._tenth:
             self._tenth = tenth
-            self._tell(humanize.progress(progress) + "\n")
+            self._tell(humanize.progress(progress))
 
     def note(self, text: str) -> None:
         """A line on stderr."""
         if not self._quiet:
             self.close()
-            self._tell(f"{visible(text)}\n")
+            self._tell(text)
 
     def trace(self, direction: str, text: str) -> None:
         """A line on stderr."""
         self.close()
-        self._tell(f"{direction} {visible(text)}\n")
+        self._tell(f"{direction} {text}")
 
     def close(self) -> None:
         """End the redrawn line."""
@@ -250,25 +249,22 @@ class TextOutput:
 
     def _oddities(self, oddities: "Sequence[Oddity]") -> None:
         for odd in oddities:
-            self._say(f"problem: {visible(odd.file)}: {visible(odd.message)} ({odd.name})")
+            self._say(f"problem: {odd.file}: {odd.message} ({odd.name})")
 
     def _say(self, line: str) -> None:
         self.close()
-        with contextlib.suppress(OSError):
-            self._out.write(line + "\n")
+        self._out.write(f"{visible(line)}\n")
 
-    def _tell(self, text: str) -> None:
-        """To stderr. Nobody may be there to read it any more: that is no reason to leave a merge half done."""
-        with contextlib.suppress(OSError):
-            self._err.write(text)
+    def _tell(self, line: str) -> None:
+        self._err.write(f"{visible(line)}\n")
 
     def _hint(self, text: str) -> None:
         if not self._quiet:
-            self._tell(f"hint: {visible(text)}\n")
+            self._tell(f"hint: {text}")
 
     def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
         if not rows:
-            self._tell(f"{empty}\n") if empty and not self._quiet else None
+            self._tell(empty) if empty and not self._quiet else None
             return
         cells = [columns, *([visible(cell) for cell in row] for row in rows)]
         used = [index for index in range(len(columns)) if any(row[index] for row in cells[1:])]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile, Outcome
-from qmpmerge.cli.render.humanize import visible
 from qmpmerge.cli.render.text import TextOutput
+from qmpmerge.cli.render.visible import visible
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, ShorterLayer, StillRunning
