@@ -196,6 +196,21 @@ class Size(click.ParamType[int]):
         return int(number * UNITS[match[2].upper()])
 
 
+class Duration(click.ParamType[float]):
+    """Seconds, or a number with s, m, h or d."""
+
+    name = "time"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``7d`` is 604800."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(value), re.IGNORECASE | re.ASCII)
+        if match is None:
+            self.fail(f"{value!r} is no time: write seconds, or a number with s, m, h or d, as in 7d", param, ctx)
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
+
+
 class Assignment(click.ParamType[tuple[str, str]]):
     """``DISK=FILE``."""
 

@@ -143,6 +143,15 @@ class NothingThere(Refused):
     advice = "name the image that the VM is started from, or its folder"
 
 
+class CannotList(Refused):
+    """A folder that was named may not be looked at."""
+
+    folder: str
+    reason: str
+    sentence = "cannot list {folder}: {reason}"
+    advice = "run the same command as somebody who may, as root does"
+
+
 class NoSuchStash(Refused):
     """`clean` removes what a merge has stashed, and nothing else."""
 

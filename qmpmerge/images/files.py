@@ -151,6 +151,46 @@ def _write_whole(descriptor: int, data: bytes) -> None:
             raise OSError(errno.EIO, "it does not read back as it was written")
 
 
+class Untrusted(ValueError):
+    """Somebody else may have written this; the words say how."""
+
+
+class OfAnother(Untrusted):
+    """It belongs to another user, who is neither root."""
+
+
+def read_own(path: str, largest: int) -> bytes:
+    """
+    A file of at most so many bytes that nobody but us and root can have written: not through a link of either kind.
+
+    Raises OSError, Untrusted.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Untrusted("it is a symlink") if error.errno == errno.ELOOP else error from None
+    try:
+        refuse_untrusted(os.fstat(descriptor), largest)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def refuse_untrusted(status: os.stat_result, largest: int) -> None:
+    """See `read_own`. Raises Untrusted."""
+    if not stat.S_ISREG(status.st_mode):
+        raise Untrusted("it is no regular file")
+    if status.st_uid not in (os.geteuid(), 0):
+        raise OfAnother(f"it belongs to another user (uid {status.st_uid})")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Untrusted("others than its owner may write to it")
+    if status.st_nlink > 1:
+        raise Untrusted("it has another name elsewhere (a hard link)")
+    if status.st_size > largest:
+        raise Untrusted(f"it has {status.st_size} bytes, which is too many")
+
+
 def matching(folder: str, pattern: "re.Pattern[str]") -> list[tuple[str, str]]:
     """The regular files of a folder whose whole name matches, each with the image's name in it."""
     try:

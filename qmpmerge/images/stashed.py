@@ -1,15 +1,45 @@
 """
-Which files are images that a merge has put aside: told by a name, and by a mark that such a file was given with it.
+Which files are images that a merge has put aside: `look` alone tells them from what is only called like one.
 
-A name alone proves nothing: somebody's image may be called so, and be in use tomorrow. The mark is an extended attribute;
-where the filesystem has none, a stashed file is taken for anybody's.
+A name proves nothing: somebody's image may be called so, and be in use tomorrow. So a note lies beside a stashed file, from
+before the merge's record goes until the file does. It is believed by the rules for a record, and only of the very file that
+it was written about, unchanged since.
 """
 
-import contextlib
+import itertools
+import json
 import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qmpmerge.chain.chain import Inode
+from qmpmerge.images import files
+from qmpmerge.images.files import Seen
 
 STASHED = ".merged"
-_MARK = "user.qmpmerge.stashed"
+SCHEMA = 1
+_START, _END = ".", ".qmpmerge-stashed"
+LARGEST = 64 * 1024
+NO_NOTE = "nothing but its name says that a merge has stashed it"
+
+
+@dataclass(frozen=True)
+class Note:
+    """
+    What a merge has said of a file that it has stashed: its name before, which file it is and what it looked like, the base
+    that holds its data since, whether both were compared, and when that was, in seconds since 1970.
+    """
+
+    original: str
+    format: str
+    inode: Inode
+    seen: Seen
+    base: str
+    base_inode: Inode | None
+    verified: bool
+    since: float
 
 
 def original_of(name: str) -> str | None:
@@ -20,18 +50,85 @@ def original_of(name: str) -> str | None:
     return name.removesuffix(STASHED) if name.endswith(STASHED) else None
 
 
-def mark(file: str, name: str) -> None:
-    """Mark a file that is about to get this `name` of a stashed one."""
-    with contextlib.suppress(OSError):
-        os.setxattr(file, _MARK, os.fsencode(original_of(os.path.basename(name)) or ""))
+def names(file: str) -> Iterator[str]:
+    """The names under which a file can be stashed, there or not: ``NAME.merged``, ``NAME.merged.2``, and so on."""
+    yield f"{file}{STASHED}"
+    yield from (f"{file}{STASHED}.{number}" for number in itertools.count(2))
+
+
+def names_of(file: str) -> Iterator[str]:
+    """The names under which a file of this name may have been stashed."""
+    return itertools.takewhile(os.path.lexists, names(file))
+
+
+def note_path(path: str) -> str:
+    """Where the note about a stashed file lies."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f"{_START}{name}{_END}")
+
+
+def noted_in(folder: str) -> Iterator[tuple[str, str]]:
+    """The notes in a folder, each with the file that it is about, there or not. Raises OSError."""
+    for name in sorted(os.listdir(folder)):
+        if name.startswith(_START) and name.endswith(_END):
+            yield os.path.join(folder, name), os.path.join(folder, name[len(_START) : -len(_END)])
+
+
+def write(path: str, note: Note) -> None:
+    """Put a note beside the stashed file at `path`; durable on return. Raises OSError."""
+    entry = {"schema": SCHEMA, **vars(note), "seen": [note.seen.size, note.seen.changed]}
+    files.write(note_path(path), json.dumps(entry).encode())
+    files.sync_folder(path)
+
+
+def look(path: str) -> Note | str:
+    """What is known of a file that a merge has put aside; of any other why it is taken for somebody's."""
+    original = original_of(os.path.basename(path))
+    if not original:
+        return "it is not called like a stashed file"
+    try:
+        note = _note(files.read_own(note_path(path), LARGEST))
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return NO_NOTE
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, files.Untrusted | OSError) else "it makes no sense"
+        return f"{note_path(path)} is not believed ({reason})"
+    # Device numbers can change with a reboot.
+    is_it = (
+        stat.S_ISREG(status.st_mode) and status.st_ino == note.inode[1] and os.path.basename(note.original) == original
+    )
+    if not is_it:
+        return f"{note_path(path)} is about another file"
+    return note if files.seen(path) == note.seen else "it was written to since a merge stashed it"
 
 
 def is_stashed(path: str) -> bool:
-    """Whether a merge has put the file aside under this very name, or one with another number."""
-    original = original_of(os.path.basename(path))
-    if not original:
-        return False
-    try:
-        return os.getxattr(path, _MARK) == os.fsencode(original)
-    except OSError:
-        return False
+    """Whether a merge has put this very file aside, and nobody has written to it since."""
+    return isinstance(look(path), Note)
+
+
+def of(file: str) -> str | None:
+    """Where the file is that a merge has stashed, and that had this name."""
+    return next(filter(is_stashed, names_of(file)), None)
+
+
+def _note(data: bytes) -> Note:
+    entry = json.loads(data)
+    if entry["schema"] != SCHEMA:
+        raise files.Untrusted(f"it is of schema {entry['schema']!r}, this qmpmerge reads schema {SCHEMA}")
+    base_inode = entry["base_inode"]
+    return Note(
+        original=str(entry["original"]),
+        format=str(entry["format"]),
+        inode=_pair(entry["inode"]),
+        seen=Seen(*_pair(entry["seen"])),
+        base=str(entry["base"]),
+        base_inode=None if base_inode is None else _pair(base_inode),
+        verified=bool(entry["verified"]),
+        since=float(entry["since"]),
+    )
+
+
+def _pair(entry: Any) -> tuple[int, int]:
+    return int(entry[0]), int(entry[1])

@@ -17,7 +17,7 @@ from qmpmerge.chain.backing import Described
 from qmpmerge.chain.chain import Slice
 from qmpmerge.errors import BackingLoop, Disguised, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
 from qmpmerge.folder import File, Inode
-from qmpmerge.images import files, qcow2
+from qmpmerge.images import files, qcow2, stashed
 
 DEEPEST = 800
 """Images in a chain. QEMU 10 crashes on the first read through 870 of them."""
@@ -41,20 +41,20 @@ class Layer:
     """Which files it and its data are: those that were looked at, whatever has their names later."""
 
 
-def walk(image: str, *, allow: Collection[str] = ()) -> tuple[Layer, ...]:
+def walk(image: str, *, allow: Collection[str] = (), by_stashed_names: bool = False) -> tuple[Layer, ...]:
     """
     The chain whose active image is `image`, base first, as the headers tell it.
 
     `allow` are folders and files that backing names may lead to besides the folder of `image`. The format of `image`
     is qcow2 if it looks so, else raw; all others are what the header above records, and never probed: the first bytes
-    of a raw image belong to the guest.
+    of a raw image belong to the guest. With `by_stashed_names` an image that lost its name to a merge is found by its new
+    one, where it has but one.
 
     Raises Disguised, ForeignName, NoFormat, BackingLoop, TooDeep, UnsupportedFormat, ImageUnreadable.
     """
     path = os.path.abspath(image)
-    rule = _Rule(
-        {os.path.realpath(place) for place in (os.path.dirname(path), os.path.dirname(os.path.realpath(path)), *allow)}
-    )
+    homes = (os.path.dirname(path), os.path.dirname(os.path.realpath(path)))
+    rule = _Rule({os.path.realpath(place) for place in (*homes, *allow)}, by_stashed_names=by_stashed_names)
     layers: list[Layer] = []
     seen: set[object] = set()
     below: tuple[Described, File] | None = Described(path, ""), _looked_at(path)
@@ -130,17 +130,28 @@ def _below(layer: Layer, rule: "_Rule") -> tuple[Described, File] | None:
     return named, file
 
 
-class _Rule:
-    """The rule for names in headers: `allowed` are the real paths of folders, and of files, that they may lead to."""
+def _as_stashed(path: str) -> str:
+    """The path that the image has now, where it has lost this one to a merge, and there is but one."""
+    aside = list(stashed.names_of(path)) if not os.path.lexists(path) else []
+    return aside[0] if len(aside) == 1 else path
 
-    def __init__(self, allowed: Collection[str]) -> None:
+
+class _Rule:
+    """
+    The rule for names in headers: `allowed` are the real paths of folders, and of files, that they may lead to. With
+    `by_stashed_names` a name that was taken away leads to where its file is now.
+    """
+
+    def __init__(self, allowed: Collection[str], *, by_stashed_names: bool = False) -> None:
         self._allowed = allowed
+        self._by_stashed_names = by_stashed_names
 
     def followed(self, layer: Layer, name: str) -> File:
         """What a name in the header of `layer` leads to, not opened yet. Raises ForeignName, ImageUnreadable."""
         if ":" in name.split("/", 1)[0]:
             raise ForeignName(image=layer.file, backing=name, reason="it is not a path")
-        file = _looked_at(os.path.join(os.path.dirname(layer.file), name), f", named by {layer.file}")
+        path = os.path.join(os.path.dirname(layer.file), name)
+        file = _looked_at(_as_stashed(path) if self._by_stashed_names else path, f", named by {layer.file}")
         reason = self._against(file)
         if reason is not None:
             raise ForeignName(image=layer.file, backing=name, reason=reason)

@@ -6,11 +6,14 @@ record lists are touched, and only while they lead to the very files that it mea
 """
 
 import contextlib
+import errno
 import os
+import time
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.images import dependents, files, qcow2, stashed
+from qmpmerge.images.stashed import Note
 from qmpmerge.journal.record import Record, look
 
 
@@ -23,7 +26,6 @@ def take_away(record: Record, index: int) -> str:
     """
     image, old, new = record.chain[index], record.own_name(index), record.away[index]
     _see(record, image, old)
-    stashed.mark(old, new)
     files.rename(old, new)
     try:
         _see(record, image, new)
@@ -44,6 +46,7 @@ def give_back(record: Record, index: int) -> bool:
     if place is None or place == own:
         return False
     files.rename(place, own)
+    files.remove(stashed.note_path(place))
     files.sync_folder(own)
     return True
 
@@ -103,14 +106,42 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
         return MergedFile(image.file, "delete", None)
     if record.policy == "delete":
         hints.append(f"{place} was not deleted: {reason}")
+    _note(record, index, place, hints)
     return MergedFile(image.file, "stash", place)
+
+
+def _note(record: Record, index: int, place: str, hints: list[str]) -> None:
+    """Say durably what was stashed: until now the record did. Without a note `clean` has to compare."""
+    image, base = record.chain[index], record.chain[record.base]
+    try:
+        if _was_changed(record, index, place):
+            raise OSError(errno.EBUSY, "it was changed since it was merged")
+        status = os.stat(place)
+        note = Note(
+            original=record.own_name(index),
+            format=image.format,
+            inode=(status.st_dev, status.st_ino),
+            seen=files.seen(place),
+            base=base.file,
+            base_inode=base.inode,
+            verified=record.verified,
+            since=time.time(),
+        )
+        stashed.write(place, note)
+    except OSError as error:
+        hints.append(f"no note could be kept beside {place}, so `clean` has to compare it: {error.strerror or error}")
+
+
+def _was_changed(record: Record, index: int, place: str) -> bool:
+    known = record.seen.get(index, record.before.get(index))
+    return known is not None and look(record.chain[index], place) != known
 
 
 def why_not_delete(record: Record, index: int, place: str) -> str | None:
     """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
     if not record.verified:
         return "it was not compared with the base"
-    if look(record.chain[index], place) != record.seen.get(index, record.before.get(index)):
+    if index not in (*record.seen, *record.before) or _was_changed(record, index, place):
         return "it was changed since it was merged"
     return in_use(place)
 

@@ -1,12 +1,10 @@
 """The names under which merged files are put aside."""
 
-import itertools
 import os
-from collections.abc import Iterator
 
 from qmpmerge.chain.chain import Chain
 from qmpmerge.images import files
-from qmpmerge.images.stashed import STASHED, original_of
+from qmpmerge.images.stashed import names, original_of
 
 
 def names_away(chain: Chain, base: int, top: int) -> dict[int, str]:
@@ -24,17 +22,7 @@ def names_away(chain: Chain, base: int, top: int) -> dict[int, str]:
 
 def stash_of(file: str) -> str:
     """The name under which a merged file is stashed: ``NAME.merged``, or ``NAME.merged.2`` where that is taken."""
-    return next(name for name in _names(file) if not os.path.lexists(name))
-
-
-def names_of(file: str) -> Iterator[str]:
-    """The names under which a file of this name may have been stashed."""
-    return itertools.takewhile(os.path.lexists, _names(file))
-
-
-def _names(file: str) -> Iterator[str]:
-    yield f"{file}{STASHED}"
-    yield from (f"{file}{STASHED}.{number}" for number in itertools.count(2))
+    return next(name for name in names(file) if not os.path.lexists(name))
 
 
 def can_be_stashed(path: str) -> bool:

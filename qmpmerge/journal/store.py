@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import shlex
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -48,10 +47,6 @@ class Unlisted(Disbelieved):
     def concerns(self, inodes: set[Inode]) -> bool:
         """Always."""
         return True
-
-
-class _OfAnother(ValueError):
-    """It belongs to another user."""
 
 
 Found: TypeAlias = "Record | Disbelieved"
@@ -103,7 +98,7 @@ def write(record: "Record") -> "Record":
 def _refuse_what_anybody_writes(path: str) -> None:
     """A filesystem that knows no owners or modes: nothing that lies there could be believed. Raises PermissionError."""
     try:
-        _refuse_what_is_no_record(os.lstat(path))
+        files.refuse_untrusted(os.lstat(path), LARGEST)
     except ValueError as error:
         raise PermissionError(errno.EPERM, str(error), path) from None
 
@@ -139,7 +134,7 @@ def read(path: str) -> "Found | None":
     """What lies at `path`; None where nothing does."""
     image = os.path.join(os.path.dirname(path), os.path.basename(path)[len(_START) : -len(_END)])
     try:
-        content = _content(path)
+        content = files.read_own(path, LARGEST)
         from qmpmerge.journal import encoding
 
         return encoding.decode(path, content)
@@ -161,37 +156,11 @@ def _cure(path: str, image: str, error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
         return "see that its storage can be read, then run the same command again"
     first = f"find out who wrote it, and which image is right (`qmpmerge doctor {shlex.quote(os.path.dirname(path))}`)"
-    if isinstance(error, _OfAnother):
+    if isinstance(error, files.OfAnother):
         first = f"run `{recover}` as that user, if you trust whoever that is"
     elif isinstance(error, encoding.OtherSchema):
         first = f"run `{recover}` of the qmpmerge that wrote it"
     return f"{first}; once that is settled, or where no merge was under way: `{aside}`"
-
-
-def _content(path: str) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise ValueError("it is a symlink") if error.errno == errno.ELOOP else error from None
-    try:
-        _refuse_what_is_no_record(os.fstat(descriptor))
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
-
-
-def _refuse_what_is_no_record(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
-    if status.st_uid not in (os.geteuid(), 0):
-        raise _OfAnother(f"it belongs to another user (uid {status.st_uid})")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError("others than its owner may write to it")
-    if status.st_nlink > 1:
-        raise ValueError("it has another name elsewhere (a hard link)")
-    if status.st_size > LARGEST:
-        raise ValueError(f"it has {status.st_size} bytes, more than any record")
 
 
 def beside(image: str) -> "Found | None":

@@ -2,14 +2,17 @@
 Removing what merges have stashed, once nobody uses or needs it.
 """
 
+import contextlib
 import os
+import shlex
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from qmpmerge.chain import backing
-from qmpmerge.errors import CannotRecover, NoSuchStash
+from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
 from qmpmerge.images import dependents, files, qcow2, stashed
-from qmpmerge.images.stashed import original_of
+from qmpmerge.images.stashed import Note, original_of
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.store import Disbelieved
 
@@ -23,28 +26,52 @@ class Cleaned:
     kept: str | None
 
 
-def clean(paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False) -> list[Cleaned]:
+async def clean(
+    paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False, older_than: float | None = None
+) -> list[Cleaned]:
     """
     Remove the stashed files (``NAME.merged``, ``NAME.merged.2``) that `paths` name, or that lie in the folders among them.
 
-    One that a process holds, that an image is still built on, or that an unfinished merge may need, stays; so does a
-    symlink that leads anywhere, for what it leads to was not put aside, and one in a folder of which only the name says that
-    a merge has stashed it. Raises NoSuchStash, CannotRecover.
+    Removed is only what the merge's note, or else a comparison with the image below, proves to be merged; with `older_than`
+    (seconds) only what was stashed so long ago. One that a process holds, that an image is still built on, or that an
+    unfinished merge may need, stays; so does a symlink, for no merge puts one aside. Notes whose files are gone go too.
+
+    Raises NoSuchStash, CannotList, CannotRecover.
     """
+    places = [os.path.abspath(path) for path in paths]
+    found = list(dict.fromkeys(file for place in places for file in _stashed(place)))
+    proofs = {file: await _why_not_proved(file, found) for file in found}
+    proved = {file for file, reason in proofs.items() if reason is None}
     done = []
-    named = {os.path.abspath(path) for path in paths}
-    for file in [file for path in paths for file in _stashed(os.path.abspath(path))]:
-        reason = why_not(file) or (None if file in named else _why_not_by_its_name(file))
+    for file in found:
+        reason = why_not(file, proved) or proofs[file] or _why_not_yet(file, older_than)
         data = _data_of(file) if reason is None else []
         size = os.lstat(file).st_blocks * 512
         if reason is None and not dry_run:
-            try:
-                files.remove(file)
-                files.sync_folder(file)
-            except OSError as error:
-                raise CannotRecover(file=file, reason=error.strerror or str(error)) from None
+            _remove(file)
         done += [Cleaned(file, size, reason), *data]
+    for folder in filter(os.path.isdir, () if dry_run else places):
+        _forget_what_is_gone(folder)
     return done
+
+
+def _remove(file: str) -> None:
+    """The file first: a note without it is nothing, it without a note would have to be compared. Raises CannotRecover."""
+    try:
+        files.remove(file)
+        files.remove(stashed.note_path(file))
+        files.sync_folder(file)
+    except OSError as error:
+        raise CannotRecover(file=file, reason=error.strerror or str(error)) from None
+
+
+def _forget_what_is_gone(folder: str) -> None:
+    """Notes of ours about files that somebody else has removed, or that we had when we were killed."""
+    for note, file in stashed.noted_in(folder):
+        if not os.path.lexists(file):
+            with contextlib.suppress(OSError, files.Untrusted):
+                files.read_own(note, stashed.LARGEST)
+                files.remove(note)
 
 
 def _data_of(file: str) -> list[Cleaned]:
@@ -65,32 +92,57 @@ def _data_of(file: str) -> list[Cleaned]:
 
 def _stashed(path: str) -> list[str]:
     if os.path.isdir(path):
-        with os.scandir(path) as entries:
-            return sorted(entry.path for entry in entries if original_of(entry.name) and not entry.is_dir())
+        try:
+            with os.scandir(path) as entries:
+                return sorted(entry.path for entry in entries if original_of(entry.name) and not entry.is_dir())
+        except OSError as error:
+            raise CannotList(folder=path, reason=error.strerror or str(error)) from None
     if original_of(path) is None or not os.path.lexists(path):
         raise NoSuchStash(path=path)
     return [path]
 
 
-def _why_not_by_its_name(file: str) -> str | None:
-    if stashed.is_stashed(file) or os.path.islink(file):  # that leads nowhere, see above
+async def _why_not_proved(file: str, found: list[str]) -> str | None:
+    """Why it is not known that a merge has put it aside, None where it is."""
+    if stashed.is_stashed(file):
         return None
-    return "nothing but its name says that a merge has stashed it: name the file itself"
+    if os.path.islink(file):
+        return f"it is a symlink, and no merge puts one aside: `rm -- {shlex.quote(file)}` if nobody needs it"
+    if not _is_image(file):
+        return "it is no qcow2 image"
+    from qmpmerge.recovery import stray
+
+    return await stray.why_not_merged(file, [other for other in found if other != file and _is_image(other)])
 
 
-def why_not(file: str) -> str | None:
-    """Why a stashed file must stay; None where nothing speaks against removing it."""
+def _is_image(file: str) -> bool:
+    try:
+        return not os.path.islink(file) and qcow2.read(file) is not None
+    except OSError:
+        return False
+
+
+def _why_not_yet(file: str, older_than: float | None) -> str | None:
+    if older_than is None:
+        return None
+    note = stashed.look(file)
+    if not isinstance(note, Note):
+        return "when it was stashed is not known"
+    is_old = time.time() - note.since >= older_than
+    return None if is_old else f"it was stashed at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(note.since))}"
+
+
+def why_not(file: str, proved: Collection[str] = ()) -> str | None:
+    """Why a stashed file must stay, as long as the `proved` ones need not; None where nothing speaks against removing it."""
     needed = _needed_by(file)
-    if needed is None and os.path.islink(file):
-        return f"it is a symlink, and {files.real(file)} was not put aside" if os.path.exists(file) else None
-    if needed is not None:
+    if needed is not None or os.path.islink(file):
         return needed
     try:
         if qcow2.read(file) is None:
             return "it is no qcow2 image"
+        user = _built_on(file, proved)
     except OSError as error:
         return error.strerror or str(error)
-    user = _built_on(file)
     return f"{user} is built on it" if user is not None else merged_files.in_use(file)
 
 
@@ -104,11 +156,14 @@ def _needed_by(file: str) -> str | None:
     return None
 
 
-def _built_on(file: str) -> str | None:
-    """An image in the folder whose header leads to the file, or to a name that only this file had and nobody has now."""
+def _built_on(file: str, proved: Collection[str]) -> str | None:
+    """
+    An image in the folder whose header leads to the file, or to a name that only this file had and nobody has now; no stashed
+    one. Raises OSError.
+    """
     with os.scandir(os.path.dirname(file)) as entries:
         others = [entry.path for entry in entries if entry.path != file and entry.is_file()]
-    images = [image for image in others if not stashed.is_stashed(image)]
+    images = [image for image in others if image not in proved and not stashed.is_stashed(image)]
     return next((image for image in images if _leads_to(image, file)), None)
 
 

@@ -4,7 +4,6 @@ After a crash: put names and headers right, as far as the evidence goes.
 Which records are meant is found out here; `engine.resume` brings each to an end.
 """
 
-import contextlib
 import os
 from collections.abc import Collection, Sequence
 
@@ -12,8 +11,8 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.engine import resume
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import NothingThere
-from qmpmerge.images import files, qcow2
-from qmpmerge.images.stashed import STASHED
+from qmpmerge.images import files, stashed
+from qmpmerge.images.stashed import Note
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
 from qmpmerge.journal.store import Found
@@ -75,14 +74,15 @@ def _active_folder(base: str) -> list[str]:
 
 def _nothing(path: str) -> Recovery:
     """No record: nothing is suspected without proof, but what is there is record."""
-    stashed = f"{files.real(path)}{STASHED}"
     if os.path.exists(path):
         return Recovery("unchanged", path, None, "no merge was left unfinished here")
-    if not os.path.lexists(stashed):
+    aside = list(stashed.names_of(files.real(path)))
+    if not aside:
         raise NothingThere(path=path)
-    with contextlib.suppress(OSError):
-        header = qcow2.read(stashed)
-        if header is not None and header.backing is not None:
-            below = f"it is built on {header.backing}, into which or below which it was merged"
-            return Recovery("unchanged", path, None, f"{stashed} was stashed by a merge that was finished", (below,))
-    return Recovery("unchanged", path, None, f"{stashed} is there, and no merge was left unfinished")
+    known = {file: stashed.look(file) for file in aside}
+    file, note = next(((file, note) for file, note in known.items() if isinstance(note, Note)), (aside[0], None))
+    if note is None:
+        action = f"{file} is there, and no merge was left unfinished"
+        return Recovery("unchanged", path, None, action, (f"{known[file]}",))
+    action = f"{file} was stashed by a merge that was finished"
+    return Recovery("unchanged", path, None, action, (f"it was merged into {note.base}",))

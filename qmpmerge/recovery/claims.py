@@ -44,8 +44,7 @@ def refuse_foreign(record: Record, ways: "Collection[Way]", vouched: Vouched) ->
     """
     What ending the merge in one of these ways would change must be the record's to name. Raises ForeignFile, CannotRecover.
     """
-    folder = os.path.realpath(os.path.dirname(record.path))
-    allowed = [folder, *map(os.path.realpath, vouched.allow)]
+    allowed = [os.path.realpath(place) for place in (os.path.dirname(record.path), *_by_links(record), *vouched.allow)]
     changed = dict.fromkeys(file for way in ways for file in _changed(record, way, vouched.shown))
     foreign = [file for file in changed if not any(os.path.commonpath((file, place)) == place for place in allowed)]
     if foreign:
@@ -55,6 +54,12 @@ def refuse_foreign(record: Record, ways: "Collection[Way]", vouched: Vouched) ->
         raise ForeignFile(path=record.path, files=foreign, command=command)
     if "repoint" in ways:
         _see_old_backing(record)
+
+
+def _by_links(record: Record) -> list[str]:
+    """Folders of symlinks that lead to the image beside which it lies: whoever has put one there calls that image so."""
+    images = [image for image in record.chain if image.has_path and os.path.islink(image.file)]
+    return [os.path.dirname(image.file) for image in images if store.path_of(image.file) == record.path]
 
 
 def _changed(record: Record, way: "Way", shown: Collection[Inode | None]) -> Iterator[str]:

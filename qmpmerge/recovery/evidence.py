@@ -254,17 +254,23 @@ async def same(record: Record, reasons: list[str]) -> bool | None:
     if len(known) < len(images):
         reasons.append("not all images are there to compare")
         return None
-    user = next((used for image in known if (used := merged_files.in_use(image.file)) is not None), None)
-    if user is not None:
-        reasons.append(f"{base.name} and {top.name} cannot be compared: {user}")
-        return None
-    try:
-        equal = await qemuimg.same(known, known[: record.base])
-    except (ImageUnreadable, CommandError) as error:
-        reasons.append(f"{base.name} and {top.name} cannot be compared: {error}")
+    equal = await compared(known, record.base)
+    if isinstance(equal, str):
+        reasons.append(f"{base.name} and {top.name} cannot be compared: {equal}")
         return None
     reasons.append(f"{base.name} and {top.name} show {'the same' if equal else 'different'} data")
     return equal
+
+
+async def compared(images: Sequence[Image], base: int) -> bool | str:
+    """Whether the last of these images, and the one at index `base`, show the same data; else why that cannot be seen."""
+    user = next((used for image in images if (used := merged_files.in_use(image.file)) is not None), None)
+    if user is not None:
+        return user
+    try:
+        return await qemuimg.same(images, images[:base])
+    except (ImageUnreadable, CommandError) as error:
+        return str(error)
 
 
 def placed(record: Record, index: int) -> Image | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from qmpmerge.chain.chain import Image, Inode
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.errors import Displaced, LeftDisplaced, NotUnderItsName, Replaced
-from qmpmerge.journal import stash
+from qmpmerge.images import stashed
 from qmpmerge.processes import proc
 from qmpmerge.sockets import typed
 
@@ -64,7 +64,7 @@ class Opened:
     def _by_present_name(self, path: str) -> Inode | None:
         """As the kernel calls it now: removed, put aside by one of us, or in folders that are not ours."""
         real = os.path.realpath(path)
-        aside = next((name for name in stash.names_of(real) if self.is_at(name)), None)
+        aside = next((name for name in stashed.names_of(real) if self.is_at(name)), None)
         names = (path, real, f"{path} (deleted)", f"{real} (deleted)")
         return proc.inode_of(aside) if aside else next((self.links[name] for name in names if name in self.links), None)
 

@@ -8,8 +8,7 @@ import stat
 from collections.abc import AsyncIterator, Collection
 
 from qmpmerge.errors import Stashed, Unfinished
-from qmpmerge.images import files
-from qmpmerge.images.stashed import STASHED
+from qmpmerge.images import files, stashed
 from qmpmerge.journal import store
 from qmpmerge.qemu.monitor import GREETING_SECONDS, Trace
 from qmpmerge.targets.target import Target
@@ -54,9 +53,9 @@ def _refuse_taken_away(target: str) -> None:
     for record in store.believed([] if found is None else [found]):
         place = record.place(len(record.chain)) or "not there"
         raise Unfinished(image=target, found=f"its file is {place} now", path=target)
-    stashed = f"{files.real(target)}{STASHED}"
-    if os.path.lexists(stashed):
-        raise Stashed(image=target, now=stashed)
+    aside = stashed.of(files.real(target))
+    if aside is not None:
+        raise Stashed(image=target, now=aside)
 
 
 def is_image(target: str) -> bool:

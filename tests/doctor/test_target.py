@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rig.disks import KINDS, blockdev, device, drive, nodes
 from rig.faults import digests, injecting
+from rig.left import note_stashed
 from rig.machines import MIB, Content, Machine, machine, run
 
 import qmpmerge
@@ -24,7 +25,6 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.state import State
 from qmpmerge.doctor import leftovers, target
 from qmpmerge.doctor.findings import Finding
-from qmpmerge.images import stashed
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import flush
@@ -383,7 +383,7 @@ def leave(folder: Path) -> None:
     """What earlier merges and crashes leave."""
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "old.qcow2", cwd=folder)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2.merged", cwd=folder)
-    stashed.mark(f"{folder}/b.qcow2.merged", "b.qcow2.merged")
+    note_stashed(folder / "b.qcow2.merged", folder / "base.raw")
     (folder / ".base.raw.qmpmerge-lock").touch()
     (folder / ".a.qcow2.qmpmerge-lock").write_text('{"record": "/gone", "suspect": null}')
     images = (Image(str(folder / "base.raw"), "raw", 1), Image(str(folder / "c.qcow2"), "qcow2", 1))

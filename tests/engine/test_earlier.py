@@ -299,7 +299,7 @@ async def test_a_record_that_is_not_believed_is_unknown_and_not_nothing(
         with pytest.raises(RecordNotBelieved):
             await qmpmerge.recover(path)
     assert refused.value.path == str(record)
-    (cleaned,) = qmpmerge.clean([f"{images[3]}.merged"])
+    (cleaned,) = await qmpmerge.clean([f"{images[3]}.merged"])
     assert "is not believed" in (cleaned.kept or "")
     async with setup.target() as target:
         assert "record-not-believed" in [odd.name for odd in (await target.chain()).oddities]

@@ -117,7 +117,7 @@ async def test_a_folder_that_cannot_be_listed_is_not_called_finished(unlistable:
             with pytest.raises(RecordNotBelieved, match="cannot be listed") as unknown:
                 await recover(path)
             assert "somebody who may list it" in unknown.value.hint
-        (stays,) = clean([f"{image}.merged"])
+        (stays,) = await clean([f"{image}.merged"])
         assert "cannot be listed" in (stays.kept or "")
         assert [one.name for one in leftovers.in_folder(str(unlistable))] == ["not-looked-at"]
 

@@ -31,7 +31,7 @@ from qmpmerge.errors import (
     Undecided,
     Unfinished,
 )
-from qmpmerge.images import files
+from qmpmerge.images import files, stashed
 from qmpmerge.journal import locks, merged_files, store
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
@@ -193,6 +193,9 @@ def look(left: Left, state: Callable[[Left], None], found: list[Recovery]) -> No
     assert [Path(one.right or "").name for one in found] == [right]
     assert names(left.folder) == sorted(there)
     assert not store.in_folder(str(left.folder))
+    assert [
+        name for name in there if name.endswith(".merged") and not stashed.is_stashed(f"{left.folder}/{name}")
+    ] == []
     left.content.check(left.folder / right)
 
 
@@ -226,7 +229,7 @@ async def test_recover_can_be_killed_before_each_step(
         state(left)
         with monkeypatch.context() as patch:
             countdown = Countdown(step)
-            for name in ("rename", "remove", "sync", "sync_folder"):
+            for name in ("rename", "remove", "sync", "sync_folder", "write"):
                 patch.setattr(files, name, countdown.watching(getattr(files, name)))
             patch.setattr(store, "mark", countdown.watching(store.mark))
             try:
@@ -424,7 +427,7 @@ async def test_a_stashed_image_is_no_misspelt_vm(left: Left) -> None:
         async with qmpmerge.opened(left.images[3]):
             pass
     (told,) = await qmpmerge.recover(left.images[3])
-    assert told.verdict == "unchanged" and "b.qcow2" in told.reasons[0]
+    assert told.verdict == "unchanged" and "base.raw" in told.reasons[0]
 
 
 async def test_the_next_merge_puts_it_right_first(left: Left) -> None:

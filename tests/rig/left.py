@@ -1,6 +1,7 @@
 """Records of merges that somebody has left, or says that somebody has."""
 
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import qmpmerge
 from qmpmerge.chain import plan
+from qmpmerge.images import files, stashed
 from qmpmerge.journal import stash, store
 from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
@@ -59,3 +61,20 @@ def record(images: Sequence[Path], top: int, **changes: Any) -> Record:
         away=stash.names_away(chain, 1, chain.index(planned.top)),
     )
     return replace(told, **changes)
+
+
+def note_stashed(file: Path, base: Path, **changes: Any) -> stashed.Note:
+    """What a merge into `base` that has stashed `file` leaves beside it."""
+    status, below = file.stat(), base.stat()
+    note = stashed.Note(
+        original=stashed.original_of(str(file)) or str(file),
+        format="qcow2",
+        inode=(status.st_dev, status.st_ino),
+        seen=files.seen(str(file)),
+        base=str(base),
+        base_inode=(below.st_dev, below.st_ino),
+        verified=True,
+        since=time.time(),
+    )
+    stashed.write(str(file), replace(note, **changes))
+    return note

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Options, shared
+from qmpmerge.cli.options import Duration, Options, shared
 from qmpmerge.cli.run import run
 
 if TYPE_CHECKING:
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 @group.cli.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, change nothing.")
+@click.option(
+    "--older-than", type=Duration(), metavar="TIME", help="Only what was stashed so long ago, as in 7d or 12h."
+)
 @shared
-def clean(paths: tuple[str, ...], dry_run: bool, options: Options) -> int:
+def clean(paths: tuple[str, ...], dry_run: bool, older_than: float | None, options: Options) -> int:
     """
     Remove merged files that were stashed, once nobody uses or needs them.
 
-    PATH is a folder, or a file called NAME.merged. What a process has open, what another image is built on, and what a
-    merge that was not finished may need, stays.
+    PATH is a folder, or a file called NAME.merged. Removed is what the note that the merge has left beside it, or else a
+    comparison with the image below it, proves to be merged. What a process has open, what another image is built on, and
+    what a merge that was not finished may need, stays.
 
     \b
     Exit codes: 0 done, planned, unchanged; 3 refused; 6 a file could not be removed.
@@ -31,7 +35,7 @@ def clean(paths: tuple[str, ...], dry_run: bool, options: Options) -> int:
         from qmpmerge.cli.render.humanize import cleaned_verdict
         from qmpmerge.operations import clean as operation
 
-        found = operation.clean(paths, dry_run=dry_run)
+        found = await operation.clean(paths, dry_run=dry_run, older_than=older_than)
         output.cleaned(found, dry_run=dry_run)
         return cleaned_verdict(found, dry_run=dry_run)
 

@@ -1,0 +1,292 @@
+"""`clean` removes what a note or a comparison proves to be merged, and leaves what is only called so."""
+
+import os
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig.command import invoke
+from rig.disks import drive
+from rig.folder import live, names
+from rig.left import note_stashed, record
+from rig.machines import MIB, Content, fill, make_chain, run
+
+import qmpmerge
+from qmpmerge.errors import CannotRecover, NoSuchStash
+from qmpmerge.images import dependents, files, stashed
+from qmpmerge.journal import merged_files, store
+
+STASHED = [f"{name}.qcow2.merged" for name in "abc"]
+
+
+async def merged(images: list[Path], **options: Any) -> qmpmerge.Outcome:
+    async with qmpmerge.offline(images[-1]) as target:
+        return await qmpmerge.commit(target, **options)
+
+
+async def kept(*paths: Path, **options: Any) -> dict[str, str | None]:
+    return {os.path.basename(one.file): one.kept for one in await qmpmerge.clean(paths, **options)}
+
+
+def notes(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob(".*.qmpmerge-stashed*"))
+
+
+@pytest.mark.parametrize("way", ["live", "offline"])
+async def test_a_merge_leaves_a_note_beside_each_file(
+    way: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    if way == "live":
+        with drive(tmp_path, images, content) as setup:
+            await live(setup)
+            setup.write(1, 0, MIB)
+    else:
+        await merged(images)
+    found = [stashed.look(str(tmp_path / name)) for name in STASHED]
+    assert [(note.original, note.base, note.format) for note in found if isinstance(note, stashed.Note)] == [
+        (str(image), str(images[0]), "qcow2") for image in images[1:]
+    ]
+    assert await kept(tmp_path) == dict.fromkeys(STASHED)
+    assert (names(tmp_path), notes(tmp_path)) == (["base.raw"], [])
+
+
+async def test_without_extended_attributes_it_is_no_stranger_either(tmp_path: Path, images: list[Path]) -> None:
+    """So the next merge need not be told that it is no dependent."""
+    await merged(images, top="[3]")
+    assert [os.listxattr(tmp_path / name) for name in STASHED[:2]] == [[], []]
+    chain = qmpmerge.Chain((dependents.image_at(str(images[0])),))
+    assert (
+        dependents.look_now(
+            chain.images, qmpmerge.Chain((*chain.images, dependents.image_at(str(images[3]))))
+        ).dependents
+        == ()
+    )
+
+
+# --- strangers ------------------------------------------------------------------------------------------------------------
+
+
+def older_data(folder: Path) -> Path:
+    """Somebody's overlay, with data that no base has."""
+    image = folder / "vm2.qcow2.merged"
+    run("qemu-img", "create", "-qf", "qcow2", "-b", "base.raw", "-F", "raw", image, "8M", cwd=folder)
+    run("qemu-io", "-c", f"write -P 0xee 0 {MIB}", image)
+    return image
+
+
+def alone(folder: Path) -> Path:
+    image = folder / "vm2.qcow2.merged.2"
+    run("qemu-img", "create", "-qf", "qcow2", image, "8M")
+    return image
+
+
+def elsewhere(folder: Path) -> Path:
+    (folder / "sub").mkdir()
+    image = folder / "sub" / "vm2.qcow2.merged"
+    run("qemu-img", "create", "-qf", "qcow2", "-b", folder / "base.raw", "-F", "raw", image, "8M")
+    return image
+
+
+def written_to(folder: Path) -> Path:
+    """A stashed one that somebody has brought to life under that name."""
+    image = older_data(folder)
+    note_stashed(image, folder / "base.raw")
+    run("qemu-io", "-c", f"write -P 0xee {MIB} {MIB}", image)
+    return image
+
+
+STRANGERS: dict[Callable[[Path], Path], str] = {
+    older_data: "nothing but its name says that a merge has stashed it, and {}/base.raw does not show what it shows",
+    alone: "nothing but its name says that a merge has stashed it, and there is no image below it",
+    elsewhere: "nothing but its name says that a merge has stashed it, and it cannot be compared: ",
+    written_to: "it was written to since a merge stashed it, and {}/base.raw does not show what it shows",
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.__name__)
+async def test_what_is_only_called_so_stays_however_it_is_named(
+    stranger: Callable[[Path], Path], tmp_path: Path, images: list[Path]
+) -> None:
+    image = stranger(tmp_path)
+    reason = (await kept(image))[image.name] or ""
+    assert reason.startswith(STRANGERS[stranger].format(tmp_path)), reason
+    assert await kept(image.parent) == {image.name: reason} and image.exists()
+    assert [one.name for one in await qmpmerge.examine_path(tmp_path) if one.name == "stashed"] == []
+    told = invoke("clean", str(image), "--json")
+    assert (told.code, told.document["verdict"], told.document["stashed"][0]["kept"]) == (0, "unchanged", reason)
+    run(*shlex.split(reason.split("`")[-2]))
+    assert not image.exists()
+
+
+async def test_a_vm_that_runs_on_the_base_cannot_be_compared_with(tmp_path: Path, images: list[Path]) -> None:
+    image = older_data(tmp_path)
+    with drive(tmp_path, images[:1], Content()):
+        (reason,) = (await kept(image)).values()
+    assert reason is not None and "cannot be compared with" in reason and "in use by" in reason
+
+
+async def test_a_stranger_on_the_base_is_a_dependent(tmp_path: Path, images: list[Path]) -> None:
+    image = older_data(tmp_path)
+    with pytest.raises(qmpmerge.errors.Dependents, match=image.name):
+        await merged(images)
+
+
+# --- proved by comparison -------------------------------------------------------------------------------------------------
+
+
+async def test_without_notes_what_the_base_shows_is_proved(tmp_path: Path) -> None:
+    """The upper one by itself, the lower one since it lies below that."""
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    await merged(images, top="[3]")
+    for note in notes(tmp_path):
+        (tmp_path / note).unlink()
+    assert await kept(tmp_path, dry_run=True) == dict.fromkeys(STASHED[:2])
+    (reason,) = (await kept(tmp_path / STASHED[0])).values()
+    assert reason is not None and "b.qcow2.merged is built on it" in reason
+    assert await kept(tmp_path) == dict.fromkeys(STASHED[:2])
+    assert names(tmp_path) == ["base.raw", "c.qcow2"]
+    content.check(images[3])
+
+
+async def test_two_of_one_name_are_not_chosen_from(tmp_path: Path) -> None:
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    await merged(images, top="[3]")
+    for note in notes(tmp_path):
+        (tmp_path / note).unlink()
+    (tmp_path / "a.qcow2.merged.2").write_bytes((tmp_path / "a.qcow2.merged").read_bytes())
+    assert all(reason is not None for reason in (await kept(tmp_path)).values())
+
+
+# --- notes and kills ------------------------------------------------------------------------------------------------------
+
+
+class Death(BaseException):
+    """As SIGKILL does."""
+
+
+@pytest.mark.parametrize("at", ["remove", "sync_folder"])
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+async def test_killed_anywhere_the_next_one_finishes(
+    at: str, step: int, tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await merged(images, top="[3]")
+    steps = iter(range(1, 99))
+    function = getattr(files, at)
+
+    def dies(path: str) -> None:
+        if next(steps) == step:
+            raise Death
+        function(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, at, dies)
+        try:
+            await qmpmerge.clean([tmp_path])
+        except Death:
+            assert step < 5
+    left = await kept(tmp_path)
+    assert set(left.values()) <= {None}
+    assert (names(tmp_path), notes(tmp_path)) == (["base.raw", "c.qcow2"], [])
+
+
+async def test_a_note_whose_file_is_gone_goes_quietly(tmp_path: Path, images: list[Path]) -> None:
+    await merged(images, top="[3]")
+    (tmp_path / STASHED[0]).unlink()
+    (tmp_path / STASHED[1]).rename(tmp_path / "b.qcow2")
+    (tmp_path / ".theirs.merged.qmpmerge-stashed").symlink_to(images[0])
+    assert await kept(tmp_path, dry_run=True) == {} and len(notes(tmp_path)) == 3
+    assert await kept(tmp_path) == {}
+    assert notes(tmp_path) == [".theirs.merged.qmpmerge-stashed"]
+
+
+async def test_a_merge_killed_before_its_record_goes_has_its_notes(
+    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_arguments: object) -> None:
+        raise Death
+
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(store, "remove", die)
+        await merged(images, top="[3]")
+    assert set((await kept(tmp_path)).values()) == {"a merge that was not finished may need it"}
+    await qmpmerge.recover(tmp_path)
+    assert await kept(tmp_path) == dict.fromkeys(STASHED[:2])
+
+
+async def test_a_note_that_cannot_be_kept_is_said(
+    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str, note: stashed.Note) -> None:
+        raise OSError(28, "No space left on device", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stashed, "write", full)
+        outcome = await merged(images, top="[3]")
+    assert sum("no note could be kept beside" in hint and "No space left" in hint for hint in outcome.hints) == 2
+    assert await kept(tmp_path) == dict.fromkeys(STASHED[:2])
+
+
+async def test_nothing_is_noted_while_the_guest_is_paused(
+    tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with drive(tmp_path, images, content) as setup:
+        setup.machine.session.execute("cont")
+        write, states = stashed.write, []
+
+        def noted(path: str, note: stashed.Note) -> None:
+            states.append(setup.machine.session.execute("query-status")["status"])
+            write(path, note)
+
+        monkeypatch.setattr(stashed, "write", noted)
+        assert (await live(setup)).paused_ms is not None
+    assert states == ["running"] * 3
+
+
+async def test_a_name_that_is_given_back_has_no_note(tmp_path: Path, images: list[Path]) -> None:
+    told = record(images, 4)
+    os.rename(images[3], told.away[4])
+    note_stashed(Path(told.away[4]), images[0])
+    assert merged_files.give_back(told, 4)
+    assert notes(tmp_path) == []
+
+
+# --- what was asked for -------------------------------------------------------------------------------------------------
+
+
+async def test_only_what_was_stashed_so_long_ago(tmp_path: Path, images: list[Path]) -> None:
+    await merged(images, top="[3]")
+    note_stashed(tmp_path / STASHED[0], images[0], since=time.time() - 7 * 86400)
+    young = invoke("clean", str(tmp_path), "--older-than", "7d", "--json").document["stashed"]
+    assert [one["kept"] is None for one in young] == [True, False]
+    assert "it was stashed at 2" in young[1]["kept"]
+    assert invoke("clean", str(tmp_path), "--older-than", "soon").code == 2
+
+
+async def test_when_is_not_known_without_a_note(tmp_path: Path, images: list[Path]) -> None:
+    await merged(images, top="[2]")
+    (tmp_path / notes(tmp_path)[0]).unlink()
+    assert await kept(tmp_path, older_than=0.0) == {STASHED[0]: "when it was stashed is not known"}
+
+
+async def test_a_file_that_is_none_is_named(tmp_path: Path, images: list[Path]) -> None:
+    with pytest.raises(NoSuchStash):
+        await qmpmerge.clean([images[3]])
+    with pytest.raises(NoSuchStash):
+        await qmpmerge.clean([tmp_path / "nothing.merged"])
+
+
+async def test_what_cannot_be_removed_is_told(
+    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(30, "Read-only file system", path)
+
+    await merged(images, top="[3]")
+    monkeypatch.setattr(files, "remove", refuse)
+    with pytest.raises(CannotRecover, match="Read-only"):
+        await qmpmerge.clean([tmp_path])
