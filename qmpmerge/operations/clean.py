@@ -3,6 +3,7 @@ Removing what merges have stashed, once nobody uses or needs it.
 """
 
 import contextlib
+import errno
 import os
 import shlex
 import time
@@ -39,25 +40,26 @@ async def clean(
     Raises NoSuchStash, CannotList, CannotRecover.
     """
     places = [os.path.abspath(path) for path in paths]
-    found = list(dict.fromkeys(file for place in places for file in _stashed(place)))
+    found = {file: os.lstat(file) for place in places for file in _stashed(place)}
     proofs = {file: await _why_not_proved(file, found) for file in found}
     proved = {file for file, reason in proofs.items() if reason is None}
     done = []
     for file in found:
         reason = why_not(file, proved) or proofs[file] or _why_not_yet(file, older_than)
         data = _data_of(file) if reason is None else []
-        size = os.lstat(file).st_blocks * 512
         if reason is None and not dry_run:
-            _remove(file)
-        done += [Cleaned(file, size, reason), *data]
+            _remove(file, found[file])
+        done += [Cleaned(file, found[file].st_blocks * 512, reason), *data]
     for folder in filter(os.path.isdir, () if dry_run else places):
         _forget_what_is_gone(folder)
     return done
 
 
-def _remove(file: str) -> None:
+def _remove(file: str, meant: os.stat_result) -> None:
     """The file first: a note without it is nothing, it without a note would have to be compared. Raises CannotRecover."""
     try:
+        if not os.path.samestat(os.lstat(file), meant):
+            raise FileNotFoundError(errno.ENOENT, "it is another file now", file)
         files.remove(file)
         files.remove(stashed.note_path(file))
         files.sync_folder(file)
@@ -102,7 +104,7 @@ def _stashed(path: str) -> list[str]:
     return [path]
 
 
-async def _why_not_proved(file: str, found: list[str]) -> str | None:
+async def _why_not_proved(file: str, found: Collection[str]) -> str | None:
     """Why it is not known that a merge has put it aside, None where it is."""
     if stashed.is_stashed(file):
         return None

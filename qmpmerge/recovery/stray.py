@@ -9,10 +9,11 @@ import os
 import shlex
 from collections.abc import Collection
 
-from qmpmerge.chain.chain import Image
+from qmpmerge.chain.chain import Image, Inode
 from qmpmerge.errors import Refused
 from qmpmerge.images import files, stashed, walk
 from qmpmerge.images.stashed import original_of
+from qmpmerge.images.walk import Layer
 from qmpmerge.recovery import evidence
 
 
@@ -52,9 +53,14 @@ async def _why_not(top: str) -> str | None:
     return None if equal else f"{below} does not show what it shows"
 
 
+def _inode(layer: Layer) -> Inode | None:
+    """The file that was walked; with its data there are two."""
+    return next(iter(layer.inodes)) if len(layer.inodes) == 1 else files.inode(layer.file)
+
+
 def _chain(top: str) -> tuple[list[Image], int]:
     """The images from the lowest to `top`, and the index of the highest that has its own name; 0 for none. Raises Refused."""
     layers = walk.walk(top, by_stashed_names=True)
-    images = [Image(layer.file, layer.format, 0, inode=files.inode(layer.file), slice=layer.slice) for layer in layers]
+    images = [Image(layer.file, layer.format, 0, inode=_inode(layer), slice=layer.slice) for layer in layers]
     named = [index for index, image in enumerate(images, 1) if original_of(os.path.basename(image.file)) is None]
     return images, max(named, default=0)
