@@ -6,6 +6,7 @@ before the merge's record goes until the file does. It is believed by the rules 
 it was written about, unchanged since.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -75,10 +76,19 @@ def noted_in(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def write(path: str, note: Note) -> None:
-    """Put a note beside the stashed file at `path`; durable on return. Raises OSError."""
-    entry = {"schema": SCHEMA, **vars(note), "seen": [note.seen.size, note.seen.changed]}
-    files.write(note_path(path), json.dumps(entry).encode())
+    """Put a note beside the stashed file at `path`; durable on return. Raises OSError, also where it would not be believed."""
+    files.write(note_path(path), encode(note))
+    known = look(path)
+    if not isinstance(known, Note):
+        files.remove(note_path(path))
+        raise OSError(errno.EPERM, known, path)
     files.sync_folder(path)
+
+
+def encode(note: Note) -> bytes:
+    """A note as it is written."""
+    entry = {"schema": SCHEMA, **vars(note), "seen": [note.seen.size, note.seen.changed]}
+    return json.dumps(entry).encode()
 
 
 def look(path: str) -> Note | str:

@@ -191,7 +191,8 @@ def about(chain: Chain) -> list[Found]:
     folders = dict.fromkeys(map(os.path.dirname, names))
     listed = {folder: in_folder(folder) for folder in folders}
     blind = {folder for folder, found in listed.items() if any(isinstance(one, Unlisted) for one in found)}
-    beside_them = [read(path) for path in dict.fromkeys(map(path_of, names)) if os.path.dirname(path) in blind]
+    paths = dict.fromkeys(map(path_of, names)) if blind else ()
+    beside_them = [read(path) for path in paths if os.path.dirname(path) in blind]
     seen = [one for folder in folders if folder not in blind for one in listed[folder]]
     return [found for found in (*seen, *beside_them) if found is not None and found.concerns(inodes)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rig.left import note_stashed
 
-from qmpmerge.images import stashed
+from qmpmerge.images import files, stashed
 from qmpmerge.images.files import Seen
 
 
@@ -32,6 +32,23 @@ def test_it_is_read_as_it_was_written(file: Path, tmp_path: Path) -> None:
     assert list(stashed.noted_in(str(tmp_path))) == [(path, str(file))]
     assert stashed.of(str(tmp_path / "a\udcff.qcow2")) == str(file)
     assert stashed.of(str(tmp_path / "base.raw")) is None
+
+
+def test_a_note_that_would_not_be_believed_is_not_left(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filesystem that knows no modes."""
+    write, note = files.write, stashed.look(str(file))
+
+    def loose(path: str, data: bytes) -> None:
+        write(path, data)
+        os.chmod(path, 0o777)
+
+    monkeypatch.setattr(files, "write", loose)
+    assert isinstance(note, stashed.Note)
+    with pytest.raises(OSError, match="others than its owner"):
+        stashed.write(str(file), note)
+    assert stashed.look(str(file)) == stashed.NO_NOTE
 
 
 def test_a_name_is_no_note(tmp_path: Path) -> None:

@@ -76,5 +76,5 @@ def note_stashed(file: Path, base: Path, **changes: Any) -> stashed.Note:
         verified=True,
         since=time.time(),
     )
-    stashed.write(str(file), replace(note, **changes))
+    files.write(stashed.note_path(str(file)), stashed.encode(replace(note, **changes)))
     return note
