@@ -45,7 +45,7 @@ def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> in
     \b
     Exit codes:
       0    done, planned, unchanged
-      3    refused: another qmpmerge is at work, somebody runs from the image, or the record names files elsewhere
+      3    refused: another qmpmerge or a VM is at work there, or the record names files elsewhere
       4    no session with the QEMU that carried the merge out, and which still runs
       6    unknown: the evidence does not decide, see --use
       7    a job is at work: the command to follow it is printed
