@@ -179,5 +179,5 @@ async def flush_unavailable(question: Question) -> AsyncIterator[Refused | Unsee
         return
     try:
         await flush.check(question.target.monitor, question.plan.base)
-    except FlushUnavailable as refusal:
+    except (FlushUnavailable, Busy) as refusal:
         yield refusal

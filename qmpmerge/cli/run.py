@@ -130,6 +130,7 @@ def on_target(
         }
         try:
             async with opened(target, secret=secret, **given) as opened_target:
+                opened_target.monitor.tell = output.note
                 for note in opened_target.notes:
                     output.note(note)
                 return await work(opened_target, output)
@@ -138,6 +139,7 @@ def on_target(
                 raise
             secret = click.prompt(f"passphrase of {error.image}", hide_input=True, err=True)
         async with opened(target, secret=secret, **given) as opened_target:
+            opened_target.monitor.tell = output.note
             return await work(opened_target, output)
 
     return with_target

@@ -13,10 +13,10 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.progress import Progress, Report
-from qmpmerge.errors import Locked, Suspect, refuse
+from qmpmerge.errors import Busy, Locked, Suspect, refuse
 from qmpmerge.journal import locks
 from qmpmerge.journal.record import Record
-from qmpmerge.qemu import jobs
+from qmpmerge.qemu import jobs, mutex
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView, Target
@@ -117,6 +117,12 @@ def _as_recorded(image: Image, record: Record | None) -> Image:
 
 
 async def refuse_suspect(target: Target, operation: Operation, suspect: str | None) -> None:
-    """What must be compared, and cannot be while a guest writes, is not begun. Raises Suspect."""
-    if suspect is not None and operation.pivots and target.is_live and await target.guest_runs():
+    """What must be compared, and cannot be while a guest writes, is not begun. Raises Suspect, Busy."""
+    if suspect is None or not operation.pivots or not target.is_live:
+        return
+    try:
+        guest_runs = await target.guest_runs()
+    except mutex.NoTurn as error:
+        raise Busy(disk=operation.plan.base.file, target=target.name, holder=error.holder) from None
+    if guest_runs:
         raise Suspect(base=operation.plan.base.file, reason=suspect)

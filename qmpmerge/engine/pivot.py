@@ -20,6 +20,7 @@ from qmpmerge.guest.pause import paused
 from qmpmerge.images import files
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.record import look
+from qmpmerge.qemu import mutex
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 
@@ -28,9 +29,16 @@ async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     """
     Move the device onto the base; returns the job as it ended. Until the name is taken away it can be cancelled.
 
-    Raises NotVerified, NotAtRest, MigrationBegan, RecordFailed with the job taken back; LeftDisplaced; PauseUnproven; what a
-    lost session raises.
+    Raises NotPaused, NotVerified, NotAtRest, MigrationBegan, RecordFailed with the job taken back; LeftDisplaced;
+    PauseUnproven; what a lost session raises.
     """
+    try:
+        return await _paused(run, doorbell, status)
+    except mutex.NoTurn as error:  # so nothing has been done yet
+        raise await safeguards.not_paused(run, doorbell, error) from None
+
+
+async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     async with paused(run.target.monitor, run.deadman) as pause:
         since = await rest.begin(run)
         if not run.verified:

@@ -14,12 +14,13 @@ from qmpmerge.errors import (
     MigrationBegan,
     NotAtRest,
     NotDurable,
+    NotPaused,
     NotProven,
     NotVerified,
     VmState,
 )
 from qmpmerge.images import compare
-from qmpmerge.qemu import bitmaps, flush, vmstate
+from qmpmerge.qemu import bitmaps, flush, mutex, vmstate
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 from qmpmerge.targets import identity
@@ -50,6 +51,12 @@ async def see_that_it_is_compared(run: Run, doorbell: Doorbell) -> None:
     await shield.finished(blockjob.take_back(run, doorbell))
     reason = f"the guest writes, so what an earlier failure left cannot be seen ({run.suspect})"
     raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
+
+
+async def not_paused(run: Run, doorbell: Doorbell, error: mutex.NoTurn) -> NotPaused:
+    """The error to raise where the guest is not ours to pause, or to look at; the job is taken back."""
+    await shield.finished(blockjob.take_back(run, doorbell))
+    return NotPaused(target=run.target.name, reason=str(error))
 
 
 async def see_that_it_stays(run: Run, doorbell: Doorbell) -> None:
@@ -92,10 +99,17 @@ async def verify_at_rest(run: Run, doorbell: Doorbell, job: Job) -> None:
     """
     if job.status == "ready" and not run.target.is_live:
         await verify(run, doorbell)
-    elif job.status == "ready" and run.suspect is not None and not await run.target.guest_runs():
+    elif job.status == "ready" and run.suspect is not None and not await _guest_runs(run, doorbell):
         since = await rest.begin(run)
         if since is not None:
             await verify(run, doorbell, since)
+
+
+async def _guest_runs(run: Run, doorbell: Doorbell) -> bool:
+    try:
+        return await run.target.guest_runs()
+    except mutex.NoTurn as error:
+        raise await not_paused(run, doorbell, error) from None
 
 
 async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None:

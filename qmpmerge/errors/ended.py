@@ -94,6 +94,15 @@ class Displaced(Failed):
     advice = "{cure}"
 
 
+class NotPaused(Failed):
+    """Somebody else pauses the guest, or looks at it while it stands still, and does not end; the job was cancelled."""
+
+    target: str
+    reason: str
+    sentence = "the guest was not paused: {reason}; nothing was switched, the old chain is in use"
+    advice = "wait until it has done, or end it if it hangs; then run the same command again"
+
+
 class RecordFailed(Failed):
     """What was about to be done could not be written down, so it was not done; the job was cancelled."""
 

@@ -41,13 +41,25 @@ class ShorterLayer(Refused):
 
 
 class Busy(Refused):
-    """A block job is on the disk already; QEMU takes one commit job a disk."""
+    """
+    A block job is on the disk already; QEMU takes one commit job a disk. Or, without a `job`, the process `holder` does with
+    the QEMU what one may do at a time, and does not end.
+    """
 
     disk: str
-    job: str
     target: str
-    sentence = "{disk} is busy: job {job} is working on it"
-    advice = "see `qmpmerge jobs {target}`; `qmpmerge job {target} {job} follow` goes on with it, `cancel` ends it"
+    job: str = ""
+    holder: str = ""
+    sentence = "{disk} is busy: {who} is working on it"
+    advice = "{cure}"
+
+    def _words(self) -> dict[str, object]:
+        words = super()._words()
+        job = f"job {self.job}" if self.job else ""
+        cure = "see `qmpmerge jobs {target}`; `qmpmerge job {target} {job} follow` goes on with it, `cancel` ends it"
+        if not job:
+            cure = "wait until {holder} has done, or end it if it hangs; then try again"
+        return {**words, "who": " of ".join(filter(None, (job, self.holder))), "cure": cure.format_map(words)}
 
 
 class Locked(Refused):

@@ -56,7 +56,8 @@ async def paused(monitor: Monitor, switch: Switch | None, *, limit: float = LIMI
     daemon), nobody is paused. One pause of a guest at a time, and the next one only when the guest runs again, even if
     we are dead: else somebody could take another's pause for a guest at rest.
 
-    Raises PauseUnproven when nobody can say whether the guest runs again, whatever the block raised.
+    Raises `mutex.NoTurn` before the block when somebody else's pause does not end, PauseUnproven when nobody can say
+    whether the guest runs again, whatever the block raised.
     """
     async with mutex.taken(mutex.PAUSE, monitor) as turn:
         if switch is None or not await _is_running(monitor):

@@ -16,7 +16,7 @@ import os
 from typing import Any
 
 from qmpmerge.chain.chain import Image
-from qmpmerge.errors import CommandError, FlushUnavailable, NotDurable
+from qmpmerge.errors import Busy, CommandError, FlushUnavailable, NotDurable
 from qmpmerge.qemu import mutex
 from qmpmerge.qemu.monitor import Monitor
 
@@ -26,8 +26,11 @@ SECONDS = 60.0
 
 
 async def check(monitor: Monitor, image: Image) -> None:
-    """See that a flush of `image` can be asked for, by one of a node that may not write. Raises FlushUnavailable."""
-    await _ask(monitor, image, {"read-only": True})
+    """See that a flush of `image` can be asked for, by one of a node that may not write. Raises FlushUnavailable, Busy."""
+    try:
+        await _ask(monitor, image, {"read-only": True})
+    except mutex.NoTurn as error:
+        raise Busy(disk=monitor.name, target=monitor.name, holder=error.holder) from None
 
 
 async def flush(monitor: Monitor, image: Image, *, header_only: bool = False) -> None:
@@ -38,21 +41,22 @@ async def flush(monitor: Monitor, image: Image, *, header_only: bool = False) ->
     Raises NotDurable with the storage's reason, FlushUnavailable when QEMU cannot be asked.
     """
     is_synced = await asyncio.to_thread(_sync, image, monitor.pid)
-    if not (is_synced and header_only):
+    if is_synced and header_only:
+        return
+    try:
         await _ask(monitor, image, {"take-child-perms": ["write-unchanged"]})
+    except mutex.NoTurn as error:
+        cure = "wait until the other merges of this QEMU have ended"
+        raise FlushUnavailable(reason=str(error), cure=cure) from None
 
 
 async def _ask(monitor: Monitor, image: Image, more: dict[str, Any]) -> None:
-    """All in one go, so that a kill leaves hardly ever something; what one has left the next takes away."""
+    """All in one go, so that a kill leaves hardly ever something; what one has left the next takes away. Raises NoTurn."""
     options = {"driver": "blkdebug", "node-name": NODE, "image": image.node, **more}
     remove = ("blockdev-del", {"node-name": NODE})
     commands = [remove, ("blockdev-add", options), ("blockdev-reopen", {"options": [options]}), remove]
-    try:
-        async with mutex.taken(mutex.FLUSH, monitor, SECONDS):
-            _, added, flushed, _ = await monitor.execute_all(commands)
-    except TimeoutError:
-        cure = "wait until the other merges of this QEMU have ended"
-        raise FlushUnavailable(reason="another merge does not end its own", cure=cure) from None
+    async with mutex.taken(mutex.FLUSH, monitor, SECONDS):
+        _, added, flushed, _ = await monitor.execute_all(commands)
     _judge(image, added, flushed)
 
 

@@ -55,7 +55,7 @@ class Monitor:
     A negotiated QMP session. Made by `connected`.
 
     `pid` is the QEMU process where the kernel tells it (UNIX sockets on this host), else None. `version` is QEMU's, as
-    in ``(7, 2, 22)``.
+    in ``(7, 2, 22)``. `tell` hears a sentence when others are waited for.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Monitor:
         self.name = name
         self.pid = pid
         self._trace = trace
+        self.tell: Callable[[str], None] = lambda text: None
         self.version = _version_of(client)
 
     @property

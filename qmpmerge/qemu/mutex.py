@@ -1,21 +1,82 @@
 """
 What only one of all merges of a QEMU may do at a time, whichever process they are in.
 
-A turn is a name in the kernel's abstract namespace of UNIX sockets: it is freed with its holder, however that ends, and
-nothing is left on a disk. Processes of other network namespaces do not see it.
+The queue stands in QEMU itself, so that nobody can be in it who may not use its monitor, and all meet in it, whichever of its
+monitors they use. (A name of the kernel's could be taken by anybody, and kept; and one that were secret can be read in
+/proc/net/unix by all, once it is in use.) Who wants a turn makes an object there, a ticket of its own whose number is above all
+that are seen; and makes another one where a look after that shows one that is not below it, for whoever has that may have
+looked first. It is our turn when none is below ours whose owner lives.
+
+Owners die without a word. So a ticket names a socket on which its owner listens, and which is gone with the last process that
+has it; who listens there, the kernel tells. Where nobody does, or another user than the ticket says, the owner is dead, and
+whoever comes next takes the ticket away. Where we cannot see that far (another host, another network namespace) it is alive.
 """
 
 import asyncio
 import contextlib
-import errno
+import json
+import os
+import pwd
+import random
+import re
 import socket
-import zlib
+import struct
+import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
 
-from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.errors import CommandError, NoReply, SessionLost
+from qmpmerge.processes import proc
+from qmpmerge.qemu.monitor import COMMAND_SECONDS, Monitor
 
 LOOK_AGAIN_SECONDS = 0.01
+"""On average: two that look at the same times would be in each other's way."""
+
+TELL_SECONDS = 1.0
+"""After how long it is said for whom we wait."""
+
+LIMIT_SECONDS = 300.0
+"""How long another process may have a turn. A pause takes milliseconds, unless base and top are compared in it."""
+
+LEAVE_SECONDS = 2.0
+"""How long we wait for QEMU to hear that we have done; it may hang."""
+
 FLUSH, PAUSE = "flush", "pause"
+
+
+class NoTurn(Exception):
+    """Somebody else, `holder`, has the turn for too long, or QEMU takes no tickets; says so in words."""
+
+    def __init__(self, holder: str, why: str) -> None:
+        super().__init__(f"{holder} {why}")
+        self.holder = holder
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """What a ticket says: the process, as whom it runs, and where its socket can be seen."""
+
+    pid: int
+    user: int
+    place: str
+
+    def __str__(self) -> str:
+        user = str(self.user)
+        with contextlib.suppress(KeyError, OverflowError):
+            user = pwd.getpwuid(self.user).pw_name
+        return f"pid {self.pid} of user {user}" + ("" if self.place == _place() else " on another host or network")
+
+
+@dataclass(frozen=True, order=True)
+class _Ticket:
+    """Its number; `mark` is in the names of the object and of the socket, and no two have the same."""
+
+    number: int
+    mark: str
+
+    @property
+    def socket(self) -> str:
+        return f"\0qmpmerge-{self.mark}"
 
 
 @contextlib.asynccontextmanager
@@ -25,23 +86,136 @@ async def taken(what: str, monitor: Monitor, seconds: float | None = None) -> As
 
     It is freed with the last descriptor of the socket that the block gets: who hands that on hands on the turn.
 
-    Where the kernel has no such names for us nobody is kept away. Raises TimeoutError after `seconds`.
+    After a moment `monitor.tell` hears for whom we wait. Raises NoTurn after `seconds`, by default after `LIMIT_SECONDS`
+    where the turn is another process's.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as turn:
-        async with asyncio.timeout(seconds):
-            while not _is_ours(turn, f"\0qmpmerge-{what}-{_qemu(monitor)}"):  # noqa: ASYNC110 - nobody rings across processes
-                await asyncio.sleep(LOOK_AGAIN_SECONDS)
-        yield turn
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        queue = _Queue(what, monitor)
+        listener.bind(_Ticket(0, queue.mark).socket)
+        listener.listen()
+        try:
+            await queue.wait(seconds)
+            yield listener
+        finally:
+            await queue.leave()
 
 
-def _qemu(monitor: Monitor) -> int:
-    """Its pid, or where the kernel does not tell (TCP), a number made of its address."""
-    return monitor.pid or zlib.crc32(monitor.name.encode(errors="surrogatepass"))
+def _place() -> str:
+    """Where a socket's name and a user's number mean the same."""
+    return " ".join([proc.boot_id(), *(proc.read_link(f"/proc/self/ns/{kind}") for kind in ("net", "user"))])
 
 
-def _is_ours(turn: socket.socket, name: str) -> bool:
+class _Queue:
+    """The tickets for one thing, and ours among them."""
+
+    def __init__(self, what: str, monitor: Monitor) -> None:
+        self.mark = os.urandom(16).hex()
+        self._monitor = monitor
+        self._prefix = f"qmpmerge-turn-{what}-"
+        self._ours: _Ticket | None = None
+        self._ahead: _Owner | None = None
+        self._is_told = False
+
+    async def wait(self, seconds: float | None) -> None:
+        """Until it is our turn."""
+        began = time.monotonic()
+        while not await self._is_our_turn():
+            waited = time.monotonic() - began
+            limit = LIMIT_SECONDS if seconds is None else seconds
+            if waited >= limit and not (seconds is None and self._waits_for_ourselves):
+                raise NoTurn(self._holder, f"has been at work on it for more than {limit:g} s")
+            if waited >= TELL_SECONDS:
+                self._tell()
+            await asyncio.sleep(random.uniform(0, 2 * LOOK_AGAIN_SECONDS))  # noqa: S311
+
+    async def leave(self) -> None:
+        """Take our ticket away; where QEMU does not hear it, who comes next does."""
+        ticket, self._ours = self._ours, None
+        if ticket is not None:
+            with contextlib.suppress(SessionLost, NoReply):
+                await self._remove(ticket, LEAVE_SECONDS)
+
+    @property
+    def _waits_for_ourselves(self) -> bool:
+        return self._ahead is not None and (self._ahead.pid, self._ahead.place) == (os.getpid(), _place())
+
+    @property
+    def _holder(self) -> str:
+        return str(self._ahead) if self._ahead is not None else "somebody"
+
+    def _tell(self) -> None:
+        if not self._is_told:
+            self._is_told = True
+            self._monitor.tell(f"waiting for {self._holder}, who is at work on {self._monitor.name} too")
+
+    async def _is_our_turn(self) -> bool:
+        is_new = self._ours is None
+        ours = self._ours or await self._draw()
+        waiting = await self._tickets()
+        if ours not in waiting:
+            self._ours = None  # somebody has made QEMU forget it
+            return False
+        below = [ticket for ticket in waiting if ticket.number < ours.number]
+        if is_new and len(below) + 1 < len(waiting):
+            await self.leave()
+            return False
+        self._ahead = None
+        for ticket in below:
+            self._ahead = await self._owner(ticket)
+            if self._ahead is not None:
+                return False
+            await self._remove(ticket)
+        return True
+
+    async def _draw(self) -> _Ticket:
+        number = max((ticket.number for ticket in await self._tickets()), default=0) + 1
+        self._ours = _Ticket(number, self.mark)
+        data = json.dumps(asdict(_Owner(os.getpid(), os.geteuid(), _place())))
+        try:
+            await self._monitor.execute("object-add", qom_type="secret", id=self._object(self._ours), data=data)
+        except CommandError as error:
+            raise NoTurn("QEMU", f"takes no ticket for it: {error.description}") from None
+        return self._ours
+
+    async def _tickets(self) -> list[_Ticket]:
+        try:
+            objects = await self._monitor.execute("qom-list", path="/objects")
+        except CommandError:  # a storage daemon has none before its first
+            return []
+        names = [
+            entry["name"].removeprefix(self._prefix) for entry in objects if entry["name"].startswith(self._prefix)
+        ]
+        found = [re.fullmatch(r"([0-9]{1,15})-([0-9a-f]{32})", name) for name in names]
+        return sorted(_Ticket(int(match[1]), match[2]) for match in found if match is not None)
+
+    def _object(self, ticket: _Ticket) -> str:
+        return f"{self._prefix}{ticket.number}-{ticket.mark}"
+
+    async def _remove(self, ticket: _Ticket, seconds: float = COMMAND_SECONDS) -> None:
+        with contextlib.suppress(CommandError):  # it is gone
+            await self._monitor.execute("object-del", id=self._object(ticket), timeout=seconds)
+
+    async def _owner(self, ticket: _Ticket) -> _Owner | None:
+        """Who has this ticket, None where it is dead or gone."""
+        path = f"/objects/{self._object(ticket)}"
+        try:
+            owner = _Owner(**json.loads(await self._monitor.execute("qom-get", path=path, property="data")))
+        except CommandError:
+            return None
+        except (ValueError, TypeError):
+            return _Owner(0, 0, "")
+        return owner if owner.place != _place() or _lives(ticket, owner) else None
+
+
+def _lives(ticket: _Ticket, owner: _Owner) -> bool:
     try:
-        turn.bind(name)
-    except OSError as error:
-        return error.errno != errno.EADDRINUSE
-    return True
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as tried:
+            tried.setblocking(False)
+            tried.connect(ticket.socket)
+            credentials = tried.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # it has more callers than it has room for, or we may have no socket
+        return True
+    _pid, user, _group = struct.unpack("3i", credentials)
+    return bool(user == owner.user)

@@ -71,12 +71,14 @@ class Target:
         """Give up the session, if there still is one, and make a new one. Raises what the door raises."""
         assert self._connect is not None, "see `can_reconnect`"
         await self.monitor.close()
+        tell = self.monitor.tell
         self.monitor = await self._connect()
+        self.monitor.tell = tell
 
     async def guest_runs(self) -> bool:
         """
         Whether a guest can write now; a storage daemon does not tell, its clients can. One that another merge has paused
-        for a moment runs.
+        for a moment runs. Raises `mutex.NoTurn` where that moment does not end.
         """
         try:
             async with mutex.taken(mutex.PAUSE, self.monitor):

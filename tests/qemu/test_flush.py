@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import pwd
 import shutil
 import subprocess
 import tempfile
@@ -16,7 +17,7 @@ from rig.disks import KINDS, blockdev, device, drive, nodes
 from rig.machines import MIB, SIZE, Content, Machine, fill, machine, make_chain, run
 
 import qmpmerge
-from qmpmerge.errors import FlushUnavailable, NotDurable
+from qmpmerge.errors import Busy, NotDurable
 from qmpmerge.qemu import flush, mutex
 
 FAILS = "inject-error.0.event=flush_to_disk,inject-error.0.iotype=flush,inject-error.0.errno=5"
@@ -234,7 +235,8 @@ async def test_another_merge_that_does_not_end_its_flush(tmp_path: Path, monkeyp
     with blockdev(tmp_path, images, content) as setup:
         async with qmpmerge.live(setup.machine.target) as target:
             async with mutex.taken(mutex.FLUSH, target.monitor):
-                with pytest.raises(FlushUnavailable) as refused:
+                with pytest.raises(Busy) as refused:
                     await qmpmerge.commit(target, top="[3]")
-            assert refused.value.hint == "wait until the other merges of this QEMU have ended, then try again"
+            assert refused.value.holder == f"pid {os.getpid()} of user {pwd.getpwuid(os.geteuid()).pw_name}"
+            assert refused.value.hint.startswith(f"wait until {refused.value.holder} has done")
             assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"

@@ -154,7 +154,7 @@ class Ladder:
                     # The end of the merge ends this too, by a cancellation.
                     await asyncio.sleep(self.wanted.pause)
             self._say(f"the guest runs again: {self.wanted.pause:g} s were not enough")
-        except (CommandError, OSError) as error:
+        except (CommandError, OSError, mutex.NoTurn) as error:
             self._say(f"the guest cannot be paused: {error}")
 
     @contextlib.asynccontextmanager
