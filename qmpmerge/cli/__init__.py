@@ -26,6 +26,10 @@ def main() -> None:
 
     from qmpmerge.cli.commands.group import cli
 
+    if "_QMPMERGE_COMPLETE" in os.environ:
+        from qmpmerge.cli import shells
+
+        shells.register()
     try:
         code = cli.main(prog_name="qmpmerge", standalone_mode=False)
     except click.ClickException as error:

@@ -1,5 +1,8 @@
 """What the shell offers at TAB: running VMs, their disks, their layers, their jobs. Quick, and silent when it cannot."""
 
+import os
+import re
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SECONDS = 1.0
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def _ask(ctx: click.Context, question: "Callable[[Target], Awaitable[list[T]]]") -> list[T]:
@@ -43,14 +47,26 @@ def _given(ctx: click.Context, name: str, place: int) -> str | None:
 
 
 def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of VMs; with a slash in it the shell completes files."""
+    """
+    The VMs whose monitors we may use: by name where that is plain and means one only, by pid where not, since anybody can
+    start a process of any name. With a slash in it the shell completes files.
+    """
     if "/" in incomplete or incomplete.startswith("."):
         return [CompletionItem(incomplete, type="file")]
     from qmpmerge.processes.vms import vms
 
-    found = [vm.name or f"pid:{vm.pid}" for vm in vms() if vm.monitors and not vm.libvirt]
-    names = [CompletionItem(name) for name in dict.fromkeys(found) if name.startswith(incomplete)]
+    found = [vm for vm in vms() if not vm.libvirt and any(map(_may_use, vm.monitors))]
+    named = Counter(vm.name for vm in found)
+    plain = [
+        vm.name for vm in found if named[vm.name] == 1 and _PLAIN.fullmatch(vm.name) and not os.path.lexists(vm.name)
+    ]
+    others = [f"pid:{vm.pid}" for vm in found if vm.name not in plain]
+    names = [CompletionItem(name) for name in (*plain, *others) if name.startswith(incomplete)]
     return [*names, *([CompletionItem(incomplete, type="file")] if not names else [])]
+
+
+def _may_use(monitor: str) -> bool:
+    return monitor.startswith("tcp:") or os.access(monitor, os.W_OK)
 
 
 def disks(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -25,6 +25,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
+from qmpmerge import shield
 from qmpmerge.errors import CommandError, NoReply, SessionLost
 from qmpmerge.processes import proc
 from qmpmerge.qemu.monitor import COMMAND_SECONDS, Monitor
@@ -97,7 +98,7 @@ async def taken(what: str, monitor: Monitor, seconds: float | None = None) -> As
             await queue.wait(seconds)
             yield listener
         finally:
-            await queue.leave()
+            await shield.finished(queue.leave())  # nobody may leave between what was done in it and its proof
 
 
 def _place() -> str:

@@ -22,7 +22,10 @@ def completion(shell: str) -> int:
     """
     from click.shell_completion import get_completion_class
 
+    from qmpmerge.cli import shells
+
+    shells.register()
     maker = get_completion_class(shell)
-    assert maker is not None, "the shells are click's own"
+    assert maker is not None, "it was registered"
     click.echo(re.sub(r"\n+\Z", "", maker(group.cli, {}, "qmpmerge", "_QMPMERGE_COMPLETE").source()))
     return 0

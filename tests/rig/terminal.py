@@ -1,0 +1,110 @@
+"""The shells that people type in: each runs on a terminal, is typed at, and says which words a command got."""
+
+import contextlib
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rig.command import invoke
+
+PATIENCE = 60.0
+
+# The completion scripts run the program, people run the function.
+BASH = """
+PS1='> '
+bind 'set enable-bracketed-paste off'
+qmpmerge() {{ printf '%s\\0' "$@" > {said}; }}
+"""
+ZSH = """
+PS1='> '
+bindkey -e
+autoload -Uz compinit && compinit -u -D
+function qmpmerge {{ printf '%s\\0' "$@" > {said} }}
+"""
+FISH = """
+function fish_prompt; echo '> '; end
+function qmpmerge; string join0 -- $argv > {said}; end
+"""
+STARTED = {
+    "bash": (BASH, ["--noprofile", "--rcfile", "{rc}", "-i"]),
+    "zsh": (ZSH, ["-d", "-i"]),
+    "fish": (FISH, ["--no-config", "--private", "--init-command", "source {rc}", "--interactive"]),
+}
+
+# A slow machine is no reason to offer nothing.
+PROGRAM = """#!{python}
+from qmpmerge.cli import complete, main
+complete.SECONDS = 60.0
+main()
+"""
+
+
+class Terminal:
+    """A shell in a folder of its own."""
+
+    def __init__(self, name: str, terminal: int, said: Path) -> None:
+        self.name = name
+        self._terminal = terminal
+        self._said = said
+        self.screen = b""
+
+    def type(self, keys: str) -> list[str]:
+        """Type them and Enter; the words that the command got."""
+        reading = os.open(self._said, os.O_RDONLY | os.O_NONBLOCK)
+        os.write(self._terminal, keys.encode() + b"\r")
+        deadline, received, more = time.monotonic() + PATIENCE, b"", b""
+        try:
+            while not received or more:
+                ready = select.select([self._terminal, reading], [], [], max(0.0, deadline - time.monotonic()))[0]
+                assert ready, f"{keys!r} ended in {self.screen.decode(errors='replace')!r}"
+                if self._terminal in ready:
+                    self.screen += os.read(self._terminal, 65536)
+                if reading in ready:
+                    more = os.read(reading, 65536)
+                    received += more
+                    time.sleep(0.001)  # a FIFO that nobody has opened yet is always ready
+        finally:
+            os.close(reading)
+        return received.decode().split("\0")[:-1]
+
+
+@contextlib.contextmanager
+def shell(name: str, folder: Path) -> Iterator[Terminal]:
+    """An interactive one, which completes `qmpmerge`; skipped where it is not installed."""
+    program = shutil.which(name)
+    if program is None:
+        pytest.skip(f"no {name} here")
+    said, rc = folder / "said", folder / (".zshrc" if name == "zsh" else "rc")
+    os.mkfifo(said)
+    settings, arguments = STARTED[name]
+    rc.write_text(settings.format(said=said) + invoke("completion", name).out)
+    (folder / "bin").mkdir()
+    (folder / "bin/qmpmerge").write_text(PROGRAM.format(python=sys.executable))
+    (folder / "bin/qmpmerge").chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}/bin:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "ZDOTDIR": str(folder),
+        "XDG_CONFIG_HOME": str(folder),
+        "XDG_DATA_HOME": str(folder),
+        "TERM": "dumb",
+        "LC_ALL": "C.UTF-8",
+    }
+    ours, theirs = pty.openpty()
+    command = ["setsid", "--ctty", program, *(argument.format(rc=rc) for argument in arguments)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment) as process:
+        os.close(theirs)
+        try:
+            yield Terminal(name, ours, said)
+        finally:
+            process.kill()
+            os.close(ours)
