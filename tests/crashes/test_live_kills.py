@@ -29,6 +29,7 @@ from typing import Any
 
 import pytest
 from rig import kills, writers
+from rig.folder import litter
 from rig.machines import Content, Machine, fill, make_chain, run
 from rig.machines import machine as machines_machine
 
@@ -208,9 +209,9 @@ def recover(case: Case, result: Killed) -> None:
         result.wrong.append(f"{right.name} is not right: {faults}")
     if case.launch.exists() and right != case.launch:
         result.wrong.append("the launch path is still there")
-    litter = [name for name in os.listdir(case.images) if name.startswith(".") and "lock" not in name]
-    if litter:
-        result.wrong.append(f"litter: {litter}")
+    left = [name for name in litter(case.images) if "lock" not in name]
+    if left:
+        result.wrong.append(f"litter: {left}")
 
 
 def placed(image: Path) -> Path:

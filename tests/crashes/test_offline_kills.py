@@ -31,6 +31,7 @@ from typing import Any
 
 import pytest
 from rig import kills
+from rig.folder import beside
 from rig.machines import Content, fill, make_chain, run
 from rig.machines import run as machines_run
 
@@ -177,7 +178,7 @@ class Case:
         return tuple(os.path.basename(entry["filename"]) for entry in reversed(json.loads(told)))
 
     def litter(self) -> list[str]:
-        return sorted(set(os.listdir(self.images)) - set(NAMES))
+        return sorted(set(beside(self.images)) - set(NAMES))
 
     def left_in_tmp(self) -> list[str]:
         """Files and folders in the folder for temporary files; what is in a private folder of ours is told by name."""

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from rig import kills
 from rig.disks import KINDS, Setup
+from rig.folder import litter
 from rig.machines import Content, fill, make_chain
 
 from qmpmerge.qemu import flush
@@ -92,7 +93,7 @@ def run_killed(folder: Path, story: Story, kind: str, moment: str) -> bool:
         setup.check()
         setup.off()
     setup.content.check(folder / story.after[-1])
-    assert not [file.name for file in folder.glob(".*qmpmerge*")], moment
+    assert not [name for name in litter(folder) if "qmpmerge" in name], moment
     return True
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rig.disks import KINDS, Setup
+from rig.folder import litter
 from rig.machines import Content
 
 import qmpmerge
@@ -46,7 +47,7 @@ def notes(told: list[Progress]) -> list[str]:
 
 
 def beside(images: list[Path]) -> list[str]:
-    return [file.name for file in images[0].parent.glob(".*qmpmerge*")]
+    return [name for name in litter(images[0].parent) if "qmpmerge" in name]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,10 +2,11 @@
 `qmpmerge recover`, killed at each of its steps and run again.
 """
 
-import os
 import subprocess
 import sys
 from functools import cache
+
+from rig.folder import litter
 
 from faults import oracle
 from faults.gate import Gate
@@ -50,7 +51,7 @@ def killed(bench: Bench, story: Story, number: int, step: int) -> Point:
         found = oracle.judge(case, first)
         if "Traceback" in told.complaints or told.code not in (0, 3, 6):
             found.wrong.append(f"recover: exit code {told.code}: {told.complaints[-500:]}")
-        left = [name for name in os.listdir(case.images) if "qmpmerge" in name and not name.endswith("-lock")]
+        left = [name for name in litter(case.images) if "qmpmerge" in name and not name.endswith("-lock")]
         if left and told.code == 0:
             found.wrong.append(f"recover is done and leaves {left}")
         reached = log.fault.reached

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rig.disks import BACKEND, device, form, nodes
+from rig.folder import beside
 from rig.machines import SIZE, Content, Machine, Session, machine, run
 
 from faults.gate import Gate
@@ -199,8 +200,8 @@ class Case:
         return self.folder / "nbd"
 
     def litter(self) -> list[str]:
-        """What lies beside the images."""
-        return sorted(set(os.listdir(self.images)) - set(self.names))
+        """What lies beside the images, but for the notes of those that are stashed."""
+        return sorted(set(beside(self.images)) - set(self.names))
 
 
 def play(

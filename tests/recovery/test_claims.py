@@ -324,7 +324,7 @@ async def test_what_qemu_shows_is_of_the_merge(scattered: tuple[list[Path], Cont
             with pytest.raises(StillRunning):
                 patience = qmpmerge.Patience(detach=True)
                 await qmpmerge.commit(target, "vda", base="[1]", top="[2]", speed=1, patience=patience)
-            outcome = await qmpmerge.commit(target, "vda", base="[1]", top="[2]")
+            outcome = await qmpmerge.commit(target, "vda", base="[1]", top="[2]", speed=0)
         assert [file.now for file in outcome.merged] == [f"{images[1]}.merged"]
         setup.check()
 

@@ -1,10 +1,12 @@
 """What a folder holds."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
+from qmpmerge.images import stashed
 from rig.disks import Setup
 
 
@@ -17,3 +19,16 @@ def names(folder: Path) -> list[str]:
     """Images, whatever they are called; not what we keep beside them."""
     found = [file.name for file in folder.iterdir() if not file.name.startswith(".")]
     return sorted(name for name in found if "qcow2" in name or "raw" in name)
+
+
+def litter(folder: Path) -> list[str]:
+    """All else that begins with a dot, but for the notes beside what is stashed, which stay with it."""
+    notes = {
+        os.path.basename(stashed.note_path(str(file))) for file in folder.iterdir() if stashed.is_stashed(str(file))
+    }
+    return sorted({file.name for file in folder.iterdir() if file.name.startswith(".")} - notes)
+
+
+def beside(folder: Path) -> list[str]:
+    """All that lies there, but for those notes."""
+    return sorted([file.name for file in folder.iterdir() if not file.name.startswith(".")] + litter(folder))
