@@ -190,7 +190,7 @@ def described(name: str) -> Described | None:
             return None
         if file.keys() != {"driver", "filename"} or file["driver"] not in ("file", "host_device"):
             return None
-        if b"\0" in os.fsencode(file["filename"]):
+        if not _may_be_a_path(file["filename"]):
             return None
         found = slice_of(raw) if raw is not file and raw.keys() & {"offset", "size"} else None
         return Described(file["filename"], str(image["driver"]), found)
@@ -199,7 +199,9 @@ def described(name: str) -> Described | None:
 
 
 def named_path(name: str) -> str | None:
-    """The path in a header's name, ``json:`` forms of a local file included; None for all that is no local file."""
+    """
+    The path in a header's name, ``json:`` forms of a local file included; None for all that is no local file, or can be none.
+    """
     if name.startswith("json:"):
         try:
             options = json.loads(name.removeprefix("json:"))
@@ -209,4 +211,12 @@ def named_path(name: str) -> str | None:
             options = options.get("file")
         name = options["filename"] if isinstance(options, dict) and isinstance(options["filename"], str) else ":"
     name = name.removeprefix("file:")
-    return None if ":" in name.split("/", 1)[0] else name
+    return None if ":" in name.split("/", 1)[0] or not _may_be_a_path(name) else name
+
+
+def _may_be_a_path(name: str) -> bool:
+    """Whether a file can be called so: JSON can say what no system call takes."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False

@@ -1,5 +1,6 @@
 """Options that every command shares, and the types of the others."""
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ ENDINGS: dict[str, str] = {
     "--keep-overlay": "Active merge: let the guest keep the overlay.",
     "--wait-ready": "Active merge: stop at ready, mirroring every write.",
 }
+
+LONGEST_SECONDS = 1e9
+"""Thirty years; the timers of Python and of the kernel cannot be set to any time."""
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
@@ -64,7 +68,7 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("-q", "--quiet", is_flag=True, help="No progress, no hints."),
         click.option(
             "--timeout",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Seconds(min=0, min_open=True, max=LONGEST_SECONDS),
             metavar="SECONDS",
             help="Stop waiting after this time. A job that runs then goes on (exit code 7).",
         ),
@@ -163,7 +167,7 @@ def converging(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--converge-pause",
-            type=click.FloatRange(min=0),
+            type=Seconds(min=0, max=LONGEST_SECONDS),
             metavar="SECONDS",
             help="And pause it, for so long at the most (default: never).",
         ),
@@ -180,6 +184,17 @@ def converging(function: Callable[..., Any]) -> Callable[..., Any]:
     return _declared(gather, function, declared)
 
 
+class Seconds(click.FloatRange):
+    """A time that can be waited for."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As a number in the range, which `nan` is not."""
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is no time", param, ctx)
+        return seconds
+
+
 class Size(click.ParamType[int]):
     """Bytes, with an optional K, M, G or T (powers of 1024)."""
 
@@ -189,11 +204,13 @@ class Size(click.ParamType[int]):
         """``64M`` is 67108864."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?", str(value), re.IGNORECASE)
-        if match is None:
+        match = re.fullmatch(
+            r"(\d{1,19}(?:\.\d{1,19})?)\s*([KMGT]?)(?:i?B)?(?:/s)?", str(value), re.IGNORECASE | re.ASCII
+        )
+        number = (float(match[1]) if "." in match[1] else int(match[1])) * UNITS[match[2].upper()] if match else -1
+        if not 0 <= number < 1 << 63:  # QMP's int
             self.fail(f"{value!r} is no size: write bytes, or a number with K, M, G or T, as in 64M", param, ctx)
-        number = float(match[1]) if "." in match[1] else int(match[1])
-        return int(number * UNITS[match[2].upper()])
+        return int(number)
 
 
 class Duration(click.ParamType[float]):

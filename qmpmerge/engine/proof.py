@@ -141,6 +141,6 @@ def _outcome(
 
 def ready(run: Run) -> Outcome:
     """The outcome of a merge that was to stop at ready."""
-    command = f"qmpmerge job {shlex.quote(run.target.name)} {run.job}"
+    command = f"qmpmerge job {shlex.quote(run.target.name)} {shlex.quote(run.job)}"
     hints = (f"every write now goes to both images; `{command} pivot`, `{command} keep` or `{command} cancel` ends it",)
     return _outcome(run, "ready", run.plan.chain, hints)

@@ -8,6 +8,7 @@ done about it can itself be interrupted anywhere and be done again: each step le
 
 import contextlib
 import os
+import shlex
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -216,7 +217,8 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
     merged: tuple[MergedFile, ...] = ()
     try:
         if judged.way == "leave":
-            run.notes.append(f"`qmpmerge job {record.target} {record.job} follow` goes on with it")
+            again = shlex.join(["qmpmerge", "job", record.target, record.job, "follow"])
+            run.notes.append(f"`{again}` goes on with it")
         elif judged.way == "finish":
             merged = await _finished(run)
             run.notes += ["nothing is deleted on a record's word: what was to be is stashed"] if was_to_delete else []

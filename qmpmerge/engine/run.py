@@ -192,7 +192,7 @@ class Run:
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno not in _NOT_ALLOWED or self.record is not None:
-                raise CannotRecord(path=path, reason=reason) from None
+                raise CannotRecord(path=str(error.filename or path), reason=reason) from None
             if self.operation.pivots:
                 self.notes.append(
                     f"no record could be kept beside {self.plan.chain.active.file} ({reason}): had this host died during "

@@ -100,19 +100,24 @@ class Error(Exception):
 
     @property
     def hint(self) -> str:
-        """What to do next, one sentence; empty where there is nothing to say."""
-        return self.advice.format_map(self._words())
+        """What to do next, one sentence; empty where there is nothing to say. Facts in its commands are quoted for a shell."""
+        words = self._words()
+        quoted = {name: value if name in _TYPED else shlex.quote(str(value)) for name, value in words.items()}
+        parts = self.advice.split("`")  # every other one is a command
+        return "`".join(part.format_map(quoted if number % 2 else words) for number, part in enumerate(parts))
 
     def __str__(self) -> str:
         return self.sentence.format_map(self._words())
 
     def _words(self) -> dict[str, object]:
-        return {name: _in_words(name, value) for name, value in self.facts.items()}
+        return {name: _in_words(value) for name, value in self.facts.items()}
 
 
-def _in_words(name: str, value: object) -> object:
-    if name == "target" and isinstance(value, str):
-        return shlex.quote(value)  # hints are commands
+_TYPED = frozenset({"option", "command"})
+"""Facts that are words of ours for a shell already."""
+
+
+def _in_words(value: object) -> object:
     if isinstance(value, list | tuple):
         return ", ".join(str(item) for item in value) or "none"
     return value

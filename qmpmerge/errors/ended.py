@@ -1,7 +1,5 @@
 """Errors of a merge that was begun: it failed, was left, was cancelled, or is not proven."""
 
-import shlex
-
 from qmpmerge.errors.base import Error, Failed, Unknown
 
 
@@ -226,9 +224,6 @@ class Undecided(Unknown):
         "look into both (read-only), then run `qmpmerge recover {path} --use base` to go on from {base}, "
         "or `--use top` to go on from {top}"
     )
-
-    def _words(self) -> dict[str, object]:
-        return {**super()._words(), "path": shlex.quote(self.path)}
 
 
 class StillRunning(Error):

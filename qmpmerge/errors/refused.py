@@ -2,8 +2,6 @@
 Refusals: a check said no, and nothing was changed. Longer than other files: a catalogue, that is looked up and not read.
 """
 
-import shlex
-
 from qmpmerge.errors.base import Refused
 
 
@@ -371,9 +369,6 @@ class Unfinished(Refused):
     sentence = "a merge of {image} was not finished: {found}"
     advice = "run `qmpmerge recover {path}`"
 
-    def _words(self) -> dict[str, object]:
-        return {**super()._words(), "path": shlex.quote(self.path)}
-
 
 class RecordNotBelieved(Refused):
     """
@@ -399,11 +394,7 @@ class ForeignFile(Refused):
     files: list[str]
     command: str
     sentence = "only the record {path} says that {files} is of that merge, outside of its own folder"
-    advice = "if you know that merge, `{command}`; if not, it was none: `mv -nT -- {path} {aside}`"
-
-    def _words(self) -> dict[str, object]:
-        aside = shlex.quote(f"{self.path}.not-believed")
-        return {**super()._words(), "path": shlex.quote(self.path), "aside": aside}
+    advice = "if you know that merge, `{command}`; if not, it was none: `mv -nT -- {path} {path}.not-believed`"
 
 
 class CannotRecord(Refused):
@@ -412,7 +403,7 @@ class CannotRecord(Refused):
     path: str
     reason: str
     sentence = "cannot write {path}: {reason}"
-    advice = "make room for a small file there, then run the same command again"
+    advice = "make room for a small file there, or move away what has its name, then run the same command again"
 
 
 class Stashed(Refused):
@@ -424,6 +415,3 @@ class Stashed(Refused):
     advice = (
         "name the image that the VM is started from since then; `qmpmerge recover {image}` says what it was built on"
     )
-
-    def _words(self) -> dict[str, object]:
-        return {**super()._words(), "image": shlex.quote(self.image)}

@@ -50,7 +50,7 @@ def _qed(file: File, start: bytes) -> str | None:
     _magic, _cluster, _table, _size, features, *_others, offset, length = _QED_HEADER.unpack_from(start)
     if not features & _QED_HAS_BACKING:
         return None
-    return os.fsdecode(file.read(min(length, _LONGEST), offset)) or None
+    return _decoded(file.read(min(length, _LONGEST), offset))
 
 
 def _vmdk(file: File, start: bytes) -> str | None:
@@ -59,4 +59,9 @@ def _vmdk(file: File, start: bytes) -> str | None:
         offset, size = (sectors * _SECTOR for sectors in _VMDK_DESCRIPTOR.unpack_from(start, 28))
         text = file.read(min(size, _LONGEST), offset) if offset < 1 << 62 else b""
     parent = _PARENT.search(text)
-    return os.fsdecode(parent[1]) or None if parent is not None else None
+    return _decoded(parent[1]) if parent is not None else None
+
+
+def _decoded(name: bytes) -> str | None:
+    """A name, which QEMU reads as a C string."""
+    return os.fsdecode(name.partition(b"\0")[0]) or None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qmpmerge.journal.record import Record
 
 _START, _END = ".", ".qmpmerge-record"
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # the last for a TARGET that is no file
 LARGEST = 64 * 1024 * 1024
 """Bytes. A chain of 1000 images with the longest names makes a record of some 10 MiB."""
 
@@ -138,9 +139,9 @@ def read(path: str) -> "Found | None":
         from qmpmerge.journal import encoding
 
         return encoding.decode(path, content)
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _NOTHING:
+            return None
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return Disbelieved(path, image, reason, _cure(path, image, error))
 

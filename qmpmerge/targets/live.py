@@ -5,6 +5,7 @@ The door to a running QEMU or qemu-storage-daemon: what a TARGET means, and a se
 import asyncio
 import contextlib
 import os
+import re
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ from qmpmerge.targets.target import Target
 
 if TYPE_CHECKING:
     from qmpmerge.processes.vms import Vm
+
+_PID = re.compile(r"pid:(\d{1,9})", re.ASCII)
+_TCP = re.compile(r"tcp:(.*):(\d{1,5})", re.ASCII | re.DOTALL)
 
 
 @contextlib.asynccontextmanager
@@ -72,16 +76,25 @@ def find(target: str) -> "tuple[Address, Vm | None]":
         raise NoSuchTarget(target=target)
     from qmpmerge.processes import vms  # only names need it
 
-    by_pid = target.startswith("pid:") and target[4:].isdigit()
-    vm = vms.find_pid(int(target[4:])) if by_pid else vms.find(target)
+    by_pid = _PID.fullmatch(target)
+    vm = vms.find_pid(int(by_pid[1])) if by_pid else vms.find(target)
     return (_tcp(vm.monitor) if vm.monitor.startswith("tcp:") else vm.monitor), vm
 
 
 def _tcp(target: str) -> Address:
-    host, _, port = target.removeprefix("tcp:").rpartition(":")
-    if not port.isdigit():
+    match = _TCP.fullmatch(target)
+    if match is None or int(match[2]) > 65535 or not _may_be_a_host(match[1]):
         raise NoSuchTarget(target=target)
-    return host.strip("[]") or "localhost", int(port)
+    return match[1].strip("[]") or "localhost", int(match[2])
+
+
+def _may_be_a_host(name: str) -> bool:
+    """Whether a name can be looked up, which is done in this encoding."""
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _refuse_libvirt(pid: int | None, target: str) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import pkgutil
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator
@@ -112,6 +113,29 @@ def test_an_error_says_what_to_do_next(kind: type[Error]) -> None:
     assert hint and not PLACEHOLDER.search(hint)
     assert not hint.endswith((".", "!", " ")) and "\n" not in hint and "  " not in hint
     assert hint.count("`") % 2 == 0, "commands stand in backticks"
+
+
+TYPED = {"option", "command"}
+"""Facts that are words for a shell already."""
+
+
+@every_error
+def test_commands_in_a_hint_can_be_typed_whatever_the_facts_are(kind: type[Error]) -> None:
+    """Each fact in a command is a word of it, or a part of one."""
+    error = example(kind)
+    for name, fact in error.facts.items():
+        if isinstance(fact, str) and name not in TYPED:
+            setattr(error, name, f"the {name}'s $(x)")
+    commands = [part for part in kind.advice.split("`")[1::2] if "{" in part]
+    typed = [shlex.split(part) for part in error.hint.split("`")[1::2]]
+    for command in commands:
+        names = [
+            name
+            for name in kind.fact_names
+            if f"{{{name}}}" in command and isinstance(getattr(error, name), str) and name not in TYPED
+        ]
+        wanted = [getattr(error, name) for name in names]
+        assert any(all(any(one in word for word in words) for one in wanted) for words in typed), (command, typed)
 
 
 @every_error

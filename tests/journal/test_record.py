@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rig import command
+from rig.machines import Content
 
 from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.state import State
@@ -263,3 +265,33 @@ def test_stashed_names(tmp_path: Path) -> None:
     assert [os.path.basename(name) for name in names] == ["a.qcow2.merged", "a.qcow2.merged.2", "a.qcow2.merged.3"]
     assert [original_of(name) for name in names] == [file] * 3
     assert [original_of(name) for name in ("a.2", "merged", "a.merged.x", "a.qcow2")] == [None] * 4
+
+
+@pytest.mark.parametrize("planted", ["mkdir {0}", "mkdir {0} {0}/full", "mkfifo {0}", "ln -s nowhere {0}", "touch {0}"])
+def test_what_has_a_records_name_is_moved_away_by_the_hint(planted: str, images: list[Path], content: Content) -> None:
+    """Nothing is begun until then, and nothing of what lies there is lost."""
+    record = images[3].parent / ".c.qcow2.qmpmerge-record"
+    subprocess.run(planted.format(record), shell=True, check=True)
+    before = {image: image.read_bytes() for image in images}
+    refused = command.invoke("commit", str(images[3]), "--json")
+    error = refused.document["error"]
+    assert (refused.code, error["name"]) == (3, "record-not-believed")
+    assert {image: image.read_bytes() for image in images} == before
+    (moving,) = [line for line in error["hint"].split("`")[1::2] if line.startswith("mv ")]
+    subprocess.run(moving, shell=True, check=True)
+    assert not os.path.lexists(record) and len(list(record.parent.glob(f"{record.name}.*"))) == 1
+    assert command.invoke("commit", str(images[3]), "--json").document["verdict"] == "pivoted"
+    content.check(images[0])
+
+
+def test_a_folder_in_the_way_of_a_new_record_is_named(images: list[Path], content: Content) -> None:
+    """Before the job is started."""
+    obstacle = images[3].parent / ".c.qcow2.qmpmerge-record.new"
+    obstacle.mkdir()
+    refused = command.invoke("commit", str(images[3]), "--json")
+    error = refused.document["error"]
+    assert (refused.code, error["name"]) == (3, "cannot-record")
+    assert obstacle.name in error["message"]
+    obstacle.rmdir()
+    assert command.invoke("commit", str(images[3])).code == 0
+    content.check(images[0])

@@ -1,0 +1,87 @@
+"""Whatever is typed, a command ends with a verdict and in words that a terminal can show."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rig import nasty
+from rig.forks import Forks, complaints, forks
+from rig.machines import make_chain
+
+from qmpmerge.cli.commands.group import FILES
+
+WORDS_A_TEST = 12
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Forks]:
+    with forks() as server:
+        yield server
+
+
+def furnish(folder: Path) -> Path:
+    """A chain, and what else the words may name."""
+    make_chain(folder)
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "fifo")
+    os.symlink("loop", folder / "loop")
+    return folder
+
+
+@pytest.mark.parametrize("first", range(0, len(nasty.WORDS), WORDS_A_TEST))
+def test_a_word_that_makes_no_sense_is_refused_in_words(first: int, command: Forks, tmp_path: Path) -> None:
+    """A seeded few of all places for each word; `scripts/faults FN` takes all of them, in three locales."""
+    folder, chance = furnish(tmp_path), random.Random(first)
+    for word in nasty.WORDS[first : first + WORDS_A_TEST]:
+        for arguments in chance.sample([*nasty.command_lines(word)], 3):
+            run = command.run(*arguments, *chance.choice([[], ["--json"]]), cwd=folder)
+            assert complaints(run) == [], (arguments, run)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "pid:²",
+        "tcp:localhost:²",
+        "tcp:a..b:5",
+        f"tcp:{'h' * 300}:5",
+        "tcp:\udcff:5",
+        "tcp:localhost:99999",
+        "pid:" + "9" * 30,
+    ],
+)
+def test_a_target_that_can_be_none_is_not_there(target: str, command: Forks, tmp_path: Path) -> None:
+    for arguments in (["disks", target], ["commit", target], ["job", target, "x", "follow"], ["doctor", target]):
+        run = command.run(*arguments, "--json", cwd=tmp_path)
+        assert (run.code, run.document["error"]["name"]) == (4, "no-such-target"), run
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e400", "²", ""])
+@pytest.mark.parametrize("option", ["--timeout", "--converge-pause"])
+def test_a_time_that_is_none_is_a_usage_error(option: str, value: str, command: Forks, tmp_path: Path) -> None:
+    assert command.run("commit", "nope", "--converge", option, value, cwd=tmp_path).code == 2
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 5000, "1." + "9" * 400 + "T", "9223372036854775808", "١٢", "²", "-1", "8388608T"]
+)
+@pytest.mark.parametrize("option", ["--speed", "--converge-floor"])
+def test_a_size_that_is_none_is_a_usage_error(option: str, value: str, command: Forks, tmp_path: Path) -> None:
+    assert command.run("commit", "nope", "--converge", option, value, cwd=tmp_path).code == 2
+
+
+def test_the_places_are_all_that_there_are() -> None:
+    """A new command, or a new option with a value, belongs into `nasty.command_lines`."""
+    from qmpmerge.cli.commands.group import cli
+
+    lines = [*nasty.command_lines("WORD")]
+    assert set(FILES) - {"vms"} <= {line[0] for line in lines}
+    words = {word for line in lines for word in line}
+    for name in FILES:
+        command = cli.get_command(None, name)  # type: ignore[arg-type]
+        assert command is not None
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not getattr(parameter, "is_flag", False):
+                assert not words.isdisjoint(parameter.opts), (name, parameter.opts)
