@@ -2,11 +2,13 @@
 What some versions of QEMU are known to crash on; each entry was measured, and goes when nobody runs those versions.
 """
 
-from collections.abc import AsyncIterator
+import shlex
+from collections.abc import AsyncIterator, Iterator
 
-from qmpmerge.chain.chain import ELSEWHERE
+from qmpmerge.chain.chain import ELSEWHERE, Image
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.errors import CommandError, KnownBad
+from qmpmerge.images import qcow2
 from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.qemu.monitor import Monitor
@@ -31,9 +33,35 @@ async def found(monitor: Monitor, view: ChainView, plan: CommitPlan, *, pivots: 
         # Aborted on 7.2.22, 10.0.2 and 11.1.3, when base is opened again; fine with locking=off, which nobody can ask for.
         reason = "it aborts over its own locks where the base was handed to it as a descriptor, but for `locking=off`"
         yield KnownBad(reason=reason, instead="start the VM with the file name of the base, or merge with the VM off")
+    for bad in _dirty(monitor, plan):
+        yield bad
     if pivots:
         async for bad in of_pivot(monitor, view):
             yield bad
+
+
+def _dirty(monitor: Monitor, plan: CommitPlan) -> Iterator[KnownBad]:
+    """Images below the active one that are marked as dirty: nobody has repaired them, since they were opened for reading."""
+    for image in (plan.base, *plan.merged):
+        if image is plan.chain.active or not _is_dirty(image):
+            continue
+        # Aborted on 7.2.22 and 10.0.2, not on 11.1.3: it clears the mark, and has no right to write.
+        reason = f"it aborts as it closes {image.file}, which is marked as dirty and was opened for reading"
+        if image is plan.base:
+            reason = (
+                f"{image.file} is marked as dirty, and is not repaired before it is written: what it holds may be lost"
+            )
+        if image is plan.base or monitor.version < (11, 1, 0):
+            repair = shlex.join(["qemu-img", "check", "-r", "all", "-f", "qcow2", image.file])
+            yield KnownBad(reason=reason, instead=f"with the VM off repair it: `{repair}`")
+
+
+def _is_dirty(image: Image) -> bool:
+    try:
+        header = qcow2.read_of(image) if image.format == "qcow2" and image.has_path else None
+    except OSError:  # which is told by others
+        return False
+    return header is not None and header.dirty
 
 
 async def of_pivot(monitor: Monitor, view: ChainView) -> AsyncIterator[KnownBad]:

@@ -24,6 +24,7 @@ _BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 0x44415441
 _LONGEST_NAME = 1023
 _EXTENDED_ENTRIES = 1 << 4
+_DIRTY = 1 << 0
 _EXTERNAL_DATA = 1 << 2
 # A header with its extensions fits in the smallest cluster that anybody uses; the name may lie behind it.
 _READ = 65536
@@ -34,7 +35,8 @@ class Qcow2Header:
     """
     Names as they are written; sizes in bytes; `encrypted` also for the old AES method.
 
-    `entry_size` is that of an entry of the second-level tables, 16 with extended entries.
+    `entry_size` is that of an entry of the second-level tables, 16 with extended entries. `dirty` says that its reference
+    counts are not to be trusted (`lazy_refcounts`): QEMU counts anew as it opens the image for writing.
     """
 
     virtual_size: int
@@ -44,6 +46,7 @@ class Qcow2Header:
     encrypted: bool
     cluster_size: int = field(default=65536, compare=False)
     entry_size: int = field(default=8, compare=False)
+    dirty: bool = field(default=False, compare=False)
 
 
 def read_of(image: Image) -> Qcow2Header | None:
@@ -116,6 +119,7 @@ def decode(data: bytes) -> Qcow2Header | None:
         encrypted=crypt != 0,
         cluster_size=1 << min(bits, 21),  # 2 MiB is the most that QEMU takes
         entry_size=16 if features & _EXTENDED_ENTRIES else 8,
+        dirty=bool(features & _DIRTY),
     )
 
 
