@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
 def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     """Run `work`, which returns its verdict, and return the exit code; every Error is rendered."""
-    import_asyncio()  # `--version` and `--help` need not wait for it
-    import asyncio
+    from qmpmerge.processes import limits
 
     output = options.output()
     try:
+        limits.raise_own()
+        limits.refuse_few()
+        import_asyncio()  # `--version` and `--help` need not wait for it
+        import asyncio
+
         code = EXIT_CODES[asyncio.run(_interruptible(work, output, options.patience))]
     except (Error, KeyboardInterrupt) as error:  # the latter until the signals are ours: nothing was begun
         code = _show(error if isinstance(error, Error) else Cancelled(), options, output)
@@ -103,10 +107,12 @@ def on_target(
     work: "Callable[[Target, Output], Awaitable[str]]",
     *,
     write: bool = False,
+    dry_run: bool = False,
     live: bool = False,
 ) -> "Callable[[Output], Awaitable[str]]":
     """
-    The same work with `target` open around it; `write` asks for images to be locked, `live` refuses them.
+    The same work with `target` open around it; `write` asks for images to be locked, a `dry_run` leaves
+    them as they are, `live` refuses them.
 
     The passphrase of encrypted images is asked for on the terminal where the user did not give it.
     """
@@ -123,6 +129,7 @@ def on_target(
         secret = None if options.secret is None else _read_secret(options.secret)
         given: dict[str, Any] = {
             "write": write,
+            "dry_run": dry_run,
             "timeout": patience,
             "force": options.force,
             "allow": options.allow,

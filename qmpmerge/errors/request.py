@@ -190,6 +190,18 @@ class ToolMissing(Refused):
     advice = "install it, on Debian and Ubuntu with `apt-get install {package}`"
 
 
+class TooFewFiles(Refused):
+    """The limit of open files (RLIMIT_NOFILE) is so low that the work could fail in the middle."""
+
+    limit: int
+    needed: int
+    sentence = "{limit} open files at once are too few, {needed} may be needed"
+    advice = (
+        "raise the hard limit: in the shell of root with `ulimit -n {needed}`, of a service with LimitNOFILE=, of a user in "
+        "/etc/security/limits.conf"
+    )
+
+
 class ImageUnreadable(Refused):
     """qemu-img could not read or make an image."""
 

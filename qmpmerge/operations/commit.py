@@ -24,6 +24,7 @@ from qmpmerge.errors import NoSuchLayer, OptionsConflict
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
+from qmpmerge.processes import limits
 from qmpmerge.qemu import bitmaps as dirty
 from qmpmerge.qemu import jobs, vmstate
 from qmpmerge.qemu.bitmaps import Handling
@@ -114,6 +115,7 @@ class _Beginning:
 
     async def of(self, disk: str | None) -> Run | Outcome:
         view = await self._target.chain(disk)
+        limits.refuse_few(len(view.chain))
         records = store.believed(store.about(view.chain))
         if self._request.dry_run:
             if records:

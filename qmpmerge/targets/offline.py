@@ -28,7 +28,7 @@ from qmpmerge.errors import CommandError, ImageUnreadable, InUse, NeedsSecret, N
 from qmpmerge.images import walk
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import Layer
-from qmpmerge.processes import holders, proc
+from qmpmerge.processes import holders, limits, proc
 from qmpmerge.processes.holders import User
 from qmpmerge.qemu import discovery, storagedaemon
 from qmpmerge.qemu.blockgraph import Disk, Layout
@@ -90,6 +90,7 @@ async def offline(
     image: "str | os.PathLike[str]",
     *,
     write: bool = True,
+    dry_run: bool = False,
     allow: Collection[str] = (),
     secret: str | None = None,
     trace: Trace | None = None,
@@ -98,19 +99,21 @@ async def offline(
     Open the chain whose active image is `image`.
 
     With `write` all images are locked, and it is refused when anybody holds one; without, they are read shared with
-    whoever writes them. `allow` are files and folders that headers may name besides the image's folder. `secret` is the
-    passphrase of encrypted images.
+    whoever writes them. A `dry_run` asks for the same and changes nothing: QEMU repairs an image that it opens for writing, and
+    clears marks in its header that it does not know. `allow` are files and folders that headers may name besides the image's
+    folder. `secret` is the passphrase of encrypted images.
 
-    Raises InUse, NeedsSecret, Replaced, what `walk.walk` raises, ToolMissing.
+    Raises InUse, NeedsSecret, Replaced, TooFewFiles, what `walk.walk` raises, ToolMissing.
     """
     image = os.fspath(image)
     async with storagedaemon.started() as daemon:
         layers = walk.walk(image, allow=allow)
+        limits.refuse_few(len(layers))
         users = await holders.lasting([layer.file for layer in layers])
         if write:
             _refuse_used(layers, users)
         async with daemon.session(trace=trace) as session:
-            await _open(session, layers, write=write, secret=secret)
+            await _open(session, layers, write=write, dry_run=dry_run, secret=secret)
             target = OfflineTarget(session, image, layers, users)
             target.allowed = tuple(allow)
             yield target
@@ -137,14 +140,22 @@ def _instead(user: User) -> str:
     return "shut that VM down first, or start it with a QMP monitor and merge live"
 
 
-async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, secret: str | None) -> None:
+async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, dry_run: bool, secret: str | None) -> None:
     """Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing."""
     encrypted = next((layer for layer in layers if layer.encrypted), None)
     if encrypted is not None:
         if secret is None:
             raise NeedsSecret(image=encrypted.file)
         await session.execute("object-add", qom_type="secret", id=SECRET, data=secret)
-    nodes = [(layer, node) for number, layer in enumerate(layers, 1) for node in _nodes(layers, number, layer, write)]
+    active = None if dry_run or not write else layers[-1]
+    nodes = [
+        (layer, node)
+        for number, layer in enumerate(layers, 1)
+        for node in [
+            *_files(layer, number, write=write, now=write and layer is layers[-1]),
+            _image(layer, number, write=write, writable=layer is active),
+        ]
+    ]
     replies = await session.execute_all([("blockdev-add", node) for _layer, node in nodes])
     for (layer, _node), reply in zip(nodes, replies, strict=True):
         if isinstance(reply, CommandError):
@@ -161,12 +172,6 @@ def _see_approved(pid: int | None, layers: Sequence[Layer]) -> None:
     for layer in reversed(layers):
         if unknown or not layer.inodes <= opened:
             raise identity.swapped(layer.file)
-
-
-def _nodes(layers: Sequence[Layer], number: int, layer: Layer, write: bool) -> list[dict[str, Any]]:
-    """All of an image, in their order."""
-    now = write and layer is layers[-1]
-    return [*_files(layer, number, write=write, now=now), _image(layer, number, write=write, writable=now)]
 
 
 def _files(layer: Layer, number: int, *, write: bool, now: bool) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ async def opened(
     target: "str | os.PathLike[str]",
     *,
     write: bool = True,
+    dry_run: bool = False,
     timeout: float = GREETING_SECONDS,
     force: Collection[str] = (),
     allow: Collection[str] = (),
@@ -28,15 +29,17 @@ async def opened(
     """
     The door that `target` calls for: an image file or a block device is opened offline, all else is live.
 
-    `write`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors raise,
-    and Unfinished or Stashed for an image whose name was taken away by a merge.
+    `write`, `dry_run`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors
+    raise, and Unfinished or Stashed for an image whose name was taken away by a merge.
     """
     target = os.fspath(target)
     _refuse_taken_away(target)
     if is_image(target):
         from qmpmerge.targets.offline import offline
 
-        async with offline(target, write=write, allow=allow, secret=secret, trace=trace) as opened_target:
+        async with offline(
+            target, write=write, dry_run=dry_run, allow=allow, secret=secret, trace=trace
+        ) as opened_target:
             yield opened_target
     else:
         from qmpmerge.targets.live import live

@@ -1058,3 +1058,17 @@ async def test_a_comparison_that_cannot_be_made_is_no_proof(
     content.check(images[3])
     assert not (await merged(images[3], top="[3]")).verified
     content.check(images[3])
+
+
+@pytest.mark.parametrize("mark", [79, 95], ids=["dirty", "unknown-autoclear"])
+def test_a_dry_run_leaves_marks_that_qemu_clears_as_it_opens_for_writing(mark: int, tmp_path: Path) -> None:
+    images = make_chain(tmp_path)
+    with images[3].open("r+b") as file:
+        file.seek(mark)
+        file.write(b"\x01" if mark == 79 else b"\x80")
+    before = [image.read_bytes() for image in images]
+    assert invoke("commit", str(images[3]), "--dry-run").code == 0
+    assert [image.read_bytes() for image in images] == before
+    run("qemu-io", "-f", "qcow2", "-c", "read 0 512", images[3])
+    assert images[3].read_bytes() != before[3], "QEMU clears it"
+    assert invoke("commit", str(images[3])).code == 0

@@ -136,7 +136,7 @@ def commit(
         output.commit(outcome)
         return outcome.verdict
 
-    begun = on_target(target, options, work, write=True)
+    begun = on_target(target, options, work, write=True, dry_run=dry_run)
     return run(options, begun if dry_run else resuming(target, options, begun))
 
 
