@@ -52,7 +52,7 @@ def main() -> int:
         chosen = [case for case in chosen if isinstance(case, cases.Swept)]
     layouts = {case.layout for case in chosen if isinstance(case, cases.Swept)}
     with benches(layouts, options.seed, SAMPLE if options.quick else None) as places:
-        results = [*table.run(chosen, places)]
+        results = [*table.run(chosen, places, options.seed)]
     print(table.summary(results))
     if options.json:
         options.json.write_text(json.dumps({"seed": options.seed, "cases": [vars(one) for one in results]}, indent=1))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from faults import darkness, recovering, sweeps, tools
+from faults.fuzz import FUZZED, Fuzzed
 from faults.stage import Doer, Story
 from faults.sweeps import Bench, Sweep
 
@@ -119,9 +120,9 @@ def tested() -> list[Tested]:
     return cases
 
 
-CASES: list[Swept | Tested] = [*swept(), *tested()]
+CASES: list[Swept | Tested | Fuzzed] = [*swept(), *tested(), *FUZZED]
 
 
-def find(words: list[str]) -> list[Swept | Tested]:
+def find(words: list[str]) -> list[Swept | Tested | Fuzzed]:
     """The cases whose ids begin with one of `words`; all without any."""
     return [case for case in CASES if not words or any(case.id.startswith(word) for word in words)]

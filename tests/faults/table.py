@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.cases import Swept, Tested
+from faults.fuzz import Fuzzed
 from faults.sweeps import Bench
 
 TESTS = Path(__file__).parent.parent
@@ -43,12 +44,14 @@ class Result:
         )
 
 
-def run(chosen: Sequence[Swept | Tested], places: Mapping[str, Bench]) -> Iterator[Result]:
+def run(chosen: Sequence[Swept | Tested | Fuzzed], places: Mapping[str, Bench], seed: int) -> Iterator[Result]:
     """Run the cases one after the other, and print a line for each as it is done."""
     print(HEADINGS)
     for case in chosen:
         if isinstance(case, Swept):
             yield told(swept(case, places[case.layout]))
+        elif isinstance(case, Fuzzed):
+            yield told(fuzzed(case, seed))
     tested = [case for case in chosen if isinstance(case, Tested)]
     if tested:
         yield from map(told, run_tests(tested))
@@ -69,6 +72,14 @@ def swept(case: Swept, bench: Bench) -> Result:
         ours |= {"wrong": 1, "wrong_at": ["no fault was injected"]}
     title = f"{case.title}: {case.story}"
     return Result(case.id, title, case.ends, ours, plain, time.monotonic() - begun)
+
+
+def fuzzed(case: Fuzzed, seed: int) -> Result:
+    begun, figures = time.monotonic(), case.figures(seed)
+    counts = ", ".join(
+        f"{figures[key]} {key.replace('_', ' ')}" for key in ("tracebacks", "written_outside", "files_lost")
+    )
+    return Result(case.id, f"{case.title}: {counts}", case.ends, figures, seconds=time.monotonic() - begun)
 
 
 # --- cases that the suite proves --------------------------------------------------------------------------------------

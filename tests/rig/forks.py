@@ -28,7 +28,7 @@ class Forks:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         tests = str(Path(__file__).parents[1])
-        command = [sys.executable, "-W", "ignore", __file__]
+        command = [sys.executable, "-X", "utf8", "-W", "ignore", __file__]  # as the command starts itself in any locale
         env = {**os.environ, "PYTHONPATH": tests, **environment}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
 

@@ -1,0 +1,143 @@
+"""
+Long runs of what the suite tries a little of: images that were mutilated, and words that make no sense.
+
+The figures that matter are tracebacks, files written outside the folder, and files lost.
+"""
+
+import itertools
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rig import nasty
+from rig.command import COMMAND, Run
+from rig.forks import Forks, complaints, forks
+from rig.machines import have
+from rig.mutations import Case, Findings, Seen, make_stock
+
+IMAGES = 500
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Fuzzed:
+    """A case that is tried again and again, from a seed on. It is right where nothing was found."""
+
+    id: str
+    title: str
+    tries: Callable[[int, Path], Iterator[tuple[str, Findings]]]
+    ends = "either"
+
+    def figures(self, seed: int) -> dict[str, Any]:
+        """As those of a sweep, and three of its own."""
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+            tried = [*self.tries(seed, Path(folder))]
+        wrong = [f"{what}: {'; '.join(one.wrong)}" for what, one in tried if one.wrong]
+        nothing = ("writes_acknowledged", "machine_died", "asked", "stale_launch_path", "leaks", "left")
+        return {
+            **dict.fromkeys(nothing, 0),
+            "faults": len(tried),
+            "wrong": len(wrong),
+            "wrong_at": wrong,
+            "blocks_lost": 0,
+            "verdicts": {},
+            "merged": sum(one.merged for _, one in tried),
+            "tracebacks": sum(one.tracebacks for _, one in tried),
+            "written_outside": sum(one.written_outside for _, one in tried),
+            "files_lost": sum(one.lost for _, one in tried),
+        }
+
+
+# --- images -------------------------------------------------------------------------------------------------------------
+
+
+def images(seed: int, folder: Path) -> Iterator[tuple[str, Findings]]:
+    """`IMAGES` chains with a mutilated image, each looked at in all ways, merged or put under an overlay, and cleaned up."""
+    stock = make_stock(folder / "stock")
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield from itertools.chain.from_iterable(
+            pool.map(
+                lambda first: _some_images(stock, folder, range(seed * IMAGES + first, (seed + 1) * IMAGES, WORKERS)),
+                range(WORKERS),
+            )
+        )
+
+
+def _some_images(stock: Path, folder: Path, seeds: range) -> list[tuple[str, Findings]]:
+    found = []
+    with forks() as command, tempfile.TemporaryDirectory(dir=folder) as own:
+        for seed in seeds:
+            case = Case(stock, Path(own) / str(seed), seed)
+            found.append((f"{seed}: {', '.join(case.what)}", case.play(command)))
+            subprocess.run(["rm", "-rf", Path(own) / str(seed)], check=True)
+    return found
+
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+
+def names(seed: int, folder: Path) -> Iterator[tuple[str, Findings]]:
+    """
+    Each word wherever a command takes one, in three locales; once as a process of its own, whose arguments the locale decodes,
+    the other times in a fork.
+    """
+    stock = make_stock(folder / "stock")
+    for name, environment in _locales(folder).items():
+        with forks(environment) as command:
+            for number, word in enumerate(nasty.WORDS):
+                own = folder / f"{name}-{number}"
+                yield f"{name}: {word!r}", _word(stock, own, word, command, environment)
+
+
+def _locales(folder: Path) -> Mapping[str, Mapping[str, str]]:
+    """C.UTF-8, one in which names are ASCII, and one in which they are Latin-1, where that can be made."""
+    found = {"utf8": {"LC_ALL": "C.UTF-8"}, "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}}
+    if have("localedef"):
+        subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", folder / "latin1"], stderr=subprocess.DEVNULL)
+        if (folder / "latin1").exists():
+            found["latin1"] = {"LOCPATH": str(folder), "LC_ALL": "latin1"}
+    return found
+
+
+def _word(stock: Path, own: Path, word: str, command: Forks, environment: Mapping[str, str]) -> Findings:
+    subprocess.run(["cp", "-a", stock, own], check=True)
+    os.symlink("loop", own / "vm" / "loop")
+    before, found = Seen.of(own), Findings()
+    lines = [*nasty.command_lines(word)]
+    for arguments in lines:
+        _judge(found, arguments, command.run(*arguments, cwd=own / "vm"))
+    plain = lines[(len(word) + 3) % len(lines)]
+    _judge(found, plain, _process(plain, own / "vm", environment))
+    if word != "c.qcow2":  # which makes sense, and is merged
+        after = Seen.of(own)
+        found.lost += not before.files.keys() <= after.files.keys()
+        found.written_outside += any(after.files.get(inode, one) != one for inode, one in before.files.items())
+        found.wrong += ["files are others than before"] if after != before else []
+    subprocess.run(["rm", "-rf", own], check=True)
+    return found
+
+
+def _process(arguments: list[str], folder: Path, environment: Mapping[str, str]) -> Run:
+    line = [os.fsencode(part) for part in (COMMAND, *arguments)]
+    done = subprocess.run(
+        line, capture_output=True, cwd=folder, env={**os.environ, **environment}, stdin=subprocess.DEVNULL
+    )
+    said = [stream.decode(errors="surrogateescape") for stream in (done.stdout, done.stderr)]
+    return Run(done.returncode, *said)
+
+
+def _judge(found: Findings, arguments: list[str], run: Run) -> None:
+    told = complaints(run)
+    found.tracebacks += "Traceback" in run.out + run.err
+    found.wrong += [f"{' '.join(arguments)[:100]!r}: {one}: {(run.out + run.err)[-300:]!r}" for one in told]
+
+
+FUZZED = [
+    Fuzzed("FI-images", f"{IMAGES} chains with mutilated images", images),
+    Fuzzed("FN-names", "words that make no sense, everywhere, in three locales", names),
+]
