@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
+    from qmpmerge.operations.active import Active, active
     from qmpmerge.operations.clean import Cleaned, clean
     from qmpmerge.operations.commit import commit
     from qmpmerge.operations.control import control
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from qmpmerge.targets.target import ChainView, Target
 
 _HOME = {
+    "Active": "operations.active",
     "Chain": "chain.chain",
     "ChainView": "targets.target",
     "Cleaned": "operations.clean",
@@ -57,6 +59,7 @@ _HOME = {
     "Recovery": "engine.resume",
     "Target": "targets.target",
     "Vm": "processes.vms",
+    "active": "operations.active",
     "clean": "operations.clean",
     "commit": "operations.commit",
     "control": "operations.control",
@@ -72,6 +75,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Active",
     "Chain",
     "ChainView",
     "Cleaned",
@@ -89,6 +93,7 @@ __all__ = [
     "Recovery",
     "Target",
     "Vm",
+    "active",
     "clean",
     "commit",
     "control",

@@ -108,9 +108,10 @@ class Outcome:
 
 def launch_advice(base: str, old: MergedFile) -> list[str]:
     """What a pivot means for the next start of the VM."""
+    script = [f"`qmpmerge active {shlex.quote(base)}` tells a launch script"] if base.startswith("/") else []
     if old.action == "keep":
-        return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data"]
-    return [f"start the VM from {base} from now on: {old.file} is no more"]
+        return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data", *script]
+    return [f"start the VM from {base} from now on: {old.file} is no more", *script]
 
 
 def files_advice(merged: Sequence[MergedFile]) -> list[str]:

@@ -27,14 +27,22 @@ def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     """Run `work`, which returns its verdict, and return the exit code; every Error is rendered."""
     from qmpmerge.processes import limits
 
-    output = options.output()
-    try:
+    def begin(output: "Output") -> str:
         limits.raise_own()
         limits.refuse_few()
         import_asyncio()  # `--version` and `--help` need not wait for it
         import asyncio
 
-        code = EXIT_CODES[asyncio.run(_interruptible(work, output, options.patience))]
+        return asyncio.run(_interruptible(work, output, options.patience))
+
+    return look(options, begin)
+
+
+def look(options: Options, work: "Callable[[Output], str]") -> int:
+    """The same for what only reads a little, and need not wait for asyncio either."""
+    output = options.output()
+    try:
+        code = EXIT_CODES[work(output)]
     except (Error, KeyboardInterrupt) as error:  # the latter until the signals are ours: nothing was begun
         code = _show(error if isinstance(error, Error) else Cancelled(), options, output)
     except Exception as error:

@@ -203,6 +203,19 @@ class PauseUnproven(Unknown):
     advice = "let it run: send `cont` to its monitor; then run `qmpmerge recover` on the folder of its images"
 
 
+class ActiveUnknown(Unknown):
+    """A merge of the chain is not finished, so nobody knows yet which image a VM must be started from."""
+
+    path: str
+    reason: str
+    image: str
+    sentence = "which image a VM must be started from is not known for {path}: {reason}"
+    advice = "run `qmpmerge recover {image}`, then ask again"
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "image": shlex.quote(self.image)}
+
+
 class CannotRecover(Unknown):
     """What is known to be right cannot be put right: nothing more was done, and it can be tried again."""
 

@@ -415,3 +415,28 @@ class Stashed(Refused):
     advice = (
         "name the image that the VM is started from since then; `qmpmerge recover {image}` says what it was built on"
     )
+
+
+class NoActive(Refused):
+    """No image is known from which a VM could be started without showing older data, or failing."""
+
+    path: str
+    reason: str
+    cure: str
+    sentence = "which image a VM must be started from is not known for {path}: {reason}"
+    advice = "{cure}"
+
+
+class SeveralActive(Refused):
+    """More than one image is built on this one, or lies in this folder, on which nothing else is built."""
+
+    path: str
+    images: list[str]
+    sentence = "more than one image of {path} could be what a VM must be started from: {images}"
+    advice = (
+        "name the one that is meant, as in `qmpmerge active {first}`; where one is a leftover, `qmpmerge doctor {first}`"
+        " tells more"
+    )
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "first": self.images[0] if self.images else "IMAGE"}

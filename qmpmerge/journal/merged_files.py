@@ -9,10 +9,11 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Iterator, Sequence
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import MergedFile
-from qmpmerge.images import dependents, files, qcow2, stashed
+from qmpmerge.images import dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal.record import Record, look
 
@@ -73,6 +74,7 @@ def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
         except OSError as error:
             done.append(MergedFile(image.file, "keep", record.place(index)))
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
+    hints += [*_note_overlays(record), *_note_kept(record, done, needed)]
     return done, hints
 
 
@@ -135,6 +137,49 @@ def _note(record: Record, index: int, place: str, hints: list[str]) -> None:
 def _was_changed(record: Record, index: int, place: str) -> bool:
     known = record.seen.get(index, record.before.get(index))
     return known is not None and look(record.chain[index], place) != known
+
+
+# --- notes --------------------------------------------------------------------------------------------------------
+
+
+def _note_overlays(record: Record) -> Iterator[str]:
+    """What lies beside an image tells which overlay in another folder is built on it now; yields why it does not."""
+    base, above = record.chain[record.base], record.chain.images[record.top :]
+    try:
+        if above and base.has_path and above[0].has_path and notes.is_needed(base.file, above[0].file):
+            notes.put_on(base.file, above[0].file)
+    except OSError as error:
+        yield (
+            f"it could not be noted beside {base.file} that {above[0].file} is built on it ({error.strerror or error}): "
+            f"`qmpmerge active` finds that only from {above[0].file}"
+        )
+        return
+    merged = {image.inode[1] for image in record.plan.merged if image.inode is not None}
+    higher = {image.inode[1] for image in above if image.inode is not None}
+    try:
+        notes.take_away(base.file, merged)
+        for index in range(record.base + 1, record.top + 1):
+            notes.take_away(record.own_name(index), merged | higher)
+    except OSError as error:
+        yield f"a note about a merged image could not be removed: {error.strerror or error}"
+
+
+def _note_kept(record: Record, done: Sequence[MergedFile], needed: int) -> Iterator[str]:
+    """An image that keeps its name looks like one to start from; yields why it was not noted that it is none."""
+    base = record.chain[record.base]
+    places = {one.file: one.now for one in done if one.action == "keep"}
+    for index in range(max(record.base, needed) + 1, record.top + 1):
+        image = record.chain[index]
+        place = places.get(image.file)
+        if place is None or image.slice is not None or not files.is_regular(place):
+            continue
+        try:
+            notes.merged(place, base.file)
+        except OSError as error:
+            yield (
+                f"it could not be noted beside {place} that it was merged ({error.strerror or error}): to `qmpmerge active` "
+                "it looks like an image to start from"
+            )
 
 
 def why_not_delete(record: Record, index: int, place: str) -> str | None:

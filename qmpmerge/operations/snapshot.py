@@ -9,7 +9,7 @@ import contextlib
 import os
 import shlex
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from qmpmerge import folder, shield
@@ -33,7 +33,7 @@ from qmpmerge.errors import (
     refuse,
 )
 from qmpmerge.folder import File
-from qmpmerge.images import files, qemuimg
+from qmpmerge.images import files, notes, qemuimg
 from qmpmerge.journal import store
 from qmpmerge.processes import proc
 from qmpmerge.qemu import vmstate
@@ -44,11 +44,16 @@ from qmpmerge.targets.target import Target
 
 @dataclass(frozen=True)
 class Overlay:
-    """An overlay that is now the active image of `disk`: its absolute path and its node."""
+    """
+    An overlay that is now the active image of `disk`: its absolute path and its node. The VM must be started from it from
+    now on, and not from `instead_of`, which is the image below it. `hint` is what the user should know besides.
+    """
 
     disk: str
     file: str
     node: str
+    instead_of: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,13 +196,15 @@ def _refuse_twice(orders: list[_Order]) -> None:
 async def _carry_out(target: Target, layout: Layout, orders: list[_Order], agent: str | None) -> tuple[Overlay, ...]:
     async with contextlib.AsyncExitStack() as undo:
         made = [await undo.enter_async_context(_file(order)) for order in orders]
+        unnoted = [undo.enter_context(_note(order, file)) for order, file in zip(orders, made, strict=True)]
         for order, file in zip(orders, made, strict=True):
             await undo.enter_async_context(_node(target, layout, order, file))
         async with _quiet(agent):
             _refuse_replaced(target, layout, orders)  # again, as late as can be
             await _transaction(target, orders)
             undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
-    return await _prove(target, orders, made)
+    proved = await _prove(target, orders, made)
+    return tuple(replace(overlay, hint=hint) for overlay, hint in zip(proved, unnoted, strict=True))
 
 
 @contextlib.asynccontextmanager
@@ -208,10 +215,46 @@ async def _file(order: _Order) -> AsyncIterator[File]:
         await qemuimg.create_overlay(
             made, size=order.below.virtual_size, backing=order.backing, backing_format=order.below.format
         )
+        _make_durable(made)
         yield made
     except Untouched:
         with contextlib.suppress(OSError):
             made.remove()
+        raise
+
+
+def _make_durable(made: File) -> None:
+    """What the guest flushes to it is worth nothing if a power cut takes its name."""
+    assert made.folder is not None, "it was made in one"
+    try:
+        made.sync()
+        made.folder.sync()
+    except OSError as error:
+        raise CannotCreate(file=made.path, reason=error.strerror or str(error)) from None
+
+
+@contextlib.contextmanager
+def _note(order: _Order, made: File) -> Iterator[str]:
+    """
+    A note beside an image in another folder where its overlay is, for who starts the VM; taken away again when the block
+    fails. Killed in between, the overlay is empty, and a start from it shows what the image below does.
+
+    Yields why there is no note; empty where there is one, or none is needed.
+    """
+    try:
+        if order.below.has_path and notes.is_needed(order.below.file, order.file):
+            notes.put_on(order.below.file, order.file)
+    except OSError as error:
+        yield (
+            f"it could not be noted beside {order.below.file} that {order.file} was put on it ({error.strerror or error}): "
+            f"`qmpmerge active` finds that only from {order.file}"
+        )
+        return
+    try:
+        yield ""
+    except Untouched:
+        with contextlib.suppress(OSError):
+            notes.take_away(order.below.file, [made.inode[1]])
         raise
 
 
@@ -227,6 +270,8 @@ def _make_empty(order: _Order) -> File:
         model = os.stat(order.below.file)
         made.allow((model.st_mode & 0o777) | 0o600)
         made.belong(model)
+    with contextlib.suppress(OSError):
+        notes.forget(order.file)
     return made
 
 
@@ -301,4 +346,4 @@ async def _prove(target: Target, orders: list[_Order], made: list[File]) -> tupl
         if not view.chain.same_files(expected) or view.chain.active.backing != order.backing or odd:
             words = told_apart(expected, view.chain)
             raise NotProven(target=target.name, expected=words[0], found=words[1])
-    return tuple(Overlay(order.disk.name, order.file, order.node) for order in orders)
+    return tuple(Overlay(order.disk.name, order.file, order.node, order.below.label) for order in orders)

@@ -347,7 +347,20 @@ def test_no_jobs(vm: str) -> None:
 
 # --- help and completion -----------------------------------------------------------------------------------------------
 
-NAMES = ("vms", "disks", "chain", "snapshot", "commit", "recover", "clean", "jobs", "job", "doctor", "completion")
+NAMES = (
+    "vms",
+    "disks",
+    "chain",
+    "snapshot",
+    "active",
+    "commit",
+    "recover",
+    "clean",
+    "jobs",
+    "job",
+    "doctor",
+    "completion",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,6 +17,7 @@ FILES = {
     "chain": "listing",
     "jobs": "listing",
     "snapshot": "snapshot",
+    "active": "active",
     "commit": "commit",
     "job": "job",
     "recover": "recover",
@@ -58,4 +59,5 @@ def cli() -> None:
     qmpmerge chain vm1 vda                        base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2
     qmpmerge commit vm1 vda --top [3]             base.raw <-- c.qcow2
     qmpmerge commit vm1 vda                       base.raw, the guest moved onto it
+    qmpmerge active /vm/base.raw                  the image that the VM must be started from
     """

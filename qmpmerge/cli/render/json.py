@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
+    from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
@@ -65,8 +66,14 @@ class JsonOutput:
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
-        made = [{"disk": overlay.disk, "file": overlay.file, "node": overlay.node} for overlay in overlays]
-        self._print({"verdict": "created", "overlays": made})
+        keys = ("disk", "file", "node", "instead_of")
+        made = [{**{key: getattr(overlay, key) for key in keys}, "start_from": overlay.file} for overlay in overlays]
+        hints = [overlay.hint for overlay in overlays if overlay.hint]
+        self._print({"verdict": "created", "overlays": made, "hints": hints})
+
+    def active(self, path: str, found: "Active") -> None:
+        """The image that a VM must be started from, and the `path` that was given."""
+        self._print({"verdict": "done", "path": path, "active": found.file, "format": found.format})
 
     def commit(self, outcome: "Outcome") -> None:
         """What a merge came to; `copied` is null where QEMU does not count it."""

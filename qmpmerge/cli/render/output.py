@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
+    from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
@@ -37,6 +38,9 @@ class Output(Protocol):
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
+
+    def active(self, path: str, found: "Active") -> None:
+        """The image that a VM must be started from."""
 
     def commit(self, outcome: "Outcome") -> None:
         """What a merge came to."""

@@ -1,5 +1,7 @@
 """Text for people."""
 
+import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
+    from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
@@ -101,6 +104,20 @@ class TextOutput:
         """A line for each overlay."""
         for overlay in overlays:
             self._say(f"{overlay.disk}: {overlay.file} is the active image now")
+            stale = overlay.instead_of
+            self._say(
+                f"  start the VM from it from now on: {stale} shows older data, and writing to it ruins the overlay"
+            )
+            for hint in (overlay.hint, f"`qmpmerge active {shlex.quote(stale)}` tells a launch script"):
+                self._hint(hint) if hint else None
+
+    def active(self, path: str, found: "Active") -> None:
+        """The path as it is, byte by byte, for a script; spelled out for people."""
+        raw = getattr(self._out, "buffer", None)
+        if raw is None or self._out.isatty():
+            self._say(found.file)
+        else:
+            raw.write(os.fsencode(found.file) + b"\n")
 
     def commit(self, outcome: "Outcome") -> None:
         """The verdict, the chain before and after, what is left to do."""

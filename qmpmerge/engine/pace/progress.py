@@ -4,9 +4,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image
-from qmpmerge.qemu.jobs import Job
+
+if TYPE_CHECKING:
+    from qmpmerge.qemu.jobs import Job
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Meter:
         self._clock = clock
         self._sightings: list[tuple[float, int]] = []
 
-    def read(self, job: Job, shortage: Shortage | None = None) -> Progress:
+    def read(self, job: "Job", shortage: Shortage | None = None) -> Progress:
         """What to tell about this sighting."""
         now = self._clock()
         self._sightings = [seen for seen in self._sightings if now - seen[0] <= self.WINDOW_SECONDS]

@@ -140,14 +140,22 @@ def test_chain(streams: Streams) -> None:
 
 
 def test_snapshot(streams: Streams) -> None:
-    streams.output.snapshot([Overlay("vda", "/vm/c.qcow2", "n1"), Overlay("vdb", "/vm/d.qcow2", "n2")])
+    made = [Overlay("vda", "/vm/c.qcow2", "n1", "/vm/b.qcow2"), Overlay("vdb", "/vm/d.qcow2", "n2", "/b.raw", "a hint")]
+    streams.output.snapshot(made)
     assert streams.document() == {
         "schema": 1,
         "verdict": "created",
         "overlays": [
-            {"disk": "vda", "file": "/vm/c.qcow2", "node": "n1"},
-            {"disk": "vdb", "file": "/vm/d.qcow2", "node": "n2"},
+            {
+                "disk": "vda",
+                "file": "/vm/c.qcow2",
+                "node": "n1",
+                "start_from": "/vm/c.qcow2",
+                "instead_of": "/vm/b.qcow2",
+            },
+            {"disk": "vdb", "file": "/vm/d.qcow2", "node": "n2", "start_from": "/vm/d.qcow2", "instead_of": "/b.raw"},
         ],
+        "hints": ["a hint"],
     }
 
 

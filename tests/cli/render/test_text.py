@@ -281,8 +281,19 @@ def test_an_outcome_is_told_on_stdout_and_its_hints_on_stderr(
 
 
 def test_a_snapshot_is_told_with_a_line_a_disk(screen: Screen) -> None:
-    screen.output.snapshot([Overlay("vda", "/vm/c.qcow2", "n1"), Overlay("vdb", "/vm/d.qcow2", "n2")])
-    assert screen.says("vda: /vm/c.qcow2 is the active image now", "vdb: /vm/d.qcow2 is the active image now")
+    made = [Overlay("vda", "/vm/c.qcow2", "n1", "/vm/b.qcow2"), Overlay("vdb", "/vm/d.qcow2", "n2", "/b.raw", "a hint")]
+    screen.output.snapshot(made)
+    assert screen.err.getvalue().splitlines() == [
+        "hint: `qmpmerge active /vm/b.qcow2` tells a launch script",
+        "hint: a hint",
+        "hint: `qmpmerge active /b.raw` tells a launch script",
+    ]
+    assert screen.out.getvalue().splitlines() == [
+        "vda: /vm/c.qcow2 is the active image now",
+        "  start the VM from it from now on: /vm/b.qcow2 shows older data, and writing to it ruins the overlay",
+        "vdb: /vm/d.qcow2 is the active image now",
+        "  start the VM from it from now on: /b.raw shows older data, and writing to it ruins the overlay",
+    ]
 
 
 def test_a_controlled_job_is_told_with_its_status_or_that_it_is_gone(screen: Screen) -> None:

@@ -1,0 +1,159 @@
+"""
+Notes beside images, about what no header says: which overlay in another folder was put on an image, and that an image which
+has kept its name was merged away.
+
+Whoever looks at an image sees only what lies in its folder. A note is a claim: it counts only where it is a regular file of
+ours, of root's or of the image's owner, and as long as the files that it names are those that it was written about. Inode
+numbers tell that; device numbers change with a reboot.
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from qmpmerge import folder
+from qmpmerge.images import files
+from qmpmerge.images.files import Seen
+
+ABOVE, MERGED = ".qmpmerge-overlay", ".qmpmerge-merged"
+_LARGEST = 65536
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a note at `path` says: the other image's path and inode number; `reason` is why it is not believed."""
+
+    path: str
+    file: str = ""
+    inode: int = 0
+    own: int = 0
+    seen: Seen | None = None
+    """The inode number of the image beside which it lies, and what that looked like; of a merged one."""
+    reason: str = ""
+
+    @property
+    def is_true(self) -> bool:
+        """Whether the file that it names is the one that it was written about."""
+        found = files.inode(self.file) if not self.reason else None
+        return found is not None and found[1] == self.inode
+
+
+def put_on(image: str, overlay: str) -> str:
+    """
+    Note beside `image` that `overlay` was put on it, durably, and return the note's path. An image can have several.
+
+    Raises OSError: nothing is noted then.
+    """
+    number = os.stat(overlay).st_ino
+    return _write(_path(image, f".{number:x}{ABOVE}"), {"overlay": os.path.realpath(overlay), "inode": number})
+
+
+def merged(image: str, base: str) -> str:
+    """Note beside `image`, which keeps its name, that all it holds is in `base` now. As `put_on`."""
+    seen = files.seen(image)
+    looks = {"own": os.stat(image).st_ino, "size": seen.size, "changed": seen.changed}
+    return _write(_path(image, MERGED), {"base": os.path.realpath(base), "inode": os.stat(base).st_ino, **looks})
+
+
+def is_needed(image: str, overlay: str) -> bool:
+    """Whether only a note can tell who looks at `image` that this overlay is built on it."""
+    return os.path.dirname(os.path.realpath(image)) != os.path.dirname(os.path.realpath(overlay))
+
+
+def above(image: str) -> list[Note]:
+    """The notes about overlays of `image`. Raises OSError where the folder cannot be listed."""
+    place, name = os.path.split(os.path.realpath(image))
+    start = f".{name}."
+    found = sorted(one for one in os.listdir(place) if one.startswith(start) and one.endswith(ABOVE))
+    exact = [one for one in found if "." not in one[len(start) : -len(ABOVE)]]
+    return [_read(os.path.join(place, one), "overlay", image) for one in exact]
+
+
+def base_of(image: str) -> str | None:
+    """The base into which `image` was merged, which has kept its name since; None where no note says so, or is believed."""
+    note = _merged(image)
+    return note.file if note is not None and not note.reason else None
+
+
+def doubt(image: str) -> Note | None:
+    """The note that `image` was merged, where it is not believed: for the `reason` that it tells."""
+    note = _merged(image)
+    return note if note is not None and note.reason else None
+
+
+def _merged(image: str) -> Note | None:
+    """The note that this very image was merged; that about an earlier one of its name counts for nothing."""
+    path = _path(image, MERGED)
+    if not os.path.lexists(path) or not os.path.exists(image):
+        return None
+    note = _read(path, "base", image)
+    if note.reason:
+        return note
+    if note.own != os.stat(image).st_ino:
+        return None
+    if not note.is_true:
+        return replace(note, reason=f"{note.file}, into which it was merged, is not there, or another file is")
+    return note if note.seen == files.seen(image) else replace(note, reason="it was written to since it was merged")
+
+
+def forget(image: str) -> None:
+    """A new file has this name: what was noted about an earlier one is no more. Raises OSError."""
+    _remove(_path(image, MERGED))
+
+
+def take_away(image: str, overlays: Collection[int]) -> None:
+    """Remove the notes about these overlays, by their inode numbers, beside `image`, which may be gone. Raises OSError."""
+    for number in overlays:
+        _remove(_path(image, f".{number:x}{ABOVE}"))
+
+
+def _path(image: str, end: str) -> str:
+    place, name = os.path.split(os.path.realpath(image))
+    return os.path.join(place, f".{name}{end}")
+
+
+def _write(path: str, told: Mapping[str, object]) -> str:
+    import json
+
+    with folder.beside(path) as (place, name):
+        inode = place.put(name, json.dumps(told).encode() + b"\n").inode
+        try:
+            place.sync()
+        except OSError:
+            place.remove(name, inode)
+            raise
+    return path
+
+
+def _remove(path: str) -> None:
+    if os.path.lexists(path):
+        with folder.beside(path) as (place, name):
+            place.remove(name, place.inode_of(name))
+            place.sync()
+
+
+def _read(path: str, key: str, image: str) -> Note:
+    """One that cannot be read, or that anybody could have written, has a `reason`."""
+    try:
+        with folder.beside(path) as (place, name), place.open(name) as file:
+            owner, data = file.status.st_uid, file.read(_LARGEST)
+        if owner not in (os.geteuid(), 0, os.stat(image).st_uid):
+            return Note(path, reason=f"it belongs to another user (uid {owner})")
+        return _decode(path, data, key)
+    except OSError as error:
+        return Note(path, reason=error.strerror or str(error))
+
+
+def _decode(path: str, data: bytes, key: str) -> Note:
+    import json
+
+    try:
+        told = json.loads(data)
+        file, inode = told[key], told["inode"]
+        own = int(told.get("own", 0))
+        seen = Seen(int(told["size"]), int(told["changed"])) if "size" in told else None
+        if not (isinstance(file, str) and file.startswith("/") and "\0" not in file and type(inode) is int):
+            raise ValueError(file)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return Note(path, reason="it is no note of ours")
+    return Note(path, file, inode, own, seen)

@@ -1,0 +1,110 @@
+"""
+Which image a VM must be started from: told by headers and notes, as long as no merge was left unfinished.
+"""
+
+import os
+from dataclasses import dataclass
+
+from qmpmerge.chain.chain import Image
+from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
+from qmpmerge.images import files, notes, overlays, qcow2, stashed
+from qmpmerge.images.overlays import Above
+from qmpmerge.journal import locks, store
+from qmpmerge.journal.stash import names_of
+from qmpmerge.journal.store import Disbelieved
+
+
+@dataclass(frozen=True)
+class Active:
+    """The image that a VM must be started from, and its format, as QEMU's `format=` takes it."""
+
+    file: str
+    format: str
+
+
+def active(path: "str | os.PathLike[str]") -> Active:
+    """
+    The one image that a VM must be started from whose chain has the image at `path`, or all of whose images lie in the
+    folder `path`.
+
+    An image that was merged away and is stashed, or has kept its name, leads to the active image of the base that it was
+    merged into. Nothing is opened but headers and notes, and no program is run. Raises NoActive and SeveralActive;
+    ActiveUnknown where a merge is not finished.
+    """
+    path = os.path.abspath(os.fspath(path))
+    try:
+        starts = overlays.in_folder(path) if os.path.isdir(path) else [path]
+    except OSError as error:
+        raise NoActive(path=path, reason=f"cannot be listed: {error.strerror}", cure=overlays.OWNER) from None
+    found: dict[str, None] = {}
+    while starts:
+        above = _above(starts[0], path)
+        found |= dict.fromkeys(above.leaves)
+        seen = {image.inode for image in above.images.values()}
+        starts = [start for start in starts[1:] if files.inode(start) not in seen]
+    if not found:
+        raise NoActive(path=path, reason="there is no image in this folder", cure="name an image of the chain")
+    if len(found) > 1:
+        raise SeveralActive(path=path, images=sorted(found))
+    (leaf,) = found
+    broken = overlays.below(leaf)
+    if broken is not None:
+        raise NoActive(path=path, reason=f"{broken.file} {broken.reason}", cure=broken.cure)
+    return Active(leaf, _format(leaf))
+
+
+def _above(image: str, path: str) -> Above:
+    """What is built on `image`, or on what it was merged into. Raises NoActive, ActiveUnknown."""
+    _refuse_unfinished(path, image, [os.path.dirname(image), os.path.dirname(files.real(image))], None)
+    start = _merged_into(image)
+    stash = start if stashed.is_stashed(start) else next(filter(stashed.is_stashed, names_of(files.real(start))), None)
+    if stash is not None and not (os.path.exists(start) and start != stash):
+        reason = f"{start} was merged away, and its file is {stash} now"
+        raise NoActive(path=path, reason=reason, cure="name the base that it was merged into, or the folder")
+    try:
+        above = overlays.above(start)
+    except OSError as error:
+        reason = f"{start} cannot be read: {error.strerror or error}"
+        raise NoActive(path=path, reason=reason, cure="name an image of the chain, or its folder") from None
+    _refuse_unfinished(path, start, above.folders, above)
+    for odd in above.odd:
+        raise NoActive(path=path, reason=f"{odd.file} {odd.reason}", cure=odd.cure)
+    return above
+
+
+def _refuse_unfinished(path: str, image: str, folders: list[str], above: Above | None) -> None:
+    """A merge of these images, or of one that is called so, whose record is there still, believed or not."""
+    inodes = set(above.images) if above is not None else {inode for inode in [files.inode(image)] if inode is not None}
+    names = [found.file for found in above.images.values()] if above is not None else [image, files.real(image)]
+    beyond = locks.noted(Image(image, "raw", 0)).record  # of a base that lies far from what is built on it
+    for folder in dict.fromkeys([*folders, *([os.path.dirname(beyond)] if beyond else [])]):
+        for found in store.in_folder(folder):
+            if isinstance(found, Disbelieved):
+                if found.concerns(inodes):
+                    raise ActiveUnknown(
+                        path=path, reason=f"{found.path} is not believed ({found.reason})", image=found.image
+                    )
+            elif found.concerns(inodes) or any(map(found.is_called, names)):
+                reason = f"a merge of {found.chain.active.file} was left or interrupted in state {found.state.value}"
+                raise ActiveUnknown(path=path, reason=reason, image=found.chain.active.file)
+
+
+def _merged_into(image: str) -> str:
+    """The base into which an image was merged, and that into which this was, and so on; any other image as it is."""
+    seen: set[str] = set()
+    while image not in seen:
+        seen.add(image)
+        base = notes.base_of(image) if os.path.exists(image) else None
+        if base is None:
+            break
+        image = base
+    return image
+
+
+def _format(image: str) -> str:
+    """qcow2 where the header says so; a name that says raw is believed, its first bytes belong to the guest."""
+    try:
+        is_qcow2 = not image.endswith(overlays.RAW) and qcow2.read(image) is not None
+    except OSError:
+        is_qcow2 = False
+    return "qcow2" if is_qcow2 else "raw"

@@ -1,0 +1,335 @@
+"""`active`: the one image that a VM must be started from, whatever was done to its chain, or a loud no."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rig import kills
+from rig.command import invoke
+from rig.disks import Setup, device, drive
+from rig.machines import MIB, SIZE, Content, machine, make_chain, run
+
+import qmpmerge
+from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
+from qmpmerge.images import files, notes
+
+
+def active(path: Path) -> str:
+    return Path(qmpmerge.active(path).file).name
+
+
+def overlay(path: Path, below: Path | str, form: str = "qcow2") -> Path:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", form, path, str(SIZE))
+    return path
+
+
+# --- headers ------------------------------------------------------------------------------------------------------
+
+
+def test_any_image_of_the_chain_and_its_folder_lead_to_the_active_one(images: list[Path], tmp_path: Path) -> None:
+    for path in (*images, tmp_path):
+        told = invoke("active", str(path))
+        assert (told.code, told.out, told.err) == (0, f"{images[3]}\n", "")
+    document = invoke("active", str(images[0]), "--json").document
+    assert document == {
+        "schema": 1,
+        "verdict": "done",
+        "path": str(images[0]),
+        "active": str(images[3]),
+        "format": "qcow2",
+    }
+
+
+def test_a_raw_image_alone(tmp_path: Path) -> None:
+    (base,) = make_chain(tmp_path, ["base.raw"])
+    assert (qmpmerge.active(base).file, qmpmerge.active(base).format) == (str(base), "raw")
+    assert active(tmp_path) == "base.raw"
+
+
+def test_no_program_is_run_and_nothing_is_written(images: list[Path], tmp_path: Path) -> None:
+    before = {path: path.stat() for path in tmp_path.iterdir()}
+    program = "import sys, qmpmerge; sys.addaudithook(lambda e, a: e == 'subprocess.Popen' and sys.exit(9)); "
+    run(sys.executable, "-c", program + "print(qmpmerge.active(sys.argv[1]))", images[0])
+    assert {path: path.stat() for path in tmp_path.iterdir()} == before
+
+
+def test_more_than_one_leaf(images: list[Path], tmp_path: Path) -> None:
+    """A golden image with an overlay for each VM: only that of one VM says which."""
+    other = overlay(tmp_path / "vm2.qcow2", "base.raw", "raw")
+    told = invoke("active", str(images[0]), "--json")
+    assert (told.code, told.document["error"]["name"]) == (3, "several-active")
+    assert told.document["error"]["facts"]["images"] == [str(images[3]), str(other)]
+    assert invoke("active", str(tmp_path)).code == 3
+    assert (active(images[1]), active(other)) == ("c.qcow2", "vm2.qcow2")
+
+
+def test_two_chains_in_a_folder(images: list[Path], tmp_path: Path) -> None:
+    other = Path(shutil.copy(images[0], tmp_path / "other.raw"))
+    with pytest.raises(SeveralActive) as found:
+        qmpmerge.active(tmp_path)
+    assert found.value.images == [str(images[3]), str(other)]
+    assert active(images[0]) == "c.qcow2"
+
+
+def test_what_is_no_image_is_passed_over(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "vm.log").write_text("QFI is what qcow2 begins with")
+    (tmp_path / "broken.qcow2").write_bytes(b"QFI\xfb" + bytes(8))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    assert active(tmp_path) == "c.qcow2"
+
+
+def test_a_raw_image_whose_guest_wrote_a_header_is_built_on_nothing(images: list[Path], tmp_path: Path) -> None:
+    evil = overlay(tmp_path / "evil.raw", "c.qcow2")
+    assert active(images[0]) == "c.qcow2"
+    assert active(evil) == "evil.raw"
+
+
+def test_a_symlink_leads_to_what_is_built_on_the_file(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "disk"
+    link.symlink_to(images[1])
+    assert active(link) == "c.qcow2"
+    (tmp_path / "a-name-before-c").symlink_to(images[3])
+    assert active(link) == "c.qcow2"
+
+
+def test_nothing_there_an_empty_folder_and_a_broken_chain(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "nothing", tmp_path / "empty"):
+        told = invoke("active", str(path), "--json")
+        assert (told.code, told.document["error"]["name"]) == (3, "no-active")
+    images[0].unlink()
+    with pytest.raises(NoActive) as found:
+        qmpmerge.active(images[2])
+    assert str(images[0]) in str(found.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_an_overlay_of_a_stranger_is_not_the_one(images: list[Path], tmp_path: Path) -> None:
+    """In a folder that all may write to anybody can put an overlay on our image."""
+    planted = overlay(tmp_path / "planted.qcow2", "c.qcow2")
+    os.chown(planted, 65534, 65534)
+    with pytest.raises(NoActive) as found:
+        qmpmerge.active(images[0])
+    assert "another user" in str(found.value)
+    assert active(planted) == "planted.qcow2"
+
+
+def test_a_stash_in_the_way(images: list[Path], tmp_path: Path) -> None:
+    """What is built on a name that a merge has taken away: whether base or that is right cannot be told from here."""
+    invoke("commit", str(images[3]), "--top", "[2]")
+    assert active(images[0]) == "c.qcow2"
+    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "a.qcow2", images[2])
+    for path in (images[0], images[2], images[3], tmp_path):
+        with pytest.raises(NoActive):
+            qmpmerge.active(path)
+
+
+def test_what_is_only_called_like_a_stashed_image(images: list[Path]) -> None:
+    images[3].rename(f"{images[3]}.merged")
+    with pytest.raises(NoActive) as found:
+        qmpmerge.active(images[0])
+    assert "nothing says" in str(found.value)
+
+
+# --- live ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_chain(tmp_path, ["base.raw"])[0]
+
+
+@pytest.fixture
+def vm(tmp_path: Path, base: Path) -> Iterator[Setup]:
+    with drive(tmp_path, [base], Content()) as setup:
+        yield setup
+
+
+def now(vm: Setup) -> str:
+    """Where the guest's writes go, as QEMU tells it."""
+    return str(invoke("disks", vm.machine.target, "--json").document["disks"][0]["file"])
+
+
+def put(vm: Setup, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    assert invoke("snapshot", vm.machine.target, f"vda={path}").code == 0
+
+
+def all_lead_to_what_the_guest_uses(vm: Setup, *paths: Path) -> None:
+    for path in paths:
+        told = invoke("active", str(path))
+        assert (told.code, told.out.strip()) == (0, now(vm)), (path, told.err)
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob(".*qmpmerge*"))
+
+
+@pytest.mark.parametrize("policy", ["stash", "delete", "keep"])
+@pytest.mark.parametrize("place", [".", "far"])
+def test_snapshots_and_merges(vm: Setup, base: Path, tmp_path: Path, place: str, policy: str) -> None:
+    """Whatever is merged, from whichever image one asks."""
+    overlays = [tmp_path / place / f"{name}.qcow2" for name in "abc"]
+    there = [base]
+    for number, path in enumerate(overlays):
+        put(vm, path)
+        there.append(path)
+        all_lead_to_what_the_guest_uses(vm, *there)
+        vm.write(0x11 + number, number * MIB, MIB)
+    assert len(left(tmp_path)) == (1 if place == "far" else 0)
+    middle = invoke("commit", vm.machine.target, "--base", str(base), "--top", "[3]", "--merged-files", policy)
+    assert middle.code == 0, middle.err
+    all_lead_to_what_the_guest_uses(vm, base, overlays[2], *([overlays[0]] if policy == "keep" else []))
+    pivot = invoke("commit", vm.machine.target, "--base", str(base), "--merged-files", policy, "--force", "dependents")
+    assert pivot.code == 0, pivot.err
+    assert now(vm) == str(base)
+    all_lead_to_what_the_guest_uses(vm, base, *(overlays if policy == "keep" else []))
+    assert not [name for name in left(tmp_path) if "overlay" in name]
+    if policy != "keep":
+        put(vm, overlays[2])
+        all_lead_to_what_the_guest_uses(vm, base, overlays[2])
+
+
+def test_a_kept_image_that_is_used_again_is_a_no(vm: Setup, base: Path, tmp_path: Path) -> None:
+    put(vm, tmp_path / "a.qcow2")
+    assert invoke("commit", vm.machine.target, "--merged-files", "keep").code == 0
+    assert active(base) == "base.raw"
+    vm.off()
+    run("qemu-io", "-c", "write -P 7 0 64k", tmp_path / "a.qcow2")
+    for path in (base, tmp_path / "a.qcow2", tmp_path):
+        with pytest.raises(NoActive) as found:
+            qmpmerge.active(path)
+        assert "written to since" in str(found.value)
+
+
+def test_a_kept_name_may_be_used_again(vm: Setup, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    put(vm, path)
+    assert invoke("commit", vm.machine.target, "--merged-files", "keep").code == 0
+    path.unlink()
+    put(vm, path)
+    all_lead_to_what_the_guest_uses(vm, base, path)
+
+
+def test_snapshot_tells_the_launch_path(vm: Setup, base: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.qcow2", tmp_path / "b.qcow2"
+    told = invoke("snapshot", vm.machine.target, f"vda={first}")
+    assert "start the VM from it from now on" in told.out and str(base) in told.out
+    assert f"qmpmerge active {base}" in told.err
+    (made,) = invoke("snapshot", vm.machine.target, f"vda={second}", "--json").document["overlays"]
+    assert (made["start_from"], made["instead_of"]) == (str(second), str(first))
+
+
+# --- notes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_note_that_does_not_agree_is_a_no(vm: Setup, base: Path, tmp_path: Path) -> None:
+    far = tmp_path / "far" / "a.qcow2"
+    put(vm, far)
+    (note,) = tmp_path.glob(".*qmpmerge-overlay")
+    away = far.rename(tmp_path / "moved")
+    with pytest.raises(NoActive):  # perhaps its filesystem is not mounted
+        qmpmerge.active(base)
+    shutil.copy(away, far)
+    with pytest.raises(NoActive):
+        qmpmerge.active(base)
+    away.rename(far)
+    assert active(base) == "a.qcow2"
+    note.write_text("{}")
+    with pytest.raises(NoActive):
+        qmpmerge.active(base)
+    note.unlink()
+    note.symlink_to(far)
+    with pytest.raises(NoActive):
+        qmpmerge.active(base)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_a_note_of_a_stranger_is_not_believed(vm: Setup, base: Path, tmp_path: Path) -> None:
+    put(vm, tmp_path / "far" / "a.qcow2")
+    (note,) = tmp_path.glob(".*qmpmerge-overlay")
+    os.chown(note, 65534, 65534)
+    with pytest.raises(NoActive):
+        qmpmerge.active(base)
+
+
+def test_a_snapshot_that_is_refused_leaves_no_note(vm: Setup, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    vm.machine.session.execute(
+        "blockdev-add", driver="null-co", node_name="elsewhere", read_only=True
+    )  # two disks, the second of which cannot be taken
+    two = invoke("snapshot", vm.machine.target, f"vda={tmp_path}/far/a.qcow2", f"elsewhere={tmp_path}/far/b.qcow2")
+    assert two.code == 3
+    assert left(tmp_path) == [] and not list((tmp_path / "far").iterdir())
+    assert active(base) == "base.raw"
+
+
+def test_a_place_that_takes_no_note_is_told(
+    vm: Setup, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far").mkdir()
+    far = tmp_path / "far" / "a.qcow2"
+    (tmp_path / f".{base.name}.blocker").mkdir()
+    long = tmp_path / f"{'n' * 240}.raw"
+    base.rename(long)
+    vm.machine.stop()
+    with machine(tmp_path, "-drive", f"file={long},format=raw,if=none,id=vda", *device("vda")) as again:
+        told = invoke("snapshot", again.target, f"vda={far}", "--json")
+    assert told.code == 0
+    assert "could not be noted" in told.document["hints"][0]
+
+
+MOMENTS = ("=> write #1", "<= write #1", "-> blockdev-add #1", "-> transaction #1", "<- transaction #1", "=> sync #1")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("place", [".", "far"])
+def test_a_snapshot_killed_anywhere(vm: Setup, base: Path, tmp_path: Path, place: str, moment: str) -> None:
+    """What `active` names afterwards shows all that was written until then, and what the guest writes is not lost."""
+    (tmp_path / place).mkdir(exist_ok=True)
+    vm.write(0x11, 0, MIB)
+    arguments = ["snapshot", vm.machine.target, f"vda={tmp_path / place}/a.qcow2"]
+    subprocess.run([sys.executable, kills.__file__, tmp_path / "moments", "tool", moment, *arguments], check=False)
+    reached = kills.KILLED in (tmp_path / "moments").read_text()
+    assert reached or (moment in MOMENTS[:2] and place == ".")
+    if now(vm) != str(base):
+        vm.write(0x22, MIB, MIB)
+    vm.off()
+    told = qmpmerge.active(base)
+    vm.content.check(told.file, told.format)
+
+
+def test_a_merge_that_is_not_finished(base: Path, vm: Setup, tmp_path: Path) -> None:
+    for name in ("far/a.qcow2", "far/b.qcow2"):
+        put(vm, tmp_path / name)
+        vm.write(0x11, 0, MIB)
+    ready = invoke("commit", vm.machine.target, "--base", str(base), "--wait-ready", "--json")
+    assert ready.document["verdict"] == "ready"
+    vm.machine.kill()
+    for path in (base, tmp_path / "far" / "a.qcow2", tmp_path / "far" / "b.qcow2", tmp_path / "far"):
+        told = invoke("active", str(path), "--json")
+        assert (told.code, told.document["error"]["name"]) == (6, "active-unknown"), path
+    assert invoke("recover", str(base)).code == 0
+    assert active(base) == "b.qcow2"
+
+
+def test_a_record_that_is_not_believed(images: list[Path]) -> None:
+    (images[3].parent / ".c.qcow2.qmpmerge-record").write_text("{}")
+    for path in images:
+        with pytest.raises(ActiveUnknown):
+            qmpmerge.active(path)
+
+
+def test_the_notes_are_small_files_of_ours(base: Path, tmp_path: Path) -> None:
+    far = overlay(tmp_path / "far.qcow2", base, "raw")
+    path = Path(notes.put_on(str(base), str(far)))
+    told = json.loads(path.read_text())
+    assert (told, path.stat().st_mode & 0o777) == ({"overlay": str(far), "inode": far.stat().st_ino}, 0o600)
+    assert files.inode(str(far)) == (far.stat().st_dev, told["inode"])
