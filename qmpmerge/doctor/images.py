@@ -13,7 +13,7 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.doctor import leftovers, target
 from qmpmerge.doctor.findings import Finding, Severity, sort
 from qmpmerge.errors import ImageUnreadable, Refused
-from qmpmerge.images import dependents, qcow2, qemuimg, stashed, walk
+from qmpmerge.images import dependents, notes, qcow2, qemuimg, stashed, walk
 from qmpmerge.images.walk import Layer
 from qmpmerge.processes import holders
 from qmpmerge.processes.holders import User
@@ -128,7 +128,8 @@ def _overlays(folder: str) -> dict[str, str | None]:
     images: dict[str, str | None] = {}
     for entry in dependents.files(folder):
         try:
-            header = qcow2.read(entry.path) if not stashed.is_stashed(entry.path) else None
+            is_aside = stashed.is_stashed(entry.path) or notes.base_of(entry.path) is not None
+            header = qcow2.read(entry.path) if not is_aside else None
         except OSError:
             continue
         if header is not None:

@@ -12,14 +12,16 @@ from collections.abc import Collection, Iterator
 
 from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.state import State
+from qmpmerge.doctor import launch
 from qmpmerge.doctor.findings import Finding, Severity
-from qmpmerge.images import dependents, files, stashed
+from qmpmerge.images import dependents, files, notes, overlays, qcow2, stashed
 from qmpmerge.images.dependents import Dependent, Look
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Note
 from qmpmerge.journal.record import Record
 from qmpmerge.journal.store import Disbelieved, Found, Unlisted
 from qmpmerge.processes import holders
+from qmpmerge.processes.holders import User
 
 _LOCK = re.compile(r"\.(?P<image>.+)\.qmpmerge-lock", re.DOTALL)
 _ANY = re.compile(r"(?P<image>.+)", re.DOTALL)
@@ -46,7 +48,7 @@ def in_folder(folder: str, jobs: Collection[str] = ()) -> list[Finding]:
     at_work = any(locks.is_held(path) for path, _image in files.matching(folder, _LOCK))
     found = [] if at_work else store.in_folder(folder)
     unsettled = [_unsettled(one) for one in found if isinstance(one, Disbelieved) or one.job not in jobs]
-    return [*unsettled, *_old_locks(folder, jobs), *_stashed(folder)]
+    return [*unsettled, *_old_locks(folder, jobs), *_stashed(folder), *_kept(folder)]
 
 
 def is_orphan(name: str) -> bool:
@@ -108,30 +110,93 @@ def _stashed(folder: str) -> Iterator[Finding]:
         yield Finding("stashed", "note", path, "an image that a merge put aside", why, command)
 
 
+def _kept(folder: str) -> Iterator[Finding]:
+    """Images that were merged and have kept their names: a note proves it."""
+    merged = [path for path, _image in files.matching(folder, _ANY) if notes.base_of(path) is not None]
+    users = {user.file: user for user in holders.users(merged)} if merged else {}
+    for path in merged:
+        what = f"it was merged into {notes.base_of(path)}"
+        why = "it opens without a word and shows older data: put it out of reach" + (
+            f", once {users[path]} has closed it" if path in users else ""
+        )
+        away = os.path.join(folder, "stale")
+        put = ["mv", "--backup=numbered", "--", path, away]
+        command = "" if path in users else f"{shlex.join(['mkdir', '-p', away])} && {shlex.join(put)}"
+        yield Finding("stale-image", "care", path, what, why, command)
+
+
 def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterator[Finding]:
     """Images outside the chain whose headers name an image of it, or one that is built on it."""
+    noted, odd = _noted(chain)
+    yield from odd
+    search = [*search, *noted]
     look = dependents.look_now(chain.images, chain, search)
     for reason in look.unseen:
         why = "an image that is built on the chain could lie there: a merge would ruin it"
         yield Finding("not-looked-at", "note", chain.active.file, reason, why)
-    for dependent in _above(chain, look, search):
+    found = [one for one in _above(chain, look, search) if notes.base_of(one.file) is None]
+    roots = _started_from(chain, found, pid)
+    for dependent in found:
         users = holders.users([dependent.file])
-        if pid is not None and pid in {user.pid for user in users}:
-            continue
-        what = f"it is built on {dependent.image}, but is not in the chain"
-        if users:
-            why = (
-                f"{users[0]} has it open: what is written to {dependent.image}, by a merge too, changes what that sees"
-            )
-            yield Finding("dependent", "care", dependent.file, what, why)
-        else:
-            why = (
-                "if an earlier merge left it, it opens without a word and shows older data: put it out of reach; if "
-                f"somebody wants it, it is ruined by every write to {dependent.image}"
-            )
-            away = os.path.join(os.path.dirname(dependent.file), "stale")
-            command = f"{shlex.join(['mkdir', '-p', away])} && {shlex.join(['mv', '-n', '--', dependent.file, away])}"
-            yield Finding("stale-image", "care", dependent.file, what, why, command)
+        if pid is None or pid not in {user.pid for user in users}:
+            yield _beyond(chain, dependent, users, roots, is_live=pid is not None)
+
+
+def _started_from(chain: Chain, found: list[Dependent], pid: int | None) -> set[str]:
+    """
+    The images of the chain from which a running VM was started stale if another image is built on them: the active one, and
+    that which the command line names; none where it was started from an image above and was moved down since.
+    """
+    launched = launch.images(pid)
+    above = {files.inode(dependent.file) for dependent in found}
+    if pid is None or above & {files.inode(path) for path in launched}:
+        return set()
+    return {chain.active.file, launch.started_from(chain, launched) or chain.active.file}
+
+
+def _beyond(chain: Chain, dependent: Dependent, users: tuple[User, ...], roots: set[str], *, is_live: bool) -> Finding:
+    """What an image outside the chain means. That it is a leftover nothing proves, so no command takes it away."""
+    file, image = dependent.file, dependent.image
+    what = f"it is built on {image}, but is not in the chain"
+    if users:
+        why = f"{users[0]} has it open: what is written to {image}, by a merge too, changes what that sees"
+        return Finding("dependent", "care", file, what, why)
+    if is_live and _holds_nothing(file):
+        why = f"it holds nothing, and shows what {image} does: a snapshot that was not carried out has left it"
+        left = [file, *(note.path for note in notes.above(image) if note.file == os.path.realpath(file))]
+        return Finding("empty-overlay", "care", file, what, why, shlex.join(["rm", "-f", "--", *left]))
+    if image in roots:
+        return launch.stale(chain, dependent)
+    if not is_live and image == chain.active.file:
+        why = "a VM that is started from the image below shows older data, and ruins this one"
+        return Finding(
+            "not-active", "care", image, f"{file} is built on it", why, shlex.join(["qmpmerge", "active", image])
+        )
+    why = (
+        f"it is ruined by every write to {image}, by a merge too; if it is wanted, merge it or copy it elsewhere, and if you "
+        "know that it is a leftover, put it out of reach, for it opens without a word"
+    )
+    return Finding("other-overlay", "care", file, what, why)
+
+
+def _holds_nothing(file: str) -> bool:
+    try:
+        return qcow2.is_empty(file)
+    except OSError:
+        return False
+
+
+def _noted(chain: Chain) -> tuple[list[str], list[Finding]]:
+    """The folders in which notes say that overlays of the chain's images are; and the notes that are not right."""
+    noted: list[str] = []
+    odd: list[Finding] = []
+    for image in chain:
+        found, wrong = overlays.noted(image.file) if image.has_path else ((), ())
+        noted += [os.path.dirname(note.file) for note in found]
+        for one in wrong:
+            why = f"`qmpmerge active` tells no image of this chain until that is settled: {one.cure}"
+            odd.append(Finding("odd-note", "care", one.file, f"it {one.reason}", why))
+    return noted, odd
 
 
 def _above(chain: Chain, look: Look, search: Collection[str]) -> Iterator[Dependent]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.doctor import jobs, leftovers
+from qmpmerge.doctor import jobs, launch, leftovers
 from qmpmerge.doctor.findings import Finding, Severity, sort
 from qmpmerge.errors import CommandError
 from qmpmerge.images import headers, qcow2
@@ -54,6 +54,8 @@ async def examine(target: Target, *, search: Collection[str] = ()) -> tuple[Find
         *_bitmaps(target, layout),
     ]
     findings += await _guest(target, layout)
+    chains = [disk.chain for disk in layout.disks if disk.chain is not None]
+    findings += launch.examine(chains, launch.images(target.pid))
     for disk in layout.disks:
         if disk.chain is not None and disk.root in layout.held:
             findings += await _chain(target, disk)

@@ -155,7 +155,9 @@ class _Search:
         for image in list(images):
             for place in dict.fromkeys((image.file, os.path.realpath(image.file))):
                 self._read(os.path.dirname(place))
-            for note in self._notes(image):
+            right, wrong = noted(image.file)
+            self._odd |= dict.fromkeys(wrong)
+            for note in right:
                 self._read(os.path.dirname(note.file))
         return len(self._folders) > before
 
@@ -184,19 +186,6 @@ class _Search:
             self._built_on.setdefault(inode, []).append(found)
         if found.dangling:
             self._dangling.setdefault(found.dangling, []).append(found)
-
-    def _notes(self, image: Found) -> Iterator[notes.Note]:
-        """Those that are right; of the others it is said what is wrong."""
-        try:
-            told = notes.above(image.file)
-        except OSError:
-            return  # the folder is odd already
-        for note in told:
-            wrong = note.reason or _wrong(note, image)
-            if wrong:
-                self._odd[Odd(note.path, f"is not believed: {wrong}", _NOTE.format(shlex.quote(note.path)))] = None
-            else:
-                yield note
 
     def climb(self, start: Found) -> Above:
         """All that is built on `start`, of what is known so far."""
@@ -227,6 +216,23 @@ class _Search:
 
 
 _NOTE = "find out which image holds the last writes, then `rm -f -- {}`"
+
+
+def noted(image: str) -> tuple[list[notes.Note], list[Odd]]:
+    """The notes about overlays of `image` that their headers confirm, and what is wrong about the others."""
+    right: list[notes.Note] = []
+    wrong: list[Odd] = []
+    try:
+        found, told = read(image), notes.above(image)
+    except OSError:
+        return [], []  # its folder is odd already
+    for note in told:
+        reason = note.reason or _wrong(note, found)
+        if reason:
+            wrong.append(Odd(note.path, f"is not believed: {reason}", _NOTE.format(shlex.quote(note.path))))
+        else:
+            right.append(note)
+    return right, wrong
 
 
 def _wrong(note: notes.Note, image: Found) -> str:

@@ -93,6 +93,21 @@ def data_path(image: Image) -> str | None:
     return found
 
 
+def is_empty(path: str) -> bool:
+    """
+    Whether a qcow2 image holds nothing at all, so that it shows what it is built on: its first-level table is empty, and it has
+    no snapshot. Whoever has it open may know better. Raises OSError.
+    """
+    with open(path, "rb") as file:
+        start = file.read(72)
+        if decode(start) is None or struct.unpack_from(">I", start, 60) != (0,):
+            return False
+        entries, offset = struct.unpack_from(">IQ", start, 36)
+        file.seek(offset)
+        table = file.read(entries * 8)
+    return len(table) == entries * 8 and not any(table)
+
+
 def decode(data: bytes) -> Qcow2Header | None:
     """Decode the first bytes of a file; None where they are no header, or one that makes no sense."""
     if len(data) < 72 or data[:4] != MAGIC:

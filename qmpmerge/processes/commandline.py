@@ -15,6 +15,8 @@ _LOADER = re.compile(r"ld(?:64|-linux.*|-musl.*|-\d.*)?\.so.*|ld-musl.*")
 
 _LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing binds here
 
+_DISKS = ("hda", "hdb", "hdc", "hdd")
+
 # A socket chardev with one of these expects more than the bare protocol from who connects.
 _NOT_PLAIN = ("telnet", "tn3270", "websocket", "tls-creds", "abstract")
 
@@ -31,6 +33,8 @@ class CommandLine:
     name: str
     monitors: tuple[str, ...]
     libvirt: bool
+    images: tuple[str, ...] = ()
+    """The absolute paths of files that disks are given by: with -drive, -blockdev, -hda and the like."""
 
 
 def is_qemu(path: str) -> bool:
@@ -59,7 +63,35 @@ def parse(argv: Sequence[str], cwd: str | None, exe: str = "") -> CommandLine | 
         name=next(filter(None, reversed(names)), ""),
         monitors=tuple(dict.fromkeys(filter(None, addresses))),
         libvirt="fd" in by_id.get("charmonitor", {}),
+        images=tuple(dict.fromkeys(_images(options, cwd))),
     )
+
+
+def _images(options: Iterable[tuple[str, str]], cwd: str | None) -> Iterator[str]:
+    for option, text in options:
+        for name in [text] if option in _DISKS else _file_names(text) if option in ("drive", "blockdev") else []:
+            path = os.path.join(cwd or "", name.removeprefix("file:").removeprefix("./"))
+            if path.startswith("/") and "\0" not in path:
+                yield path
+
+
+def _file_names(text: str) -> Iterator[str]:
+    """What a drive or a node is opened by, in either of its forms."""
+    if text.startswith("{"):
+        yield from _names_within(_decoded(text))
+        return
+    keys = _keys(text, "driver")
+    for key in ("file", "filename", "file.filename"):
+        if key in keys and (key != "file" or "node-name" not in keys):
+            yield keys[key]
+
+
+def _names_within(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key == "filename" and isinstance(item, str):
+                yield item
+            yield from _names_within(item)
 
 
 def _program(argv: Sequence[str], exe: str) -> str:
@@ -89,7 +121,7 @@ def _options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     for word in words:
         if word.startswith("-"):
             option, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
-            if option in ("name", "qmp", "qmp-pretty", "mon", "monitor", "chardev"):
+            if option in ("name", "qmp", "qmp-pretty", "mon", "monitor", "chardev", "drive", "blockdev", *_DISKS):
                 yield option, value if equals else next(words, "")
 
 
@@ -106,11 +138,15 @@ def _keys(text: str, implied: str) -> dict[str, str]:
     return keys
 
 
-def _json_keys(text: str) -> dict[str, str]:
+def _decoded(text: str) -> object:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return {}
+        return None
+
+
+def _json_keys(text: str) -> dict[str, str]:
+    value = _decoded(text)
     return {key: item for key, item in value.items() if isinstance(item, str)} if isinstance(value, dict) else {}
 
 

@@ -524,7 +524,7 @@ def everything(output: TextOutput, name: str) -> None:
     output.vms([Vm(1, name, (name,), True, name, name, 0.0)])
     output.disks([disk(name, named, job)])
     output.chain(view(named, Oddity("no-format", path, name), name=name))
-    output.snapshot([Overlay(name, path, name)])
+    output.snapshot([Overlay(name, path, name, path)])
     for verdict in ("merged", "planned", "unchanged"):
         output.commit(Outcome(verdict, name, named, named, name, (MergedFile(path, now=path),), hints=(name,)))
     output.jobs([job])

@@ -1,0 +1,80 @@
+"""
+How a VM was started, next to what its images are now: a start by the same command line may show older data, and ruin the
+newer.
+"""
+
+import os
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+
+from qmpmerge.chain.chain import Chain
+from qmpmerge.doctor.findings import Finding
+from qmpmerge.images import files, notes, stashed
+from qmpmerge.images.dependents import Dependent
+from qmpmerge.journal import stash
+from qmpmerge.processes import commandline, proc
+
+
+def images(pid: int | None) -> tuple[str, ...]:
+    """The image files that the command line of a QEMU names, as absolute paths; none where it may not be looked at."""
+    if pid is None:
+        return ()
+    line = commandline.parse(
+        proc.read_text(f"/proc/{pid}/cmdline").split("\0"), proc.start_folder(pid), proc.executable(pid)
+    )
+    return line.images if line is not None else ()
+
+
+def started_from(chain: Chain, launched: Sequence[str]) -> str | None:
+    """The topmost image of the chain that the command line names; None where it names none of it."""
+    inodes = {files.inode(path) for path in launched}
+    return next((image.file for image in reversed(chain.images) if image.inode in inodes), None)
+
+
+def examine(chains: Sequence[Chain], launched: Sequence[str]) -> Iterator[Finding]:
+    """Where a start by the same command line would not show what the guest sees now."""
+    for path in launched:
+        inode = files.inode(path)
+        chain = next((chain for chain in chains if inode in {image.inode for image in chain}), None)
+        if chain is not None and path_of_active(chain, launched) is None:
+            started = started_from(chain, launched)
+            if started is not None and files.inode(started) == inode:
+                what = f"its command line names {path}, and the guest writes to {chain.active.file} since a snapshot"
+                yield _finding(path, what, "a start by the same line shows older data, and ruins the newer image")
+        elif chain is None and inode is not None and notes.base_of(path) is not None:
+            what = f"its command line names {path}, which was merged into {notes.base_of(path)}"
+            yield _finding(path, what, "a start by the same line shows older data, without a word")
+        elif inode is None and any(map(stashed.is_stashed, stash.names_of(files.real(path)))):
+            what = f"its command line names {path}, which a merge has put aside"
+            yield _finding(path, what, "a start by the same line fails")
+
+
+def path_of_active(chain: Chain, launched: Sequence[str]) -> str | None:
+    """The word of the command line that leads to the active image."""
+    return next((path for path in launched if files.inode(path) == chain.active.inode), None)
+
+
+def _finding(path: str, what: str, why: str) -> Finding:
+    command = shlex.join(["qmpmerge", "active", path])
+    return Finding("launch-path", "note", path, what, f"{why}: let the launch script ask", command)
+
+
+def stale(chain: Chain, dependent: Dependent) -> Finding:
+    """The VM writes to an image that another is built on."""
+    what = f"the VM uses {_told(dependent.image)}, and not {_told(dependent.file)}, which is built on it"
+    why = (
+        "it was started from older data, and what it writes ruins the other image: shut it down before it writes more, keep "
+        "copies of both, and start it from the one that holds what you need; none of them is a leftover"
+    )
+    return Finding("started-stale", "harm", chain.active.file, what, why)
+
+
+def _told(file: str) -> str:
+    """An image with when it was last written to, and how much it holds."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return file
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.st_mtime))
+    return f"{file} (last written {when}, holds {status.st_blocks / 2048:.1f} MiB)"
