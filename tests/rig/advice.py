@@ -1,0 +1,28 @@
+"""The doctor's advice, carried out as a user would: each command typed into a shell."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rig.command import invoke
+
+
+def findings(target: str | Path) -> list[dict[str, Any]]:
+    """What the doctor has to say."""
+    found: list[dict[str, Any]] = invoke("doctor", str(target), "--json").document["findings"]
+    return found
+
+
+def names(target: str | Path) -> set[str]:
+    return {finding["name"] for finding in findings(target)}
+
+
+def carry_out(target: str | Path) -> list[str]:
+    """Type every command that the doctor names; returns them."""
+    commands = [finding["command"] for finding in findings(target) if finding["command"]]
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    for command in commands:
+        subprocess.run(["sh", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, check=False)
+    return commands
