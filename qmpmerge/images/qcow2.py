@@ -100,12 +100,12 @@ def is_empty(path: str) -> bool:
     """
     with open(path, "rb") as file:
         start = file.read(72)
-        if decode(start) is None or struct.unpack_from(">I", start, 60) != (0,):
+        if start[:4] != MAGIC or len(start) < 72 or struct.unpack_from(">I", start, 60) != (0,):
             return False
         entries, offset = struct.unpack_from(">IQ", start, 36)
         file.seek(offset)
         table = file.read(entries * 8)
-    return len(table) == entries * 8 and not any(table)
+    return len(table) == entries * 8 > 0 and not any(table)
 
 
 def decode(data: bytes) -> Qcow2Header | None:

@@ -34,6 +34,22 @@ def test_name(options: list[str], name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "images"),
+    [
+        ("-drive file=/vm/a,,b.qcow2,if=none,id=vda -drive if=none,id=cd", ["/vm/a,b.qcow2"]),
+        ("-drive file=a.raw,format=raw -hda b.raw", ["/vm/a.raw", "/vm/b.raw"]),
+        ("-drive file.driver=file,file.filename=/a.raw -drive driver=raw,file.filename=/b.raw", ["/a.raw", "/b.raw"]),
+        ("-blockdev file,node-name=f,filename=a.raw -blockdev raw,node-name=a,file=f", ["/vm/a.raw"]),
+        ('-blockdev {"driver":"raw","node-name":"a","file":{"driver":"file","filename":"/a.raw"}}', ["/a.raw"]),
+        ("-blockdev {no-json -drive file=json:{} -blockdev", ["/vm/json:{}"]),
+    ],
+)
+def test_images(options: str, images: list[str]) -> None:
+    line = commandline.parse([QEMU, *options.split()], "/vm")
+    assert line is not None and list(line.images) == images
+
+
+@pytest.mark.parametrize(
     ("options", "monitors"),
     [
         # -qmp

@@ -1,0 +1,131 @@
+"""How a VM was started, next to what its images are now."""
+
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rig import advice
+from rig.command import invoke
+from rig.disks import Setup, blockdev, drive
+from rig.machines import MIB, Content, make_chain, run
+
+from qmpmerge.images import notes, qcow2
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_chain(tmp_path, ["base.raw"])[0]
+
+
+@pytest.fixture
+def vm(tmp_path: Path, base: Path) -> Iterator[Setup]:
+    with drive(tmp_path, [base], Content()) as setup:
+        yield setup
+
+
+def overlay(path: Path, below: Path, form: str) -> Path:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", form, path)
+    return path
+
+
+def found(vm: Setup) -> dict[str, dict[str, str]]:
+    return {finding["name"]: finding for finding in advice.findings(vm.machine.target)}
+
+
+def test_a_start_by_the_same_line_after_a_snapshot_and_after_a_pivot(vm: Setup, base: Path, tmp_path: Path) -> None:
+    assert found(vm) == {}
+    invoke("snapshot", vm.machine.target, f"vda={tmp_path}/a.qcow2")
+    (one,) = found(vm).values()
+    assert (one["name"], one["severity"], one["where"]) == ("launch-path", "note", str(base))
+    assert one["command"] == f"qmpmerge active {base}"
+    assert invoke("commit", vm.machine.target).code == 0
+    assert set(found(vm)) == {"stashed"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "names"), [("stash", {"stashed", "launch-path"}), ("keep", {"stale-image", "launch-path"})]
+)
+def test_a_launch_path_that_was_merged_away(
+    images: list[Path], content: Content, tmp_path: Path, policy: str, names: set[str]
+) -> None:
+    with drive(tmp_path, images, content) as vm:
+        assert invoke("commit", vm.machine.target, "--merged-files", policy).code == 0
+        told = found(vm)
+        assert set(told) == names
+        assert told["launch-path"]["where"] == str(images[3])
+        assert invoke(*shlex.split(told["launch-path"]["command"])[1:]).out == (
+            f"{images[0]}\n" if policy == "keep" else ""
+        )
+
+
+def test_a_chain_that_is_named_node_by_node(images: list[Path], content: Content, tmp_path: Path) -> None:
+    with blockdev(tmp_path, images, content) as vm:
+        assert found(vm) == {}
+        invoke("snapshot", vm.machine.target, f"{vm.disk}={tmp_path}/d.qcow2")
+        assert [(name, one["where"]) for name, one in found(vm).items()] == [("launch-path", str(images[3]))]
+
+
+@pytest.mark.parametrize("place", [".", "far"])
+def test_a_vm_that_was_started_stale(vm: Setup, base: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    night = overlay(tmp_path / place / "night.qcow2", base, "raw")
+    if place != ".":
+        notes.put_on(str(base), str(night))
+    run("qemu-io", "-c", f"write -P 1 0 {MIB}", night)
+    for _ in range(2):  # and once it has an overlay of its own
+        stale = found(vm)["started-stale"]
+        assert (stale["severity"], stale["command"]) == ("harm", "")
+        assert str(night) in stale["what"] and "holds 1." in stale["what"]
+        invoke("snapshot", vm.machine.target, f"vda={tmp_path}/other.qcow2")
+
+
+@pytest.mark.parametrize("place", [".", "far"])
+def test_an_overlay_that_holds_nothing_may_go(vm: Setup, base: Path, tmp_path: Path, place: str) -> None:
+    """What a snapshot leaves that was killed before QEMU put it on top."""
+    (tmp_path / place).mkdir(exist_ok=True)
+    night = overlay(tmp_path / place / "night.qcow2", base, "raw")
+    if place != ".":
+        notes.put_on(str(base), str(night))
+    assert set(found(vm)) == {"empty-overlay"}
+    advice.carry_out(vm.machine.target)
+    assert found(vm) == {}
+    assert invoke("active", str(base)).out == f"{base}\n"
+
+
+def test_what_is_kept_goes_out_of_reach_time_and_again(vm: Setup, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    for number in (1, 2):
+        assert invoke("snapshot", vm.machine.target, f"vda={path}").code == 0
+        vm.write(number, 0, MIB)
+        assert invoke("commit", vm.machine.target, "--merged-files", "keep").code == 0
+        assert set(found(vm)) == {"stale-image"}
+        advice.carry_out(vm.machine.target)
+        assert not path.exists() and found(vm) == {}
+    assert sorted(os.listdir(tmp_path / "stale")) == ["a.qcow2", "a.qcow2.~1~"]
+
+
+def test_an_image_that_is_not_the_active_one(images: list[Path]) -> None:
+    one = next(finding for finding in advice.findings(images[2]) if finding["name"] == "not-active")
+    assert (one["where"], one["command"]) == (str(images[2]), f"qmpmerge active {images[2]}")
+
+
+def test_a_note_that_is_not_right(vm: Setup, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    night = overlay(tmp_path / "far" / "night.qcow2", base, "raw")
+    path = notes.put_on(str(base), str(night))
+    night.unlink()
+    one = found(vm)["odd-note"]
+    assert (one["where"], one["command"], "is not there" in one["what"]) == (path, "", True)
+
+
+def test_when_an_image_holds_nothing(tmp_path: Path, base: Path) -> None:
+    night = str(overlay(tmp_path / "night.qcow2", base, "raw"))
+    assert qcow2.is_empty(night)
+    run("qemu-img", "snapshot", "-c", "first", night)
+    assert not qcow2.is_empty(night)
+    run("qemu-img", "snapshot", "-d", "first", night)
+    assert qcow2.is_empty(night)
+    run("qemu-io", "-c", "write -z 0 64k", night)
+    assert not qcow2.is_empty(night)
