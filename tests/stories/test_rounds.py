@@ -3,11 +3,17 @@ Random rounds of snapshots, merges, reboots, kills and advice: no acknowledged w
 word, and the loop is never stuck. The oracle is tested on a model of 0.1, on which it must see all that went wrong there.
 """
 
+import contextlib
+import os
+from pathlib import Path
+from random import Random
+
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from hypothesis import strategies as st
+from rig.living import Living
 from rig.model import New, Old
-from rig.rounds import KINDS, POLICIES, Game, Round
+from rig.rounds import KINDS, POLICIES, Game, Round, draw
 
 ROUNDS = st.builds(Round, st.sampled_from(KINDS), st.integers(0, 1 << 16), st.sampled_from(POLICIES))
 
@@ -70,3 +76,22 @@ def test_random_rounds_find_it_too(fault: str) -> None:
 @given(st.lists(ROUNDS, max_size=40))
 def test_what_is_built_now_passes_as_a_model(rounds: list[Round]) -> None:
     assert Game(New()).play(rounds) == []
+
+
+# --- on a real QEMU -----------------------------------------------------------------------------------------------
+
+SEED = os.environ.get("QMPMERGE_ROUNDS_SEED", "13")
+COUNT = int(os.environ.get("QMPMERGE_ROUNDS", "24"))
+"""Rounds that are played; the long case of the fault bench plays more."""
+
+A_GAME = 12
+"""Rounds after which it is seen whether all can go on, and a new game begins."""
+
+
+@pytest.mark.timeout(0 if COUNT > 100 else 300)
+@pytest.mark.parametrize("number", range(COUNT // A_GAME))
+def test_rounds_on_a_real_qemu(number: int, tmp_path: Path) -> None:
+    world = Living(tmp_path)
+    with contextlib.closing(world):
+        faults = Game(world).play(draw(Random(f"{SEED}-{number}"), A_GAME))
+    assert faults == [], "\n".join(world.commands).replace(f"{tmp_path}/", "")
