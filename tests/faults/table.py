@@ -2,6 +2,7 @@
 Running the cases, and the table of what came of them.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,8 @@ def run_tests(chosen: Sequence[Tested]) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *wanted]
-        subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.DEVNULL)
+        environment = {"QMPMERGE_ROUNDS": "240", **os.environ}
+        subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.DEVNULL, env=environment)
         outcomes = read(report)
     for case in chosen:
         yield Result(case.id, case.title, case.ends, counted(case, outcomes))
