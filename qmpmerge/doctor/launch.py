@@ -12,7 +12,6 @@ from qmpmerge.chain.chain import Chain
 from qmpmerge.doctor.findings import Finding
 from qmpmerge.images import files, notes, stashed
 from qmpmerge.images.dependents import Dependent
-from qmpmerge.journal import stash
 from qmpmerge.processes import commandline, proc
 
 
@@ -45,7 +44,7 @@ def examine(chains: Sequence[Chain], launched: Sequence[str]) -> Iterator[Findin
         elif chain is None and inode is not None and notes.base_of(path) is not None:
             what = f"its command line names {path}, which was merged into {notes.base_of(path)}"
             yield _finding(path, what, "a start by the same line shows older data, without a word")
-        elif inode is None and any(map(stashed.is_stashed, stash.names_of(files.real(path)))):
+        elif inode is None and stashed.of(files.real(path)) is not None:
             what = f"its command line names {path}, which a merge has put aside"
             yield _finding(path, what, "a start by the same line fails")
 

@@ -212,9 +212,6 @@ class ActiveUnknown(Unknown):
     sentence = "which image a VM must be started from is not known for {path}: {reason}"
     advice = "run `qmpmerge recover {image}`, then ask again"
 
-    def _words(self) -> dict[str, object]:
-        return {**super()._words(), "image": shlex.quote(self.image)}
-
 
 class CannotRecover(Unknown):
     """What is known to be right cannot be put right: nothing more was done, and it can be tried again."""

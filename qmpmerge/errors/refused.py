@@ -49,15 +49,15 @@ class Busy(Refused):
     job: str = ""
     holder: str = ""
     sentence = "{disk} is busy: {who} is working on it"
-    advice = "{cure}"
+    advice = "see `qmpmerge jobs {target}`; `qmpmerge job {target} {job} follow` goes on with it, `cancel` ends it"
+
+    @property
+    def hint(self) -> str:
+        """As of any error; a process is no job that could be followed."""
+        return super().hint if self.job else f"wait until {self.holder} has done, or end it if it hangs; then try again"
 
     def _words(self) -> dict[str, object]:
-        words = super()._words()
-        job = f"job {self.job}" if self.job else ""
-        cure = "see `qmpmerge jobs {target}`; `qmpmerge job {target} {job} follow` goes on with it, `cancel` ends it"
-        if not job:
-            cure = "wait until {holder} has done, or end it if it hangs; then try again"
-        return {**words, "who": " of ".join(filter(None, (job, self.holder))), "cure": cure.format_map(words)}
+        return {**super()._words(), "who": f"job {self.job}" if self.job else self.holder}
 
 
 class Locked(Refused):

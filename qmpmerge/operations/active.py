@@ -10,7 +10,6 @@ from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
 from qmpmerge.images import files, notes, overlays, qcow2, stashed
 from qmpmerge.images.overlays import Above
 from qmpmerge.journal import locks, store
-from qmpmerge.journal.stash import names_of
 from qmpmerge.journal.store import Disbelieved
 
 
@@ -57,7 +56,7 @@ def _above(image: str, path: str) -> Above:
     """What is built on `image`, or on what it was merged into. Raises NoActive, ActiveUnknown."""
     _refuse_unfinished(path, image, [os.path.dirname(image), os.path.dirname(files.real(image))], None)
     start = _merged_into(image)
-    stash = start if stashed.is_stashed(start) else next(filter(stashed.is_stashed, names_of(files.real(start))), None)
+    stash = start if stashed.is_stashed(start) else stashed.of(files.real(start))
     if stash is not None and not (os.path.exists(start) and start != stash):
         reason = f"{start} was merged away, and its file is {stash} now"
         raise NoActive(path=path, reason=reason, cure="name the base that it was merged into, or the folder")
