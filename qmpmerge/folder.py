@@ -9,10 +9,11 @@ What is planted under a name is never waited for (a FIFO) and never woken up (a 
 
 import contextlib
 import errno
+import functools
 import os
 import stat
-from collections.abc import Iterator
-from typing import Self
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 Inode = tuple[int, int]
 """(st_dev, st_ino): which file it is, whatever it is called."""
@@ -20,6 +21,10 @@ Inode = tuple[int, int]
 _RENAME_NOREPLACE = 1  # linux/fs.h
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _LOOK = os.O_PATH | os.O_CLOEXEC  # opens nothing: neither is a device woken up, nor a FIFO's other end
+
+
+class Planted(OSError):
+    """What has the name is nothing that is opened: a symlink, a FIFO, a device, a folder. `strerror` says which."""
 
 
 def before(operation: str, path: str) -> None:
@@ -79,17 +84,23 @@ class _Open:
         """The path that the kernel has for it now, without symlinks."""
         return os.readlink(self.link)
 
-    def sync(self) -> None:
-        """Make it durable: a file's content, a folder's names."""
-        os.fsync(self.descriptor)
-
 
 class File(_Open):
-    """A regular file, or a block device. `folder` is the one that it was opened in, where it is to be dealt with there."""
+    """A regular file, or a block device. `folder` is the one that it was opened in, where it was."""
 
     def __init__(self, descriptor: int, path: str, folder: "Folder | None" = None) -> None:
         super().__init__(descriptor, path)
         self.folder = folder
+
+    @property
+    def place(self) -> "Folder":
+        """The folder that it was opened in."""
+        assert self.folder is not None, "it was opened by its path"
+        return self.folder
+
+    def sync(self) -> None:
+        """Make its content durable."""
+        os.fsync(self.descriptor)
 
     def read(self, size: int, offset: int = 0) -> bytes:
         """So many bytes from there, or what there is."""
@@ -115,8 +126,7 @@ class File(_Open):
 
     def remove(self) -> None:
         """Take its name in its folder away from it, where it still has it. Not durable before the folder's `sync`."""
-        assert self.folder is not None, "it was opened in one"
-        self.folder.remove(os.path.basename(self.path), self.inode)
+        self.place.remove(os.path.basename(self.path), self.inode)
 
     def mark(self, attribute: str, value: bytes) -> None:
         """Give it an extended attribute."""
@@ -139,7 +149,16 @@ class Folder(_Open):
 
     def __init__(self, path: str) -> None:
         before("open", path)
-        super().__init__(os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+        super().__init__(os.open(path or ".", _LOOK | os.O_DIRECTORY), path)
+
+    def sync(self) -> None:
+        """Make its names durable."""
+        with self._listed() as listed:
+            os.fsync(listed.descriptor)
+
+    def _listed(self) -> _Open:
+        """Open for what needs more than the right to enter it."""
+        return _Open(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.descriptor), self.path)
 
     def create(self, name: str, mode: int = 0o600) -> File:
         """Make an empty file, for us to write to and read. FileExistsError where anything has the name."""
@@ -154,8 +173,8 @@ class Folder(_Open):
             mode = seen.status.st_mode
             if not stat.S_ISREG(mode):
                 words = "it is a symlink" if stat.S_ISLNK(mode) else "it is no regular file"
-                raise OSError(errno.EINVAL, words, seen.path)
-            return opened(seen, write=write)
+                raise Planted(errno.EINVAL, words, seen.path)
+            return opened(seen, os.O_RDWR if write else os.O_RDONLY)
 
     def inode_of(self, name: str) -> Inode | None:
         """Which file has the name, a symlink being one of its own; None where none has."""
@@ -166,28 +185,23 @@ class Folder(_Open):
 
     def names(self) -> list[str]:
         """All, in order."""
-        return sorted(os.listdir(self.descriptor))
+        with self._listed() as listed:
+            return sorted(os.listdir(listed.descriptor))
 
     def files(self) -> list[str]:
         """The names of the regular files, in order."""
-        with os.scandir(self.descriptor) as entries:
+        with self._listed() as listed, os.scandir(listed.descriptor) as entries:
             return sorted(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
     def rename(self, old: str, new: str, inode: Inode) -> None:
         """Give this file a name that nobody has: FileExistsError. Not durable before `sync`."""
+        rename_at = renaming()
         self._see(old, inode, "rename")
-        import ctypes  # 6 ms, and most commands rename nothing
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        rename_at: object = getattr(libc, "renameat2", None)
-        if callable(rename_at):
-            here = self.descriptor
-            if rename_at(here, os.fsencode(old), here, os.fsencode(new), _RENAME_NOREPLACE) == 0:
-                return
-            code = ctypes.get_errno()
-            if code not in _UNSUPPORTED:
-                raise OSError(code, os.strerror(code), self._path(old))
-        self._link_and_unlink(old, new)
+        code = rename_at(self.descriptor, os.fsencode(old), os.fsencode(new))
+        if code in _UNSUPPORTED:
+            self._link_and_unlink(old, new)
+        elif code:
+            raise OSError(code, os.strerror(code), self._path(old))
 
     def _link_and_unlink(self, old: str, new: str) -> None:
         """For filesystems that cannot rename without replacing; killed in between, both names lead to the file."""
@@ -230,8 +244,12 @@ class Folder(_Open):
         if self.inode_of(name) is None:
             return
         self._see(name, inode, "remove")
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(name, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._path(name)) from None
 
     def _see(self, name: str, inode: Inode | None, operation: str | None = None) -> None:
         """That the name still is this file's."""
@@ -244,29 +262,46 @@ class Folder(_Open):
         return os.path.join(self.path, name)
 
 
+@functools.cache
+def renaming() -> Callable[[int, bytes, bytes], int]:
+    """
+    renameat2(2) within a folder, without replacing: returns 0 or the error's number. Loaded when it is called for the first
+    time, which takes 6 ms, and most commands rename nothing.
+    """
+    import ctypes
+
+    rename_at: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+    def rename(folder: int, old: bytes, new: bytes) -> int:
+        if rename_at is None:
+            return errno.ENOSYS
+        return 0 if rename_at(folder, old, folder, new, _RENAME_NOREPLACE) == 0 else ctypes.get_errno()
+
+    return rename
+
+
 def looked_at(path: str) -> File:
     """What a path leads to, symlinks followed, without opening it: `opened` does, once it is known what it is."""
     before("open", path)
     return File(os.open(path, _LOOK), path)
 
 
-def opened(seen: File, *, write: bool = False) -> File:
+def opened(seen: File, flags: int = os.O_RDONLY) -> File:
     """Open what was looked at, whatever has its name by now; only a regular file or a block device is."""
     if seen.is_special:
         is_folder = stat.S_ISDIR(seen.status.st_mode)
         words = os.strerror(errno.EISDIR) if is_folder else "it is neither a regular file nor a block device"
-        raise OSError(errno.EINVAL, words, seen.path)
-    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
+        raise Planted(errno.EINVAL, words, seen.path)
     try:
-        return File(os.open(seen.link, flags), seen.path, seen.folder)
+        return File(os.open(seen.link, flags | os.O_NONBLOCK | os.O_CLOEXEC), seen.path, seen.folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror, seen.path) from None
 
 
-def reading(path: str, *, write: bool = False) -> File:
-    """Look, and open."""
+def reading(path: str, flags: int = os.O_RDONLY) -> File:
+    """Look, and open, to read it or as `flags` of open(2) say."""
     with looked_at(path) as seen:
-        return opened(seen, write=write)
+        return opened(seen, flags)
 
 
 def split(path: str) -> tuple[Folder, str]:

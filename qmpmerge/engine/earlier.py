@@ -13,7 +13,7 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.progress import Progress, Report
-from qmpmerge.errors import Busy, Locked, Suspect, refuse
+from qmpmerge.errors import Busy, CannotRecord, Locked, Suspect, refuse
 from qmpmerge.journal import locks
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs, mutex
@@ -74,10 +74,13 @@ async def without_concluded(target: Target, view: ChainView, records: Sequence[R
 
 
 async def dismiss(target: Target, record: Record | None, job: Job) -> None:
-    """Take a concluded job away. An error that it ended with is noted beside base: QEMU forgets it now."""
+    """Take a concluded job away. An error that it ended with is noted beside base: QEMU forgets it now. Raises CannotRecord."""
     if record is not None and job.error not in (None, jobs.CANCELED):
         with contextlib.suppress(Locked), locks.taken_for(record.plan) as lock:
-            lock.suspect(job.error or "")
+            try:
+                lock.suspect(job.error or "")
+            except OSError as error:
+                raise CannotRecord(path=lock.path, reason=error.strerror or str(error)) from None
     await jobs.dismiss(target.monitor, job.id)
 
 

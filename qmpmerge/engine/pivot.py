@@ -105,7 +105,7 @@ async def _note_whether_it_moved(run: Run, job: Job | None) -> None:
             merged_files.give_back(run.record, run.record.top)
         else:  # before the guest's next write, which base alone will have
             run.enter(State.SWITCHED)
-            await asyncio.to_thread(files.sync, run.record.path)
+            await asyncio.to_thread(store.sync_content, run.record)
 
 
 def _write_down(run: Run, rests: bool) -> None:

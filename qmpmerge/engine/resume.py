@@ -279,7 +279,7 @@ async def _undone(run: Run, judged: Judgement) -> None:
 
 async def _repointed(run: Run, overlay: Image, backing: str) -> None:
     """The overlay's header gets this backing name back, durably. Raises OSError, CannotRecover."""
-    with folder.reading(overlay.file, write=True) as file:
+    with folder.reading(overlay.file, os.O_RDWR) as file:
         if run.record is not None and not run.record.is_inode(file.inode, overlay):
             reason = "it is another file than the one whose header is to be written"
             raise CannotRecover(file=overlay.file, reason=reason)

@@ -1,10 +1,12 @@
 """One operation under way: its state, its record, and the only place where either is changed."""
 
+import contextlib
 import errno
 import logging
 import time
 from dataclasses import dataclass, field, replace
 
+from qmpmerge import folder
 from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Checked, MergedFile
 from qmpmerge.chain.plan import CommitPlan
@@ -183,12 +185,12 @@ class Run:
         cannot be promised. Raises CannotRecord where there is one, and writing fails; and where there is a record of this
         operation already, for it would tell of less than is done.
         """
-        path = self._place()
+        path, known = self._place(), self.record
+        folder.renaming()  # nothing is loaded once the job is at work
         try:
             if not path:
                 raise PermissionError(errno.EPERM, "no image of it is a regular file")
             self.record = store.write(first_record.of_run(self, path))
-            self.lock.point_to(path)
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno not in _NOT_ALLOWED or self.record is not None:
@@ -198,7 +200,18 @@ class Run:
                     f"no record could be kept beside {self.plan.chain.active.file} ({reason}): had this host died during "
                     f"the pivot, nobody could tell which image holds the last writes"
                 )
+        self._point_to_record(is_new=known is None)
         self.enter(State.COPYING)
+
+    def _point_to_record(self, *, is_new: bool) -> None:
+        """The note in the lock, and with it the room for what may have to be noted of base. Raises CannotRecord."""
+        try:
+            self.lock.point_to(self.record.path if self.record is not None else None)
+        except OSError as error:
+            if is_new and self.record is not None:
+                with contextlib.suppress(OSError):
+                    store.remove(self.record)
+            raise CannotRecord(path=self.lock.path, reason=error.strerror or str(error)) from None
 
     def proved(self) -> None:
         """To SWITCHED and PROVED, durably. Raises OSError."""
@@ -281,10 +294,15 @@ class Run:
             self.record = None
         except OSError as error:
             self.notes.append(f"the record cannot be removed: {error.strerror or error}")
-        if self.record is None:
-            self.lock.conclude(suspect)
-        elif suspect is not None:
-            self.lock.suspect(suspect)
+        try:
+            if self.record is None:
+                self.lock.conclude(suspect)
+            elif suspect is not None:
+                self.lock.suspect(suspect)
+        except OSError as error:  # its room was taken before the job was started
+            self.notes.append(
+                f"{self.lock.path} cannot be written ({error.strerror or error}): compare with `--verify`"
+            )
 
 
 def _suspicion(error: BaseException | None) -> str | None:

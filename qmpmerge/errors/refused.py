@@ -79,6 +79,19 @@ class Attached(Refused):
     advice = "{cure}; then try again, or merge a range that leaves {file} out"
 
 
+class CannotLock(Refused):
+    """
+    What lies under the name of the lock is not ours to lock and to write to, or there is no room for it: two of us could
+    meet on the base.
+    """
+
+    base: str
+    lock: str
+    reason: str
+    sentence = "cannot lock {base}: {lock}: {reason}"
+    advice = "make room, or where something lies there and no qmpmerge is at work on it, remove it (`rm -rf -- {lock}`)"
+
+
 class Temporary(Refused):
     """A ``snapshot=on`` drive: the merge would write into the image that the user meant to protect."""
 

@@ -1,22 +1,15 @@
 """
-Names on disk: taken away, given back, written so that a crash leaves the old or the new one and never half of it.
-
-All of it is about the name that was given: a symlink itself is renamed or removed, never what it leads to. Everything
-here raises OSError; nothing overwrites what it does not know.
+Names on disk: what they lead to, and what that looks like. What is done to them is `folder`'s.
 """
 
-import contextlib
-import errno
 import os
 import re
 import stat
 from dataclasses import dataclass
 
+from qmpmerge import folder
 from qmpmerge.chain.chain import Inode
-
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1  # linux/fs.h
-_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+from qmpmerge.folder import File, Folder, Planted
 
 
 def inode(path: str) -> Inode | None:
@@ -65,90 +58,10 @@ def is_regular(path: str) -> bool:
         return False
 
 
-def rename(old: str, new: str) -> None:
-    """Give the name `old` to `new`, which must not exist: FileExistsError. Not durable before `sync_folder`."""
-    import ctypes  # 6 ms, and most commands rename nothing
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    rename_at: object = getattr(libc, "renameat2", None)
-    if callable(rename_at):
-        sources = (_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE)
-        if rename_at(*sources) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in _UNSUPPORTED:
-            raise OSError(code, os.strerror(code), old)
-    _link_and_unlink(old, new)
-
-
-def _link_and_unlink(old: str, new: str) -> None:
-    """For filesystems that cannot rename without replacing; killed in between, both names lead to the file."""
-    try:
-        os.link(old, new, follow_symlinks=False)
-    except FileExistsError:
-        raise
-    except OSError:  # no hard links either: a name that turns up within these microseconds would be lost
-        if os.path.lexists(new):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new) from None
-        os.rename(old, new)
-    else:
-        os.unlink(old)
-
-
-def remove(path: str) -> None:
-    """Take a name away; fine when it is gone already. Not durable before `sync_folder`."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def sync_folder(path: str) -> None:
-    """Make the names in the folder of `path` durable."""
-    _sync(os.path.dirname(path) or ".", os.O_DIRECTORY)
-
-
 def sync(path: str) -> None:
     """Make the content of a file durable."""
-    _sync(path, 0)
-
-
-def _sync(path: str, flags: int) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write(path: str, data: bytes) -> None:
-    """
-    Put a file of ours, 0600, at `path` with this content, in one step: whatever dies, the old or the new one is there.
-
-    The content is durable on return, and was read back; the name is durable after `sync_folder`. Never written through a
-    symlink: the new file is made beside it, by us alone, and takes the name's place. Where that fails nothing is left.
-    """
-    new = f"{path}.new"
-    remove(new)  # of one of us that was killed
-    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        _write_whole(descriptor, data)
-        os.rename(new, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(new)
-        raise OSError(error.errno, error.strerror, path) from None
-    finally:
-        os.close(descriptor)
-
-
-def _write_whole(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:  # a full disk takes a part before it says so
-        rest = rest[os.write(descriptor, rest) :]
-    os.fsync(descriptor)
-    with open(descriptor, "rb", closefd=False) as file:
-        file.seek(0)
-        if file.read() != data:
-            raise OSError(errno.EIO, "it does not read back as it was written")
+    with folder.reading(path) as file:
+        file.sync()
 
 
 class Untrusted(ValueError):
@@ -165,22 +78,22 @@ def read_own(path: str, largest: int) -> bytes:
 
     Raises OSError, Untrusted.
     """
+    with folder.beside(path) as (place, name), open_own(place, name, largest) as file:
+        return file.read(largest)
+
+
+def open_own(place: Folder, name: str, largest: int) -> File:
+    """The same, open. Raises OSError, Untrusted."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise Untrusted("it is a symlink") if error.errno == errno.ELOOP else error from None
-    try:
-        refuse_untrusted(os.fstat(descriptor), largest)
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
+        file = place.open(name)
+    except Planted as error:
+        raise Untrusted(error.strerror) from None
+    refuse_untrusted(file.status, largest)
+    return file
 
 
 def refuse_untrusted(status: os.stat_result, largest: int) -> None:
     """See `read_own`. Raises Untrusted."""
-    if not stat.S_ISREG(status.st_mode):
-        raise Untrusted("it is no regular file")
     if status.st_uid not in (os.geteuid(), 0):
         raise OfAnother(f"it belongs to another user (uid {status.st_uid})")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -191,12 +104,12 @@ def refuse_untrusted(status: os.stat_result, largest: int) -> None:
         raise Untrusted(f"it has {status.st_size} bytes, which is too many")
 
 
-def matching(folder: str, pattern: "re.Pattern[str]") -> list[tuple[str, str]]:
+def matching(place: str, pattern: "re.Pattern[str]") -> list[tuple[str, str]]:
     """The regular files of a folder whose whole name matches, each with the image's name in it."""
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+        with Folder(place) as found:
+            names = found.files()
     except OSError:
         return []
     matches = [(name, pattern.fullmatch(name)) for name in names]
-    return [(os.path.join(folder, name), match["image"]) for name, match in matches if match is not None]
+    return [(os.path.join(place, name), match["image"]) for name, match in matches if match is not None]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qmpmerge import folder
 from qmpmerge.chain.chain import Inode
 from qmpmerge.images import files
 from qmpmerge.images.files import Seen
@@ -64,25 +65,26 @@ def names_of(file: str) -> Iterator[str]:
 
 def note_path(path: str) -> str:
     """Where the note about a stashed file lies."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f"{_START}{name}{_END}")
+    place, name = os.path.split(path)
+    return os.path.join(place, f"{_START}{name}{_END}")
 
 
-def noted_in(folder: str) -> Iterator[tuple[str, str]]:
+def noted_in(place: str) -> Iterator[tuple[str, str]]:
     """The notes in a folder, each with the file that it is about, there or not. Raises OSError."""
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(place)):
         if name.startswith(_START) and name.endswith(_END):
-            yield os.path.join(folder, name), os.path.join(folder, name[len(_START) : -len(_END)])
+            yield os.path.join(place, name), os.path.join(place, name[len(_START) : -len(_END)])
 
 
 def write(path: str, note: Note) -> None:
     """Put a note beside the stashed file at `path`; durable on return. Raises OSError, also where it would not be believed."""
-    files.write(note_path(path), encode(note))
+    place, name = folder.split(note_path(path))
+    file = place.put(name, encode(note))
     known = look(path)
     if not isinstance(known, Note):
-        files.remove(note_path(path))
+        file.remove()
         raise OSError(errno.EPERM, known, path)
-    files.sync_folder(path)
+    place.sync()
 
 
 def encode(note: Note) -> bytes:

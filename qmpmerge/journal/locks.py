@@ -7,18 +7,24 @@ by the next one. It says where the record of the merge lies, and whether base is
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from qmpmerge import folder
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan
-from qmpmerge.errors import Locked
+from qmpmerge.errors import CannotLock, Locked
+from qmpmerge.folder import File, Folder
 
 _LARGEST = 64 * 1024
+_ROOM = 8192
+"""Bytes of a note: a path has 4096 at the most, and a block is written at once or not at all."""
+_REASON = 1000
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -38,41 +44,49 @@ UNREADABLE = Note(suspect="what an earlier merge noted beside it cannot be read"
 
 def lock_path(image: Image) -> str:
     """``.NAME.qmpmerge-lock`` in the folder of the real file."""
-    folder, name = os.path.split(os.path.realpath(image.file))
-    return os.path.join(folder, f".{name}.qmpmerge-lock")
+    place, name = os.path.split(os.path.realpath(image.file))
+    return os.path.join(place, f".{name}.qmpmerge-lock")
 
 
 class Lock:
-    """A lock that is held, and the `note` in it. Without a file (see `held`) nothing can be noted."""
+    """
+    A lock that is held, and the `note` in it. Without a file (see `held`) nothing can be noted.
 
-    def __init__(self, descriptor: int | None, note: Note) -> None:
-        self._descriptor = descriptor
+    Every note takes the same room: what there was room for before the job was started there is room for after it.
+    """
+
+    def __init__(self, file: File | None, note: Note) -> None:
+        self._file = file
         # What an earlier holder left is not ours to drop before its work is done.
         self.note = note
 
-    def point_to(self, record: str) -> None:
-        """Say where the record lies, until `conclude`."""
+    @property
+    def path(self) -> str:
+        """The lock file; "" where there is none."""
+        return self._file.path if self._file is not None else ""
+
+    def point_to(self, record: str | None) -> None:
+        """Say where the record lies, until `conclude`; or take the room for what may have to be said. Raises OSError."""
         self._write(replace(self.note, record=record))
 
     def suspect(self, reason: str) -> None:
-        """Say that base is suspect, until `conclude`."""
+        """Say that base is suspect, until `conclude`. Raises OSError."""
         self._write(replace(self.note, suspect=reason))
 
     def conclude(self, suspect: str | None) -> None:
-        """The record is gone. Without a suspicion there is nothing to be told any more: the file goes with the lock."""
+        """
+        The record is gone. Without a suspicion there is nothing to be told any more: the file goes with the lock. Raises
+        OSError.
+        """
         self.note = Note()
         if suspect is not None:
             self.suspect(suspect)
 
     def _write(self, note: Note) -> None:
-        """What there is no room for is not said: base's own filesystem may be full, and its job waits for that."""
         self.note = note
-        if self._descriptor is not None:
-            data = json.dumps({"record": note.record, "suspect": note.suspect}).encode()
-            with contextlib.suppress(OSError):
-                os.pwrite(self._descriptor, data, 0)
-                os.ftruncate(self._descriptor, len(data))
-                os.fsync(self._descriptor)
+        if self._file is not None:
+            data = json.dumps({"record": note.record, "suspect": note.suspect and note.suspect[:_REASON]})
+            self._file.write(data.encode().ljust(_ROOM))
 
 
 @contextlib.contextmanager
@@ -81,7 +95,7 @@ def held(image: Image, *others: Image) -> Iterator[Lock]:
     Hold the locks of these images during the block; yields that of the first. The kernel drops them with our process.
 
     An image without a path, or in a folder where we may not write, has no lock: then QEMU alone keeps others away.
-    Raises Locked.
+    Raises Locked, CannotLock.
     """
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(_held(image))
@@ -93,7 +107,7 @@ def held(image: Image, *others: Image) -> Iterator[Lock]:
 def taken_for(plan: CommitPlan) -> contextlib.AbstractContextManager[Lock]:
     """
     Hold the locks of the images that this plan writes; yields base's, or that of the lowest merged image where base has no
-    path. Raises Locked.
+    path. Raises Locked, CannotLock.
     """
     first = next((image for image in (plan.base, *plan.merged) if image.has_path), plan.base)
     return held(first, *(image for image in plan.written if image is not plan.base))
@@ -101,31 +115,27 @@ def taken_for(plan: CommitPlan) -> contextlib.AbstractContextManager[Lock]:
 
 @contextlib.contextmanager
 def _held(image: Image) -> Iterator[Lock]:
-    path = lock_path(image)
-    descriptor = _take(path, image) if image.has_path else None
-    lock = Lock(descriptor, Note() if descriptor is None else _note(descriptor, image.file))
+    file = _taken(image) if image.has_path else None
+    lock = Lock(file, Note() if file is None else _note(file, image.file))
     try:
         yield lock
     finally:
-        if descriptor is not None:
+        if file is not None:
             if lock.note == Note():
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
-            os.close(descriptor)
+                    file.remove()
+            file.close()
 
 
 def read(path: str) -> Note | None:
     """What a lock file says, whoever holds it; None where there is no such file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with folder.beside(path) as (place, name), place.open(name) as file:
+            return _note(file, _locked_by(path))
     except FileNotFoundError:
         return None
     except OSError:
         return UNREADABLE
-    try:
-        return _note(descriptor, _locked_by(path))
-    finally:
-        os.close(descriptor)
 
 
 def noted(image: Image) -> Note:
@@ -146,18 +156,17 @@ def is_held(lock: str) -> bool:
 
 def _locked_by(path: str) -> str:
     """The image that the lock file at `path` is of."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, name.removeprefix(".").removesuffix(".qmpmerge-lock"))
+    place, name = os.path.split(path)
+    return os.path.join(place, name.removeprefix(".").removesuffix(".qmpmerge-lock"))
 
 
-def _note(descriptor: int, image: str) -> Note:
+def _note(file: File, image: str) -> Note:
     """Believed where it is ours, root's or of the image's owner."""
     try:
-        status = os.fstat(descriptor)
-        data = os.pread(descriptor, _LARGEST + 1, 0)
+        data = file.read(_LARGEST + 1)
         if not data:
             return Note()
-        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid(), _owner(image)):
+        if file.status.st_uid not in (0, os.geteuid(), _owner(image)):
             return UNREADABLE
         entry = json.loads(data)
         return Note(_text(entry["record"]), _text(entry["suspect"]))
@@ -178,25 +187,71 @@ def _owner(path: str) -> int | None:
         return None
 
 
-def _take(path: str, image: Image) -> int | None:
+def _taken(image: Image) -> File | None:
+    path = lock_path(image)
+    try:
+        place, name = folder.split(path)
+    except OSError:
+        return None
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError:
+            file = _made(place, name, image)
+        except FileExistsError:
+            if (file := _found(place, name, image)) is None:
+                continue
+        if file is None:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
             raise Locked(base=image.file, lock=path) from None
-        if _is_still(path, descriptor):
-            return descriptor
-        os.close(descriptor)  # its last holder has just removed it: take the next one
+        if place.inode_of(name) == file.inode:
+            return file
+        # its last holder has just removed it: take the next one
 
 
-def _is_still(path: str, descriptor: int) -> bool:
+def _made(place: Folder, name: str, image: Image) -> File | None:
+    """A lock file for whoever may write the image; None where we may not make any. Raises FileExistsError, CannotLock."""
     try:
-        status = os.stat(path, follow_symlinks=False)
+        file = place.create(name)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno in _NOT_ALLOWED:
+            return None
+        raise CannotLock(base=image.file, lock=lock_path(image), reason=error.strerror or str(error)) from None
+    with contextlib.suppress(OSError):
+        model = os.stat(image.file)
+        file.belong(model)
+        file.allow(0o660 if model.st_mode & 0o020 else 0o600)
+    return file
+
+
+def _found(place: Folder, name: str, image: Image) -> File | None:
+    """The one that is there; None where it has just gone. What is no lock of ours is not written to: Locked, CannotLock."""
+    path = lock_path(image)
+    try:
+        file = place.open(name, write=True)
     except FileNotFoundError:
-        return False
-    return os.path.samestat(status, os.fstat(descriptor))
+        return None
+    except OSError as error:
+        if isinstance(error, PermissionError) and is_held(path):
+            raise Locked(base=image.file, lock=path) from None
+        raise CannotLock(base=image.file, lock=path, reason=error.strerror or str(error)) from None
+    strange = _strange(file.status, image.file)
+    if strange is not None:
+        raise CannotLock(base=image.file, lock=path, reason=strange)
+    return file
+
+
+def _strange(lock: os.stat_result, image: str) -> str | None:
+    """Why nobody can rely on what is noted in it; it may be of anybody who may write the image."""
+    if lock.st_nlink > 1:
+        return "it is a hard link to another file"
+    if lock.st_uid in (0, os.geteuid(), _owner(image)):
+        return None
+    with contextlib.suppress(OSError):
+        model = os.stat(image)
+        if model.st_mode & 0o020 and model.st_gid == lock.st_gid:
+            return None
+    return f"it belongs to another user (uid {lock.st_uid})"

@@ -11,8 +11,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 
-from qmpmerge.chain.chain import Image
+from qmpmerge import folder
+from qmpmerge.chain.chain import Image, Inode
 from qmpmerge.chain.outcome import MergedFile
+from qmpmerge.folder import Folder
 from qmpmerge.images import dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal.record import Record, look
@@ -25,30 +27,37 @@ def take_away(record: Record, index: int) -> str:
     Raises OSError, also when the name leads to another file by now: one that was put there at that very moment gets its
     name back.
     """
-    image, old, new = record.chain[index], record.own_name(index), record.away[index]
-    _see(record, image, old)
-    files.rename(old, new)
+    image, (place, old) = record.chain[index], folder.split(record.own_name(index))
+    new = os.path.basename(record.away[index])
+    place.rename(old, new, _seen(record, image, place, old))
     try:
-        _see(record, image, new)
+        _seen(record, image, place, new)
     except FileNotFoundError:
-        files.rename(new, old)
+        there = place.inode_of(new)
+        if there is not None:
+            place.rename(new, old, there)
         raise
-    return new
+    return record.away[index]
 
 
-def _see(record: Record, image: Image, name: str) -> None:
-    if not record.is_file(name, image):
-        raise FileNotFoundError(f"{name} is another file now")
+def _seen(record: Record, image: Image, place: Folder, name: str) -> Inode:
+    """Which file has the name: the one that the record means. Raises OSError."""
+    inode = place.inode_of(name)
+    if inode is None or not record.is_inode(inode, image):
+        raise FileNotFoundError(errno.ENOENT, f"{os.path.join(place.path, name)} is another file now")
+    return inode
 
 
 def give_back(record: Record, index: int) -> bool:
     """Give a stashed image its own name again; False where it has it already. Durable. Raises OSError."""
-    place, own = record.place(index), record.own_name(index)
-    if place is None or place == own:
+    away, own = record.place(index), record.own_name(index)
+    if away is None or away == own:
         return False
-    files.rename(place, own)
-    files.remove(stashed.note_path(place))
-    files.sync_folder(own)
+    place, name = folder.split(away)
+    place.rename(name, os.path.basename(own), _seen(record, record.chain[index], place, name))
+    note = os.path.basename(stashed.note_path(away))
+    place.remove(note, place.inode_of(note))
+    place.sync()
     return True
 
 
@@ -97,19 +106,25 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
         return MergedFile(image.file, "keep", place or image.file)
     if place == own:
         place = take_away(record, index)
-        files.sync_folder(place)
+        with folder.beside(place) as (kept, _name):
+            kept.sync()
     if own != image.file:
         hints.append(f"{image.file} leads nowhere now: it is a symlink to {own}, which was merged")
     reason = why_not_delete(record, index, place) if record.policy == "delete" else "it is to be stashed"
     if reason is None:
-        _see(record, image, place)  # it took a while to find out; from here on nobody can close the gap
-        files.remove(place)
-        files.sync_folder(place)
+        _remove(record, image, place)  # it took a while to find out; from here on nobody can close the gap
         return MergedFile(image.file, "delete", None)
     if record.policy == "delete":
         hints.append(f"{place} was not deleted: {reason}")
     _note(record, index, place, hints)
     return MergedFile(image.file, "stash", place)
+
+
+def _remove(record: Record, image: Image, path: str) -> None:
+    """Take its name away from the file of this image, durably. Raises OSError."""
+    with folder.beside(path) as (place, name):
+        place.remove(name, _seen(record, image, place, name))
+        place.sync()
 
 
 def _note(record: Record, index: int, place: str, hints: list[str]) -> None:
@@ -234,8 +249,7 @@ def _remove_data(record: Record, data: Image, place: str) -> str | None:
     reason = f"{users[0]} names it" if users else in_use(place)
     if reason is None:
         try:
-            files.remove(place)
-            files.sync_folder(place)
+            _remove(record, data, place)
         except OSError as error:
             return error.strerror or str(error)
     return reason

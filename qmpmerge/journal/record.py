@@ -21,6 +21,7 @@ from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
 from qmpmerge.errors import Refused
+from qmpmerge.folder import File
 from qmpmerge.images import files
 from qmpmerge.images.files import Seen
 from qmpmerge.images.stashed import original_of
@@ -37,7 +38,8 @@ class Record:
     `base_driver` is what QEMU calls base's format.
 
     `seen` is what base and top looked like while nothing was dirty and nobody wrote, by index; empty where that was not
-    so. `before` is what the other merged images looked like, which nobody writes to. `path` is where the record lies.
+    so. `before` is what the other merged images looked like, which nobody writes to. `path` is where the record lies, `file` is
+    what was written or read there, which stays the record whatever is planted under its name; None for one that never was.
     """
 
     path: str
@@ -60,6 +62,7 @@ class Record:
     away: dict[int, str] = field(default_factory=dict)
     seen: dict[int, Seen] = field(default_factory=dict)
     before: dict[int, Seen] = field(default_factory=dict)
+    file: File | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def plan(self) -> CommitPlan:

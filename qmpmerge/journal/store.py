@@ -11,11 +11,13 @@ import errno
 import os
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
+from qmpmerge import folder
 from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.errors import RecordNotBelieved
+from qmpmerge.folder import File, Folder
 from qmpmerge.images import files
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ Found: TypeAlias = "Record | Disbelieved"
 
 def path_of(image: str) -> str:
     """``.NAME.qmpmerge-record`` beside the image's file, whichever symlinks lead there."""
-    folder, name = os.path.split(files.real(image))
-    return os.path.join(folder, f"{_START}{name}{_END}")
+    place, name = os.path.split(files.real(image))
+    return os.path.join(place, f"{_START}{name}{_END}")
 
 
 def place_of(chain: Chain, base: int) -> str:
@@ -83,49 +85,64 @@ def write(record: "Record") -> "Record":
     if len(data) > LARGEST:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), record.path)
     encoding.decode(record.path, data)  # what we would not believe is not written: a bug of ours, if ever
-    is_first = not os.path.lexists(record.path)
-    files.write(record.path, data)
+    place, name = folder.split(record.path)
+    is_first = place.inode_of(name) is None
+    file = place.put(name, data)
     try:
-        _refuse_what_anybody_writes(record.path)
-        files.sync_folder(record.path)
+        _refuse_what_anybody_writes(file)
+        place.sync()
     except OSError:
         if is_first:
             with contextlib.suppress(OSError):
-                files.remove(record.path)
+                file.remove()
         raise
-    return record
+    return replace(record, file=file)
 
 
-def _refuse_what_anybody_writes(path: str) -> None:
+def _refuse_what_anybody_writes(file: File) -> None:
     """A filesystem that knows no owners or modes: nothing that lies there could be believed. Raises PermissionError."""
     try:
-        files.refuse_untrusted(os.lstat(path), LARGEST)
+        files.refuse_untrusted(file.status, LARGEST)
     except ValueError as error:
-        raise PermissionError(errno.EPERM, str(error), path) from None
+        raise PermissionError(errno.EPERM, str(error), file.path) from None
 
 
 def mark(record: "Record") -> "Record":
     """Write the state and what goes with it over those in the file. Durable after `sync`. Raises OSError."""
     from qmpmerge.journal import encoding
 
-    descriptor = os.open(record.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.pwrite(descriptor, encoding.state_line(record), 0)
-    finally:
-        os.close(descriptor)
-    return record
+    file = _file(record)
+    file.overwrite(encoding.state_line(record))
+    return replace(record, file=file)
 
 
 def sync(record: "Record") -> None:
     """Make it durable, and with it all names in its folder. Raises OSError."""
-    files.sync(record.path)
-    files.sync_folder(record.path)
+    file = _file(record)
+    file.sync()
+    file.place.sync()
+
+
+def sync_content(record: "Record") -> None:
+    """Make it durable, where nobody has touched a name. Raises OSError."""
+    _file(record).sync()
 
 
 def remove(record: "Record") -> None:
-    """The work is done, or taken back. Raises OSError."""
-    files.remove(record.path)
-    files.sync_folder(record.path)
+    """The work is done, or taken back. Raises OSError, also where another file has its name."""
+    try:
+        file = _file(record)
+    except FileNotFoundError:
+        return
+    file.remove()
+    file.place.sync()
+
+
+def _file(record: "Record") -> File:
+    if record.file is not None:
+        return record.file
+    place, name = folder.split(record.path)
+    return place.open(name)
 
 
 # --- read ---------------------------------------------------------------------------------------------------------
@@ -133,17 +150,30 @@ def remove(record: "Record") -> None:
 
 def read(path: str) -> "Found | None":
     """What lies at `path`; None where nothing does."""
-    image = os.path.join(os.path.dirname(path), os.path.basename(path)[len(_START) : -len(_END)])
     try:
-        content = files.read_own(path, LARGEST)
+        place, name = folder.split(path)
+    except OSError as error:
+        return None if error.errno in _NOTHING else _disbelieved(path, error)
+    return _read(place, name)
+
+
+def _read(place: Folder, name: str) -> "Found | None":
+    path = os.path.join(place.path, name)
+    try:
+        file = files.open_own(place, name, LARGEST)
         from qmpmerge.journal import encoding
 
-        return encoding.decode(path, content)
+        return replace(encoding.decode(path, file.read(file.status.st_size)), file=file)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in _NOTHING:
             return None
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Disbelieved(path, image, reason, _cure(path, image, error))
+        return _disbelieved(path, error)
+
+
+def _disbelieved(path: str, error: OSError | ValueError) -> Disbelieved:
+    image = os.path.join(os.path.dirname(path), os.path.basename(path)[len(_START) : -len(_END)])
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return Disbelieved(path, image, reason, _cure(path, image, error))
 
 
 def _cure(path: str, image: str, error: OSError | ValueError) -> str:
@@ -169,16 +199,17 @@ def beside(image: str) -> "Found | None":
     return read(path_of(os.path.abspath(image)))
 
 
-def in_folder(folder: str) -> list[Found]:
+def in_folder(path: str) -> list[Found]:
     """All that lie in a folder, by name; one Unlisted where we may not look."""
     try:
-        names = sorted(os.listdir(folder))
+        place = Folder(path)
+        names = place.names()
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         cure = "run the same command as somebody who may list it, as root does"
-        return [Unlisted(folder, folder, f"it cannot be listed: {error.strerror}", cure)]
-    found = [read(os.path.join(folder, name)) for name in names if name.startswith(_START) and name.endswith(_END)]
+        return [Unlisted(path, path, f"it cannot be listed: {error.strerror}", cure)]
+    found = [_read(place, name) for name in names if name.startswith(_START) and name.endswith(_END)]
     return [one for one in found if one is not None]
 
 

@@ -3,13 +3,13 @@ Removing what merges have stashed, once nobody uses or needs it.
 """
 
 import contextlib
-import errno
 import os
 import shlex
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
 from qmpmerge.images import dependents, files, qcow2, stashed
@@ -50,30 +50,29 @@ async def clean(
         if reason is None and not dry_run:
             _remove(file, found[file])
         done += [Cleaned(file, found[file].st_blocks * 512, reason), *data]
-    for folder in filter(os.path.isdir, () if dry_run else places):
-        _forget_what_is_gone(folder)
+    for place in filter(os.path.isdir, () if dry_run else places):
+        _forget_what_is_gone(place)
     return done
 
 
 def _remove(file: str, meant: os.stat_result) -> None:
     """The file first: a note without it is nothing, it without a note would have to be compared. Raises CannotRecover."""
     try:
-        if not os.path.samestat(os.lstat(file), meant):
-            raise FileNotFoundError(errno.ENOENT, "it is another file now", file)
-        files.remove(file)
-        files.remove(stashed.note_path(file))
-        files.sync_folder(file)
+        with folder.beside(file) as (place, name):
+            place.remove(name, folder.inode_in(meant))
+            note = os.path.basename(stashed.note_path(file))
+            place.remove(note, place.inode_of(note))
+            place.sync()
     except OSError as error:
         raise CannotRecover(file=file, reason=error.strerror or str(error)) from None
 
 
-def _forget_what_is_gone(folder: str) -> None:
+def _forget_what_is_gone(path: str) -> None:
     """Notes of ours about files that somebody else has removed, or that we had when we were killed."""
-    for note, file in stashed.noted_in(folder):
+    for note, file in stashed.noted_in(path):
         if not os.path.lexists(file):
-            with contextlib.suppress(OSError, files.Untrusted):
-                files.read_own(note, stashed.LARGEST)
-                files.remove(note)
+            with contextlib.suppress(OSError, files.Untrusted), folder.beside(note) as (place, name):
+                files.open_own(place, name, stashed.LARGEST).remove()
 
 
 def _data_of(file: str) -> list[Cleaned]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from qmpmerge import folder
 from qmpmerge.chain.chain import Inode
 from qmpmerge.processes import kernel, proc, vms
 from qmpmerge.processes.vms import Vm
@@ -236,17 +237,12 @@ def _first_byte_locks(rows: str) -> Counter[Inode]:
 def is_locked(file: str) -> bool:
     """Whether some QEMU program has locked the image, even one that we may not see; False where it is not known."""
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with folder.reading(file) as opened:
+            for start, length in _PERMISSION_BYTES:
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+                kind = _FLOCK.unpack(fcntl.fcntl(opened.descriptor, _F_OFD_GETLK, asked))[0]
+                if kind != fcntl.F_UNLCK:
+                    return True
     except OSError:
-        return False
-    try:
-        for start, length in _PERMISSION_BYTES:
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-            kind = _FLOCK.unpack(fcntl.fcntl(descriptor, _F_OFD_GETLK, asked))[0]
-            if kind != fcntl.F_UNLCK:
-                return True
-        return False
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+        pass
+    return False

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from qmpmerge import folder
 from qmpmerge.mounts import Mount, mounts, plain
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
@@ -86,7 +87,7 @@ def _claimed(file: str, unseen: list[str]) -> Iterator[Use]:
     """
     for _attempt in range(2):
         try:
-            os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_EXCL))
+            folder.reading(file, flags=os.O_EXCL).close()
             return
         except OSError as error:
             if error.errno != errno.EBUSY:
@@ -117,17 +118,12 @@ def _backing(name: str) -> str:
 def _loop_status(device: str) -> Identity | None:
     """What it lies on by the kernel's own word, whatever is called so now; None where we may not ask."""
     try:
-        descriptor = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        told = fcntl.ioctl(descriptor, _LOOP_GET_STATUS64, bytes(_LOOP_INFO.size))
+        with folder.reading(device) as opened:
+            told = fcntl.ioctl(opened.descriptor, _LOOP_GET_STATUS64, bytes(_LOOP_INFO.size))
     except OSError:  # it was let go meanwhile
         return None
-    finally:
-        os.close(descriptor)
-    folder, inode, number = _LOOP_INFO.unpack(told)
-    return ("device", number, 0) if number else ("file", folder, inode)
+    place, inode, number = _LOOP_INFO.unpack(told)
+    return ("device", number, 0) if number else ("file", place, inode)
 
 
 # --- what lies on a device or file ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import os
 import stat
 from dataclasses import dataclass
 
+from qmpmerge import folder
 from qmpmerge.processes import proc
 
 _DAC_OVERRIDE = 1 << 1
@@ -60,15 +61,10 @@ def _attribute(path: str, status: os.stat_result) -> str | None:
         return None
     flags = array.array("i", [0])
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+        with folder.reading(path) as file:
+            fcntl.ioctl(file.descriptor, _FS_IOC_GETFLAGS, flags)
+    except OSError:  # a filesystem without attributes, or we may not look
         return None
-    try:
-        fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, flags)
-    except OSError:  # a filesystem without attributes
-        return None
-    finally:
-        os.close(descriptor)
     return next((words for flag, words in _ATTRIBUTES.items() if flags[0] & flag), None)
 
 

@@ -12,9 +12,9 @@ first, by ourselves; of one on the network nobody but QEMU can.
 """
 
 import asyncio
-import os
 from typing import Any
 
+from qmpmerge import folder
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import Busy, CommandError, FlushUnavailable, NotDurable
 from qmpmerge.qemu import mutex
@@ -80,16 +80,14 @@ def _sync(image: Image, pid: int | None) -> bool:
     """
     for path in (image.file, f"/proc/{pid}/root{image.file}") if image.has_path else ():
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = folder.reading(path)
         except OSError:
             continue
         try:
-            status = os.fstat(descriptor)
-            if image.inode == (status.st_dev, status.st_ino):
-                os.fsync(descriptor)
-                return True
+            with file:
+                if image.inode == file.inode:
+                    file.sync()
+                    return True
         except OSError as error:
             raise NotDurable(node=image.file, reason=error.strerror or str(error)) from None
-        finally:
-            os.close(descriptor)
     return False

@@ -19,7 +19,7 @@ import qmpmerge
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.errors import Busy, CannotRecord, JobFailed, NoSuchLayer, RecordNotBelieved, StillRunning
-from qmpmerge.images import files
+from qmpmerge.folder import Folder
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Note
 from qmpmerge.journal.record import Record
@@ -127,12 +127,12 @@ async def test_a_record_that_cannot_be_taken_over_leaves_the_job(
 ) -> None:
     """Without it the pivot would be made under one that says that it was never asked for."""
 
-    def refuse(path: str, data: bytes) -> None:
+    def refuse(place: Folder, name: str, data: bytes) -> None:
         raise OSError(code, os.strerror(code))
 
     await leave(setup, "[4]")
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write", refuse)
+        patch.setattr(Folder, "put", refuse)
         with pytest.raises(CannotRecord, match=os.strerror(code)):
             await commit(setup)
     assert [job["id"] for job in setup.machine.session.execute("query-jobs")] == [JOB]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rig.left import note_stashed
 
-from qmpmerge.images import files, stashed
+from qmpmerge.folder import File, Folder
+from qmpmerge.images import stashed
 from qmpmerge.images.files import Seen
 
 
@@ -38,13 +39,14 @@ def test_a_note_that_would_not_be_believed_is_not_left(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A filesystem that knows no modes."""
-    write, note = files.write, stashed.look(str(file))
+    put, note = Folder.put, stashed.look(str(file))
 
-    def loose(path: str, data: bytes) -> None:
-        write(path, data)
-        os.chmod(path, 0o777)
+    def loose(place: Folder, name: str, data: bytes) -> File:
+        written = put(place, name, data)
+        written.allow(0o777)
+        return written
 
-    monkeypatch.setattr(files, "write", loose)
+    monkeypatch.setattr(Folder, "put", loose)
     assert isinstance(note, stashed.Note)
     with pytest.raises(OSError, match="others than its owner"):
         stashed.write(str(file), note)

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rig.nobody import as_nobody, public
 
 from qmpmerge.chain.chain import Image
-from qmpmerge.errors import Locked
+from qmpmerge.errors import CannotLock, Locked
+from qmpmerge.folder import File, Folder
 from qmpmerge.journal import locks
 from qmpmerge.journal.locks import Note
 
@@ -137,15 +139,15 @@ def test_a_waiting_process_does_not_take_a_lock_whose_file_has_gone(
     base: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its holder removes the file between our open and our flock: what we then hold is no lock."""
-    path, opened = locks.lock_path(base), os.open
+    path, create = locks.lock_path(base), Folder.create
 
-    def open_then_lose(*arguments: object, **options: object) -> int:
-        descriptor = opened(*arguments, **options)  # type: ignore[arg-type]
+    def create_then_lose(place: Folder, name: str) -> File:
+        file = create(place, name)
         monkeypatch.undo()
         os.unlink(path)
-        return descriptor
+        return file
 
-    monkeypatch.setattr(os, "open", open_then_lose)
+    monkeypatch.setattr(Folder, "create", create_then_lose)
     with locks.held(base):
         assert os.path.exists(path)
         assert not is_free(base)
@@ -171,12 +173,85 @@ def test_a_base_in_a_linked_folder_has_the_lock_of_the_file_it_leads_to(base: Im
         assert not is_free(base)
 
 
-def test_a_symlink_in_the_place_of_the_lock_is_not_followed(base: Image, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("keep me")
-    Path(locks.lock_path(base)).symlink_to(tmp_path / "precious")
-    with locks.held(base):
-        pass
-    assert (tmp_path / "precious").read_text() == "keep me"
+PLANTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "symlink": (lambda lock, victim: lock.symlink_to(victim), "it is a symlink"),
+    "dangling": (lambda lock, victim: lock.symlink_to("nowhere"), "it is a symlink"),
+    "hard link": (lambda lock, victim: lock.hardlink_to(victim), "it is a hard link to another file"),
+    "fifo": (lambda lock, victim: os.mkfifo(lock), "it is no regular file"),
+    "folder": (lambda lock, victim: lock.mkdir(), "it is no regular file"),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_what_is_planted_in_the_place_of_the_lock_is_refused_and_not_written(
+    base: Image, tmp_path: Path, planted: str
+) -> None:
+    lock, victim = Path(locks.lock_path(base)), tmp_path / "precious"
+    victim.write_text("keep me")
+    plant, reason = PLANTED[planted]
+    plant(lock, victim)
+    before = victim.stat()
+    with pytest.raises(CannotLock, match=reason) as error, locks.held(base):
+        pytest.fail("it was locked")
+    after = victim.stat()
+    assert (victim.read_text(), after.st_mode, after.st_mtime_ns) == ("keep me", before.st_mode, before.st_mtime_ns)
+    assert os.path.lexists(lock)
+    subprocess.run(error.value.hint.split("`")[1], shell=True, check=True)
+    assert is_free(base)
+    assert victim.read_text() == "keep me"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_the_lock_of_somebody_who_has_no_say_in_the_image_is_refused(base: Image) -> None:
+    """Whose it is can take back what is noted in it."""
+    lock = Path(locks.lock_path(base))
+    lock.touch()
+    os.chown(lock, 65534, 65534)
+    with pytest.raises(CannotLock, match="it belongs to another user"), locks.held(base):
+        pytest.fail("it was locked")
+    os.chown(base.file, 65534, 65534)
+    assert is_free(base)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+@pytest.mark.parametrize("is_held", [True, False])
+def test_the_lock_of_another_user_is_not_taken_for_none(is_held: bool) -> None:
+    with public() as folder:
+        folder.chmod(0o777)
+        base = Image(str(folder / "base.raw"), "raw", 0)
+        Path(base.file).touch(0o600)
+        with another_process(base) if is_held else contextlib.nullcontext():
+            if not is_held:
+                Path(locks.lock_path(base)).touch(0o600)
+            with as_nobody(), pytest.raises(Locked if is_held else CannotLock), locks.held(base):
+                pytest.fail("two hold the lock")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_who_may_write_the_image_may_lock_it(base: Image) -> None:
+    """An image that is shared by a group, or that root merges for its owner: what was left is theirs."""
+    os.chown(base.file, 65534, 65533)
+    for mode, expected in ((0o664, 0o660), (0o644, 0o600), (0o600, 0o600)):
+        os.chmod(base.file, mode)
+        with locks.held(base):
+            status = os.stat(locks.lock_path(base))
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, expected)
+
+
+def test_a_note_that_there_is_no_room_for_is_an_error(base: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what there was room for once there is room for later, however much is to be said."""
+    with locks.held(base) as lock:
+        lock.point_to("/vm/.c.qcow2.qmpmerge-record")
+        before = os.stat(locks.lock_path(base))
+        lock.suspect("storage " * 5000)
+        after = os.stat(locks.lock_path(base))
+        assert (after.st_size, after.st_blocks) == (before.st_size, before.st_blocks)
+        write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: write(descriptor, data[:9], at) + len(data) - 9)
+        with pytest.raises(OSError, match="does not read back"):
+            lock.suspect("storage")
+        monkeypatch.undo()
+        lock.conclude(None)
 
 
 # --- where there is none ------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from rig.machines import Content, fill, make_chain, run
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.errors import NoSuchStash, NotVerified, OptionsConflict, RecordFailed, SessionLost, Unfinished
-from qmpmerge.images import files, qemuimg
+from qmpmerge.folder import Folder, Inode
+from qmpmerge.images import qemuimg
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.record import Record
 
@@ -350,10 +351,10 @@ async def test_a_write_to_the_data_alone_is_a_change(
 async def test_a_file_that_cannot_be_renamed_stays_and_that_is_said(
     top: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(old: str, new: str) -> None:
+    def refuse(place: Folder, old: str, new: str, inode: Inode) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(files, "rename", refuse)
+    monkeypatch.setattr(Folder, "rename", refuse)
     before = folder.names(tmp_path)
     outcome = await folder.live(setup, top=top)
     assert outcome.verdict in ("merged", "pivoted")
@@ -363,10 +364,10 @@ async def test_a_file_that_cannot_be_renamed_stays_and_that_is_said(
 
 
 async def test_no_place_for_a_record_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str, data: bytes) -> None:
+    def refuse(place: Folder, name: str, data: bytes) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(files, "write", refuse)
+    monkeypatch.setattr(Folder, "put", refuse)
     outcome = await folder.live(setup)
     assert outcome.verdict == "pivoted"
     assert any("no record could be kept" in hint for hint in outcome.hints)

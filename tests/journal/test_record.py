@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from rig.machines import Content
 from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.state import State
 from qmpmerge.errors import RecordNotBelieved
-from qmpmerge.images import files
+from qmpmerge.folder import Folder
 from qmpmerge.images.files import Seen
 from qmpmerge.images.stashed import original_of
 from qmpmerge.journal import stash, store
@@ -165,14 +167,14 @@ def test_a_record_of_a_thousand_layers_is_read(told: Record) -> None:
 
 
 def test_a_write_that_a_full_disk_cuts_short_is_noticed(told: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.write
+    write = os.pwrite
 
-    def in_part(descriptor: int, data: bytes) -> int:
-        if len(data) > 100:
-            return write(descriptor, data[:100])
+    def in_part(descriptor: int, data: bytes, offset: int) -> int:
+        if offset == 0:
+            return write(descriptor, data[:100], offset)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "write", in_part)
+    monkeypatch.setattr(os, "pwrite", in_part)
     before = os.listdir(os.path.dirname(told.path))
     with pytest.raises(OSError, match="No space left"):
         store.write(told)
@@ -181,27 +183,27 @@ def test_a_write_that_a_full_disk_cuts_short_is_noticed(told: Record, monkeypatc
 
 def test_what_does_not_read_back_is_no_record(told: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the one that was there stays."""
-    write, folder = os.write, os.path.dirname(told.path)
+    write, folder = os.pwrite, os.path.dirname(told.path)
     before = os.listdir(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:-1]) + 1)
+        patch.setattr(os, "pwrite", lambda descriptor, data, at: write(descriptor, data[:-1], at) + 1)
         with pytest.raises(OSError, match="does not read back"):
             store.write(told)
     assert os.listdir(folder) == before
     store.write(told)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:-1]) + 1)
+        patch.setattr(os, "pwrite", lambda descriptor, data, at: write(descriptor, data[:-1], at) + 1)
         with pytest.raises(OSError, match="does not read back"):
             store.write(replace(told, disk="another"))
     assert store.read(told.path) == told
 
 
 def test_a_name_that_is_not_durable_is_taken_away_again(told: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(path: str) -> None:
+    def fails(place: Folder) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     before = os.listdir(os.path.dirname(told.path))
-    monkeypatch.setattr(files, "sync_folder", fails)
+    monkeypatch.setattr(Folder, "sync", fails)
     with pytest.raises(OSError, match="Input/output error"):
         store.write(told)
     assert os.listdir(os.path.dirname(told.path)) == before
@@ -295,3 +297,29 @@ def test_a_folder_in_the_way_of_a_new_record_is_named(images: list[Path], conten
     obstacle.rmdir()
     assert command.invoke("commit", str(images[3])).code == 0
     content.check(images[0])
+
+
+@pytest.mark.parametrize("planted", ["fifo", "symlink", "another"])
+def test_what_is_planted_under_its_name_is_neither_waited_for_nor_written(
+    told: Record, tmp_path: Path, planted: str
+) -> None:
+    """While a guest stands still: the record is what was written, whatever has its name."""
+    written, victim = store.write(told), tmp_path / "victim"
+    victim.write_text("precious")
+    os.rename(told.path, f"{told.path}.moved")
+    make: dict[str, Callable[[], object]] = {
+        "fifo": lambda: os.mkfifo(told.path),
+        "symlink": lambda: os.symlink(victim, told.path),
+        "another": lambda: shutil.copyfile(victim, told.path),
+    }
+    make[planted]()
+    marked = store.mark(replace(written, state=State.SWITCHING))
+    store.sync(marked)
+    with pytest.raises(FileNotFoundError, match="is another file now"):
+        store.remove(marked)
+    assert isinstance(store.read(told.path), Disbelieved)
+    assert victim.read_text() == "precious"
+    os.replace(f"{told.path}.moved", told.path)
+    assert store.read(told.path) == marked
+    store.remove(marked)
+    assert store.read(told.path) is None

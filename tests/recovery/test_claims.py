@@ -23,7 +23,7 @@ from rig.machines import MIB, Content, fill, make_chain, run
 import qmpmerge
 from qmpmerge.chain.state import State
 from qmpmerge.errors import ForeignFile, RecordNotBelieved, StillRunning, Unfinished
-from qmpmerge.images import files
+from qmpmerge.folder import File, Folder
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.record import Record, look
 from qmpmerge.recovery import claims
@@ -243,13 +243,14 @@ async def test_what_others_may_have_written_is_unknown(
 
 async def test_no_record_is_kept_where_anybody_could_write_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A filesystem without modes: what could not be believed is not written, and that is said."""
-    write = files.write
+    put = Folder.put
 
-    def loose(path: str, data: bytes) -> None:
-        write(path, data)
-        os.chmod(path, 0o777)
+    def loose(where: Folder, name: str, data: bytes) -> File:
+        file = put(where, name, data)
+        file.allow(0o777)
+        return file
 
-    monkeypatch.setattr(files, "write", loose)
+    monkeypatch.setattr(Folder, "put", loose)
     async with qmpmerge.offline(place.active) as target:
         outcome = await qmpmerge.commit(target)
     assert any("no record could be kept" in hint and "others than its owner" in hint for hint in outcome.hints)

@@ -27,7 +27,7 @@ import psutil
 from qmpmerge.cli import main
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress
-from qmpmerge.images import files
+from qmpmerge.folder import File, Folder
 from qmpmerge.journal import store
 
 ALSO = "QMPMERGE_KILL_ALSO"
@@ -132,8 +132,9 @@ def run(notes: str, victim: str, moment: str, *arguments: str) -> None:
     renderer: Any = JsonOutput
     renderer.trace = lambda output, direction, text: killer.trace(output, direction, text)
     renderer.progress = lambda output, told: killer.progress(output, told)
-    for name in ("rename", "remove", "sync", "sync_folder", "write"):
-        killer.around(files, name)
+    for name in ("rename", "remove", "sync", "put"):
+        killer.around(Folder, name)
+    killer.around(File, "write")
     killer.around(store, "mark")
     sys.argv = ["qmpmerge", *arguments, "--json", "-v"]
     main()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import qmpmerge
+from qmpmerge import folder
 from qmpmerge.chain import plan
 from qmpmerge.images import files, stashed
 from qmpmerge.journal import stash, store
@@ -76,5 +77,6 @@ def note_stashed(file: Path, base: Path, **changes: Any) -> stashed.Note:
         verified=True,
         since=time.time(),
     )
-    files.write(stashed.note_path(str(file)), stashed.encode(replace(note, **changes)))
+    with folder.beside(stashed.note_path(str(file))) as (place, name):
+        place.put(name, stashed.encode(replace(note, **changes)))
     return note

@@ -1,5 +1,6 @@
 """Tests that are run by root look at things as somebody who is not."""
 
+import codecs
 import contextlib
 import os
 import tempfile
@@ -13,6 +14,7 @@ def as_nobody() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
+    codecs.lookup("ascii")  # nobody cannot load it, and that would be remembered
     os.setegid(65534)
     os.seteuid(65534)
     try:
