@@ -9,7 +9,6 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
 from qmpmerge.images import files, notes, overlays, qcow2, stashed
 from qmpmerge.images.overlays import Above
-from qmpmerge.images.stashed import names_of
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.store import Disbelieved
 

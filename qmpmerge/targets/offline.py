@@ -52,16 +52,19 @@ class OfflineTarget(Target):
 
     async def open_for_writing(self, images: Collection[Image]) -> None:
         """The last time that they are opened by name. Raises NotWritable, Replaced."""
-        written = {image.inode for image in images}
-        below = [*enumerate(self._layers, 1)][:-1]  # the active image is open for writing already
+        inodes = {image.inode for image in images}
+        written = [
+            (number, layer) for number, layer in enumerate(self._layers, 1) if not inodes.isdisjoint(layer.inodes)
+        ]
         nodes = [
             node
-            for number, layer in below
+            for number, layer in written
+            if layer is not self._layers[-1]  # the active image is open for writing already
             for node in _files(layer, number, write=True, now=True)
-            if not written.isdisjoint(layer.inodes) and "filename" in node
+            if "filename" in node
         ]
         replies = await self.monitor.execute_all([("blockdev-reopen", {"options": [node]}) for node in nodes])
-        _see_approved(self.pid, self._layers)
+        _see_approved(self.pid, self._layers, [layer for _number, layer in written])
         for node, reply in zip(nodes, replies, strict=True):
             if isinstance(reply, CommandError):
                 raise NotWritable(file=str(node["filename"]), reason=reply.description)
@@ -162,14 +165,14 @@ async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, dry
             if re.search(r"Failed to get .*lock", reply.description):
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait")
             raise ImageUnreadable(file=layer.file, reason=reply.description)
-    _see_approved(session.pid, layers)
+    _see_approved(session.pid, layers, layers)
 
 
-def _see_approved(pid: int | None, layers: Sequence[Layer]) -> None:
-    """The daemon has open what was approved, all of it and nothing else. Raises Replaced."""
+def _see_approved(pid: int | None, approved: Sequence[Layer], needed: Sequence[Layer]) -> None:
+    """The daemon has open what is needed, and nothing but what was approved. Raises Replaced."""
     opened = proc.open_inodes(pid) if pid is not None else set()
-    unknown = opened - {inode for layer in layers for inode in layer.inodes}
-    for layer in reversed(layers):
+    unknown = opened - {inode for layer in approved for inode in layer.inodes}
+    for layer in reversed(needed):
         if unknown or not layer.inodes <= opened:
             raise identity.swapped(layer.file)
 
