@@ -9,6 +9,7 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
 from qmpmerge.images import files, notes, overlays, qcow2, stashed
 from qmpmerge.images.overlays import Above
+from qmpmerge.images.stashed import Note
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.store import Disbelieved
 
@@ -55,11 +56,7 @@ def active(path: "str | os.PathLike[str]") -> Active:
 def _above(image: str, path: str) -> Above:
     """What is built on `image`, or on what it was merged into. Raises NoActive, ActiveUnknown."""
     _refuse_unfinished(path, image, [os.path.dirname(image), os.path.dirname(files.real(image))], None)
-    start = _merged_into(image)
-    stash = start if stashed.is_stashed(start) else stashed.of(files.real(start))
-    if stash is not None and not (os.path.exists(start) and start != stash):
-        reason = f"{start} was merged away, and its file is {stash} now"
-        raise NoActive(path=path, reason=reason, cure="name the base that it was merged into, or the folder")
+    start = _merged_into(image, path)
     try:
         above = overlays.above(start)
     except OSError as error:
@@ -88,16 +85,31 @@ def _refuse_unfinished(path: str, image: str, folders: list[str], above: Above |
                 raise ActiveUnknown(path=path, reason=reason, image=found.chain.active.file)
 
 
-def _merged_into(image: str) -> str:
-    """The base into which an image was merged, and that into which this was, and so on; any other image as it is."""
+def _merged_into(image: str, path: str) -> str:
+    """
+    The base into which an image was merged, that into which this was, and so on, as the notes say; any other image as it is.
+    Raises NoActive where there is another file now.
+    """
     seen: set[str] = set()
     while image not in seen:
         seen.add(image)
-        base = notes.base_of(image) if os.path.exists(image) else None
+        note = _stash_note(image)
+        base = note.base if note is not None else notes.base_of(image)
         if base is None:
             break
+        found = files.inode(base)
+        if note is not None and note.base_inode is not None and found is not None and found[1] != note.base_inode[1]:
+            reason = f"{image} was merged into {base}, and another file is there now"
+            raise NoActive(path=path, reason=reason, cure="name an image that is there, or the folder")
         image = base
     return image
+
+
+def _stash_note(image: str) -> Note | None:
+    """What the last merge has said that has put aside an image of this name, or this very file; None while one has the name."""
+    places = [image] if os.path.lexists(image) else stashed.names_of(files.real(image))
+    told = [note for place in places if isinstance(note := stashed.look(place), Note)]
+    return max(told, key=lambda note: note.since, default=None)
 
 
 def _format(image: str) -> str:

@@ -136,6 +136,8 @@ def run(notes: str, victim: str, moment: str, *arguments: str) -> None:
         killer.around(Folder, name)
     killer.around(File, "write")
     killer.around(store, "mark")
+    for name in ("put_on", "take_away", "merged"):
+        killer.around(notes, name)
     sys.argv = ["qmpmerge", *arguments, "--json", "-v"]
     main()
 

@@ -15,7 +15,17 @@ from rig.rounds import BLOCKS, Data
 
 BLOCK = 64 * 1024
 MOMENTS = (
-    *("=> write #1", "<= write #1", "<= write #2", "=> rename #1", "<= rename #1", "<= rename #2", "=> remove #1"),
+    *(
+        "=> put_on #1",
+        "<= put_on #1",
+        "<= take_away #1",
+        "<= merged #1",
+        "<= write #2",
+        "=> rename #1",
+        "<= rename #1",
+        "<= rename #2",
+        "=> remove #1",
+    ),
     *("-> blockdev-add #1", "-> transaction #1", "<- transaction #1", "-> block-commit #1", "<- block-commit #1"),
     *("-> job-finalize #1", "<- job-finalize #1", "-> job-complete #1", "<- job-complete #1", "<- cont #1"),
     *("-> job-dismiss #1", "<- job-dismiss #1", "=> mark #1", "<= mark #2", "=> sync_folder #2"),
