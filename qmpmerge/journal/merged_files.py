@@ -10,6 +10,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Image, Inode
@@ -68,6 +69,7 @@ def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
     The merge is proved and durable by now. Done before, or in part, it goes on from there. Nothing is raised: a file
     that cannot be renamed stays, and that is said.
     """
+    record = _as_closed(record)
     needed, user = _needed(record)
     done: list[MergedFile] = []
     hints: list[str] = []
@@ -85,6 +87,19 @@ def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
     hints += [*_note_overlays(record), *_note_kept(record, done, needed)]
     return done, hints
+
+
+def _as_closed(record: Record) -> Record:
+    """
+    With what the old active image looks like that lost its name before the switch: QEMU has put the tables into it, when it
+    closed it, that it had in memory, and nobody else could find it to write to it.
+    """
+    place = record.place(record.top)
+    if record.top not in record.seen or place is None or place != record.away.get(record.top):
+        return record
+    with contextlib.suppress(OSError):
+        return replace(record, seen={**record.seen, record.top: look(record.chain[record.top], place)})
+    return record
 
 
 def _needed(record: Record) -> tuple[int, str]:

@@ -12,13 +12,13 @@ import pytest
 from rig import folder
 from rig.command import invoke
 from rig.disks import KINDS, Setup, drive, nbd_server
-from rig.machines import Content, fill, make_chain, run
+from rig.machines import MIB, Content, fill, make_chain, run
 
 import qmpmerge
-from qmpmerge.chain.outcome import Outcome
+from qmpmerge.chain.outcome import Outcome, Policy
 from qmpmerge.errors import NoSuchStash, NotVerified, OptionsConflict, RecordFailed, SessionLost, Unfinished
 from qmpmerge.folder import Folder, Inode
-from qmpmerge.images import qemuimg
+from qmpmerge.images import qemuimg, stashed
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.record import Record
 
@@ -428,3 +428,17 @@ async def test_clean_removes_what_nobody_needs(tmp_path: Path, images: list[Path
     assert [one.kept for one in await qmpmerge.clean([tmp_path / "vm2.merged"])] == [reasons["vm2.merged"]]
     with pytest.raises(NoSuchStash):
         await qmpmerge.clean([images[3]])
+
+
+@pytest.mark.parametrize("policy", ["stash", "delete"])
+async def test_what_qemu_still_had_in_memory_of_the_old_active_image_is_no_change(
+    policy: Policy, setup: Setup, tmp_path: Path, images: list[Path]
+) -> None:
+    """Its tables are written when it is closed, after the switch: so it is stashed with a note, and deleted."""
+    async with setup.target() as target:
+        await qmpmerge.snapshot(target, {setup.disk: tmp_path / "d.qcow2"})
+        setup.write(0x77, 0, MIB)
+        outcome = await qmpmerge.commit(target, setup.disk, merged_files=policy)
+    assert not [hint for hint in outcome.hints if "changed" in hint or "no note" in hint]
+    assert {action for _, action, _ in told(outcome)} == {policy}
+    assert all(stashed.is_stashed(str(path)) for path in tmp_path.glob("*.merged"))

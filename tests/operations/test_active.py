@@ -299,7 +299,7 @@ def test_a_snapshot_killed_anywhere(vm: Setup, base: Path, tmp_path: Path, place
     arguments = ["snapshot", vm.machine.target, f"vda={tmp_path / place}/a.qcow2"]
     subprocess.run([sys.executable, kills.__file__, tmp_path / "moments", "tool", moment, *arguments], check=False)
     reached = kills.KILLED in (tmp_path / "moments").read_text()
-    assert reached or (moment in MOMENTS[:2] and place == ".")
+    assert reached or (moment in MOMENTS[:2] and place == "."), moment
     if now(vm) != str(base):
         vm.write(0x22, MIB, MIB)
     vm.off()
