@@ -58,6 +58,8 @@ async def attached(question: Question) -> AsyncIterator[Refused | Unseen]:
     read what lies between top and base, and all must let base be written to. Images built on a layer are `dependents`.
     """
     view, plan = question.view, question.plan
+    if view.disk.job is not None:
+        return  # it has layers for itself, which is `busy`
     base, top = plan.base.node or "", plan.top.node or ""
     nodes = view.disk.nodes
     for node in nodes[nodes.index(top) + 1 : nodes.index(base) + 1]:
@@ -73,7 +75,6 @@ async def attached(question: Question) -> AsyncIterator[Refused | Unseen]:
 
 
 def _is_outside(parent: Parent, view: ChainView) -> bool:
-    """Jobs are `busy`."""
     is_layer = parent.edge == "backing" or parent.name in view.disk.nodes
     return parent.kind == "block-backend" or (parent.kind == "block-driver" and not is_layer)
 
@@ -122,7 +123,8 @@ async def no_format(question: Question) -> AsyncIterator[Refused | Unseen]:
     """Only of base: what lies above it are overlays, whose first bytes no guest can write."""
     child = question.plan.merged[0]
     if any(odd.name == "no-format" and odd.file == child.file for odd in question.view.oddities):
-        yield NoFormat(image=child.file, backing=child.backing or question.plan.base.file)
+        trusting = "; `--force no-format` trusts what this QEMU has taken it for"
+        yield NoFormat(image=child.file, backing=child.backing or question.plan.base.file, instead=trusting)
     for blind in sight.unread(question):
         yield blind
 

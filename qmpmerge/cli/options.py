@@ -46,6 +46,7 @@ class Options:
     timeout: float | None
     force: frozenset[str]
     allow: tuple[str, ...] = ()
+    form: str | None = None
     secret: str | None = None
     patience: Patience = field(default_factory=Patience)
 
@@ -88,13 +89,14 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         timeout: float | None,
         force: tuple[str, ...],
         allow: tuple[str, ...] = (),
+        form: str | None = None,
         secret: str | None = None,
         detach: bool = False,
         on_timeout: Literal["leave", "cancel"] = "leave",
         **rest: object,
     ) -> Any:
         patience = Patience(timeout, on_timeout, detach)
-        options = Options(json, verbose, quiet, timeout, frozenset(force), allow, secret, patience)
+        options = Options(json, verbose, quiet, timeout, frozenset(force), allow, form, secret, patience)
         return function(options=options, **rest)
 
     return _declared(gather, function, declared)
@@ -118,10 +120,16 @@ def for_images(function: Callable[..., Any]) -> Callable[..., Any]:
         "--allow",
         multiple=True,
         metavar="PATH",
-        help="Image as TARGET: a folder or file that headers may name, besides the image's folder.",
+        help="Image as TARGET: a folder, file or device that headers may name, besides the image's folder.",
+    )
+    form = click.option(
+        "--format",
+        "form",
+        type=click.Choice(["qcow2", "raw"]),
+        help="Image as TARGET: its format, where it is a block device or its name and its first bytes disagree.",
     )
     secret = click.option("--secret", metavar="FILE", help="Image as TARGET: the passphrase of encrypted images.")
-    return allow(secret(function))
+    return allow(form(secret(function)))
 
 
 def for_jobs(function: Callable[..., Any]) -> Callable[..., Any]:

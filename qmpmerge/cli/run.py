@@ -141,6 +141,7 @@ def on_target(
             "timeout": patience,
             "force": options.force,
             "allow": options.allow,
+            "form": options.form,
             "trace": trace,
         }
         try:

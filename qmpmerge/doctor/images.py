@@ -30,19 +30,23 @@ _WHY: dict[str, tuple[Severity, str]] = {
 
 
 async def examine_path(
-    path: "str | os.PathLike[str]", *, allow: Collection[str] = (), search: Collection[str] = ()
+    path: "str | os.PathLike[str]",
+    *,
+    allow: Collection[str] = (),
+    search: Collection[str] = (),
+    form: str | None = None,
 ) -> tuple[Finding, ...]:
     """
     All findings about the chain whose active image is at `path`, or about all chains that lie in the folder `path`.
 
-    `allow` and `search` are those of `diskwalk.walk` and of `doctor.examine`. Raises ImageUnreadable where there is
+    `allow`, `form` and `search` are those of `walk.walk` and of `doctor.examine`. Raises ImageUnreadable where there is
     nothing at `path`, ToolMissing.
     """
     path = os.path.abspath(os.fspath(path))
     if not os.path.exists(path):
         raise ImageUnreadable(file=path, reason="No such file or directory")
     if not os.path.isdir(path):
-        return sort([*await _chain(path, allow), *_beside(path, allow, search)])
+        return sort([*await _chain(path, allow, form), *_beside(path, allow, search, form)])
     overlays = _overlays(path)
     findings = [*leftovers.in_folder(path), *_shared(overlays)]
     for image in _tops(overlays):
@@ -50,9 +54,9 @@ async def examine_path(
     return sort(findings)
 
 
-async def _chain(image: str, allow: Collection[str]) -> list[Finding]:
+async def _chain(image: str, allow: Collection[str], form: str | None = None) -> list[Finding]:
     try:
-        layers = walk.walk(image, allow=allow)
+        layers = walk.walk(image, allow=allow, form=form)
     except Refused as error:
         severity, why = _WHY[error.name]
         return [Finding(error.name, severity, image, str(error), f"{why}: {error.hint}")]
@@ -62,10 +66,10 @@ async def _chain(image: str, allow: Collection[str]) -> list[Finding]:
     return [*findings, *([] if users else await _marks(layers))]
 
 
-def _beside(image: str, allow: Collection[str], search: Collection[str]) -> list[Finding]:
+def _beside(image: str, allow: Collection[str], search: Collection[str], form: str | None) -> list[Finding]:
     """Which chain is meant is known: other images that are built on it are leftovers, or somebody's."""
     try:
-        return leftovers.beside(_as_chain(walk.walk(image, allow=allow)), search)
+        return leftovers.beside(_as_chain(walk.walk(image, allow=allow, form=form)), search)
     except Refused:
         return leftovers.in_folder(os.path.dirname(image))
 
@@ -139,8 +143,18 @@ def _overlays(folder: str) -> dict[str, str | None]:
 
 
 def _tops(overlays: dict[str, str | None]) -> list[str]:
-    """Those on which no other image of the folder is built."""
-    return sorted(path for path in overlays if os.path.realpath(path) not in overlays.values())
+    """Those on which no other image of the folder is built; of images that go round in a circle, one."""
+    tops = sorted(path for path in overlays if os.path.realpath(path) not in overlays.values())
+    names = {os.path.realpath(path): path for path in overlays}
+    passed: set[str] = set()
+    for path in (*tops, *sorted(overlays)):
+        if path not in tops and path not in passed:
+            tops.append(path)
+        current: str | None = path
+        while current is not None and current not in passed:
+            passed.add(current)
+            current = names.get(overlays[current] or "")
+    return tops
 
 
 def _shared(overlays: dict[str, str | None]) -> Iterator[Finding]:

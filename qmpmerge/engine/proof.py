@@ -8,9 +8,10 @@ from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Polic
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import NoSuchDisk, NotProven
+from qmpmerge.errors import NoSuchDisk, NotProven, SeveralImages
 from qmpmerge.images import nbd
 from qmpmerge.journal import stash
+from qmpmerge.qemu.bitmaps import snapshots
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView
 
@@ -112,6 +113,25 @@ def merged_files(planned: CommitPlan, policy: Policy) -> tuple[MergedFile, ...]:
             merged.append(MergedFile(image.data.file, "delete" if action == "delete" else "keep", image.data.file))
         merged.append(MergedFile(image.file, action, image.file))
     return tuple(merged)
+
+
+def unchanged(view: ChainView) -> Outcome:
+    """
+    The outcome where there is nothing to merge. What users may take for layers is no image of the chain: internal snapshots
+    are told. Raises SeveralImages where layers lie where nobody has looked.
+    """
+    active = view.chain.active
+    node = view.layout.nodes[active.node or ""]
+    hidden = [child for edge, child in node.children.items() if edge.startswith("children.")]
+    if hidden:
+        images = [view.layout.opened_as(child) or child for child in hidden]
+        raise SeveralImages(disk=view.disk.name, driver=node.driver, images=images)
+    command = f"qemu-img snapshot -d NAME {shlex.quote(active.file)}"
+    hints = [
+        f"{told} is no image of the chain: `{command}` removes it, with the VM off"
+        for told in snapshots(view.layout, view.chain.images)
+    ]
+    return Outcome("unchanged", view.disk.name, view.chain, view.chain, hints=tuple(hints))
 
 
 def planned(disk: str, plan: CommitPlan, policy: Policy, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:

@@ -20,6 +20,16 @@ class VmState(Refused):
     advice = "{instead}; then try again"
 
 
+class SeveralImages(Refused):
+    """A disk that is several images at once (quorum), each of which may have layers of its own."""
+
+    disk: str
+    driver: str
+    images: list[str]
+    sentence = "{disk} is a {driver} of several images, of which each has a chain of its own: {images}"
+    advice = "merge each with the VM off: `qmpmerge commit IMAGE`"
+
+
 class ShorterLayer(Refused):
     """
     An image above the base is smaller than the base.
@@ -248,11 +258,9 @@ class NoFormat(Refused):
 
     image: str
     backing: str
+    instead: str = ""
     sentence = "{image} does not record the format of its backing file {backing}"
-    advice = (
-        "with the VM off record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2); "
-        "`--force no-format` trusts what a running QEMU takes it for"
-    )
+    advice = "with the VM off record it with `qemu-img rebase -u -b {backing} -F raw {image}` (or -F qcow2){instead}"
 
 
 class Disguised(Refused):
@@ -260,7 +268,7 @@ class Disguised(Refused):
 
     image: str
     sentence = "{image} is called raw, or is a device, but begins like qcow2: its guest may have written that"
-    advice = "if it really is a qcow2 image, give it a name that says so"
+    advice = "if it really is a qcow2 image, say so with `--format qcow2`"
 
 
 class BackingLoop(Refused):
@@ -286,8 +294,17 @@ class UnsupportedFormat(Refused):
 
     image: str
     format: str
-    sentence = "{image} is {format}, merging offline is for qcow2, raw and luks images"
-    advice = "convert it with `qemu-img convert`, or merge while a VM has it open"
+    active: str
+    active_format: str
+    instead: str = ""
+    sentence = "{image} is {format}, or begins like it; merging offline is for qcow2, raw and luks images"
+    advice = (
+        "merge while a VM has it open; or, if you know the image, copy the whole chain into a new one: `qemu-img convert -f "
+        "{active_format} -O qcow2 {active} {active}.qcow2`{instead}"
+    )
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "active": shlex.quote(self.active)}
 
 
 class NoSpace(Refused):

@@ -8,7 +8,7 @@ the user has named, which the active image's own folder is; or a ``json:`` name 
 
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from qmpmerge import folder
@@ -17,7 +17,7 @@ from qmpmerge.chain.backing import Described
 from qmpmerge.chain.chain import Slice
 from qmpmerge.errors import BackingLoop, Disguised, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
 from qmpmerge.folder import File, Inode
-from qmpmerge.images import files, qcow2, stashed
+from qmpmerge.images import files, magic, qcow2, stashed
 
 DEEPEST = 800
 """Images in a chain. QEMU 10 crashes on the first read through 870 of them."""
@@ -41,23 +41,24 @@ class Layer:
     """Which files it and its data are: those that were looked at, whatever has their names later."""
 
 
-def walk(image: str, *, allow: Collection[str] = (), by_stashed_names: bool = False) -> tuple[Layer, ...]:
+def walk(
+    image: str, *, allow: Collection[str] = (), form: str | None = None, by_stashed_names: bool = False
+) -> tuple[Layer, ...]:
     """
     The chain whose active image is `image`, base first, as the headers tell it.
 
-    `allow` are folders and files that backing names may lead to besides the folder of `image`. The format of `image`
-    is qcow2 if it looks so, else raw; all others are what the header above records, and never probed: the first bytes
-    of a raw image belong to the guest. With `by_stashed_names` an image that lost its name to a merge is found by its new
-    one, where it has but one.
+    `allow` are folders, files and devices that backing names may lead to besides the folder of `image`. The format of
+    `image` is `form`; without that it is qcow2 if it looks so, else raw; all others are what the header above records, and
+    never probed: the first bytes of a raw image belong to the guest. With `by_stashed_names` an image that lost its name to
+    a merge is found by its new one, where it has but one.
 
     Raises Disguised, ForeignName, NoFormat, BackingLoop, TooDeep, UnsupportedFormat, ImageUnreadable.
     """
     path = os.path.abspath(image)
-    homes = (os.path.dirname(path), os.path.dirname(os.path.realpath(path)))
-    rule = _Rule({os.path.realpath(place) for place in (*homes, *allow)}, by_stashed_names=by_stashed_names)
+    rule = _Rule(path, allow, by_stashed_names=by_stashed_names)
     layers: list[Layer] = []
     seen: set[object] = set()
-    below: tuple[Described, File] | None = Described(path, ""), _looked_at(path)
+    below: tuple[Described, File] | None = Described(path, form or ""), _looked_at(path)
     while below is not None:
         named, file = below
         layer, identity = _open(named, file)
@@ -66,12 +67,21 @@ def walk(image: str, *, allow: Collection[str] = (), by_stashed_names: bool = Fa
         if len(layers) >= DEEPEST:
             raise TooDeep(image=path, limit=DEEPEST)
         seen.add(identity)
+        if layer.format not in ("raw", "qcow2", "luks"):
+            raise _unsupported(layer, layers)
         if layer.data_file is not None:
             with rule.followed(layer, layer.data_file) as data:
                 layer = replace(layer, data_file=files.plain(data.path), inodes=layer.inodes | {data.inode})
         layers.append(layer)
         below = _below(layer, rule)
     return tuple(reversed(layers))
+
+
+def _unsupported(layer: Layer, above: Sequence[Layer]) -> UnsupportedFormat:
+    active = above[0] if above else layer
+    instead = "" if above else "; if it is raw, and its guest has written that, say so with `--format raw`"
+    facts = {"active": active.file, "active_format": active.format, "instead": instead}
+    return UnsupportedFormat(image=layer.file, format=layer.format, **facts)
 
 
 def _looked_at(path: str, by: str = "") -> File:
@@ -90,15 +100,16 @@ def _open(named: Described, seen: File) -> tuple[Layer, object]:
             status = seen.status
             wanted = form in (None, "qcow2") and not seen.is_special
             header = qcow2.read_from(folder.opened(seen), begin) if wanted else None
+            likely = magic.of(folder.opened(seen)) if wanted and header is None else None
     except OSError as error:
         raise ImageUnreadable(file=path, reason=error.strerror or str(error)) from None
     if form == "qcow2" and header is None:
-        raise ImageUnreadable(file=path, reason="the header above says qcow2, the file is none")
-    if form is None and header is not None and (stat.S_ISBLK(status.st_mode) or path.endswith((".raw", ".iso"))):
+        reason = "it is said to be qcow2 (by the header above it, or by `--format`), and is none"
+        raise ImageUnreadable(file=path, reason=reason)
+    is_called_raw = path.endswith((".raw", ".iso"))
+    if form is None and header is not None and (stat.S_ISBLK(status.st_mode) or is_called_raw):
         raise Disguised(image=path)
-    form = form or ("qcow2" if header is not None else "raw")
-    if form not in ("raw", "qcow2", "luks"):
-        raise UnsupportedFormat(image=path, format=form)
+    form = form or ("qcow2" if header is not None else "raw" if is_called_raw else likely or "raw")
     layer = Layer(
         file=path,
         format=form,
@@ -138,19 +149,23 @@ def _as_stashed(path: str) -> str:
 
 class _Rule:
     """
-    The rule for names in headers: `allowed` are the real paths of folders, and of files, that they may lead to. With
+    The rule for names in headers: they may lead to the folders of the active image, and to what the user has named. With
     `by_stashed_names` a name that was taken away leads to where its file is now.
     """
 
-    def __init__(self, allowed: Collection[str], *, by_stashed_names: bool = False) -> None:
-        self._allowed = allowed
+    def __init__(self, image: str, allow: Collection[str], *, by_stashed_names: bool = False) -> None:
+        self._named = {os.path.realpath(place) for place in allow}
+        own = (os.path.dirname(image), os.path.dirname(os.path.realpath(image)))
+        self._allowed = self._named | {os.path.realpath(place) for place in own}
         self._by_stashed_names = by_stashed_names
 
     def followed(self, layer: Layer, name: str) -> File:
         """What a name in the header of `layer` leads to, not opened yet. Raises ForeignName, ImageUnreadable."""
-        if ":" in name.split("/", 1)[0]:
+        # A relative name after `file:` starts in QEMU's own folder, whichever that was.
+        plain = name.removeprefix("file:") if name.startswith("file:/") else name
+        if ":" in plain.split("/", 1)[0]:
             raise ForeignName(image=layer.file, backing=name, reason="it is not a path")
-        path = os.path.join(os.path.dirname(layer.file), name)
+        path = os.path.join(os.path.dirname(layer.file), plain)
         file = _looked_at(_as_stashed(path) if self._by_stashed_names else path, f", named by {layer.file}")
         reason = self._against(file)
         if reason is not None:
@@ -159,10 +174,20 @@ class _Rule:
 
     def _against(self, file: File) -> str | None:
         """By the file itself and where the kernel says that it is: the name may lead elsewhere by now."""
-        real, mode = file.real, file.status.st_mode
-        named = real in self._allowed
-        if not (stat.S_ISREG(mode) or (named and stat.S_ISBLK(mode))):
+        if file.is_special:
             return "it does not lead to a regular file"
-        if not named and not any(os.path.commonpath((real, place)) == place for place in self._allowed):
-            return "it leads out of the image's folder"
-        return None
+        if stat.S_ISBLK(file.status.st_mode):
+            return None if self._is_named_device(file) else "it leads to a device, which you have not named"
+        return None if _is_in(file.real, self._allowed) else "it leads out of the image's folder"
+
+    def _is_named_device(self, device: File) -> bool:
+        """
+        By its own name or that of a folder; also by that of a link, where only root makes links, as volume managers do
+        (``/dev/VG/LV``).
+        """
+        path = files.plain(device.path)
+        return _is_in(device.real, self._named) or (path.startswith("/dev/") and _is_in(path, self._named))
+
+
+def _is_in(path: str, places: Collection[str]) -> bool:
+    return any(os.path.commonpath((path, place)) == place for place in places)

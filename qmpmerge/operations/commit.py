@@ -159,7 +159,7 @@ class _Beginning:
             view.chain, disk=view.disk.name, base=request.base, top=request.top, shallow=request.shallow
         )
         if planned.is_empty:
-            return Outcome("unchanged", view.disk.name, view.chain, view.chain)
+            return proof.unchanged(view)
         operation = engine.operation(planned)
         self._refuse_what_does_not_go_together(operation)
         lock = self._locked(planned)

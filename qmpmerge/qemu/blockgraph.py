@@ -161,7 +161,11 @@ class Layout:
 
     def reopened(self, image: Image) -> str | None:
         """The file name by which QEMU opens an image of this layout again; None where it is no file."""
-        node = self.nodes.get(image.node or "")
+        return self.opened_as(image.node or "")
+
+    def opened_as(self, name: str) -> str | None:
+        """The file name by which QEMU has opened what this node shows; None where it is no file."""
+        node = self.nodes.get(name)
         *_, leaf = storage(node, self.nodes) if node is not None else (None,)
         return None if leaf is None else backing.named_path(str(leaf.info.get("file", "")))
 

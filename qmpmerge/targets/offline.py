@@ -95,6 +95,7 @@ async def offline(
     write: bool = True,
     dry_run: bool = False,
     allow: Collection[str] = (),
+    form: str | None = None,
     secret: str | None = None,
     trace: Trace | None = None,
 ) -> AsyncIterator[OfflineTarget]:
@@ -104,13 +105,14 @@ async def offline(
     With `write` all images are locked, and it is refused when anybody holds one; without, they are read shared with
     whoever writes them. A `dry_run` asks for the same and changes nothing: QEMU repairs an image that it opens for writing, and
     clears marks in its header that it does not know. `allow` are files and folders that headers may name besides the image's
-    folder. `secret` is the passphrase of encrypted images.
+    folder. `form` is the image's own format, where it is a device or is called raw. `secret` is the passphrase of encrypted
+    images.
 
     Raises InUse, NeedsSecret, Replaced, TooFewFiles, what `walk.walk` raises, ToolMissing.
     """
     image = os.fspath(image)
     async with storagedaemon.started() as daemon:
-        layers = walk.walk(image, allow=allow)
+        layers = walk.walk(image, allow=allow, form=form)
         limits.refuse_few(len(layers))
         users = await holders.lasting([layer.file for layer in layers])
         if write:

@@ -23,14 +23,15 @@ async def opened(
     timeout: float = GREETING_SECONDS,
     force: Collection[str] = (),
     allow: Collection[str] = (),
+    form: str | None = None,
     secret: str | None = None,
     trace: Trace | None = None,
 ) -> AsyncIterator[Target]:
     """
     The door that `target` calls for: an image file or a block device is opened offline, all else is live.
 
-    `write`, `dry_run`, `allow` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the doors
-    raise, and Unfinished or Stashed for an image whose name was taken away by a merge.
+    `write`, `dry_run`, `allow`, `form` and `secret` are for images, `timeout` and `force` for a running QEMU. Raises what the
+    doors raise, and Unfinished or Stashed for an image whose name was taken away by a merge.
     """
     target = os.fspath(target)
     _refuse_taken_away(target)
@@ -38,7 +39,7 @@ async def opened(
         from qmpmerge.targets.offline import offline
 
         async with offline(
-            target, write=write, dry_run=dry_run, allow=allow, secret=secret, trace=trace
+            target, write=write, dry_run=dry_run, allow=allow, form=form, secret=secret, trace=trace
         ) as opened_target:
             yield opened_target
     else:

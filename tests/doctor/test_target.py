@@ -18,7 +18,7 @@ import pytest
 from rig.disks import KINDS, blockdev, device, drive, nodes
 from rig.faults import digests, injecting
 from rig.left import note_stashed
-from rig.machines import MIB, Content, Machine, machine, run
+from rig.machines import MIB, Content, Machine, machine, make_chain, run
 
 import qmpmerge
 from qmpmerge.chain.chain import Chain, Image
@@ -461,6 +461,34 @@ def test_a_record_that_is_not_believed_is_a_finding_without_a_command_that_would
     ]
     reasons = ["it was cut short", "it makes no sense", "it is of schema 1", "it is a symlink"]
     assert all(reason in one.what for reason, one in zip(reasons, found, strict=True))
+
+
+async def test_chains_that_go_round_are_found_in_their_folder(tmp_path: Path) -> None:
+    """Nothing is built on any of them from outside; a chain that is as it should be is none of them."""
+    make_chain(tmp_path)
+    for image, backing in (("itself", "itself"), ("x", "y"), ("y", "x"), ("on-y", "y")):
+        run(
+            "qemu-img",
+            "create",
+            "-quf",
+            "qcow2",
+            "-b",
+            f"{backing}.qcow2",
+            "-F",
+            "qcow2",
+            tmp_path / f"{image}.qcow2",
+            "1M",
+        )
+    found = await qmpmerge.examine_path(tmp_path)
+    loops = {one.where for one in found if one.name == "backing-loop"}
+    assert loops == {str(tmp_path / "itself.qcow2"), str(tmp_path / "on-y.qcow2")}
+    (tmp_path / "on-y.qcow2").unlink()
+    found = await qmpmerge.examine_path(tmp_path)
+    assert [one.where for one in found if one.name == "backing-loop"] == [
+        str(tmp_path / "itself.qcow2"),
+        str(tmp_path / "x.qcow2"),
+    ]
+    assert {one.severity for one in found} == {"harm"}
 
 
 # --- images that cannot be walked, or are in use ----------------------------------------------------------------------

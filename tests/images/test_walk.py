@@ -2,11 +2,13 @@
 
 import json
 import os
+import shlex
 import socket
 from pathlib import Path
 
 import pytest
 from rig.command import invoke
+from rig.devices import loop
 from rig.headers import raw_header
 from rig.machines import make_chain, run
 
@@ -141,7 +143,7 @@ def test_a_missing_format(tmp_path: Path) -> None:
 
 def test_a_backing_file_that_is_not_what_the_header_says(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(bytes(512))
-    with pytest.raises(ImageUnreadable, match="the header above says qcow2"):
+    with pytest.raises(ImageUnreadable, match="said to be qcow2"):
         walk.walk(str(header(tmp_path / "top.qcow2", "base", "qcow2")))
 
 
@@ -151,6 +153,70 @@ def test_other_formats(form: str, tmp_path: Path) -> None:
     top = header(tmp_path / "top.qcow2", "base", form)
     with pytest.raises((UnsupportedFormat, NoFormat)):
         walk.walk(str(top))
+
+
+@pytest.mark.parametrize("form", ["qed", "vmdk"])
+def test_an_active_image_of_another_format_is_not_taken_for_raw(form: str, tmp_path: Path) -> None:
+    """It has layers below it; a `commit` of it would say that there is nothing to merge, and exit with 0."""
+    base, top = tmp_path / f"base.{form}", tmp_path / f"its top.{form}"
+    run("qemu-img", "create", "-qf", form, base, "1M")
+    run("qemu-io", "-f", form, "-c", "write -P 7 0 64k", base)
+    run("qemu-img", "create", "-qf", form, "-b", base, "-F", form, top)
+    said = invoke("commit", str(top), "--json")
+    assert (said.code, said.document["error"]["name"]) == (3, "unsupported-format")
+    assert said.document["error"]["facts"]["format"] == form
+    run(*shlex.split(said.document["error"]["hint"].split("`")[1]))
+    assert "4096/4096" in run("qemu-io", "-c", "read -P 7 0 4k", f"{top}.qcow2")
+    assert invoke("commit", str(top), "--format", "raw").code == 0  # the user knows better: a guest has written that
+
+
+def test_an_image_that_is_called_raw_is_raw_whatever_it_begins_like(tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(b"QED\0".ljust(512, b"\0"))
+    assert [layer.format for layer in walk.walk(str(tmp_path / "disk.raw"))] == ["raw"]
+
+
+def test_the_format_that_the_user_states_counts(tmp_path: Path) -> None:
+    make_chain(tmp_path)
+    (tmp_path / "c.qcow2").rename(tmp_path / "c.raw")
+    with pytest.raises(Disguised) as refused:
+        walk.walk(str(tmp_path / "c.raw"))
+    assert "--format qcow2" in refused.value.hint
+    assert len(walk.walk(str(tmp_path / "c.raw"), form="qcow2")) == 4
+    assert len(walk.walk(str(tmp_path / "c.raw"), form="raw")) == 1
+    with pytest.raises(ImageUnreadable, match="said to be qcow2"):
+        walk.walk(str(tmp_path / "base.raw"), form="qcow2")
+
+
+def test_file_and_a_path_is_the_path(tmp_path: Path) -> None:
+    (tmp_path / "vm").mkdir()
+    (tmp_path / "vm" / "base.raw").write_bytes(bytes(512))
+    (tmp_path / "outside.raw").write_bytes(bytes(512))
+    assert names(header(tmp_path / "vm" / "top.qcow2", f"file:{tmp_path}/vm/base.raw", "raw")) == [
+        "base.raw",
+        "top.qcow2",
+    ]
+    outside = header(tmp_path / "vm" / "top.qcow2", f"file:{tmp_path}/outside.raw", "raw")
+    with pytest.raises(ForeignName, match="leads out of the image's folder"):
+        walk.walk(str(outside))
+    assert names(outside, tmp_path / "outside.raw") == ["outside.raw", "top.qcow2"]
+    with pytest.raises(ForeignName):  # from QEMU's own folder, whichever that was
+        walk.walk(str(header(tmp_path / "vm" / "top.qcow2", "file:base.raw", "raw")))
+
+
+def test_a_device_must_be_named_or_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    with loop(tmp_path / "disk") as device:
+        (tmp_path / "link.raw").symlink_to(device)
+        (tmp_path / "vm").mkdir()
+        top = header(tmp_path / "vm" / "top.qcow2", device, "raw")
+        for allowed in ([], [tmp_path], ["/dev/mapper"]):
+            with pytest.raises(ForeignName, match="a device, which you have not named"):
+                names(top, *allowed)
+        for allowed in ([device], ["/dev"], [tmp_path / "link.raw"]):
+            assert names(top, *allowed) == [os.path.basename(device), "top.qcow2"]
+        smuggled = header(tmp_path / "vm" / "top.qcow2", "../link.raw", "raw")
+        with pytest.raises(ForeignName):  # whoever may write to the folder could have made that link
+            names(smuggled, tmp_path)
 
 
 def test_encrypted_images_and_data_files_are_told(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from qmpmerge.errors import (
     NotProven,
     NotWritable,
     SessionLost,
+    SeveralImages,
     ShorterLayer,
     StillRunning,
     Temporary,
@@ -533,3 +534,17 @@ async def test_a_stopped_follower_does_not_stop_the_next(setup: Setup, content: 
     setup.check()
     setup.machine.stop()
     content.check(images[3])
+
+
+async def test_a_quorum_is_not_said_to_have_nothing_below(tmp_path: Path, images: list[Path]) -> None:
+    """Each of its images may have a chain of its own."""
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "x.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", other, "8M")
+    quorum = "quorum,node-name=q,vote-threshold=1,children.0=c,children.1=x"
+    arguments = [*nodes(images), *nodes([other]), "-blockdev", quorum, *device("q")]
+    with machine(tmp_path, *arguments) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            with pytest.raises(SeveralImages) as refused:
+                await qmpmerge.commit(target)
+    assert (refused.value.driver, refused.value.images) == ("quorum", [str(images[3]), str(other)])

@@ -5,9 +5,11 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -496,6 +498,26 @@ async def test_a_symlinked_base(top: str, folder: Path, images: list[Path], cont
     content.check(outcome.after.active.file)
 
 
+async def test_a_missing_format_is_not_forced(folder: Path, images: list[Path]) -> None:
+    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", images[3])
+    images[3].write_bytes(raw_header(b"b.qcow2", None, size=SIZE))
+    for options in ([], ["--force", "no-format"]):
+        said = invoke("commit", str(images[3]), *options, "--json").document["error"]
+        assert (said["name"], "--force" in said["hint"]) == ("no-format", False)
+
+
+def test_internal_snapshots_are_told_where_there_is_nothing_else(folder: Path) -> None:
+    image = folder / "a disk.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", image, "1M")
+    run("qemu-img", "snapshot", "-c", "before", image)
+    said = invoke("commit", str(image))
+    assert (said.code, "unchanged" in said.out) == (0, True)
+    hint = said.err.split("`")[1].replace("NAME", "before")
+    assert "internal snapshot before of" in said.err
+    run(*shlex.split(hint))
+    assert invoke("commit", str(image)).err == ""
+
+
 # --- block devices -------------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +564,38 @@ async def test_a_block_device_too_small_to_grow_is_refused_clearly(folder: Path,
         images, _content = on_device(folder, device, SIZE + 4 * MIB)
         with unchanged(folder), pytest.raises(Refused, match="cannot grow"):
             await merged(images[1], base=device, allow=[device])
+
+
+@pytest.mark.parametrize(("top", "left"), [("[2]", 2), (None, 1)])
+@pytest.mark.parametrize("name", ["vm-1-disk-{}", "disk{}.qcow2"])
+def test_qcow2_on_logical_volumes(top: str | None, left: int, name: str, tmp_path: Path) -> None:
+    """Three of them, by the links that a volume manager makes."""
+    with contextlib.ExitStack() as stack:
+        group = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=writable("/dev"))))
+        volumes = [group / name.format(number) for number in range(3)]
+        for volume in volumes:
+            (tmp_path / volume.name).write_bytes(bytes(SIZE))
+            volume.symlink_to(stack.enter_context(loop(tmp_path / volume.name)))
+        content = Content(bytearray(4 * MIB))
+        for number, volume in enumerate(volumes):
+            below = ["-b", str(volumes[number - 1]), "-F", "qcow2"] if number else []
+            run("qemu-img", "create", "-qf", "qcow2", *below, volume, "4M")
+            run("qemu-io", "-f", "qcow2", "-c", content.put(0x51 + number, number * MIB, MIB), volume)
+        target = [str(volumes[2]), "--format", "qcow2", "--allow", str(group)]
+        assert invoke("commit", str(volumes[2])).code == 3  # as a device looks it is not told
+        assert invoke("commit", *target[:3]).code == 3
+        assert len(invoke("chain", *target, "--json").document["images"]) == 3
+        assert invoke("doctor", *target).code == 0
+        done = invoke("commit", *target, *(["--top", top] if top else []), "--json")
+        assert (done.code, len(done.document["after"])) == (0, left), done.err
+        content.check(done.document["after"][-1], "qcow2")
+
+
+def writable(folder: str) -> str:
+    """A folder in which only root may make links."""
+    if not os.access(folder, os.W_OK):
+        pytest.skip(f"no leave to write to {folder}")
+    return folder
 
 
 def test_a_block_device_is_nothing_odd(folder: Path, tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
     async def work(output: "Output") -> str:
         from qmpmerge.doctor import images
 
-        output.doctor(target, await images.examine_path(target, allow=options.allow, search=search))
+        found = await images.examine_path(target, allow=options.allow, search=search, form=options.form)
+        output.doctor(target, found)
         return "done"
 
     async def on_live(target: "Target", output: "Output") -> str:

@@ -124,6 +124,8 @@ class TextOutput:
         disk = outcome.disk
         if outcome.verdict == "unchanged":
             self._say(f"{disk}: unchanged, {outcome.before} has no backing file, so there is nothing to merge")
+            for hint in outcome.hints:
+                self._hint(hint)
             return
         self._say(f"{disk}: {outcome.verdict}{humanize.cost(outcome)}")
         self._say(f"  before  {draw(outcome.before.images)}")
