@@ -62,7 +62,8 @@ async def attached(question: Question) -> AsyncIterator[Refused | Unseen]:
         return  # it has layers for itself, which is `busy`
     base, top = plan.base.node or "", plan.top.node or ""
     nodes = view.disk.nodes
-    for node in nodes[nodes.index(top) + 1 : nodes.index(base) + 1]:
+    filters = view.layout.filters_below(view.disk, plan.overlay) if plan.overlay is not None else []
+    for node in nodes[nodes.index(filters[0] if filters else top) + 1 : nodes.index(base) + 1]:
         others = [parent for parent in view.layout.parents.get(node, ()) if _is_outside(parent, view)]
         if any(parent.reads is None for parent in others):
             yield Unseen("QEMU does not tell what others who use these layers need")

@@ -22,7 +22,7 @@ from qmpmerge.images import headers, qcow2
 from qmpmerge.images.dependents import is_outside
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import DEEPEST
-from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.qemu.blockgraph import JOB_FILTERS, Disk, Layout
 from qmpmerge.sockets import typed
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
@@ -30,7 +30,7 @@ from qmpmerge.targets.target import Target
 DEEP = 300
 """Images in a chain from which on it costs: `query-block` takes 0.1 s there and 0.4 s at 500, all I/O standing still."""
 
-JOB_FILTERS = frozenset({"commit_top", "mirror_top", "backup-top", "copy-before-write"})
+LEFT_FILTERS = JOB_FILTERS | {"copy-before-write"}
 """Nodes that a job puts above a disk and takes away at its end; who makes backups by hand may insert the last one."""
 
 
@@ -71,7 +71,7 @@ def _filters(layout: Layout) -> Iterator[Finding]:
     for disk in layout.disks:
         for name in disk.nodes if disk.job is None else ():
             driver = layout.nodes[name].driver
-            if driver in JOB_FILTERS:
+            if driver in LEFT_FILTERS:
                 what = f"{disk.name} goes through node {name} ({driver}), but no job is on the disk"
                 why = "every write is copied for a backup that nobody makes: whoever inserted it must take it out again"
                 yield Finding("filter-left", "care", name, what, why)

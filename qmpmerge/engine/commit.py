@@ -59,7 +59,7 @@ class Commit:
         arguments: dict[str, Any] = {
             "job_id": run.job,
             "device": run.disk.root,
-            "top_node": self.plan.top.node,
+            "top_node": run.old_nodes[0],  # a filter above top, where there is one: see `Layout.filters_below`
             "base_node": self.plan.base.node,
             "speed": run.speed or 0,
             "on_error": "enospc",

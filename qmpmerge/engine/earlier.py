@@ -25,20 +25,28 @@ from qmpmerge.targets.target import ChainView, Target
 def plan_of(view: ChainView, job: Job) -> CommitPlan | None:
     """The plan that a running commit job carries out, read from the nodes it holds; None when it has just ended."""
     edges = view.layout.job_edges.get(job.id, {})
+    merged = edges.get("intermediate node", ())
     if "target" in edges:
         base, top = edges["target"][0], edges["source"][0]
     elif "base" in edges:
-        base, top = edges["base"][0], edges["intermediate node"][0]
+        base = edges["base"][0]
+        top = next((image.node or "" for image in reversed(view.chain.images) if image.node in merged), "")
     else:
         return None
     inside = [image.node for image in view.chain]
     if base not in inside or top not in inside:
         return None
-    if "base" in edges:
-        top = next(node for node in reversed(inside) if node in edges["intermediate node"]) or top
     planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top)
     refuse(planned.refusals)
     return planned
+
+
+def leaves_header(view: ChainView, planned: CommitPlan, job: Job) -> bool:
+    """Whether a job, of somebody else, will not rewrite the overlay's header: see `Layout.filters_below`."""
+    if planned.overlay is None or job.status == "concluded":
+        return False
+    merged = view.layout.job_edges.get(job.id, {}).get("intermediate node", ())
+    return any(node not in merged for node in view.layout.filters_below(view.disk, planned.overlay))
 
 
 def under_way(view: ChainView, planned: CommitPlan) -> Job | None:

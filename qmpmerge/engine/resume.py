@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from qmpmerge import folder
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile, Outcome
-from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
 from qmpmerge.engine import commit
 from qmpmerge.engine.request import Request
@@ -36,7 +35,7 @@ from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
 from qmpmerge.qemu import flush, jobs, vmstate
-from qmpmerge.qemu.blockgraph import Layout
+from qmpmerge.qemu.blockgraph import FILTERS, Layout
 from qmpmerge.qemu.monitor import Trace
 from qmpmerge.recovery.claims import Vouched, refuse_foreign
 from qmpmerge.recovery.evidence import Judgement, Use, Way, see_unused
@@ -256,16 +255,18 @@ async def _finished(run: Run) -> tuple[MergedFile, ...]:
     if run.carrier is not None:
         with contextlib.suppress(CommandError):
             await jobs.dismiss(run.carrier.monitor, run.job)
-        await run.carrier.close(_left_open(run.plan, await run.carrier.layout()))
+        await run.carrier.close(_left_open(run, await run.carrier.layout()))
     run.proved()  # before any file is dealt with
     return run.finish(State.DONE)
 
 
-def _left_open(plan: CommitPlan, layout: Layout) -> list[str]:
-    """The nodes of the merged images, where they still are those and no others of the same name."""
+def _left_open(run: Run, layout: Layout) -> list[str]:
+    """The nodes of the merged images, where they still are those and no others of the same name, and filters above them."""
+    plan = run.plan
+    filters = [node for node in run.old_nodes if node in layout.nodes and layout.nodes[node].driver in FILTERS]
     nodes = layout.between(plan.top.node or "", plan.base.node or "")
     files_there = {os.path.basename(str(layout.nodes[node].info.get("file"))) for node in nodes}
-    return nodes if plan.top.name in files_there else []
+    return [*filters, *nodes] if plan.top.name in files_there else []
 
 
 async def _undone(run: Run, judged: Judgement) -> None:

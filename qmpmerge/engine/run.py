@@ -80,6 +80,8 @@ class Run:
         """One whose job is to be started."""
         run = cls.resume(target, operation, request, lock, view=view, report=report)
         run.speed, run.is_started = request.speed or 0, False
+        above = run.old_nodes[: run.old_nodes.index(run.plan.top.node or "")]
+        run.notes += [f"node {node}, a filter above what was merged, went with it" for node in above]
         return run
 
     @classmethod
@@ -116,7 +118,8 @@ class Run:
             plan, layout = operation.plan, view.layout
             job = view.disk.job.id if view.disk.job else jobs.job_id(view.disk.name)
             driver = layout.nodes[plan.base.node or ""].driver
-            old_nodes = layout.between(plan.top.node or "", plan.base.node or "")
+            filters = layout.filters_below(view.disk, plan.overlay) if plan.overlay is not None else []
+            old_nodes = [*filters, *layout.between(plan.top.node or "", plan.base.node or "")]
         suspect = lock.note.suspect
         return cls(
             operation=operation,

@@ -80,6 +80,9 @@ async def _begun(
         await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)  # it is on its way to another state
     else:
         raise JobVerb(job=job_id, verb="follow", status="at work on nodes that are not of one chain", verbs=["cancel"])
+    if earlier.leaves_header(view, planned, job):
+        status = "at work below a filter, whose end would leave the overlay's header as it is,"
+        raise JobVerb(job=job.id, verb="follow", status=status, verbs=["cancel"])
     await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))
     if job.status != "concluded":
         request.refuse_ending_of(planned)

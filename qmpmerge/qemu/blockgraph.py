@@ -20,13 +20,13 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk
 from qmpmerge.qemu.jobs import Job
 
-FILTERS = frozenset(
-    {
-        "blkdebug", "blklogwrites", "blkreplay", "blkverify", "compress", "copy-before-write", "copy-on-read",
-        "preallocate", "replication", "throttle",
-        "commit_top", "mirror_top", "backup-top",  # put there by jobs, for as long as they run
-    }
-)  # fmt: skip
+JOB_FILTERS = frozenset({"commit_top", "mirror_top", "backup-top"})
+"""Filters that jobs put above a disk, for as long as they run."""
+
+FILTERS = JOB_FILTERS | {
+    "blkdebug", "blklogwrites", "blkreplay", "blkverify", "compress", "copy-before-write", "copy-on-read",
+    "preallocate", "replication", "throttle",
+}  # fmt: skip
 """Drivers that show the data of the node below them (`is_filter` in QEMU's block drivers)."""
 
 
@@ -201,6 +201,20 @@ class Layout:
                 order[name] = None
                 stack.extend(reversed(self.nodes[name].children.values()))
         return list(order)
+
+    def filters_below(self, disk: Disk, overlay: Image) -> list[str]:
+        """
+        The filters between an image of the disk and the image below it, top down, but for those of jobs. One that is named as
+        the top of a commit goes with it, and the overlay's header is rewritten; named is what lies below it, QEMU leaves the
+        header as it is, and says nothing (7.2 to 11.1: bdrv_drop_intermediate asks the parents of top, which are no overlays).
+        """
+        found = []
+        for name in disk.nodes[disk.nodes.index(overlay.node or "") + 1 :]:
+            if self.nodes[name].driver not in FILTERS:
+                break
+            if self.nodes[name].driver not in JOB_FILTERS:
+                found.append(name)
+        return found
 
     def between(self, top: str, base: str) -> list[str]:
         """The names of the nodes from `top` down that are not part of `base`, every parent before its children."""

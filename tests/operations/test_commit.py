@@ -548,3 +548,72 @@ async def test_a_quorum_is_not_said_to_have_nothing_below(tmp_path: Path, images
             with pytest.raises(SeveralImages) as refused:
                 await qmpmerge.commit(target)
     assert (refused.value.driver, refused.value.images) == ("quorum", [str(images[3]), str(other)])
+
+
+# --- a filter between the overlay and the layers below ------------------------------------------------------------------
+
+BELOW = {
+    "throttle": [
+        *("-object", "throttle-group,id=g,x-iops-total=100000"),
+        *("-blockdev", "throttle,node-name=f,throttle-group=g,file=b"),
+    ],
+    "blkdebug": ["-blockdev", "blkdebug,node-name=f,image=b"],
+    "two": ["-blockdev", "blkdebug,node-name=f0,image=b", "-blockdev", "preallocate,node-name=f,file=f0,read-only=on"],
+    "copy-on-read": ["-blockdev", "copy-on-read,node-name=f,file=b"],
+}
+
+
+def filtered(images: list[Path], kind: str) -> list[str]:
+    """The nodes of the chain, with a filter called ``f`` below the active image."""
+    arguments = nodes(images)
+    if kind == "copy-on-read":  # it writes to what it reads
+        arguments = [part.removesuffix(",read-only=on") if "node-name=b," in part else part for part in arguments]
+    arguments[-1] = arguments[-1].replace("backing=b", "backing=f")
+    return [*arguments[:-4], *BELOW[kind], *arguments[-4:], *device("c")]
+
+
+@pytest.mark.parametrize("kind", BELOW)
+async def test_a_filter_below_the_overlay_goes_with_what_is_merged(
+    tmp_path: Path, images: list[Path], content: Content, kind: str
+) -> None:
+    with machine(tmp_path, *filtered(images, kind)) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            outcome = await qmpmerge.commit(target, top="[3]")
+        assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
+        assert (outcome.after.active.backing, outcome.after.active.backing_format) == ("base.raw", "raw")
+        assert any("node f, a filter" in hint for hint in outcome.hints)
+        left = {node["node-name"] for node in vm.session.execute("query-named-block-nodes", flat=True)}
+        assert left == {"base", "base-file", "c", "c-file"}
+        vm.stop()
+    content.check(images[3])
+
+
+async def test_plain_block_commit_leaves_the_header_there(tmp_path: Path, images: list[Path]) -> None:
+    """So a job that somebody has started like that is not brought to its end."""
+    with machine(tmp_path, *filtered(images, "throttle")) as vm:
+        begin = {"device": "c", "top_node": "b", "base_node": "base", "auto_finalize": False, "auto_dismiss": False}
+        vm.session.execute("block-commit", job_id="theirs", **begin)
+        vm.wait_for_job("pending")
+        async with qmpmerge.live(vm.target) as target:
+            for verb in ("follow", "finalize"):
+                with pytest.raises(JobVerb, match="leave the overlay's header"):
+                    await qmpmerge.control(target, "theirs", verb)
+        vm.session.execute("job-finalize", id="theirs")
+        vm.wait_for_job("concluded")
+        assert '"backing-filename": "b.qcow2"' in faults.header(images[3])
+
+
+@pytest.mark.parametrize("kind", ["throttle", "two"])
+async def test_a_job_above_a_filter_is_taken_over(
+    tmp_path: Path, images: list[Path], content: Content, kind: str
+) -> None:
+    with machine(tmp_path, *filtered(images, kind)) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            with pytest.raises(StillRunning):
+                await qmpmerge.commit(target, top="[3]", speed=1, patience=qmpmerge.Patience(detach=True))
+            outcome = await qmpmerge.commit(target, top="[3]", speed=0)
+        assert (outcome.verdict, outcome.after.active.backing) == ("merged", "base.raw")
+        left = {node["node-name"] for node in vm.session.execute("query-named-block-nodes", flat=True)}
+        assert left == {"base", "base-file", "c", "c-file"}
+        vm.stop()
+    content.check(images[3])
