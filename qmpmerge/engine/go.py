@@ -207,6 +207,7 @@ async def _proved(run: Run, job: Job | None) -> Outcome:
         if job.error is not None:
             await proof.prove_old_chain(run)
             raise blockjob.failure(run, job.error)
+        run.has_ended_well = True
     if run.let_go:
         return await proof.prove(run, "kept", run.plan.chain)
     await run.operation.make_durable(run)

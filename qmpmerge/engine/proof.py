@@ -1,5 +1,6 @@
 """The proof: a fresh discovery must show what was planned, or the outcome is *unknown*."""
 
+import contextlib
 import shlex
 import time
 
@@ -9,7 +10,7 @@ from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchDisk, NotProven, SeveralImages
-from qmpmerge.images import nbd
+from qmpmerge.images import files, nbd
 from qmpmerge.journal import stash
 from qmpmerge.qemu.bitmaps import snapshots
 from qmpmerge.targets import identity
@@ -18,18 +19,43 @@ from qmpmerge.targets.target import ChainView
 
 async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
-    view = await view_after(run, expected)
-    if not _is_shown(run, expected, view.chain):
-        raise _not_proven(run, expected, view.chain)
+    try:
+        view = await view_after(run, expected)
+    except NoSuchDisk:
+        if not await _is_closed(run, expected):
+            raise
+        found, left = expected, []
+    else:
+        found, left = view.chain, [node for node in run.old_nodes if node in view.layout.nodes and verdict != "kept"]
+    if not _is_shown(run, expected, found):
+        raise _not_proven(run, expected, found)
     _see_names(run)
     if expected is run.plan.result:
         await _see_header_on_server(run)
     merged = run.finish(State.KEPT if verdict == "kept" else State.DONE)
-    left = [node for node in run.old_nodes if node in view.layout.nodes and verdict != "kept"]
     hints = [*_advice(run, verdict, merged), *run.notes]
     if left:
         hints.append(f"still open in QEMU, in use by somebody else: {', '.join(left)}")
-    return _outcome(run, verdict, view.chain, tuple(hints), merged)
+    return _outcome(run, verdict, found, tuple(hints), merged)
+
+
+async def _is_closed(run: Run, expected: Chain) -> bool:
+    """
+    Whether nothing of the disk is open any more because nobody used it: the last node with a name was that of its old active
+    image, and nodes without one go with what is above them. Then there is no graph to look at, and no guest that could be on
+    the wrong image: a job that was seen to end without an error has copied everything, which is made durable.
+    """
+    nodes = (await run.target.layout()).nodes
+    if not (run.has_ended_well and run.operation.pivots) or {run.plan.top.node, expected.active.node} & nodes.keys():
+        return False
+    if expected.active.has_path:
+        try:
+            with contextlib.suppress(PermissionError):  # QEMU may be somebody else, and has flushed it
+                files.sync(expected.active.file)
+        except OSError:
+            return False
+    run.notes.append(f"nobody used {run.disk.name}, and QEMU has closed it")
+    return True
 
 
 async def prove_old_chain(run: Run) -> None:

@@ -42,7 +42,8 @@ class Run:
 
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_started` says
     that QEMU has confirmed the start, `let_go` that the overlay is kept, `past_return` that the job may have been told to
-    end. `old_nodes` are those that the operation leaves open, top down. `notes` are sentences for the user.
+    end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those that the operation leaves open, top
+    down. `notes` are sentences for the user.
     """
 
     operation: Operation
@@ -62,6 +63,7 @@ class Run:
     is_started: bool = True
     let_go: bool = False
     past_return: bool = False
+    has_ended_well: bool = False
     verify: bool | None = None
     verified: bool = False
     suspect: str | None = None

@@ -617,3 +617,45 @@ async def test_a_job_above_a_filter_is_taken_over(
         assert left == {"base", "base-file", "c", "c-file"}
         vm.stop()
     content.check(images[3])
+
+
+# --- a disk that nobody uses ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", ["[3]", None])
+@pytest.mark.parametrize("named", ["all", "active"])
+@pytest.mark.parametrize("also", [False, True])
+async def test_a_daemon_that_is_started_only_to_merge(
+    tmp_path: Path, images: list[Path], content: Content, top: str | None, named: str, also: bool
+) -> None:
+    """Nodes without a name go with the one above them; another disk may be exported meanwhile."""
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "x.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", other, "8M")
+    server = ["-nbd-server", f"addr.type=unix,addr.path={tmp_path}/export", *nodes([other])]
+    export = ["-export", "nbd,id=export0,node-name=x,writable=on"]
+    only = [*("-blockdev", f"file,node-name=f,filename={images[3]}"), *("-blockdev", "qcow2,node-name=c,file=f")]
+    arguments = [*(nodes(images) if named == "all" else only), *([*server, *export] if also else [])]
+    options = [f"-{part}" if part.startswith("-") else part for part in arguments]
+    with machine(tmp_path, *options, program="qemu-storage-daemon") as vm:
+        async with qmpmerge.live(vm.target) as target:
+            outcome = await qmpmerge.commit(target, "c", top=top)
+        assert outcome.verdict == ("merged" if top else "pivoted")
+        assert str(outcome.after) == ("base.raw <-- c.qcow2" if top else "base.raw")
+        left = {node["node-name"] for node in vm.session.execute("query-named-block-nodes", flat=True)}
+        assert top is not None or named == "all" or left == ({"x", "x-file"} if also else set())
+        vm.stop()
+    content.check(outcome.after.active.file)
+    assert not list(tmp_path.glob(".*qmpmerge*"))
+
+
+@pytest.mark.parametrize("top", ["[3]", None])
+async def test_a_disk_that_no_device_has(tmp_path: Path, images: list[Path], content: Content, top: str | None) -> None:
+    only = [*("-blockdev", f"file,node-name=f,filename={images[3]}"), *("-blockdev", "qcow2,node-name=c,file=f")]
+    with machine(tmp_path, *only) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            outcome = await qmpmerge.commit(target, top=top)
+            assert outcome.verdict == ("merged" if top else "pivoted")
+            assert not await qmpmerge.examine(target) or top is not None
+        vm.stop()
+    content.check(outcome.after.active.file)
