@@ -55,11 +55,15 @@ job stays ready, mirroring every write, until someone ends it.
 
 @dataclass(frozen=True)
 class MergedFile:
-    """An image that is no longer part of the chain: what was done with its file, and where it is now."""
+    """
+    An image that is no longer part of the chain: what was done with its file, and where it is now. `obstacle` is why it was
+    not deleted, where it was to be.
+    """
 
     file: str
     action: str = "keep"
     now: str | None = None
+    obstacle: str | None = None
 
 
 CheckResult = Literal["passed", "forced", "not checked"]

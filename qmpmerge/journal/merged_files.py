@@ -10,7 +10,6 @@ import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Image, Inode
@@ -69,7 +68,6 @@ def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
     The merge is proved and durable by now. Done before, or in part, it goes on from there. Nothing is raised: a file
     that cannot be renamed stays, and that is said.
     """
-    record = _as_closed(record)
     needed, user = _needed(record)
     done: list[MergedFile] = []
     hints: list[str] = []
@@ -78,28 +76,17 @@ def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
         try:
             if index <= needed and image != record.chain.active:
                 hints.append(f"{image.file} stays where it is: {user} is built on it")
-                file = MergedFile(image.file, "keep", record.place(index) or image.file)
+                obstacle = f"{user} is built on it" if record.policy == "delete" else None
+                file = MergedFile(image.file, "keep", record.place(index) or image.file, obstacle)
             else:
                 file = _dealt_with(record, index, hints)
             done += [*_data_dealt_with(record, image, file, hints), file]
         except OSError as error:
-            done.append(MergedFile(image.file, "keep", record.place(index)))
+            obstacle = error.strerror or str(error) if record.policy == "delete" else None
+            done.append(MergedFile(image.file, "keep", record.place(index), obstacle))
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
     hints += [*_note_overlays(record), *_note_kept(record, done, needed)]
     return done, hints
-
-
-def _as_closed(record: Record) -> Record:
-    """
-    With what the old active image looks like that lost its name before the switch: QEMU has put the tables into it, when it
-    closed it, that it had in memory, and nobody else could find it to write to it.
-    """
-    place = record.place(record.top)
-    if record.top not in record.seen or place is None or place != record.away.get(record.top):
-        return record
-    with contextlib.suppress(OSError):
-        return replace(record, seen={**record.seen, record.top: look(record.chain[record.top], place)})
-    return record
 
 
 def _needed(record: Record) -> tuple[int, str]:
@@ -129,10 +116,11 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
     if reason is None:
         _remove(record, image, place)  # it took a while to find out; from here on nobody can close the gap
         return MergedFile(image.file, "delete", None)
-    if record.policy == "delete":
-        hints.append(f"{place} was not deleted: {reason}")
+    obstacle = reason if record.policy == "delete" else None
+    if obstacle is not None:
+        hints.append(f"{place} was not deleted: {obstacle}")
     _note(record, index, place, hints)
-    return MergedFile(image.file, "stash", place)
+    return MergedFile(image.file, "stash", place, obstacle)
 
 
 def _remove(record: Record, image: Image, path: str) -> None:

@@ -442,3 +442,31 @@ async def test_what_qemu_still_had_in_memory_of_the_old_active_image_is_no_chang
     assert not [hint for hint in outcome.hints if "changed" in hint or "no note" in hint]
     assert {action for _, action, _ in told(outcome)} == {policy}
     assert all(stashed.is_stashed(str(path)) for path in tmp_path.glob("*.merged"))
+# --- deleted, and what stays ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["drive", "blockdev"])
+def test_what_a_guest_has_not_flushed_keeps_no_file(
+    kind: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """
+    It was paused before we came, so QEMU has the tables of its active image in its caches: compared was what is on disk, and
+    the image was changed by QEMU itself as it closed it.
+    """
+    with KINDS[kind](tmp_path, images, content) as setup:
+        setup.write(0x77, 7 * MIB, 65536)  # a cluster that no image has yet
+        said = invoke("commit", setup.machine.target, setup.disk, "--merged-files", "delete", "--json")
+        assert (said.code, said.document["verified"]) == (0, True)
+        assert [file["action"] for file in said.document["merged"]] == ["delete"] * 3
+        setup.check()
+        setup.off()
+    content.check(images[0])
+
+
+def test_what_was_to_be_deleted_and_stays_is_in_the_verdicts_line(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """The exports of a daemon can be written to at any time, so nothing can be compared."""
+    with KINDS["storage-daemon"](tmp_path, images, content) as setup:
+        said = invoke("commit", setup.machine.target, setup.disk, "--merged-files", "delete")
+    assert "3 of 3 merged files not deleted\n" in said.out

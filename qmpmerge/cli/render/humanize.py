@@ -106,12 +106,14 @@ def disk_row(disk: "Disk") -> tuple[str, ...]:
 
 
 def cost(outcome: "Outcome") -> str:
-    """What a merge took: time, bytes copied, how long the guest was paused."""
+    """What a merge took: time, bytes copied, how long the guest was paused; and what it has left."""
     if outcome.verdict == "planned":
         return ", nothing was changed"
     copied = f", {size(outcome.copied)} copied" if outcome.copied is not None else ""
+    left = sum(one.obstacle is not None for one in outcome.merged)
+    undeleted = f", {left} of {len(outcome.merged)} merged files not deleted" if left else ""
     paused = f", guest paused for {outcome.paused_ms:.0f} ms" if outcome.paused_ms is not None else ""
-    return f" in {outcome.seconds:.2f} s{copied}{paused}" if outcome.seconds else ""
+    return (f" in {outcome.seconds:.2f} s{copied}{paused}" if outcome.seconds else "") + undeleted
 
 
 def fate(merged: "MergedFile", *, planned: bool) -> str:

@@ -162,7 +162,7 @@ class JsonOutput:
 
 
 def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
-    return [{"file": merged.file, "action": merged.action, "now": merged.now} for merged in files]
+    return [{key: getattr(one, key) for key in ("file", "action", "now", "obstacle")} for one in files]
 
 
 def _estimate(estimate: "Estimate") -> dict[str, object]:

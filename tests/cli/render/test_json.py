@@ -171,7 +171,7 @@ def test_commit(streams: Streams) -> None:
         "job": JOB.id,
         "before": ["/vm/base.raw", "/vm/a.qcow2"],
         "after": ["/vm/base.raw"],
-        "merged": [{"file": "/vm/a.qcow2", "action": "stash", "now": "/vm/a.qcow2.merged"}],
+        "merged": [{"file": "/vm/a.qcow2", "action": "stash", "now": "/vm/a.qcow2.merged", "obstacle": None}],
         "copied": GIB,
         "seconds": 1.235,
         "verified": False,  # not in DESIGN.md yet
@@ -404,7 +404,7 @@ def test_recoveries_and_what_was_cleaned() -> None:
         "action": "done",
         "reasons": ["why"],
         "hints": [],
-        "merged": [{"file": "/vm/a.qcow2", "action": "stash", "now": "/vm/a.qcow2.merged"}],
+        "merged": [{"file": "/vm/a.qcow2", "action": "stash", "now": "/vm/a.qcow2.merged", "obstacle": None}],
     }
     streams = Streams()
     streams.output.cleaned([Cleaned("/vm/a.merged", 1, "in use")], dry_run=False)
