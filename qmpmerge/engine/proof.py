@@ -4,12 +4,13 @@ import contextlib
 import shlex
 import time
 
+from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, told_apart
 from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import NoSuchDisk, NotProven, SeveralImages
+from qmpmerge.errors import CommandError, NoSuchDisk, NotProven, SeveralImages
 from qmpmerge.images import files, nbd
 from qmpmerge.journal import stash
 from qmpmerge.qemu.bitmaps import snapshots
@@ -26,7 +27,8 @@ async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
             raise
         found, left = expected, []
     else:
-        found, left = view.chain, [node for node in run.old_nodes if node in view.layout.nodes and verdict != "kept"]
+        found = await _spelt_as_planned(run, expected, view.chain)
+        left = [node for node in run.old_nodes if node in view.layout.nodes and verdict != "kept"]
     if not _is_shown(run, expected, found):
         raise _not_proven(run, expected, found)
     _see_names(run)
@@ -105,7 +107,48 @@ def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
         return True
     image = found[expected.index(expected.find(overlay.node or overlay.file))]
     formats = {run.plan.base.format, run.base_driver}
-    return image.backing == run.plan.backing_name and image.backing_format in formats
+    return _leads_to_base(run, image) and image.backing_format in formats
+
+
+def _leads_to_base(run: Run, overlay: Image) -> bool:
+    """Whether the header names base, by the string that was planned or by another path to the same file."""
+    name, base = overlay.backing, run.plan.base
+    if name is None or name == run.plan.backing_name:
+        return name is not None
+    if not (base.has_path and overlay.has_path and base.inode is not None) or base.slice is not None:
+        return False
+    folders = backing.folders(overlay) if backing.is_path(name) else ()
+    return bool(folders) and all(backing.leads_from(folder, name, base) for folder in folders)
+
+
+async def _spelt_as_planned(run: Run, expected: Chain, found: Chain) -> Chain:
+    """
+    Who starts a job without `backing-file` has QEMU write an absolute path over a relative one. It is mended where QEMU can:
+    it records the overlay's own format for base (`change-backing-file`). Raises HeaderNotDurable.
+    """
+    overlay, name = run.plan.overlay, run.plan.backing_name
+    if expected is not run.plan.result or overlay is None or name is None or not _is_shown(run, expected, found):
+        return found
+    written = found[expected.index(expected.find(overlay.node or overlay.file))].backing
+    if written == name:
+        return found
+    base, reason = run.plan.base, ""
+    if overlay.format == base.format == run.base_driver:
+        try:
+            await run.target.monitor.execute(
+                "change-backing-file", device=run.disk.root, image_node_name=overlay.node, backing_file=name
+            )
+        except CommandError as error:
+            reason = f" ({error.description})"
+        else:
+            await run.operation.make_durable(run)
+            return (await view_after(run, expected)).chain
+    command = ["qemu-img", "rebase", "-u", "-f", overlay.format, "-F", base.format, "-b", name, overlay.file]
+    run.notes.append(
+        f"{overlay.file} names its backing file as {written} now, not as {name}{reason}: with the VM off "
+        f"`{shlex.join(command)}` mends it"
+    )
+    return found
 
 
 def _not_proven(run: Run, expected: Chain, found: Chain) -> NotProven:

@@ -7,6 +7,8 @@ Where a test is named `plain_...` it pins the harm itself: the fact that the ste
 import asyncio
 import contextlib
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -659,3 +661,33 @@ async def test_a_disk_that_no_device_has(tmp_path: Path, images: list[Path], con
             assert not await qmpmerge.examine(target) or top is not None
         vm.stop()
     content.check(outcome.after.active.file)
+
+
+# --- another spelling of the same base ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["follow", "finalize"])
+@pytest.mark.parametrize("base", ["base.raw", "base.qcow2"])
+async def test_a_job_of_somebody_who_did_not_say_how_to_name_the_base(tmp_path: Path, base: str, verb: str) -> None:
+    """QEMU has written an absolute path over a relative one; it is mended where QEMU records the right format with it."""
+    images, content = make_chain(tmp_path, (base, "a.qcow2", "b.qcow2", "c.qcow2")), Content()
+    fill(images, content)
+    with blockdev(tmp_path, images, content) as setup:
+        session = setup.machine.session
+        nodes = {"device": "c", "top_node": "b", "base_node": "base"}
+        session.execute("block-commit", job_id="theirs", **nodes, auto_finalize=False, auto_dismiss=False)
+        setup.machine.wait_for_job("pending")
+        async with qmpmerge.live(setup.machine.target) as target:
+            outcome = await qmpmerge.control(target, "theirs", verb)
+            assert isinstance(outcome, qmpmerge.Outcome) and outcome.verdict == "merged"
+            assert (await target.chain()).oddities == ()
+        is_mended = base == "base.qcow2"
+        assert outcome.after.active.backing == (base if is_mended else str(images[0]))
+        commands = [command for hint in outcome.hints for command in re.findall("`(qemu-img [^`]+)`", hint)]
+        assert len(commands) == (0 if is_mended else 1)
+        setup.off()
+    for command in commands:
+        run(*shlex.split(command))
+    assert f'"backing-filename": "{base}"' in faults.header(images[3])
+    assert f'"backing-filename-format": "{images[0].suffix[1:]}"' in faults.header(images[3])
+    content.check(images[3])
