@@ -113,8 +113,12 @@ class Disk:
         lambda disk, name: bool(name) and name == disk.qdev,
         lambda disk, name: name in disk.top_nodes,
         lambda disk, name: disk.chain is not None and disk.chain.active.is_file(name),
+        lambda disk, name: name in disk.nodes,
     )
-    """What a user can mean by a disk's name, in the order of who wins: name, qdev id, node, the active image's path."""
+    """
+    What a user can mean by a disk's name, in the order of who wins: name, qdev id, node of the active image or above it, the
+    active image's path, any node of the chain, which was the active one's before the last snapshot.
+    """
 
 
 @dataclass(frozen=True)

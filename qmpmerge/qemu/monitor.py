@@ -145,9 +145,21 @@ def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
         raise CommandError(command, "a name is no UTF-8, which QMP cannot carry") from None
 
 
+class _Client(QMPClient):
+    """Understands monitors with ``pretty=on`` too, which write an object over several lines, and close it at the margin."""
+
+    async def _do_recv(self) -> Message:
+        lines = [await self._readline()]
+        size = len(lines[0])
+        while lines[0].rstrip() == b"{" and lines[-1].rstrip(b"\r\n") != b"}" and size <= LARGEST_REPLY:
+            lines.append(await self._readline())
+            size += len(lines[-1])
+        return Message(b"".join(lines), eager=True)
+
+
 def new_client() -> QMPClient:
     """A client that keeps nothing: the listener that each one of qemu.qmp has would keep all events until its end."""
-    client = QMPClient(readbuflen=LARGEST_REPLY)
+    client = _Client(readbuflen=LARGEST_REPLY)
     client.events.event_filter = lambda event: False
     return client
 

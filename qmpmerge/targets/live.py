@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
-from qmpmerge.errors import LibvirtManaged, MonitorSilent, MonitorTaken, NoSuchTarget
+from qmpmerge.errors import LibvirtManaged, MonitorSilent, MonitorTaken, NoSuchTarget, Unreachable
 from qmpmerge.qemu import connect, monitor
-from qmpmerge.qemu.monitor import Trace
+from qmpmerge.qemu.monitor import Monitor, Trace
 from qmpmerge.sockets import Address
 from qmpmerge.targets.target import Target
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _PID = re.compile(r"pid:(\d{1,9})", re.ASCII)
 _TCP = re.compile(r"tcp:(.*):(\d{1,5})", re.ASCII | re.DOTALL)
+SHORT_SECONDS = 1.0
+"""How long one of several monitors may take for its greeting before the next one is tried."""
 
 
 @contextlib.asynccontextmanager
@@ -38,21 +40,16 @@ async def live(
     unless `force` holds ``libvirt``.
     """
     target = os.fspath(target)
-    address, vm = find(target)
+    addresses, vm = find(target)
     pid = None if vm is None else vm.pid
     if "libvirt" not in force:
         _refuse_libvirt(pid, target)
-    try:
-        session = await connect.connect(address, timeout=timeout, trace=trace)
-    except MonitorSilent as error:
-        raise await _with_holder(error, address) from None
+    session, address = await _connected(addresses, target, pid, timeout=timeout, trace=trace)
     live_target = Target(session, target, lambda: connect.connect(address, timeout=timeout, trace=trace))
     if vm is not None and vm.namesakes:
         others = ", ".join(map(str, vm.namesakes))
         live_target.notes.append(f"{target} is pid {vm.pid}: others of this name (pid {others}) run as other users")
     try:
-        if pid is not None and session.pid not in (None, pid):
-            raise MonitorTaken(target=target, pid=pid, other=session.pid)
         if "libvirt" not in force:
             _refuse_libvirt(session.pid, target)
         yield live_target
@@ -60,25 +57,51 @@ async def live(
         await live_target.monitor.close()
 
 
-def find(target: str) -> "tuple[Address, Vm | None]":
+async def _connected(
+    addresses: Sequence[Address], target: str, pid: int | None, *, timeout: float, trace: Trace | None
+) -> tuple[Monitor, Address]:
     """
-    The address that `target` means, and the QEMU where it means a process. A path that exists is never taken for a name.
+    A session with the first monitor that answers: of several each gets a short while, since one that somebody else holds
+    answers nothing; where none has answered the first gets all the time. Raises its error, or MonitorTaken.
+    """
+    for address in addresses if len(addresses) > 1 else ():
+        with contextlib.suppress(Unreachable):
+            return await _session(address, target, pid, min(timeout, SHORT_SECONDS), trace), address
+    try:
+        return await _session(addresses[0], target, pid, timeout, trace), addresses[0]
+    except MonitorSilent as error:
+        raise await _with_holder(error, addresses[0]) from None
+
+
+async def _session(address: Address, target: str, pid: int | None, timeout: float, trace: Trace | None) -> Monitor:
+    """With the process that was meant: a path can be taken over by a QEMU that was started later."""
+    session = await connect.connect(address, timeout=timeout, trace=trace)
+    if pid is not None and session.pid not in (None, pid):
+        await session.close()
+        raise MonitorTaken(target=target, pid=pid, other=session.pid)
+    return session
+
+
+def find(target: str) -> "tuple[list[Address], Vm | None]":
+    """
+    The addresses that `target` means, the one to be tried first first, and the QEMU where it means a process. A path that
+    exists is never taken for a name.
 
     Raises NoSuchTarget, AmbiguousName, NoMonitor.
     """
     if target.startswith("unix:"):
-        return target.removeprefix("unix:"), None
+        return [target.removeprefix("unix:")], None
     if target.startswith("tcp:"):
-        return _tcp(target), None
+        return [_tcp(target)], None
     if os.path.lexists(target):
-        return target, None
+        return [target], None
     if "/" in target:
         raise NoSuchTarget(target=target)
     from qmpmerge.processes import vms  # only names need it
 
     by_pid = _PID.fullmatch(target)
     vm = vms.find_pid(int(by_pid[1])) if by_pid else vms.find(target)
-    return (_tcp(vm.monitor) if vm.monitor.startswith("tcp:") else vm.monitor), vm
+    return [_tcp(address) if address.startswith("tcp:") else address for address in vm.monitors], vm
 
 
 def _tcp(target: str) -> Address:

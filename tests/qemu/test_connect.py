@@ -829,7 +829,7 @@ async def test_a_monitor_on_a_port(tmp_path: Path, host: str, target: str) -> No
 
 
 def meant(target: str) -> tuple[Address, int]:
-    address, vm = live.find(target)
+    (address,), vm = live.find(target)
     assert vm is not None
     return address, vm.pid
 
@@ -846,7 +846,7 @@ def meant(target: str) -> tuple[Address, int]:
     ],
 )
 def test_an_address_is_taken_at_its_word(target: str, address: Address) -> None:
-    assert live.find(target) == (address, None)
+    assert live.find(target) == ([address], None)
 
 
 @pytest.mark.parametrize("target", ["tcp:localhost", "tcp:localhost:", "tcp:localhost:qmp", "tcp:", "tcp:localhost:-1"])
@@ -905,11 +905,11 @@ def test_a_path_that_exists_is_never_taken_for_a_name(
     with machine(tmp_path, "-name", name) as vm:
         with socket.socket(socket.AF_UNIX) as other:
             other.bind(name)
-        assert live.find(name) == (name, None)
+        assert live.find(name) == ([name], None)
         assert not is_image(name)
         os.unlink(name)
         (tmp_path / name).touch()
-        assert live.find(name) == (name, None)
+        assert live.find(name) == ([name], None)
         assert is_image(name)
         os.unlink(name)
         assert meant(name) == (vm.target, vm.process.pid)

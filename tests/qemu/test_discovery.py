@@ -303,7 +303,8 @@ async def test_a_disk_is_addressed_by_every_name_it_has(tmp_path: Path, monkeypa
             assert layout.find(name, "").name == "vda"
         base = layout.disks[0].chain
         assert base is not None
-        for name in ("", "vd", "b.qcow2", str(files[0]), str(base.base.node), "/nowhere"):
+        assert layout.find(str(base.base.node), "").name == "vda"
+        for name in ("", "vd", "b.qcow2", str(files[0]), "/nowhere"):
             with pytest.raises(NoSuchDisk) as refused:
                 layout.find(name, machine.target)
             assert refused.value.known == ["vda"]
@@ -314,9 +315,9 @@ async def test_a_disk_is_addressed_by_its_filters(tmp_path: Path) -> None:
     filters = [*THROTTLE, *throttle("limited", "c"), *blockdev("copy-on-read", "cor", file="limited")]
     with machines.machine(tmp_path, *nodes(), *filters, *virtio("cor")) as machine:
         layout = await ask_all(machine)
-    assert {layout.find(name, "").name for name in ("disk0", "cor", "limited", "c")} == {"disk0"}
+    assert {layout.find(name, "").name for name in ("disk0", "cor", "limited", "c", "b")} == {"disk0"}
     with pytest.raises(NoSuchDisk):
-        layout.find("b", "")
+        layout.find("b-file", "")
 
 
 async def test_the_name_that_is_shown_wins_over_another_disk_s_qdev_id(tmp_path: Path) -> None:
