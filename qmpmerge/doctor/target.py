@@ -71,10 +71,19 @@ def _filters(layout: Layout) -> Iterator[Finding]:
     for disk in layout.disks:
         for name in disk.nodes if disk.job is None else ():
             driver = layout.nodes[name].driver
-            if driver in LEFT_FILTERS:
+            if driver in LEFT_FILTERS and not _is_read(layout, disk, name):
                 what = f"{disk.name} goes through node {name} ({driver}), but no job is on the disk"
                 why = "every write is copied for a backup that nobody makes: whoever inserted it must take it out again"
                 yield Finding("filter-left", "care", name, what, why)
+
+
+def _is_read(layout: Layout, disk: Disk, name: str) -> bool:
+    """
+    Whether an export, a job or a device reads what a filter keeps: through it (``snapshot-access``), or in what it copies to.
+    """
+    roots = {*layout.held, *(node for edges in layout.job_edges.values() for nodes in edges.values() for node in nodes)}
+    kept = {name, layout.nodes[name].children.get("target", name)}
+    return any(not kept.isdisjoint(layout.subtree(root)) for root in roots - {disk.root})
 
 
 def _unneeded(target: Target, layout: Layout) -> Iterator[Finding]:

@@ -242,6 +242,30 @@ async def test_a_filter_without_its_job(tmp_path: Path, images: list[Path]) -> N
         assert (found["filter-left"].where, found["filter-left"].command) == ("cbw", "")
 
 
+@pytest.mark.parametrize("read", ["snapshot-access", "target"])
+async def test_a_backup_that_somebody_reads_is_healthy(tmp_path: Path, images: list[Path], read: str) -> None:
+    """Through the filter, or in the old way from a target that has the disk for its backing file; until nobody reads it."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "target", "8M", cwd=tmp_path)
+    target = f"qcow2,node-name=t,file=tf{',backing=c' if read == 'target' else ''}"
+    extra = [
+        *("-blockdev", f"file,node-name=tf,filename={tmp_path}/target"),
+        *("-blockdev", target),
+        *("-blockdev", "copy-before-write,node-name=cbw,file=c,target=t"),
+    ]
+    with machine(tmp_path, *nodes(images), *extra, *device("cbw")) as vm:
+        node = "t"
+        if read == "snapshot-access":
+            node = "acc"
+            vm.session.execute("blockdev-add", driver="snapshot-access", node_name=node, file="cbw")
+        vm.session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(tmp_path / "export")}})
+        vm.session.execute("block-export-add", type="nbd", id="backup", node_name=node, name="backup")
+        assert await examined(vm) == {}
+        vm.session.execute("block-export-del", id="backup")
+        while vm.session.execute("query-block-exports"):  # it goes by and by
+            pass
+        assert "filter-left" in await examined(vm)
+
+
 async def test_an_inconsistent_bitmap_live_and_offline(tmp_path: Path, images: list[Path], content: Content) -> None:
     with blockdev(tmp_path, images, content) as setup:
         setup.machine.session.execute("block-dirty-bitmap-add", node="c", name="bits", persistent=True)
