@@ -51,7 +51,8 @@ async def check(
     from qmpmerge.processes import holders
 
     pid, opened = process(target, plan)
-    estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=dry_run)
+    version = target.monitor.version
+    estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=dry_run, version=version)
     below = dependents.folders_above(plan.base, plan.chain.active)
     others = await dependents.look([plan.base, *plan.merged], plan.chain, [*search, *below], holders.qemu_files())
     question = Question(target, pid, opened, view, plan, ending, handling, others, estimate, dry_run)
