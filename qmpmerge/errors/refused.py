@@ -303,9 +303,6 @@ class UnsupportedFormat(Refused):
         "{active_format} -O qcow2 {active} {active}.qcow2`{instead}"
     )
 
-    def _words(self) -> dict[str, object]:
-        return {**super()._words(), "active": shlex.quote(self.active)}
-
 
 class NoSpace(Refused):
     """
