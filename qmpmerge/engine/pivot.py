@@ -15,7 +15,7 @@ from qmpmerge import shield
 from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob, rest, safeguards
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import LeftDisplaced, RecordFailed
+from qmpmerge.errors import ImageUnreadable, LeftDisplaced, RecordFailed
 from qmpmerge.guest.pause import paused
 from qmpmerge.images import files
 from qmpmerge.journal import merged_files, store
@@ -41,6 +41,9 @@ async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
 async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     async with paused(run.target.monitor, run.deadman) as pause:
         since = await rest.begin(run)
+        if since is not None and pause.switch is None and run.target.is_live:
+            with contextlib.suppress(ImageUnreadable):  # what that means is for the comparison to say
+                await safeguards.write_out_top(run)
         if not run.verified:
             await _verify(run, doorbell, since)
         await safeguards.see_that_it_stays(run, doorbell)

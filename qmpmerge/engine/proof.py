@@ -47,8 +47,10 @@ async def _is_closed(run: Run, expected: Chain) -> bool:
     image, and nodes without one go with what is above them. Then there is no graph to look at, and no guest that could be on
     the wrong image: a job that was seen to end without an error has copied everything, which is made durable.
     """
-    nodes = (await run.target.layout()).nodes
-    if not (run.has_ended_well and run.operation.pivots) or {run.plan.top.node, expected.active.node} & nodes.keys():
+    names = {run.plan.top.node, expected.active.node}
+    if not (run.has_ended_well and run.operation.pivots and expected is run.plan.result) or None in names:
+        return False
+    if not names.isdisjoint((await run.target.layout()).nodes):
         return False
     if expected.active.has_path:
         try:

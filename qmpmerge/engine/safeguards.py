@@ -146,17 +146,18 @@ async def _is_same(run: Run) -> bool:
     """As `compare.same`, which opens names. Raises ImageUnreadable also where one leads to another file."""
     _see_what_is_compared(run)
     if run.operation.pivots and run.target.is_live:
-        await _write_out_top(run)
+        await write_out_top(run)
     same = await compare.same(run.plan)
     if not same:
         _see_what_is_compared(run)  # it may have been given to another file meanwhile
     return same
 
 
-async def _write_out_top(run: Run) -> None:
+async def write_out_top(run: Run) -> None:
     """
     Other programs do not see what QEMU still has in its caches of the active image's tables: `stop` writes it out, but of a
-    guest that was paused already nobody has asked that. Nor will the image then be changed when QEMU closes it.
+    guest that was paused already nobody has asked that. Nor will the image then be changed when QEMU closes it. Raises
+    ImageUnreadable where the storage fails.
     """
     try:
         await flush.flush(run.target.monitor, run.plan.top)

@@ -445,9 +445,9 @@ async def test_what_qemu_still_had_in_memory_of_the_old_active_image_is_no_chang
 # --- deleted, and what stays ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["drive", "blockdev"])
-def test_what_a_guest_has_not_flushed_keeps_no_file(
-    kind: str, tmp_path: Path, images: list[Path], content: Content
+@pytest.mark.parametrize(("kind", "policy"), [("drive", "delete"), ("blockdev", "delete"), ("blockdev", "stash")])
+def test_what_a_guest_has_not_flushed_is_no_change(
+    kind: str, policy: str, tmp_path: Path, images: list[Path], content: Content
 ) -> None:
     """
     It was paused before we came, so QEMU has the tables of its active image in its caches: compared was what is on disk, and
@@ -455,9 +455,10 @@ def test_what_a_guest_has_not_flushed_keeps_no_file(
     """
     with KINDS[kind](tmp_path, images, content) as setup:
         setup.write(0x77, 7 * MIB, 65536)  # a cluster that no image has yet
-        said = invoke("commit", setup.machine.target, setup.disk, "--merged-files", "delete", "--json")
-        assert (said.code, said.document["verified"]) == (0, True)
-        assert [file["action"] for file in said.document["merged"]] == ["delete"] * 3
+        said = invoke("commit", setup.machine.target, setup.disk, "--merged-files", policy, "--json")
+        assert (said.code, said.document["verified"]) == (0, policy == "delete")
+        assert [file["action"] for file in said.document["merged"]] == [policy] * 3
+        assert not [hint for hint in said.document["hints"] if "changed since" in hint]
         setup.check()
         setup.off()
     content.check(images[0])
