@@ -442,6 +442,8 @@ async def test_what_qemu_still_had_in_memory_of_the_old_active_image_is_no_chang
     assert not [hint for hint in outcome.hints if "changed" in hint or "no note" in hint]
     assert {action for _, action, _ in told(outcome)} == {policy}
     assert all(stashed.is_stashed(str(path)) for path in tmp_path.glob("*.merged"))
+
+
 # --- deleted, and what stays ----------------------------------------------------------------------------------------------
 
 
