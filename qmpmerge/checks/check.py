@@ -94,7 +94,7 @@ async def _rewrite_header(question: Question) -> None:
             backing_file=overlay.backing,
         )
     except CommandError as error:
-        raise NotWritable(file=overlay.file, reason=error.description) from None
+        raise NotWritable(file=overlay.file, reason=error.reason) from None
 
 
 CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen | Seen]]] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from qmpmerge.errors import CommandError, Error
+from qmpmerge.errors import Error
 
 if TYPE_CHECKING:
     from qmpmerge.targets.target import Target
@@ -36,7 +36,7 @@ def _ask(ctx: click.Context, question: "Callable[[Target], Awaitable[list[T]]]")
 
     try:
         return asyncio.run(asking())
-    except (Error, CommandError, TimeoutError):
+    except (Error, TimeoutError):
         return []
 
 

@@ -142,7 +142,7 @@ _STANDING: dict[str, tuple[Severity, str, str]] = {
 async def _guest(target: Target, layout: Layout) -> list[Finding]:
     """A guest that stands still or is throttled. Whether its filesystems are frozen only its agent could tell."""
     findings: list[Finding] = []
-    with contextlib.suppress(CommandError):  # a storage daemon has no guest
+    with _guestless():
         status = (await target.monitor.execute("query-status"))["status"]
         if status in _STANDING:
             severity, what, why = _STANDING[status]
@@ -154,6 +154,16 @@ async def _guest(target: Target, layout: Layout) -> list[Finding]:
     return findings
 
 
+@contextlib.contextmanager
+def _guestless() -> Iterator[None]:
+    """A storage daemon has no guest, and no command to ask about one."""
+    try:
+        yield
+    except CommandError as error:
+        if not error.is_unheard_of:
+            raise
+
+
 _NO_LIMITS = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
 
 
@@ -161,7 +171,7 @@ def _throttled(target: Target, devices: list[dict[str, Any]]) -> Iterator[Findin
     for entry in devices:
         group = str(entry.get("inserted", {}).get("group", ""))
         if leftovers.is_orphan(group):
-            device = {"device": entry["device"]} if entry["device"] else {"id": entry["qdev"]}
+            device = {"device": entry["device"]} if entry["device"] else {"id": entry.get("qdev", "")}
             what = f"a killed qmpmerge left its limit on the guest's writes (throttle group {group})"
             why = "the guest's disk is slow until the limit is lifted; limits of your own must be set again after it"
             command = typed(target.monitor.name, ("block_set_io_throttle", {**device, **_NO_LIMITS}))

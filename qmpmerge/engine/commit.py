@@ -24,12 +24,13 @@ from qmpmerge.errors import (
     FlushUnavailable,
     HeaderNotDurable,
     NotDurable,
+    NotProven,
     NotWritable,
-    QemuRefused,
     RecordFailed,
+    unproven,
 )
 from qmpmerge.journal.record import Record
-from qmpmerge.qemu import flush
+from qmpmerge.qemu import flush, jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
@@ -55,7 +56,7 @@ class Commit:
     decisions: ClassVar[frozenset[str]] = frozenset({"ready", "pending", "concluded"})
 
     async def start(self, run: Run) -> None:
-        """Send block-commit: nodes always by name, nothing ended behind our back. Raises NotWritable, QemuRefused."""
+        """Send block-commit: nodes always by name, nothing ended behind our back. Raises NotWritable, CommandError."""
         arguments: dict[str, Any] = {
             "job_id": run.job,
             "device": run.disk.root,
@@ -68,10 +69,18 @@ class Commit:
         try:
             await run.target.monitor.execute("block-commit", **arguments, **await self._more(run))
         except CommandError as error:
-            if "read-only" in error.description:  # a node with an explicit `read-only=on`, which only trying tells
-                reason = f"{error.description}: with `auto-read-only=on` it would be opened for writing when needed"
+            await self._see_that_none_began(run)
+            if "read-only" in error.reason:  # a node with an explicit `read-only=on`, which only trying tells
+                reason = f"{error.reason}: with `auto-read-only=on` it would be opened for writing when needed"
                 raise NotWritable(file=self.plan.base.file, reason=reason) from None
-            raise QemuRefused(command="block-commit", reason=error.description) from None
+            raise
+
+    async def _see_that_none_began(self, run: Run) -> None:
+        """QEMU said no. Raises NotProven where there is a job all the same, or that cannot be seen."""
+        expected = f"no job {run.job}, since QEMU refused to start it"
+        with unproven(run.target.name, expected):
+            if await jobs.look(run.target.monitor, run.job) is not None:
+                raise NotProven(target=run.target.name, expected=expected, found="it at work")
 
     async def _more(self, run: Run) -> dict[str, Any]:
         return {}

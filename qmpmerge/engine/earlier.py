@@ -26,7 +26,7 @@ def plan_of(view: ChainView, job: Job) -> CommitPlan | None:
     """The plan that a running commit job carries out, read from the nodes it holds; None when it has just ended."""
     edges = view.layout.job_edges.get(job.id, {})
     merged = edges.get("intermediate node", ())
-    if "target" in edges:
+    if {"target", "source"} <= edges.keys():
         base, top = edges["target"][0], edges["source"][0]
     elif "base" in edges:
         base = edges["base"][0]

@@ -61,8 +61,11 @@ async def go(run: Run) -> Outcome:
     run.write_down()
     try:
         return await _within_limits(run)
-    except (Untouched, Failed, Cancelled, asyncio.CancelledError) as error:  # the old chain was proved to be in use
-        run.undone(error)
+    except (Untouched, Failed, Cancelled, asyncio.CancelledError) as error:
+        if run.is_sent and isinstance(error, Untouched):  # what was begun and cannot be looked at is not refused
+            found = f"no way to look: {error}"
+            raise NotProven(target=run.target.name, expected=str(run.plan.result), found=found) from None
+        run.undone(error)  # the old chain was proved to be in use
         raise
     finally:
         run.close()
@@ -120,14 +123,10 @@ async def _taken_back(run: Run) -> None:
 async def _followed(run: Run) -> Outcome:
     patience, polite = run.request.patience, run.request.polite
     is_polite = polite is not None and run.target.can_reconnect and not patience.detach
-    is_sent = run.is_started
 
     async def work(doorbell: Doorbell) -> Outcome | None:
-        nonlocal is_sent
-        if not is_sent:
-            is_sent = True  # whatever becomes of it: it is never sent twice
-            await run.operation.start(run)
-            run.is_started = True
+        if not run.is_sent:
+            await _start(run)
         if patience.detach:
             raise _left(run)
         return None if is_polite else await _helped(run, doorbell)
@@ -138,6 +137,17 @@ async def _followed(run: Run) -> Outcome:
         await reconnect.follow_politely(run, polite)
         outcome = await reconnect.through(run, lambda doorbell: _helped(run, doorbell))
     return outcome
+
+
+async def _start(run: Run) -> None:
+    """Whatever becomes of it, it is sent only once."""
+    run.is_sent = True
+    try:
+        await run.operation.start(run)
+    except Untouched:
+        run.is_sent = False
+        raise
+    run.is_started = True
 
 
 async def _helped(run: Run, doorbell: Doorbell) -> Outcome:
@@ -151,20 +161,15 @@ async def _helped(run: Run, doorbell: Doorbell) -> Outcome:
 
 
 async def _to_the_end(run: Run, doorbell: Doorbell, ladder: "Ladder | None" = None) -> Outcome:
-    """What cannot be looked at once the job was started is not refused, as if nothing had been done: it is unknown."""
-    try:
-        _start_deadman(run)
-        job = await _copied(run, doorbell)
-        if ladder is not None:
-            await ladder.stop()  # the guest goes on before it is paused for the pivot, if it was paused to get here
-        if job is not None and run.operation.stops_at(run, job):
-            return proof.ready(run)
-        if job is not None:
-            job = await _switched(run, doorbell, job)
-        return await shield.finished(_proved(run, job))
-    except Untouched as error:
-        found = f"no way to look: {error}"
-        raise NotProven(target=run.target.name, expected=str(run.plan.result), found=found) from None
+    _start_deadman(run)
+    job = await _copied(run, doorbell)
+    if ladder is not None:
+        await ladder.stop()  # the guest goes on before it is paused for the pivot, if it was paused to get here
+    if job is not None and run.operation.stops_at(run, job):
+        return proof.ready(run)
+    if job is not None:
+        job = await _switched(run, doorbell, job)
+    return await shield.finished(_proved(run, job))
 
 
 def _start_deadman(run: Run) -> None:

@@ -141,7 +141,7 @@ async def _spelt_as_planned(run: Run, expected: Chain, found: Chain) -> Chain:
                 "change-backing-file", device=run.disk.root, image_node_name=overlay.node, backing_file=name
             )
         except CommandError as error:
-            reason = f" ({error.description})"
+            reason = f" ({error.reason})"
         else:
             await run.operation.make_durable(run)
             return (await view_after(run, expected)).chain

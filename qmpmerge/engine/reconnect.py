@@ -1,8 +1,9 @@
 """
 Sessions with the monitor that end before the merge does: lost ones are made again, and polite ones left in between.
 
-After a lost session nobody can say whether the last command took effect. The connection is closed first, so that a
-command which QEMU has not read will not be run later; then QEMU is asked again, and what it says is the truth.
+After a lost session, or a reply that says nothing, nobody can say whether the last command took effect. The connection is
+closed first, so that a command which QEMU has not read will not be run later; then QEMU is asked again, and what it says is
+the truth.
 """
 
 import asyncio
@@ -15,7 +16,17 @@ from qmpmerge import shield
 from qmpmerge.engine import blockjob, proof
 from qmpmerge.engine.pace.progress import Meter
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import JobFailed, MonitorSilent, NoReply, SessionLost, StillRunning, Untouched
+from qmpmerge.errors import (
+    BadReply,
+    JobFailed,
+    MonitorSilent,
+    NoReply,
+    PauseUnproven,
+    SessionLost,
+    StillRunning,
+    Unknown,
+    Untouched,
+)
 from qmpmerge.processes import proc
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
@@ -32,19 +43,19 @@ async def through(run: Run, work: Callable[[Doorbell], Awaitable[T]]) -> T:
     """
     Do `work`, which first looks where the job stands; once more with a new session where the first one is lost.
 
-    Raises SessionLost or NoReply where there is no second one: then the outcome is unknown.
+    Raises SessionLost, NoReply or BadReply where there is no second one: then the outcome is unknown.
     """
     try:
         async with run.target.monitor.listening() as doorbell:
             return await work(doorbell)
-    except (SessionLost, NoReply) as lost:
+    except (SessionLost, NoReply, BadReply) as lost:
         if not run.target.can_reconnect:
             raise
         again = _again(run, work, lost)
         return await (shield.finished(again) if run.past_return else again)
 
 
-async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: SessionLost | NoReply) -> T:
+async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: Unknown) -> T:
     pid = run.target.pid
     before = None if pid is None else proc.process(pid)
     if run.deadman is not None:  # it has the old connection too, and QEMU serves one at a time
@@ -57,11 +68,17 @@ async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: Sessi
         return await work(doorbell)
 
 
-async def reconnect(target: Target, lost: SessionLost | NoReply) -> None:
-    """A new session, at the first try. Raises `lost` where there is none: what the target does now is not known."""
+async def reconnect(target: Target, lost: Unknown) -> None:
+    """
+    A new session, at the first try. Raises `lost` where there is none: what the target does now is not known. PauseUnproven
+    where its guest was paused by us, and QEMU may be there still.
+    """
     try:
         await target.reconnect()
     except Untouched:
+        is_gone = target.pid is not None and proc.process(target.pid) is None
+        if target.monitor.has_paused and not is_gone:
+            raise PauseUnproven(target=target.name, reason=str(lost)) from None
         raise lost from None
 
 

@@ -28,6 +28,7 @@ from qmpmerge.errors import (
     Undecided,
     Unfinished,
     Unreachable,
+    unproven,
 )
 from qmpmerge.images import files, qemuimg
 from qmpmerge.journal import locks, store
@@ -253,9 +254,10 @@ async def _finished(run: Run) -> tuple[MergedFile, ...]:
         except (NotDurable, FlushUnavailable) as error:
             raise CannotRecover(file=image.file, reason=error.reason) from None
     if run.carrier is not None:
-        with contextlib.suppress(CommandError):
-            await jobs.dismiss(run.carrier.monitor, run.job)
-        await run.carrier.close(_left_open(run, await run.carrier.layout()))
+        with unproven(run.carrier.name, str(run.plan.result)):
+            with contextlib.suppress(CommandError):
+                await jobs.dismiss(run.carrier.monitor, run.job)
+            await run.carrier.close(_left_open(run, await run.carrier.layout()))
     run.proved()  # before any file is dealt with
     return run.finish(State.DONE)
 

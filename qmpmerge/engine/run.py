@@ -40,10 +40,10 @@ class Run:
     One operation on a chain, under `lock`. `carrier` is where it is carried out and `shown` the disk there; both are None
     where they are gone, and only files are left to be dealt with. `speed` is None where its job is there already.
 
-    `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_started` says
-    that QEMU has confirmed the start, `let_go` that the overlay is kept, `past_return` that the job may have been told to
-    end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those that the operation leaves open, top
-    down. `notes` are sentences for the user.
+    `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_sent` says that
+    the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
+    that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
+    that the operation leaves open, top down. `notes` are sentences for the user.
     """
 
     operation: Operation
@@ -60,6 +60,7 @@ class Run:
     checks: tuple[Checked, ...] = ()
     state: State = State.PLANNED
     record: Record | None = None
+    is_sent: bool = True
     is_started: bool = True
     let_go: bool = False
     past_return: bool = False
@@ -81,7 +82,7 @@ class Run:
     ) -> "Run":
         """One whose job is to be started."""
         run = cls.resume(target, operation, request, lock, view=view, report=report)
-        run.speed, run.is_started = request.speed or 0, False
+        run.speed, run.is_sent, run.is_started = request.speed or 0, False, False
         above = run.old_nodes[: run.old_nodes.index(run.plan.top.node or "")]
         run.notes += [f"node {node}, a filter above what was merged, went with it" for node in above]
         return run

@@ -88,7 +88,7 @@ async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
         await bitmaps.carry(run.target.monitor, await run.target.layout(), base, run.bitmaps)
     except CommandError as error:
         await shield.finished(blockjob.take_back(run, doorbell))
-        raise BitmapsNotCarried(base=base.file, reason=error.description) from None
+        raise BitmapsNotCarried(base=base.file, reason=error.reason) from None
 
 
 async def verify_at_rest(run: Run, doorbell: Doorbell, job: Job) -> None:

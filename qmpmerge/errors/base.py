@@ -188,12 +188,3 @@ def refuse(refusals: Sequence[Refused]) -> None:
         raise SeveralRefusals(refusals=list(refusals))
     for refusal in refusals:
         raise refusal
-
-
-class CommandError(Exception):
-    """QEMU answered a command with an error. Never shown as it is: whoever sent the command knows what it means."""
-
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(f"{command}: {description}")
-        self.command = command
-        self.description = description

@@ -1,6 +1,9 @@
 """Errors of a merge that was begun: it failed, was left, was cancelled, or is not proven."""
 
-from qmpmerge.errors.base import Error, Failed, Unknown
+import contextlib
+from collections.abc import Iterator
+
+from qmpmerge.errors.base import Error, Failed, Unknown, Untouched
 
 
 class JobFailed(Failed):
@@ -119,6 +122,15 @@ class NotProven(Unknown):
     sentence = "the outcome is not proven: expected {expected}, found {found}"
 
 
+@contextlib.contextmanager
+def unproven(target: str, expected: str) -> Iterator[None]:
+    """What cannot be looked at once something was begun is not refused, as if nothing had been done: it is not proven."""
+    try:
+        yield
+    except Untouched as error:
+        raise NotProven(target=target, expected=expected, found=f"no way to look: {error}") from None
+
+
 class NotUnderItsName(Unknown):
     """
     QEMU has switched, and the name of an image of the new chain leads to it no more: a start from that name fails, or shows
@@ -158,6 +170,18 @@ class NoReply(Unknown):
     command: str
     seconds: float
     sentence = "{target} did not answer {command} within {seconds:g} s"
+
+
+class BadReply(Unknown):
+    """
+    QEMU answered with what it never says: a key is missing, a value has another type, or its parts do not go together. What
+    the command did is not known, and what was to be learned from it neither.
+    """
+
+    target: str
+    command: str
+    came: str
+    sentence = "{target} answered {command} with what QEMU never says: {came}"
 
 
 class ThawUnproven(Unknown):

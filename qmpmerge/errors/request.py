@@ -101,12 +101,24 @@ class SecretUnreadable(Refused):
 
 
 class QemuRefused(Refused):
-    """QEMU said no to a command that starts something; the block graph is unchanged."""
+    """
+    QEMU answered a command with an error. Whoever sent the command mostly knows what that means, and says it instead; any
+    command can fail, though, and where nobody expected it this is what it is. Raised before anything was begun, or of what
+    changes nothing when it fails.
+    """
 
     command: str
     reason: str
     sentence = "QEMU refused {command}: {reason}"
     advice = "nothing was changed; `-v` shows the conversation"
+
+    @property
+    def is_unheard_of(self) -> bool:
+        """Whether there is no such command here: a storage daemon has no guest, and none of the commands about one."""
+        return self.reason.endswith("has not been found")
+
+
+CommandError = QemuRefused
 
 
 class FileExists(Refused):

@@ -91,8 +91,8 @@ async def is_frozen(channel: Channel, seconds: float) -> bool:
 async def freeze(channel: Channel, seconds: float) -> int:
     """Freeze them all; returns how many were frozen, which may be 0."""
     [reply] = await channel.ask("guest-fsfreeze-freeze", seconds=seconds)
-    count = reply.get("return")
-    if not isinstance(count, int):
+    count = _count(reply)
+    if count is None:
         raise AgentError(_complaint(reply))
     return count
 
@@ -106,8 +106,7 @@ async def thaw(channel: Channel, seconds: float) -> int:
     reply, status = await channel.ask("guest-fsfreeze-thaw", "guest-fsfreeze-status", seconds=seconds)
     if status.get("return") != "thawed":
         raise AgentError(_complaint(reply if "error" in reply else status))
-    count = reply.get("return")
-    return count if isinstance(count, int) else 0
+    return _count(reply) or 0
 
 
 # --- connecting ---------------------------------------------------------------------------------------------------
@@ -142,6 +141,12 @@ def _decoded(line: bytes) -> dict[str, object]:
     except (ValueError, RecursionError):
         return {}
     return reply if isinstance(reply, dict) else {}
+
+
+def _count(reply: dict[str, object]) -> int | None:
+    """How many filesystems it says; None where that is no such number."""
+    count = reply.get("return")
+    return count if type(count) is int and 0 <= count < 2**64 else None
 
 
 def _complaint(reply: dict[str, object]) -> str:

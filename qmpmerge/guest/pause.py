@@ -87,16 +87,25 @@ async def stop(monitor: Monitor, switch: Switch) -> None:
     Stop the vCPUs. QEMU waits for the guest's requests, however long its storage takes over them: meanwhile the switch has
     nothing to undo, and hears that we live.
     """
+    monitor.has_paused = True
     async with switch.patient():
         await monitor.execute("stop")
 
 
+async def go_on(monitor: Monitor) -> None:
+    """Let the guest run again. Raises what `Monitor.execute` raises."""
+    await monitor.execute("cont")
+    monitor.has_paused = False
+
+
 async def _resume(monitor: Monitor, switch: Switch) -> None:
     try:
-        await monitor.execute("cont")
-    except SessionLost as error:  # most likely QEMU is gone, and then nothing is paused
-        if await switch.act() not in (Undoing.DONE, Undoing.CLOSED):
+        await go_on(monitor)
+    except SessionLost as error:  # QEMU is gone, and nothing is paused; or it is not: see `Target.reconnect`
+        undone = await switch.act()
+        if undone not in (Undoing.DONE, Undoing.CLOSED):
             raise PauseUnproven(target=monitor.name, reason=str(error)) from None
+        monitor.has_paused = undone is Undoing.CLOSED
     except (NoReply, CommandError) as error:
         raise PauseUnproven(target=monitor.name, reason=str(error)) from None
     else:
@@ -114,5 +123,7 @@ async def _is_on_duty(switch: Switch, limit: float, turn: socket.socket) -> bool
 async def _is_running(monitor: Monitor) -> bool:
     try:
         return bool((await monitor.execute("query-status"))["running"])
-    except CommandError:  # there is no guest
-        return False
+    except CommandError as error:
+        if error.is_unheard_of:  # there is no guest
+            return False
+        raise

@@ -64,7 +64,7 @@ class Throttle:
                 self._device = {"device": self._disk.drive} if self._disk.drive else {"id": entry["qdev"]}
                 self.was = entry["inserted"]
                 return
-        raise CommandError("block_set_io_throttle", "QEMU tells no device of this disk")
+        raise CommandError(command="block_set_io_throttle", reason="QEMU tells no device of this disk")
 
     def _is_device(self, entry: Any) -> bool:
         return bool(self._disk.qdev) and qdev_id(entry.get("qdev", "")) == self._disk.qdev

@@ -6,10 +6,11 @@ a leading dash. `info` opens a single image and nothing below it.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +52,9 @@ async def info(path: str, format: str | None = None) -> Header:
     arguments = ["info", "--force-share", "--output=json"]
     if format is not None:
         arguments += ["-f", format]
-    return _header(json.loads(await _run(path, *arguments, os.path.abspath(path))))
+    output = await _run(path, *arguments, os.path.abspath(path))
+    with _understood(path):
+        return _header(json.loads(output))
 
 
 async def info_of(image: Image) -> Header:
@@ -62,7 +65,8 @@ async def info_of(image: Image) -> Header:
     except OSError as error:
         raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
     output = await _run(image.file, "info", "--force-share", "--output=json", _source(node), opened=opened.all)
-    return replace(_header(json.loads(output)), file=image.file)
+    with _understood(image.file):
+        return replace(_header(json.loads(output)), file=image.file)
 
 
 async def chain_info(path: str, format: str | None = None) -> list[Header]:
@@ -75,8 +79,9 @@ async def chain_info(path: str, format: str | None = None) -> list[Header]:
     arguments = ["info", "--force-share", "--backing-chain", "--output=json"]
     if format is not None:
         arguments += ["-f", format]
-    entries = json.loads(await _run(path, *arguments, os.path.abspath(path)))
-    return [_header(entry) for entry in reversed(entries)]
+    output = await _run(path, *arguments, os.path.abspath(path))
+    with _understood(path):
+        return [_header(entry) for entry in reversed(json.loads(output))]
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,12 @@ async def extents(image: Image) -> list[Extent]:
         node["backing"] = None
     output = await _run(image.file, "map", "--force-share", "--output=json", _source(node), opened=opened.all)
     # QEMU before 6.1 does not tell zeros that are noted from what is not there.
-    return [
-        Extent(entry["start"], entry["length"], zero=entry["zero"])
-        for entry in json.loads(output)
-        if entry.get("present", entry["data"]) and (entry["data"] or image.format != "raw")
-    ]
+    with _understood(image.file):
+        return [
+            Extent(int(entry["start"]), int(entry["length"]), zero=bool(entry["zero"]))
+            for entry in json.loads(output)
+            if entry.get("present", entry["data"]) and (entry["data"] or image.format != "raw")
+        ]
 
 
 async def create_overlay(file: File, *, size: int, backing: str, backing_format: str, format: str = "qcow2") -> None:
@@ -152,8 +158,12 @@ async def held(images: Sequence[Image]) -> list[Extent]:
     code, output, complaints = await _finished("map", "--output=json", source, seconds=None, opened=opened.all)
     if code != 0:
         raise ImageUnreadable(file=images[-1].file, reason=_first_line(complaints))
-    # `present` came with QEMU 6.1
-    return [Extent(entry["start"], entry["length"]) for entry in json.loads(output) if entry.get("present", True)]
+    with _understood(images[-1].file):  # `present` came with QEMU 6.1
+        return [
+            Extent(int(entry["start"]), int(entry["length"]))
+            for entry in json.loads(output)
+            if entry.get("present", True)
+        ]
 
 
 async def same(chain: Sequence[Image], other: Sequence[Image], within: Extent | None = None) -> bool:
@@ -250,16 +260,29 @@ def nbd_address(uri: str) -> str | tuple[str, int]:
     return path[0] if path else (parts.hostname or "", parts.port or 10809)
 
 
+@contextlib.contextmanager
+def _understood(path: str) -> Iterator[None]:
+    """Around what is made of its output. Raises ImageUnreadable where that is not what it says at any other time."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ImageUnreadable(file=path, reason=f"what it says makes no sense ({type(error).__name__})") from None
+
+
+def _text(entry: Any, key: str) -> str | None:
+    return str(entry[key]) if entry.get(key) is not None else None
+
+
 def _header(entry: Any) -> Header:
     own = entry.get("format-specific", {}).get("data", {})
     return Header(
-        file=entry["filename"],
-        format=entry["format"],
-        virtual_size=entry["virtual-size"],
-        backing=entry.get("backing-filename"),
-        backing_format=entry.get("backing-filename-format"),
-        open_bitmaps=tuple(bitmap["name"] for bitmap in own.get("bitmaps", ()) if "in-use" in bitmap["flags"]),
-        corrupt=own.get("corrupt", False),
+        file=str(entry["filename"]),
+        format=str(entry["format"]),
+        virtual_size=int(entry["virtual-size"]),
+        backing=_text(entry, "backing-filename"),
+        backing_format=_text(entry, "backing-filename-format"),
+        open_bitmaps=tuple(str(bitmap["name"]) for bitmap in own.get("bitmaps", ()) if "in-use" in bitmap["flags"]),
+        corrupt=bool(own.get("corrupt", False)),
     )
 
 

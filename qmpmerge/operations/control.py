@@ -10,7 +10,7 @@ from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.engine import earlier, resume
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
-from qmpmerge.errors import ForeignFile, InUse, JobVerb, Locked, NoSuchJob, Unfinished, VmState
+from qmpmerge.errors import ForeignFile, InUse, JobVerb, Locked, NoSuchJob, Unfinished, VmState, unproven
 from qmpmerge.journal import store
 from qmpmerge.journal.record import Record
 from qmpmerge.operations import follow
@@ -46,7 +46,7 @@ async def control(
     is then, None when it is gone. `speed` is for ``speed``, `ending` for ``follow``, `merged_files`, `pause` and
     `converge` are as for `commit.commit`.
 
-    Raises NoSuchJob, JobVerb, QemuRefused, Replaced, and what `follow.follow` raises.
+    Raises NoSuchJob, JobVerb, QemuRefused, Replaced, NotProven, and what `follow.follow` raises.
     """
     job = await _look(target, job_id)
     if verb not in job.verbs and not (verb in jobs.FINISHING and job.type == "commit"):
@@ -73,7 +73,8 @@ async def control(
         await _see_that_it_may_end(target, job_id)
     controlled = await jobs.control(target.monitor, job_id, verb, speed)
     if verb == "cancel" and job.ours:
-        await _settle(target, job_id)
+        with unproven(target.name, f"job {job_id} cancelled, and nothing left of it"):
+            await _settle(target, job_id)
     return controlled
 
 

@@ -27,10 +27,10 @@ from qmpmerge.errors import (
     NotProven,
     NotSeen,
     OptionsConflict,
-    QemuRefused,
     Temporary,
     Untouched,
     refuse,
+    unproven,
 )
 from qmpmerge.folder import File
 from qmpmerge.images import files, notes, qemuimg
@@ -82,7 +82,7 @@ async def snapshot(
     asks for it. `agent` is the socket of the guest agent: the guest's filesystems are frozen for the moment of the
     snapshot. `force` can hold ``in-use``: who else has an active image open may see it.
 
-    Raises VmState, RecordNotBelieved, FileExists, CannotCreate, Busy, Temporary, Replaced, InUse, BackingString, QemuRefused,
+    Raises VmState, RecordNotBelieved, FileExists, CannotCreate, Busy, Temporary, Replaced, InUse, BackingString, CommandError,
     AgentFailed; NotProven when a fresh look does not show the overlays.
     """
     layout = await _without_ended_jobs(target, files)
@@ -295,17 +295,24 @@ async def _node(target: Target, layout: Layout, order: _Order, file: File) -> As
             detect_zeroes=told.get("detect_zeroes", "off"),
             file={"driver": "file", "filename": order.file, "cache": cache, "discard": "unmap"},
         )
-    except CommandError as error:
-        raise QemuRefused(command="blockdev-add", reason=error.description) from None
-    try:
         _see(file)
         if identity.is_open(Image(file.path, "qcow2", 0, inode=file.inode), target.pid) is False:
             raise identity.swapped(file.path)
         yield
     except Untouched:
-        with contextlib.suppress(CommandError):
-            await target.monitor.execute("blockdev-del", node_name=order.node)
+        await _close(target, order)
         raise
+
+
+async def _close(target: Target, order: _Order) -> None:
+    """A file that QEMU has open is not to be removed. Raises NotProven where it has it still."""
+    try:
+        await target.monitor.execute("blockdev-del", node_name=order.node)
+    except CommandError as error:
+        expected = f"{order.file} closed again"
+        with unproven(target.name, expected):
+            if order.node in (await target.layout()).nodes:
+                raise NotProven(target=target.name, expected=expected, found=str(error)) from None
 
 
 def _see(file: File) -> None:
@@ -318,10 +325,7 @@ async def _transaction(target: Target, orders: list[_Order]) -> None:
     actions = [
         {"type": "blockdev-snapshot", "data": {"node": order.below.node, "overlay": order.node}} for order in orders
     ]
-    try:
-        await target.monitor.execute("transaction", actions=actions)
-    except CommandError as error:
-        raise QemuRefused(command="the snapshot", reason=error.description) from None
+    await target.monitor.execute("transaction", actions=actions)
 
 
 @contextlib.asynccontextmanager
@@ -339,7 +343,8 @@ async def _prove(target: Target, orders: list[_Order], made: list[File]) -> tupl
     """Every disk's chain must be what it was with the overlay on top, in the graph and in the overlay's header."""
     for order, file in zip(orders, made, strict=True):
         assert order.disk.chain is not None
-        view = await target.chain(order.node)
+        with unproven(target.name, f"{order.file} as the active image"):
+            view = await target.chain(order.node)
         overlay = replace(view.chain.active, file=order.file, backing=order.backing, inode=file.inode)
         expected = Chain((*order.disk.chain, overlay))
         odd = [oddity for oddity in view.oddities if oddity.file == order.file]

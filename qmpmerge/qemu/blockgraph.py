@@ -72,10 +72,14 @@ class Parent:
 
 
 def storage(node: Node, nodes: Mapping[str, Node]) -> Iterator[Node]:
-    """The nodes that an image is read through, from its own down to that of its file."""
+    """The nodes that an image is read through, from its own down to that of its file. Raises ValueError for a circle."""
+    seen = {node.key}
     yield node
     while (below := node.children.get("file") or node.children.get("image")) is not None:
         node = nodes[below]
+        if node.key in seen:
+            raise ValueError(f"{node.key} lies below itself")
+        seen.add(node.key)
         yield node
 
 

@@ -15,7 +15,16 @@ from qemu.qmp.protocol import ConnectError
 from qemu.qmp.qmp_client import NegotiationError
 
 from qmpmerge import sockets
-from qmpmerge.errors import CannotConnect, MonitorSilent, NobodyListens, NoPermission, NoSuchTarget, NotASocket, NotQmp
+from qmpmerge.errors import (
+    BadReply,
+    CannotConnect,
+    MonitorSilent,
+    NobodyListens,
+    NoPermission,
+    NoSuchTarget,
+    NotASocket,
+    NotQmp,
+)
 from qmpmerge.qemu import monitor
 from qmpmerge.qemu.monitor import COMMAND_SECONDS, GREETING_SECONDS, Monitor, Trace
 from qmpmerge.sockets import Address
@@ -82,9 +91,9 @@ async def _begun(connection: socket.socket, name: str, pid: int | None, timeout:
     await _greet(client, connection, name, pid, timeout)
     try:
         return Monitor(client, name, pid, trace, connection)
-    except (KeyError, TypeError, ValueError):
+    except BadReply as error:
         await monitor.disconnect(client)
-        raise NotQmp(address=name, got="it greets, but not as a QEMU does") from None
+        raise NotQmp(address=name, got=f"it greets, but not as a QEMU does ({error.came})") from None
 
 
 async def _connect(address: Address, name: str, timeout: float) -> socket.socket:
@@ -183,6 +192,9 @@ async def _greet(client: QMPClient, connection: socket.socket, name: str, pid: i
         if isinstance(error.exc, NegotiationError):
             raise _Overtaken from None
         raise NotQmp(address=name, got=_what_came(error)) from None
+    except AssertionError:  # qemu.qmp takes it for granted that a session which has just begun has not ended
+        await monitor.disconnect(client)
+        raise NotQmp(address=name, got="it closed the connection at once") from None
     finally:
         if client.runstate.name == "IDLE":
             connection.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.errors import CommandError, StreamConcluded
-from qmpmerge.qemu import blockgraph, jobs, slices
+from qmpmerge.qemu import blockgraph, jobs, reply, slices
 from qmpmerge.qemu.blockgraph import FILTERS, Disk, Layout, Node, Parent
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Monitor
@@ -111,11 +111,13 @@ class _Decoder:
 
     def _disk(self, root: str, *, drive: str, qdev: str) -> Disk:
         images: list[Image] = []
-        nodes: list[str] = []
+        nodes: dict[str, None] = {}
         current: str | None = root
         while current is not None:
             node = self._nodes[current]
-            nodes.append(current)
+            if current in nodes:
+                raise ValueError(f"{current} lies below itself")
+            nodes[current] = None
             if node.driver in FILTERS:
                 current = node.below
                 continue
@@ -177,8 +179,8 @@ async def discover(monitor: Monitor, locate: Locate) -> Layout:
     """
     Ask QEMU for everything and decode it.
 
-    Raises StreamConcluded where the question itself could crash QEMU, and what
-    `Monitor.execute` raises.
+    Raises StreamConcluded where the question itself could crash QEMU, BadReply where the replies do not go together, and
+    what `Monitor.execute` raises.
     """
     looks = 0
     while True:
@@ -189,14 +191,18 @@ async def discover(monitor: Monitor, locate: Locate) -> Layout:
         graph, devices, details = await _ask(monitor)
         looks += 1
         if looks == LOOKS or not _is_torn(graph, details):
-            return decode(graph, devices, details, running, locate)
+            with reply.making_sense(monitor.name, "x-debug-query-block-graph"):
+                return decode(graph, devices, details, running, locate)
 
 
 async def _ask(monitor: Monitor) -> tuple[Any, Any, Any]:
     try:
         graph = await monitor.execute("x-debug-query-block-graph")
     except CommandError:
-        graph = graph_of_stats(await monitor.execute("query-blockstats"))
+        stats = await monitor.execute("query-blockstats")
+        with reply.making_sense(monitor.name, "query-blockstats"):
+            graph = graph_of_stats(stats)
+        reply.see_shape(monitor.name, "query-blockstats", graph, reply.GRAPH)
     devices = await monitor.execute("query-block") if _depth(graph) <= DEEP else []
     return graph, devices, await monitor.execute("query-named-block-nodes", flat=True)
 

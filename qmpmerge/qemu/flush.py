@@ -61,14 +61,14 @@ async def _ask(monitor: Monitor, image: Image, more: dict[str, Any]) -> None:
 
 
 def _judge(image: Image, added: object, flushed: object) -> None:
-    if isinstance(added, CommandError) and "read-only" in added.description:
+    if isinstance(added, CommandError) and "read-only" in added.reason:
         return  # QEMU has flushed it when it made it so; where that fails, it stays as it was
     for reply in (added, flushed):
-        if isinstance(reply, CommandError) and "flushing" in reply.description:
-            raise NotDurable(node=image.node or image.file, reason=reply.description)
+        if isinstance(reply, CommandError) and "flushing" in reply.reason:
+            raise NotDurable(node=image.node or image.file, reason=reply.reason)
         if isinstance(reply, CommandError):
             cure = "use a QEMU of version 6.1 or later that was built with the block driver `blkdebug`"
-            raise FlushUnavailable(reason=reply.description, cure=cure)
+            raise FlushUnavailable(reason=reply.reason, cure=cure)
 
 
 def _sync(image: Image, pid: int | None) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from qmpmerge.errors import CommandError, JobVerb, NoSuchJob, QemuRefused, StillRunning
+from qmpmerge.errors import CommandError, JobVerb, NoSuchJob, StillRunning, unproven
 from qmpmerge.qemu.monitor import Doorbell, Monitor
 
 PREFIX = "qmpmerge-"
@@ -93,7 +93,7 @@ async def query(monitor: Monitor) -> list[Job]:
     try:
         plain = await monitor.execute("query-jobs")
     except CommandError as error:
-        if "machine initialization" not in error.description:
+        if "machine initialization" not in error.reason:
             raise
         from qmpmerge.qemu import vmstate  # no job of ours can be at work
 
@@ -182,7 +182,8 @@ async def control(monitor: Monitor, job_id: str, verb: str, speed: int = 0) -> J
     """
     Pause, resume, cancel or dismiss a job, or set its speed in bytes a second, where its state allows it.
 
-    Returns the job as it is then, None when it is gone. `cancel` waits for the end. Raises NoSuchJob, JobVerb, QemuRefused.
+    Returns the job as it is then, None when it is gone. `cancel` waits for the end. Raises NoSuchJob, JobVerb, CommandError;
+    NotProven where it cannot be looked at any more.
     """
     known = await query(monitor)
     job = next((job for job in known if job.id == job_id), None)
@@ -190,16 +191,14 @@ async def control(monitor: Monitor, job_id: str, verb: str, speed: int = 0) -> J
         raise NoSuchJob(job=job_id, target=monitor.name, known=[job.id for job in known])
     if verb not in job.verbs or verb in FINISHING:
         raise JobVerb(job=job.id, verb=verb, status=job.status, verbs=job.verbs)
-    try:
-        if verb == "speed":
-            await monitor.execute("block-job-set-speed", device=job_id, speed=speed)
-        else:
-            await monitor.execute(f"job-{verb}", id=job_id)
-    except CommandError as error:
-        raise QemuRefused(command=error.command, reason=error.description) from None
-    if verb == "cancel":
-        await _wait_for_end(monitor, job_id)
-    return await look(monitor, job_id)
+    if verb == "speed":
+        await monitor.execute("block-job-set-speed", device=job_id, speed=speed)
+    else:
+        await monitor.execute(f"job-{verb}", id=job_id)
+    with unproven(monitor.name, f"job {job_id} after {verb}"):
+        if verb == "cancel":
+            await _wait_for_end(monitor, job_id)
+        return await look(monitor, job_id)
 
 
 async def ended(monitor: Monitor, job_id: str, deadline: float | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from qmpmerge.errors import CommandError, NoReply, SessionLost
+from qmpmerge.qemu import reply
 
 Trace = Callable[[str, str], None]
 """Told of the traffic: direction (``->`` sent, ``<-`` received, ``<!`` event) and the text."""
@@ -52,7 +53,8 @@ logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 class Monitor:
     """
-    A negotiated QMP session. Made by `connected`.
+    A negotiated QMP session. Made by `connected`. `has_paused` says that the guest was stopped in it by us, and not seen to
+    run again.
 
     `pid` is the QEMU process where the kernel tells it (UNIX sockets on this host), else None. `version` is QEMU's, as
     in ``(7, 2, 22)``. `tell` hears a sentence when others are waited for.
@@ -67,7 +69,8 @@ class Monitor:
         self.pid = pid
         self._trace = trace
         self.tell: Callable[[str], None] = lambda text: None
-        self.version = _version_of(client)
+        self.version = _version_of(name, client)
+        self.has_paused = False
 
     @property
     def descriptor(self) -> int:
@@ -79,7 +82,8 @@ class Monitor:
         Run one QMP command and return its value; underscores in argument names become hyphens, but for `_OLD` commands.
 
         Raises CommandError when QEMU says no, SessionLost when the session ended before the reply, NoReply when none
-        came in time. After the last two nobody knows whether the command ran or still will: ask, never send it again.
+        came in time, BadReply where the value is not what `reply.SHAPES` says. After the last three nobody knows whether
+        the command ran or still will: ask, never send it again.
         """
         sent = {key if command in _OLD else key.replace("_", "-"): value for key, value in arguments.items()}
         shown = {**sent, "data": "(not shown)"} if command == "object-add" else sent
@@ -92,17 +96,18 @@ class Monitor:
             raise NoReply(target=self.name, command=command, seconds=timeout) from None
         except ExecuteError as error:
             self._tell("<-", {"error": str(error)})
-            raise CommandError(command, str(error)) from None
+            raise CommandError(command=command, reason=str(error)) from None
         except (QMPError, OSError, EOFError, ValueError) as error:
             raise SessionLost(target=self.name, command=command, reason=_reason(error)) from None
         self._tell("<-", {"return": value})
+        reply.see(self.name, command, value)
         return value
 
     async def execute_all(self, commands: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Any]:
         """
         Send commands one after the other without waiting in between; QEMU runs them in their order.
 
-        Returns the value or the CommandError of each. Raises SessionLost and NoReply as `execute` does.
+        Returns the value or the CommandError of each. Raises the others as `execute` does.
         """
         sent = (self.execute(command, **arguments) for command, arguments in commands)
         replies = await asyncio.gather(*sent, return_exceptions=True)
@@ -112,14 +117,19 @@ class Monitor:
         return replies
 
     def _tell(self, direction: str, message: object) -> None:
-        if self._trace is not None:  # a long chain is a megabyte to write out
-            self._trace(direction, json.dumps(message))
+        if self._trace is None:  # a long chain is a megabyte to write out
+            return
+        try:
+            text = json.dumps(message)
+        except RecursionError:
+            text = "(nested too deeply to be shown)"
+        self._trace(direction, text)
 
     async def accepts(self, command: str, argument: str) -> bool:
         """Whether this QEMU's `command` takes `argument`, by its schema and not by its version."""
         schema = {entry["name"]: entry for entry in await self.execute("query-qmp-schema")}
-        members = schema[schema[command]["arg-type"]]["members"] if command in schema else []
-        return any(member["name"] == argument for member in members)
+        taken = schema.get(schema.get(command, {}).get("arg-type"), {})
+        return any(member.get("name") == argument for member in taken.get("members", ()))
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator["Doorbell"]:
@@ -142,7 +152,7 @@ def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
     try:
         json.dumps(sent, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise CommandError(command, "a name is no UTF-8, which QMP cannot carry") from None
+        raise CommandError(command=command, reason="a name is no UTF-8, which QMP cannot carry") from None
 
 
 class _Client(QMPClient):
@@ -219,8 +229,11 @@ async def disconnect(client: QMPClient) -> None:
             await client.disconnect()
 
 
-def _version_of(client: QMPClient) -> tuple[int, int, int]:
+def _version_of(name: str, client: QMPClient) -> tuple[int, int, int]:
+    """Raises BadReply."""
     greeting = client.greeting
     assert greeting is not None, "a connected client was greeted"
-    numbers: Any = greeting.QMP.version["qemu"]
-    return int(numbers["major"]), int(numbers["minor"]), int(numbers["micro"])
+    told: Any = greeting.QMP.version
+    reply.see_shape(name, "the greeting", told, reply.GREETING)
+    numbers = told["qemu"]
+    return numbers["major"], numbers["minor"], numbers["micro"]

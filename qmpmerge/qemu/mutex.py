@@ -175,7 +175,7 @@ class _Queue:
         try:
             await self._monitor.execute("object-add", qom_type="secret", id=self._object(self._ours), data=data)
         except CommandError as error:
-            raise NoTurn("QEMU", f"takes no ticket for it: {error.description}") from None
+            raise NoTurn("QEMU", f"takes no ticket for it: {error.reason}") from None
         return self._ours
 
     async def _tickets(self) -> list[_Ticket]:
@@ -203,7 +203,7 @@ class _Queue:
             owner = _Owner(**json.loads(await self._monitor.execute("qom-get", path=path, property="data")))
         except CommandError:
             return None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return _Owner(0, 0, "")
         return owner if owner.place != _place() or _lives(ticket, owner) else None
 

@@ -30,10 +30,12 @@ async def check(monitor: Monitor, nodes: "Collection[Node]" = ()) -> str:
     See that the images may be written to; `nodes` are those of the disk, as the block graph shows them.
 
     A storage daemon has no state, and from 10.0 on nodes that can be inactive. Returns what could not be looked at, empty
-    where there is nothing. Raises VmState.
+    where there is nothing. Raises VmState, CommandError.
     """
     told, migration = await monitor.execute_all([("query-status", {}), ("query-migrate", {})])
     is_vm = not isinstance(told, CommandError)
+    if isinstance(told, CommandError) and not told.is_unheard_of:
+        raise told
     if is_vm and told["status"] == "inmigrate":
         reason = "it waits for an incoming migration, and its images are inactive"
         raise _refusal(monitor, "inmigrate", reason, f"{_ELSEWHERE}, or wait until it is here")

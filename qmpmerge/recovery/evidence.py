@@ -13,7 +13,7 @@ from typing import Literal
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.state import State
-from qmpmerge.errors import CommandError, ImageUnreadable, InUse, Undecided
+from qmpmerge.errors import ImageUnreadable, InUse, Undecided
 from qmpmerge.images import files, qcow2, qemuimg
 from qmpmerge.journal import merged_files
 from qmpmerge.journal.record import Record, look
@@ -269,7 +269,7 @@ async def compared(images: Sequence[Image], base: int) -> bool | str:
         return user
     try:
         return await qemuimg.same(images, images[:base])
-    except (ImageUnreadable, CommandError) as error:
+    except ImageUnreadable as error:
         return str(error)
 
 

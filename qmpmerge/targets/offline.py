@@ -67,7 +67,7 @@ class OfflineTarget(Target):
         _see_approved(self.pid, self._layers, [layer for _number, layer in written])
         for node, reply in zip(nodes, replies, strict=True):
             if isinstance(reply, CommandError):
-                raise NotWritable(file=str(node["filename"]), reason=reply.description)
+                raise NotWritable(file=str(node["filename"]), reason=reply.reason)
 
     async def layout(self) -> Layout:
         """The disk is called like its active image's file; that we have opened it read-only is not the disk's doing."""
@@ -164,9 +164,9 @@ async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, dry
     replies = await session.execute_all([("blockdev-add", node) for _layer, node in nodes])
     for (layer, _node), reply in zip(nodes, replies, strict=True):
         if isinstance(reply, CommandError):
-            if re.search(r"Failed to get .*lock", reply.description):
+            if re.search(r"Failed to get .*lock", reply.reason):
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait")
-            raise ImageUnreadable(file=layer.file, reason=reply.description)
+            raise ImageUnreadable(file=layer.file, reason=reply.reason)
     _see_approved(session.pid, layers, layers)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.chain.state import State
-from qmpmerge.errors import CommandError, StreamConcluded
+from qmpmerge.errors import CommandError, PauseUnproven, StreamConcluded
 from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.journal import store
@@ -68,12 +68,19 @@ class Target:
         return self._connect is not None
 
     async def reconnect(self) -> None:
-        """Give up the session, if there still is one, and make a new one. Raises what the door raises."""
+        """
+        Give up the session, if there still is one, and make a new one. A guest that was paused in the old one runs again:
+        its dead man's switch had no other session. Raises what the door raises, PauseUnproven.
+        """
         assert self._connect is not None, "see `can_reconnect`"
         await self.monitor.close()
-        tell = self.monitor.tell
-        self.monitor = await self._connect()
-        self.monitor.tell = tell
+        old, self.monitor = self.monitor, await self._connect()
+        self.monitor.tell = old.tell
+        if old.has_paused:
+            try:
+                await self.monitor.execute("cont")
+            except CommandError as error:
+                raise PauseUnproven(target=self.name, reason=str(error)) from None
 
     async def guest_runs(self) -> bool:
         """

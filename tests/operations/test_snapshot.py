@@ -14,7 +14,6 @@ import qmpmerge
 from qmpmerge.errors import (
     AgentFailed,
     CannotCreate,
-    CommandError,
     FileExists,
     NoSuchDisk,
     OptionsConflict,
@@ -267,7 +266,3 @@ async def test_an_agent_that_is_not_there_means_no_snapshot(setup: Setup, tmp_pa
         with pytest.raises(AgentFailed):
             await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2"}, agent=f"{tmp_path}/no-agent")
     await unchanged(setup.machine)
-
-
-async def test_commanderror_is_never_shown() -> None:
-    assert not issubclass(CommandError, qmpmerge.Error)

@@ -95,7 +95,7 @@ class Ladder:
         """Undo what was done to the guest; what cannot be undone by ourselves is left to the dead man's switch."""
         try:
             await self._undo.aclose()
-        except (Error, CommandError) as error:
+        except Error as error:
             self._say(f"whether the guest is as it was cannot be said ({error}): see `qmpmerge doctor`")
 
     def _ladder(self) -> "Iterator[Rung]":
@@ -131,7 +131,7 @@ class Ladder:
             await throttle.limit(target)
         except (CommandError, OSError) as error:
             throttle.refused = True
-            reason = error.description if isinstance(error, CommandError) else str(error)
+            reason = error.reason if isinstance(error, CommandError) else str(error)
             self._say(f"the guest's writes cannot be limited: {reason}")
         else:
             self._say(f"the guest's writes are limited to {mib(target)}/s until the end")
@@ -166,7 +166,7 @@ class Ladder:
                 self._say(f"the guest is paused, for {self.wanted.pause:g} s at the most")
                 yield
             finally:
-                await shield.finished(self.monitor.execute("cont"))
+                await shield.finished(pause.go_on(self.monitor))
                 switch.dismiss()
 
 
