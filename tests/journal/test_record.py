@@ -154,7 +154,7 @@ def test_what_is_larger_than_any_record_is_neither_read_nor_written(
         store.write(told)
     assert store.read(told.path) is None
     Path(told.path).write_bytes(bytes(1001))
-    assert reason(told) == "it has 1001 bytes, more than any record"
+    assert reason(told) == "it has 1001 bytes, which is too many"
 
 
 def test_a_record_of_a_thousand_layers_is_read(told: Record) -> None:
