@@ -46,7 +46,7 @@ _ZSH = """\
     done
     (( $#values )) && compadd -U -V names -l -d notes -a values
 }
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+if [[ $funcstack[1] == _%(prog_name)s ]]; then  # a file in a folder of $fpath, each time that it is called
     %(complete_func)s "$@"
 else
     compdef %(complete_func)s %(prog_name)s

@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import pwd
-import random
 import re
 import socket
 import struct
@@ -63,7 +62,7 @@ class _Owner:
 
     def __str__(self) -> str:
         user = str(self.user)
-        with contextlib.suppress(KeyError, OverflowError):
+        with contextlib.suppress(KeyError, OverflowError, TypeError):
             user = pwd.getpwuid(self.user).pw_name
         return f"pid {self.pid} of user {user}" + ("" if self.place == _place() else " on another host or network")
 
@@ -127,7 +126,7 @@ class _Queue:
                 raise NoTurn(self._holder, f"has been at work on it for more than {limit:g} s")
             if waited >= TELL_SECONDS:
                 self._tell()
-            await asyncio.sleep(random.uniform(0, 2 * LOOK_AGAIN_SECONDS))  # noqa: S311
+            await asyncio.sleep(LOOK_AGAIN_SECONDS * os.urandom(1)[0] / 128)
 
     async def leave(self) -> None:
         """Take our ticket away; where QEMU does not hear it, who comes next does."""

@@ -18,7 +18,7 @@ from qmpmerge.images.headers import Oddity
 from qmpmerge.journal import store
 from qmpmerge.journal.store import Disbelieved
 from qmpmerge.processes.openfiles import OpenFiles
-from qmpmerge.qemu import discovery, mutex
+from qmpmerge.qemu import discovery
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job, query
 from qmpmerge.qemu.monitor import Monitor
@@ -87,6 +87,8 @@ class Target:
         Whether a guest can write now; a storage daemon does not tell, its clients can. One that another merge has paused
         for a moment runs. Raises `mutex.NoTurn` where that moment does not end.
         """
+        from qmpmerge.qemu import mutex  # merges alone ask, and the engine has imported it
+
         try:
             async with mutex.taken(mutex.PAUSE, self.monitor):
                 return bool((await self.monitor.execute("query-status"))["running"])

@@ -26,6 +26,7 @@ qmpmerge() {{ printf '%s\\0' "$@" > {said}; }}
 ZSH = """
 PS1='> '
 bindkey -e
+fpath=({folder}/bin $fpath)
 autoload -Uz compinit && compinit -u -D
 function qmpmerge {{ printf '%s\\0' "$@" > {said} }}
 """
@@ -85,8 +86,10 @@ def shell(name: str, folder: Path) -> Iterator[Terminal]:
     said, rc = folder / "said", folder / (".zshrc" if name == "zsh" else "rc")
     os.mkfifo(said)
     settings, arguments = STARTED[name]
-    rc.write_text(settings.format(said=said) + invoke("completion", name).out)
+    script = invoke("completion", name).out
     (folder / "bin").mkdir()
+    (folder / "bin/_qmpmerge").write_text(script)
+    rc.write_text(settings.format(said=said, folder=folder) + (script if name != "zsh" else ""))
     (folder / "bin/qmpmerge").write_text(PROGRAM.format(python=sys.executable))
     (folder / "bin/qmpmerge").chmod(0o755)
     environment = {
