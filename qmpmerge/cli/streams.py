@@ -9,7 +9,6 @@ import errno
 import io
 import json
 import os
-import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -63,6 +62,8 @@ def _written(number: int, rest: memoryview) -> OSError | None:
         try:
             rest = rest[os.write(number, rest) :]
         except BlockingIOError:  # somebody with whom we share the pipe has made it so
+            import select  # rarely needed; asyncio has it for whoever has a job
+
             select.select([], [number], [])
         except OSError as error:
             return error

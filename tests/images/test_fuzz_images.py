@@ -43,8 +43,8 @@ def test_the_whole_image_is_merged_and_the_bench_sees_a_loss(
     broken = Case(stock, tmp_path / "broken", seeds[0])
     (tmp_path / "broken" / "vm" / "c.qcow2").unlink()
     before = mutations.Seen.of(stock / "vm")
-    broken._compare(before, mutations.Seen.of(tmp_path / "broken" / "vm"), "unlinked")
-    assert broken._found.lost == 1
+    broken.compare(before, mutations.Seen.of(tmp_path / "broken" / "vm"), "unlinked")
+    assert broken.found.lost == 1
 
 
 @pytest.mark.parametrize("kind", ["backing", "format", "data"])

@@ -155,7 +155,7 @@ class Case:
         shutil.copytree(stock, folder, ignore=shutil.ignore_patterns("fifo"))
         os.mkfifo(folder / "vm" / "fifo")
         self.what = [self._mutate() for _ in range(self._chance.choice([1, 1, 2, 3]))]
-        self._found = Findings()
+        self.found = Findings()
 
     def _mutate(self) -> str:
         path, mutation = self._folder / "vm" / self._chance.choice(IMAGES), self._chance.choice(MUTATIONS)
@@ -172,27 +172,27 @@ class Case:
         for arguments in LOOKING:
             looked = self._run(forks, *arguments)
             planned = planned or ("--dry-run" in arguments and arguments[0] == "commit" and looked.code == 0)
-        self._compare(before, Seen.of(self._folder / "vm"), "looked at")
+        self.compare(before, Seen.of(self._folder / "vm"), "looked at")
         if self._chance.random() < 0.3:
             self._run(forks, "snapshot", "c.qcow2", "c.qcow2=new.qcow2")
-            self._compare(before, Seen.of(self._folder / "vm"), "an overlay on top")
+            self.compare(before, Seen.of(self._folder / "vm"), "an overlay on top")
         else:
             self._merge(forks, before, self._view("c.qcow2", "qcow2") if planned else None)
         self._run(forks, "doctor", ".")
         if Seen.of(self._folder / "outside") != outside:
-            self._found.written_outside += 1
-            self._found.wrong.append("written outside")
-        return self._found
+            self.found.written_outside += 1
+            self.found.wrong.append("written outside")
+        return self.found
 
     def _merge(self, forks: Forks, before: Seen, view: bytes | None) -> None:
         merged = self._run(forks, "commit", "c.qcow2", "--json")
         after = Seen.of(self._folder / "vm")
         if merged.code != 0:
-            self._compare(before, after, f"exit code {merged.code}", written=merged.code not in (3, 4))
+            self.compare(before, after, f"exit code {merged.code}", written=merged.code not in (3, 4))
             return
-        self._compare(before, after, "merged", written=True)
-        self._found.merged = merged.document["verdict"] == "pivoted"
-        if self._found.merged and view is not None and self._view("base.raw", "raw") != view:
+        self.compare(before, after, "merged", written=True)
+        self.found.merged = merged.document["verdict"] == "pivoted"
+        if self.found.merged and view is not None and self._view("base.raw", "raw") != view:
             self._lost("base shows other data")
         kept = {inode for inode, (name, _, _) in after.files.items() if not name.endswith(".merged")}
         self._run(forks, "clean", ".")
@@ -202,11 +202,11 @@ class Case:
     def _run(self, forks: Forks, *arguments: str) -> Run:
         done = forks.run(*arguments, cwd=self._folder / "vm")
         told = complaints(done)
-        self._found.tracebacks += "Traceback" in done.out + done.err
-        self._found.wrong += [f"{' '.join(arguments)}: {one}: {(done.out + done.err)[-400:]!r}" for one in told]
+        self.found.tracebacks += "Traceback" in done.out + done.err
+        self.found.wrong += [f"{' '.join(arguments)}: {one}: {(done.out + done.err)[-400:]!r}" for one in told]
         return done
 
-    def _compare(self, before: Seen, after: Seen, what: str, *, written: bool = False) -> None:
+    def compare(self, before: Seen, after: Seen, what: str, *, written: bool = False) -> None:
         """Every file is there still, under whatever name; with what it held, unless it may have been `written`."""
         if not before.files.keys() <= after.files.keys():
             self._lost(f"{what}: a file is gone")
@@ -214,8 +214,8 @@ class Case:
             self._lost(f"{what}: a file is another one")
 
     def _lost(self, what: str) -> None:
-        self._found.lost += 1
-        self._found.wrong.append(what)
+        self.found.lost += 1
+        self.found.wrong.append(what)
 
     def _view(self, name: str, form: str) -> bytes | None:
         """What an image shows; None where QEMU cannot tell."""
