@@ -28,6 +28,7 @@ from qmpmerge.cli import main
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.folder import File, Folder
+from qmpmerge.images import notes as beside_images
 from qmpmerge.journal import store
 
 ALSO = "QMPMERGE_KILL_ALSO"
@@ -137,7 +138,7 @@ def run(notes: str, victim: str, moment: str, *arguments: str) -> None:
     killer.around(File, "write")
     killer.around(store, "mark")
     for name in ("put_on", "take_away", "merged"):
-        killer.around(notes, name)
+        killer.around(beside_images, name)
     sys.argv = ["qmpmerge", *arguments, "--json", "-v"]
     main()
 

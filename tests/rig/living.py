@@ -28,7 +28,7 @@ MOMENTS = (
     ),
     *("-> blockdev-add #1", "-> transaction #1", "<- transaction #1", "-> block-commit #1", "<- block-commit #1"),
     *("-> job-finalize #1", "<- job-finalize #1", "-> job-complete #1", "<- job-complete #1", "<- cont #1"),
-    *("-> job-dismiss #1", "<- job-dismiss #1", "=> mark #1", "<= mark #2", "=> sync_folder #2"),
+    *("-> job-dismiss #1", "<- job-dismiss #1", "=> mark #1", "<= mark #2", "=> sync #2", "<= sync #3"),
 )
 VICTIMS = ("tool", "daemon", "both")
 
