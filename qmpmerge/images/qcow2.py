@@ -23,6 +23,7 @@ _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 0x44415441
 _LONGEST_NAME = 1023
+_LARGEST_TABLE = 32 * 1024 * 1024  # QCOW_MAX_L1_SIZE in block/qcow2.h
 _EXTENDED_ENTRIES = 1 << 4
 _DIRTY = 1 << 0
 _EXTERNAL_DATA = 1 << 2
@@ -98,13 +99,12 @@ def is_empty(path: str) -> bool:
     Whether a qcow2 image holds nothing at all, so that it shows what it is built on: its first-level table is empty, and it has
     no snapshot. Whoever has it open may know better. Raises OSError.
     """
-    with open(path, "rb") as file:
+    with folder.reading(path) as file:
         start = file.read(72)
         if start[:4] != MAGIC or len(start) < 72 or struct.unpack_from(">I", start, 60) != (0,):
             return False
         entries, offset = struct.unpack_from(">IQ", start, 36)
-        file.seek(offset)
-        table = file.read(entries * 8)
+        table = file.read(entries * 8, offset) if entries * 8 <= _LARGEST_TABLE and offset < 1 << 62 else b""
     return len(table) == entries * 8 > 0 and not any(table)
 
 
