@@ -16,7 +16,8 @@ from rig.machines import MIB, Content, fill, make_chain, run
 
 import qmpmerge
 from qmpmerge.errors import CannotRecover, NoSuchStash
-from qmpmerge.images import dependents, files, stashed
+from qmpmerge.folder import Folder
+from qmpmerge.images import dependents, stashed
 from qmpmerge.journal import merged_files, store
 
 STASHED = [f"{name}.qcow2.merged" for name in "abc"]
@@ -169,22 +170,22 @@ class Death(BaseException):
     """As SIGKILL does."""
 
 
-@pytest.mark.parametrize("at", ["remove", "sync_folder"])
+@pytest.mark.parametrize("at", ["remove", "sync"])
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
 async def test_killed_anywhere_the_next_one_finishes(
     at: str, step: int, tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await merged(images, top="[3]")
     steps = iter(range(1, 99))
-    function = getattr(files, at)
+    function = getattr(Folder, at)
 
-    def dies(path: str) -> None:
+    def dies(*arguments: object) -> None:
         if next(steps) == step:
             raise Death
-        function(path)
+        function(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, at, dies)
+        patch.setattr(Folder, at, dies)
         try:
             await qmpmerge.clean([tmp_path])
         except Death:
@@ -283,10 +284,10 @@ async def test_a_file_that_is_none_is_named(tmp_path: Path, images: list[Path]) 
 async def test_what_cannot_be_removed_is_told(
     tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: str) -> None:
-        raise OSError(30, "Read-only file system", path)
+    def refuse(place: Folder, name: str, inode: object) -> None:
+        raise OSError(30, "Read-only file system", name)
 
     await merged(images, top="[3]")
-    monkeypatch.setattr(files, "remove", refuse)
+    monkeypatch.setattr(Folder, "remove", refuse)
     with pytest.raises(CannotRecover, match="Read-only"):
         await qmpmerge.clean([tmp_path])

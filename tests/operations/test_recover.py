@@ -31,6 +31,7 @@ from qmpmerge.errors import (
     Undecided,
     Unfinished,
 )
+from qmpmerge.folder import Folder
 from qmpmerge.images import files, stashed
 from qmpmerge.journal import locks, merged_files, store
 from qmpmerge.journal.record import Record
@@ -229,8 +230,9 @@ async def test_recover_can_be_killed_before_each_step(
         state(left)
         with monkeypatch.context() as patch:
             countdown = Countdown(step)
-            for name in ("rename", "remove", "sync", "sync_folder", "write"):
-                patch.setattr(files, name, countdown.watching(getattr(files, name)))
+            for name in ("rename", "remove", "sync", "put"):
+                patch.setattr(Folder, name, countdown.watching(getattr(Folder, name)))
+            patch.setattr(files, "sync", countdown.watching(files.sync))
             patch.setattr(store, "mark", countdown.watching(store.mark))
             try:
                 found = await qmpmerge.recover(left.images[3])
