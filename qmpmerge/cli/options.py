@@ -231,9 +231,10 @@ class Duration(click.ParamType[float]):
         if isinstance(value, float):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(value), re.IGNORECASE | re.ASCII)
-        if match is None:
+        unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()] if match else 0
+        if match is None or float(match[1]) * unit > LONGEST_SECONDS:
             self.fail(f"{value!r} is no time: write seconds, or a number with s, m, h or d, as in 7d", param, ctx)
-        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
+        return float(match[1]) * unit
 
 
 class Assignment(click.ParamType[tuple[str, str]]):

@@ -19,7 +19,7 @@ WORDS = [
 def command_lines(word: str) -> Iterator[list[str]]:
     """The word wherever the command line takes one, in a folder with a chain whose active image is ``c.qcow2``."""
     yield from ([word], [word, "c.qcow2"], ["completion", word])
-    for command in ("disks", "chain", "commit", "doctor", "jobs", "recover", "clean"):
+    for command in ("disks", "chain", "active", "commit", "doctor", "jobs", "recover", "clean"):
         yield [command, word]
     yield from (["job", word, "x", "follow"], ["job", "c.qcow2", word, "follow"], ["job", "nope", "x", word])
     yield from (
@@ -34,6 +34,7 @@ def command_lines(word: str) -> Iterator[list[str]]:
     yield from (["commit", "c.qcow2", "--dry-run", "--allow", word], ["chain", "c.qcow2", "--secret", word])
     if word != "/":  # which takes as long as the machine has files
         yield from (["doctor", "c.qcow2", "--search", word], ["commit", "c.qcow2", "--dry-run", "--search", word])
+    yield ["clean", ".", "--dry-run", "--older-than", word]
     yield from (["snapshot", word, "a=b"], ["snapshot", "c.qcow2", word], ["snapshot", "c.qcow2", f"{word}={word}"])
     yield from (["snapshot", "c.qcow2", f"nope={word}"], ["recover", "c.qcow2", "--use", word], ["clean", ".", word])
     yield ["snapshot", "c.qcow2", "nope=x", "--quiesce", "--agent", word]
