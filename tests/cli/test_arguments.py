@@ -72,6 +72,11 @@ def test_a_size_that_is_none_is_a_usage_error(option: str, value: str, command: 
     assert command.run("commit", "nope", "--converge", option, value, cwd=tmp_path).code == 2
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "9" * 5000, "99999999999d", "²d"])
+def test_an_age_that_is_none_is_a_usage_error(value: str, command: Forks, tmp_path: Path) -> None:
+    assert command.run("clean", ".", "--older-than", value, cwd=tmp_path).code == 2
+
+
 def test_the_places_are_all_that_there_are() -> None:
     """A new command, or a new option with a value, belongs into `nasty.command_lines`."""
     from qmpmerge.cli.commands.group import cli

@@ -32,6 +32,7 @@ def command_lines(word: str) -> Iterator[list[str]]:
     for option in ("--converge-floor", "--converge-pause"):
         yield ["commit", "c.qcow2", "--dry-run", "--converge", option, word]
     yield from (["commit", "c.qcow2", "--dry-run", "--allow", word], ["chain", "c.qcow2", "--secret", word])
+    yield ["chain", "c.qcow2", "--format", word]
     if word != "/":  # which takes as long as the machine has files
         yield from (["doctor", "c.qcow2", "--search", word], ["commit", "c.qcow2", "--dry-run", "--search", word])
     yield ["clean", ".", "--dry-run", "--older-than", word]
