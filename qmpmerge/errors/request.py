@@ -119,6 +119,7 @@ class QemuRefused(Refused):
 
 
 CommandError = QemuRefused
+"""What those call it who catch it, since they know what it means."""
 
 
 class FileExists(Refused):

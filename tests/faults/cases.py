@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from faults import conversations, darkness, recovering, sweeps, tools
+from faults import darkness, recovering, sweeps, tools
 from faults.fuzz import FUZZED, Fuzzed
 from faults.stage import Doer, Story
 from faults.sweeps import Bench, Sweep
@@ -94,8 +94,6 @@ def swept() -> Iterator[Swept]:
         ends: Ends = "limit" if back.pivots else "either"
         yield Swept(f"NB-{name}", "it comes back, and QEMU hides what is lost", back, lose_server, ends=ends)
     yield from killed_tools()
-    title = f"{conversations.COUNT} conversations, QEMU says one wrong thing in each"
-    yield Swept("FQ-conversations", title, conversations.Talk(), conversations.sweep, base_line=False, ends="either")
     if recovering.is_there():
         for name in ("L", "LA", "O", "OA"):
             title = "recover killed at each of its steps"

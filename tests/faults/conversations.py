@@ -3,52 +3,20 @@ Conversations with a QEMU that says one wrong thing: every command, every reply,
 """
 
 import shutil
-from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from rig import conversations
 from rig.conversations import CHANGING, LOOKING, Found, Scene, Stock, Told
-
-from faults.stage import Story
-from faults.sweeps import WORKERS, Bench, Sweep
+from rig.mutations import Findings
 
 COUNT = 1000
+WORKERS = 2
 WEIGHT = 3
 """A command that changes something is had so much more often than one that only looks."""
-
-
-class Talk(Story):
-    """What such a conversation is about."""
-
-    def __str__(self) -> str:
-        return "live, every command"
-
-
-@dataclass
-class Talks(Sweep):
-    """All of them: what was wrong, by kinds, and what the commands said."""
-
-    found: Found = field(default_factory=Found)
-    told: list[Told] = field(default_factory=list)
-
-    def figures(self) -> dict[str, Any]:
-        """Those of any sweep, and the kinds of what was wrong."""
-        kinds = {kind: len(wrong) for kind, wrong in vars(self.found).items()}
-        lied = sum(bool(told.liar.lied) for told in self.told)
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        return {
-            **super().figures(),
-            "faults": lied,
-            "wrong": len(self.found.lines()),
-            "wrong_at": self.found.lines(),
-            "verdicts": dict(Counter(str(told.run.code) for told in self.told)),
-            "kinds": kinds,
-            "notes": [f"{lied} of {len(self.told)} conversations came to the lie; wrong: {counts}"],
-        }
 
 
 @dataclass(frozen=True)
@@ -66,45 +34,35 @@ class Plan:
         return cls(scene, chance.random() < 0.6, chance.random() < 0.5, chance.randrange(2**32))
 
 
-def sweep(bench: Bench, story: Story, _doer: str) -> Talks:
-    """A thousand, or a sample."""
-    place = bench.folder / "conversations"
-    stock, talks = Stock.make(place / "stock"), Talks(story, "qmpmerge")
-    chance = Random(bench.seed)
-    plans = [Plan.of(chance) for _ in range(COUNT if bench.sample is None else bench.sample)]
+def tries(seed: int, folder: Path) -> Iterator[tuple[str, Findings]]:
+    """`COUNT` of them, and first each once without a lie, which tells the messages that there are to lie in."""
+    stock, chance = Stock.make(folder / "stock"), Random(seed)
+    plans = [Plan.of(chance) for _ in range(COUNT)]
     said: dict[tuple[str, bool], list[str]] = {}
     for plan in plans:
         if (plan.scene.name, plan.known) not in said:
-            told, found = one(stock, place / "plain", plan.scene, known=plan.known)
-            talks.found.add(found)
+            told, found = _one(stock, folder / "plain", plan)
             said[plan.scene.name, plan.known] = told.liar.told
+            yield str(told), _findings(found)
 
     def lied(number: int) -> tuple[Told, Found]:
         plan = plans[number]
         lie, at = conversations.choose(said[plan.scene.name, plan.known], plan.seed)
-        return one(stock, place / str(number), plan.scene, lie, at, plan.seed, known=plan.known, runs=plan.runs)
+        return _one(stock, folder / str(number), plan, lie, at)
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        for told, found in pool.map(lied, range(len(plans))):
-            talks.told.append(told)
-            talks.found.add(found)
-    return talks
+        for told, found in pool.map(lied, range(COUNT)):
+            yield str(told), _findings(found)
 
 
-def one(
-    stock: Stock,
-    place: Path,
-    scene: Scene,
-    lie: str = "",
-    at: int = 0,
-    seed: int = 0,
-    *,
-    known: bool,
-    runs: bool = False,
-) -> tuple[Told, Found]:
+def _one(stock: Stock, place: Path, plan: Plan, lie: str = "", at: int = 0) -> tuple[Told, Found]:
     """A conversation with a QEMU of its own."""
     try:
-        with conversations.staged(stock, place, runs=runs, known=known) as stage:
-            return conversations.judged(stage, scene, lie, at, seed)
+        with conversations.staged(stock, place, runs=plan.runs, known=plan.known) as stage:
+            return conversations.judged(stage, plan.scene, lie, at, plan.seed)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _findings(found: Found) -> Findings:
+    return Findings(found.lines(), len(found.tracebacks), len(found.outside), len(found.lost))

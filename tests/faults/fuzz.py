@@ -22,6 +22,8 @@ from rig.forks import Forks, complaints, forks
 from rig.machines import have
 from rig.mutations import Case, Findings, Seen, make_stock
 
+from faults import conversations
+
 IMAGES = 500
 WORKERS = 2
 PLACES = 5
@@ -148,5 +150,10 @@ def _judge(found: Findings, arguments: list[str], run: Run) -> None:
 
 FUZZED = [
     Fuzzed("FI-images", f"{IMAGES} chains with mutilated images", images),
+    Fuzzed(
+        "FQ-conversations",
+        f"{conversations.COUNT} conversations, QEMU says one wrong thing in each",
+        conversations.tries,
+    ),
     Fuzzed("FN-names", "words that make no sense, everywhere, in three locales", names),
 ]

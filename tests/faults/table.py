@@ -60,7 +60,7 @@ def run(chosen: Sequence[Swept | Tested | Fuzzed], places: Mapping[str, Bench], 
 
 def told(result: Result) -> Result:
     print(result, flush=True)
-    for line in [*result.figures.get("notes", ()), *result.figures["wrong_at"]]:
+    for line in result.figures["wrong_at"]:
         print(f"    {line[:300]}")
     return result
 
