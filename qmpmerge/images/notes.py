@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from qmpmerge import folder
-from qmpmerge.images import files
+from qmpmerge.images import files, stashed
 from qmpmerge.images.files import Seen
 
 ABOVE, MERGED = ".qmpmerge-overlay", ".qmpmerge-merged"
@@ -91,9 +91,15 @@ def _merged(image: str) -> Note | None:
         return note
     if note.own != os.stat(image).st_ino:
         return None
-    if not note.is_true:
+    if not (note.is_true or _was_merged_on(note)):
         return replace(note, reason=f"{note.file}, into which it was merged, is not there, or another file is")
     return note if note.seen == files.seen(image) else replace(note, reason="it was written to since it was merged")
+
+
+def _was_merged_on(note: Note) -> bool:
+    """Whether the base has been merged itself meanwhile, and is stashed."""
+    places = map(files.inode, stashed.names_of(note.file))
+    return any(found is not None and found[1] == note.inode for found in places)
 
 
 def forget(image: str) -> None:

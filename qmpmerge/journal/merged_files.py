@@ -85,13 +85,17 @@ def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
             obstacle = error.strerror or str(error) if record.policy == "delete" else None
             done.append(MergedFile(image.file, "keep", record.place(index), obstacle))
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
-    hints += [*_note_overlays(record), *_note_kept(record, done, needed)]
+    hints += [*_note_overlays(record), *_note_kept(record, done)]
     return done, hints
 
 
-def _needed(record: Record) -> tuple[int, str]:
-    """Up to which index the merged images are needed by an image outside the chain, and by which; 0 for none of them."""
-    built_on = dependents.look_now(record.plan.merged, record.chain).dependents
+def _needed(record: Record, *, merged_too: bool = True) -> tuple[int, str]:
+    """
+    Up to which index the merged images are needed by an image outside the chain, and by which; 0 for none of them. One that was
+    merged itself and has kept its name needs them, but no VM is started from it.
+    """
+    found = dependents.look_now(record.plan.merged, record.chain).dependents
+    built_on = [one for one in found if merged_too or notes.base_of(one.file) is None]
     users = {found.image: found.file for found in built_on}
     indexes = [index for index, image in enumerate(record.chain, 1) if image.file in users]
     return (max(indexes), users[record.chain[max(indexes)].file]) if indexes else (0, "")
@@ -182,10 +186,11 @@ def _note_overlays(record: Record) -> Iterator[str]:
         yield f"a note about a merged image could not be removed: {error.strerror or error}"
 
 
-def _note_kept(record: Record, done: Sequence[MergedFile], needed: int) -> Iterator[str]:
+def _note_kept(record: Record, done: Sequence[MergedFile]) -> Iterator[str]:
     """An image that keeps its name looks like one to start from; yields why it was not noted that it is none."""
     base = record.chain[record.base]
     places = {one.file: one.now for one in done if one.action == "keep"}
+    needed, _user = _needed(record, merged_too=False) if places else (0, "")
     for index in range(max(record.base, needed) + 1, record.top + 1):
         image = record.chain[index]
         place = places.get(image.file)

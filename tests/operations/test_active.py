@@ -210,6 +210,19 @@ def test_a_kept_image_that_is_used_again_is_a_no(vm: Setup, base: Path, tmp_path
         assert "written to since" in str(found.value)
 
 
+def test_a_base_that_was_merged_itself(vm: Setup, base: Path, tmp_path: Path) -> None:
+    """What was kept of it knows its name of then, as does its header."""
+    for name in ("a.qcow2", "b.qcow2", "c.qcow2"):
+        put(vm, tmp_path / name)
+        vm.write(0x11, 0, MIB)
+    for range in (
+        ["--base", "[2]", "--top", "[3]", "--merged-files", "keep"],
+        ["--top", "[2]", "--force", "dependents"],
+    ):
+        assert invoke("commit", vm.machine.target, *range).code == 0
+        all_lead_to_what_the_guest_uses(vm, base, tmp_path / "b.qcow2", tmp_path / "c.qcow2", tmp_path)
+
+
 def test_a_kept_name_may_be_used_again(vm: Setup, base: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.qcow2"
     put(vm, path)
