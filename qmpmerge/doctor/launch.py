@@ -64,7 +64,7 @@ def stale(chain: Chain, dependent: Dependent) -> Finding:
     what = f"the VM uses {_told(dependent.image)}, and not {_told(dependent.file)}, which is built on it"
     why = (
         "it was started from older data, and what it writes ruins the other image: shut it down before it writes more, keep "
-        "copies of both, and start it from the one that holds what you need; none of them is a leftover"
+        "copies of both, and start it from the one that holds what you need; nothing proves that one of them is a leftover"
     )
     return Finding("started-stale", "harm", chain.active.file, what, why)
 
