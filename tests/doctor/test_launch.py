@@ -55,9 +55,7 @@ def test_a_launch_path_that_was_merged_away(
         told = found(vm)
         assert set(told) == names
         assert told["launch-path"]["where"] == str(images[3])
-        assert invoke(*shlex.split(told["launch-path"]["command"])[1:]).out == (
-            f"{images[0]}\n" if policy == "keep" else ""
-        )
+        assert invoke(*shlex.split(told["launch-path"]["command"])[1:]).out == f"{images[0]}\n"
 
 
 def test_a_chain_that_is_named_node_by_node(images: list[Path], content: Content, tmp_path: Path) -> None:
