@@ -13,7 +13,7 @@ from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import files, graph, sight
 from qmpmerge.checks.question import Question, Seen, Unseen, process
-from qmpmerge.errors import FORCEABLE, CommandError, NotWritable, Refused, refuse
+from qmpmerge.errors import FORCEABLE, NotWritable, QemuRefused, Refused, refuse
 from qmpmerge.images import dependents, space
 from qmpmerge.qemu import vmstate
 from qmpmerge.qemu.bitmaps import Bitmap, Handling
@@ -93,7 +93,7 @@ async def _rewrite_header(question: Question) -> None:
             image_node_name=overlay.node,
             backing_file=overlay.backing,
         )
-    except CommandError as error:
+    except QemuRefused as error:
         raise NotWritable(file=overlay.file, reason=error.reason) from None
 
 

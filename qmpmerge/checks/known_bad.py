@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from qmpmerge.chain.chain import ELSEWHERE, Image
 from qmpmerge.chain.plan import CommitPlan
-from qmpmerge.errors import CommandError, KnownBad
+from qmpmerge.errors import KnownBad, QemuRefused
 from qmpmerge.images import qcow2
 from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.qemu.blockgraph import Disk
@@ -82,6 +82,6 @@ async def _is_nvme(monitor: Monitor, disk: Disk) -> bool:
     path = disk.qdev if disk.qdev.startswith("/") else f"/machine/peripheral/{disk.qdev}"
     try:
         kind = await monitor.execute("qom-get", path=path, property="type")
-    except CommandError:  # no device at all
+    except QemuRefused:  # no device at all
         return False
     return str(kind).startswith("nvme")

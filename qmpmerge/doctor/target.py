@@ -17,7 +17,7 @@ from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.doctor import jobs, launch, leftovers
 from qmpmerge.doctor.findings import Finding, Severity, sort
-from qmpmerge.errors import CommandError
+from qmpmerge.errors import QemuRefused
 from qmpmerge.images import headers, qcow2
 from qmpmerge.images.dependents import is_outside
 from qmpmerge.images.headers import Oddity
@@ -159,7 +159,7 @@ def _guestless() -> Iterator[None]:
     """A storage daemon has no guest, and no command to ask about one."""
     try:
         yield
-    except CommandError as error:
+    except QemuRefused as error:
         if not error.is_unheard_of:
             raise
 

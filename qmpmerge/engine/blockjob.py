@@ -10,7 +10,7 @@ from qmpmerge.engine import proof
 from qmpmerge.engine.pace import progress
 from qmpmerge.engine.pace.progress import Meter, Shortage
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import CommandError, JobFailed, NotProven, OutOfQuota, StillRunning
+from qmpmerge.errors import JobFailed, NotProven, OutOfQuota, QemuRefused, StillRunning
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
@@ -33,7 +33,7 @@ async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False)
                 await monitor.execute("job-complete", id=run.job)
             # Somebody else's active job may want to be finalized too, and the guest stands still until it is.
             wanted: tuple[str, ...] = ("concluded", "pending") if status == "ready" else ("concluded",)
-        except CommandError:
+        except QemuRefused:
             # A drain by somebody else can put a ready job into standby for a moment: wait for it and say it again.
             # A pending job of ours is on its way already.
             wanted = ("concluded", status) if status == "ready" else ("concluded",)
@@ -64,7 +64,7 @@ async def take_back(run: Run, doorbell: Doorbell) -> None:
     """
     monitor = run.target.monitor
     await _see_that_it_may_end(run)
-    with contextlib.suppress(CommandError):  # it may have ended by itself
+    with contextlib.suppress(QemuRefused):  # it may have ended by itself
         await monitor.execute("job-cancel", id=run.job)
     try:
         job = await jobs.follow(

@@ -20,12 +20,12 @@ from qmpmerge.engine import blockjob, pivot, safeguards
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
-    CommandError,
     FlushUnavailable,
     HeaderNotDurable,
     NotDurable,
     NotProven,
     NotWritable,
+    QemuRefused,
     RecordFailed,
     unproven,
 )
@@ -56,7 +56,7 @@ class Commit:
     decisions: ClassVar[frozenset[str]] = frozenset({"ready", "pending", "concluded"})
 
     async def start(self, run: Run) -> None:
-        """Send block-commit: nodes always by name, nothing ended behind our back. Raises NotWritable, CommandError."""
+        """Send block-commit: nodes always by name, nothing ended behind our back. Raises NotWritable, QemuRefused."""
         arguments: dict[str, Any] = {
             "job_id": run.job,
             "device": run.disk.root,
@@ -68,7 +68,7 @@ class Commit:
         }
         try:
             await run.target.monitor.execute("block-commit", **arguments, **await self._more(run))
-        except CommandError as error:
+        except QemuRefused as error:
             await self._see_that_none_began(run)
             if "read-only" in error.reason:  # a node with an explicit `read-only=on`, which only trying tells
                 reason = f"{error.reason}: with `auto-read-only=on` it would be opened for writing when needed"

@@ -10,7 +10,7 @@ from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Polic
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import CommandError, NoSuchDisk, NotProven, SeveralImages
+from qmpmerge.errors import NoSuchDisk, NotProven, QemuRefused, SeveralImages
 from qmpmerge.images import files, nbd
 from qmpmerge.journal import stash
 from qmpmerge.qemu.bitmaps import snapshots
@@ -140,7 +140,7 @@ async def _spelt_as_planned(run: Run, expected: Chain, found: Chain) -> Chain:
             await run.target.monitor.execute(
                 "change-backing-file", device=run.disk.root, image_node_name=overlay.node, backing_file=name
             )
-        except CommandError as error:
+        except QemuRefused as error:
             reason = f" ({error.reason})"
         else:
             await run.operation.make_durable(run)

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import CommandError
+from qmpmerge.errors import QemuRefused
 
 CLEAN_SECONDS = 2.0
 
@@ -41,8 +41,8 @@ async def lasts(run: Run, since: int | None) -> bool:
 async def _look(run: Run) -> tuple[bool, Any]:
     """Whether a guest can write (a storage daemon does not tell), and the job."""
     status, known = await run.target.monitor.execute_all([("query-status", {}), ("query-block-jobs", {})])
-    runs = run.target.is_live and (isinstance(status, CommandError) or status["running"])
-    jobs = [] if isinstance(known, CommandError) else known
+    runs = run.target.is_live and (isinstance(status, QemuRefused) or status["running"])
+    jobs = [] if isinstance(known, QemuRefused) else known
     return runs, next((job for job in jobs if job["device"] == run.job), None)
 
 
@@ -56,5 +56,5 @@ async def _is_exported(run: Run) -> bool:
         return False
     try:
         return bool(await run.target.monitor.execute("query-block-exports"))
-    except CommandError:
+    except QemuRefused:
         return True

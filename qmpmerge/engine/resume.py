@@ -21,10 +21,10 @@ from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     CannotRecover,
-    CommandError,
     FlushUnavailable,
     ImageUnreadable,
     NotDurable,
+    QemuRefused,
     Undecided,
     Unfinished,
     Unreachable,
@@ -255,7 +255,7 @@ async def _finished(run: Run) -> tuple[MergedFile, ...]:
             raise CannotRecover(file=image.file, reason=error.reason) from None
     if run.carrier is not None:
         with unproven(run.carrier.name, str(run.plan.result)):
-            with contextlib.suppress(CommandError):
+            with contextlib.suppress(QemuRefused):
                 await jobs.dismiss(run.carrier.monitor, run.job)
             await run.carrier.close(_left_open(run, await run.carrier.layout()))
     run.proved()  # before any file is dealt with

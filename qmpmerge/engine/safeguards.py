@@ -8,7 +8,6 @@ from qmpmerge.engine import blockjob, rest
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     BitmapsNotCarried,
-    CommandError,
     FlushUnavailable,
     ImageUnreadable,
     MigrationBegan,
@@ -17,6 +16,7 @@ from qmpmerge.errors import (
     NotPaused,
     NotProven,
     NotVerified,
+    QemuRefused,
     VmState,
 )
 from qmpmerge.images import compare
@@ -86,7 +86,7 @@ async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
     base = run.plan.base
     try:
         await bitmaps.carry(run.target.monitor, await run.target.layout(), base, run.bitmaps)
-    except CommandError as error:
+    except QemuRefused as error:
         await shield.finished(blockjob.take_back(run, doorbell))
         raise BitmapsNotCarried(base=base.file, reason=error.reason) from None
 

@@ -118,10 +118,6 @@ class QemuRefused(Refused):
         return self.reason.endswith("has not been found")
 
 
-CommandError = QemuRefused
-"""What those call it who catch it, since they know what it means."""
-
-
 class FileExists(Refused):
     """An overlay's file exists already; QEMU itself would overwrite it."""
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from qmpmerge import shield
-from qmpmerge.errors import CommandError, NoReply, PauseUnproven, SessionLost
+from qmpmerge.errors import NoReply, PauseUnproven, QemuRefused, SessionLost
 from qmpmerge.guest import deadman
 from qmpmerge.guest.deadman import Switch
 from qmpmerge.guest.deadman_child import Undoing
@@ -106,7 +106,7 @@ async def _resume(monitor: Monitor, switch: Switch) -> None:
         if undone not in (Undoing.DONE, Undoing.CLOSED):
             raise PauseUnproven(target=monitor.name, reason=str(error)) from None
         monitor.has_paused = undone is Undoing.CLOSED
-    except (NoReply, CommandError) as error:
+    except (NoReply, QemuRefused) as error:
         raise PauseUnproven(target=monitor.name, reason=str(error)) from None
     else:
         switch.dismiss()
@@ -123,7 +123,7 @@ async def _is_on_duty(switch: Switch, limit: float, turn: socket.socket) -> bool
 async def _is_running(monitor: Monitor) -> bool:
     try:
         return bool((await monitor.execute("query-status"))["running"])
-    except CommandError as error:
+    except QemuRefused as error:
         if error.is_unheard_of:  # there is no guest
             return False
         raise

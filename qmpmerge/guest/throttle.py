@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from qmpmerge import shield
-from qmpmerge.errors import CommandError
+from qmpmerge.errors import QemuRefused
 from qmpmerge.guest import deadman
 from qmpmerge.qemu.blockgraph import Disk, qdev_id
 from qmpmerge.qemu.monitor import Monitor
@@ -35,7 +35,7 @@ class Throttle:
 
     @contextlib.asynccontextmanager
     async def undone(self) -> AsyncIterator[None]:
-        """Put back what was there at the end of the block, and when we die in it. Raises CommandError, OSError."""
+        """Put back what was there at the end of the block, and when we die in it. Raises QemuRefused, OSError."""
         await self._look()
         before = {**self._device, **self._limits()}
         async with deadman.armed(self._monitor.descriptor, deadman.qmp("block_set_io_throttle", **before)) as switch:
@@ -64,7 +64,7 @@ class Throttle:
                 self._device = {"device": self._disk.drive} if self._disk.drive else {"id": entry["qdev"]}
                 self.was = entry["inserted"]
                 return
-        raise CommandError(command="block_set_io_throttle", reason="QEMU tells no device of this disk")
+        raise QemuRefused(command="block_set_io_throttle", reason="QEMU tells no device of this disk")
 
     def _is_device(self, entry: Any) -> bool:
         return bool(self._disk.qdev) and qdev_id(entry.get("qdev", "")) == self._disk.qdev

@@ -22,11 +22,11 @@ from qmpmerge.errors import (
     BackingString,
     Busy,
     CannotCreate,
-    CommandError,
     FileExists,
     NotProven,
     NotSeen,
     OptionsConflict,
+    QemuRefused,
     Temporary,
     Untouched,
     refuse,
@@ -82,7 +82,7 @@ async def snapshot(
     asks for it. `agent` is the socket of the guest agent: the guest's filesystems are frozen for the moment of the
     snapshot. `force` can hold ``in-use``: who else has an active image open may see it.
 
-    Raises VmState, RecordNotBelieved, FileExists, CannotCreate, Busy, Temporary, Replaced, InUse, BackingString, CommandError,
+    Raises VmState, RecordNotBelieved, FileExists, CannotCreate, Busy, Temporary, Replaced, InUse, BackingString, QemuRefused,
     AgentFailed; NotProven when a fresh look does not show the overlays.
     """
     layout = await _without_ended_jobs(target, files)
@@ -308,7 +308,7 @@ async def _close(target: Target, order: _Order) -> None:
     """A file that QEMU has open is not to be removed. Raises NotProven where it has it still."""
     try:
         await target.monitor.execute("blockdev-del", node_name=order.node)
-    except CommandError as error:
+    except QemuRefused as error:
         expected = f"{order.file} closed again"
         with unproven(target.name, expected):
             if order.node in (await target.layout()).nodes:

@@ -81,7 +81,7 @@ async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence
 
     To be called while a commit job has base open for writing, after the copy and before the switch. What is recording
     goes on recording in the same step, so that no write of the guest falls between: base gets each of them until the
-    switch as well, and alone from then on. Raises CommandError.
+    switch as well, and alone from then on. Raises QemuRefused.
     """
     present = {bitmap.name: bitmap for bitmap in of(layout, [base])}
     actions: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qmpmerge.chain.chain import Chain, Image, Inode
-from qmpmerge.errors import CommandError, StreamConcluded
+from qmpmerge.errors import QemuRefused, StreamConcluded
 from qmpmerge.qemu import blockgraph, jobs, reply, slices
 from qmpmerge.qemu.blockgraph import FILTERS, Disk, Layout, Node, Parent
 from qmpmerge.qemu.jobs import Job
@@ -198,7 +198,7 @@ async def discover(monitor: Monitor, locate: Locate) -> Layout:
 async def _ask(monitor: Monitor) -> tuple[Any, Any, Any]:
     try:
         graph = await monitor.execute("x-debug-query-block-graph")
-    except CommandError:
+    except QemuRefused:
         stats = await monitor.execute("query-blockstats")
         with reply.making_sense(monitor.name, "query-blockstats"):
             graph = graph_of_stats(stats)

@@ -16,7 +16,7 @@ from typing import Any
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Image
-from qmpmerge.errors import Busy, CommandError, FlushUnavailable, NotDurable
+from qmpmerge.errors import Busy, FlushUnavailable, NotDurable, QemuRefused
 from qmpmerge.qemu import mutex
 from qmpmerge.qemu.monitor import Monitor
 
@@ -61,12 +61,12 @@ async def _ask(monitor: Monitor, image: Image, more: dict[str, Any]) -> None:
 
 
 def _judge(image: Image, added: object, flushed: object) -> None:
-    if isinstance(added, CommandError) and "read-only" in added.reason:
+    if isinstance(added, QemuRefused) and "read-only" in added.reason:
         return  # QEMU has flushed it when it made it so; where that fails, it stays as it was
     for reply in (added, flushed):
-        if isinstance(reply, CommandError) and "flushing" in reply.reason:
+        if isinstance(reply, QemuRefused) and "flushing" in reply.reason:
             raise NotDurable(node=image.node or image.file, reason=reply.reason)
-        if isinstance(reply, CommandError):
+        if isinstance(reply, QemuRefused):
             cure = "use a QEMU of version 6.1 or later that was built with the block driver `blkdebug`"
             raise FlushUnavailable(reason=reply.reason, cure=cure)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from qmpmerge.errors import CommandError, JobVerb, NoSuchJob, StillRunning, unproven
+from qmpmerge.errors import JobVerb, NoSuchJob, QemuRefused, StillRunning, unproven
 from qmpmerge.qemu.monitor import Doorbell, Monitor
 
 PREFIX = "qmpmerge-"
@@ -92,7 +92,7 @@ async def query(monitor: Monitor) -> list[Job]:
     """
     try:
         plain = await monitor.execute("query-jobs")
-    except CommandError as error:
+    except QemuRefused as error:
         if "machine initialization" not in error.reason:
             raise
         from qmpmerge.qemu import vmstate  # no job of ours can be at work
@@ -158,14 +158,14 @@ async def follow(
 async def resume_for_space(monitor: Monitor, job: Job) -> None:
     """Let a job try again that was paused for want of space: nobody tells when there is some."""
     if job.has_no_space:
-        with contextlib.suppress(CommandError):  # it was resumed or ended meanwhile: the next look tells
+        with contextlib.suppress(QemuRefused):  # it was resumed or ended meanwhile: the next look tells
             await monitor.execute("job-resume", id=job.id)
 
 
 async def set_speed(monitor: Monitor, job: Job, speed: int) -> None:
     """Bytes a second, 0 for no limit; nothing is sent where that is its speed, or where it is not known any more."""
     if speed != job.speed and "speed" in job.verbs:
-        with contextlib.suppress(CommandError):  # it has moved on meanwhile
+        with contextlib.suppress(QemuRefused):  # it has moved on meanwhile
             await monitor.execute("block-job-set-speed", device=job.id, speed=speed)
 
 
@@ -173,7 +173,7 @@ async def dismiss(monitor: Monitor, job_id: str) -> None:
     """Take a concluded job out of QEMU's list; fine when it is gone already."""
     try:
         await monitor.execute("job-dismiss", id=job_id)
-    except CommandError:
+    except QemuRefused:
         if await look(monitor, job_id) is not None:
             raise
 
@@ -182,7 +182,7 @@ async def control(monitor: Monitor, job_id: str, verb: str, speed: int = 0) -> J
     """
     Pause, resume, cancel or dismiss a job, or set its speed in bytes a second, where its state allows it.
 
-    Returns the job as it is then, None when it is gone. `cancel` waits for the end. Raises NoSuchJob, JobVerb, CommandError;
+    Returns the job as it is then, None when it is gone. `cancel` waits for the end. Raises NoSuchJob, JobVerb, QemuRefused;
     NotProven where it cannot be looked at any more.
     """
     known = await query(monitor)

@@ -17,7 +17,7 @@ from typing import Any
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
-from qmpmerge.errors import CommandError, NoReply, SessionLost
+from qmpmerge.errors import NoReply, QemuRefused, SessionLost
 from qmpmerge.qemu import reply
 
 Trace = Callable[[str, str], None]
@@ -81,7 +81,7 @@ class Monitor:
         """
         Run one QMP command and return its value; underscores in argument names become hyphens, but for `_OLD` commands.
 
-        Raises CommandError when QEMU says no, SessionLost when the session ended before the reply, NoReply when none
+        Raises QemuRefused when QEMU says no, SessionLost when the session ended before the reply, NoReply when none
         came in time, BadReply where the value is not what `reply.SHAPES` says. After the last three nobody knows whether
         the command ran or still will: ask, never send it again.
         """
@@ -96,7 +96,7 @@ class Monitor:
             raise NoReply(target=self.name, command=command, seconds=timeout) from None
         except ExecuteError as error:
             self._tell("<-", {"error": str(error)})
-            raise CommandError(command=command, reason=str(error)) from None
+            raise QemuRefused(command=command, reason=str(error)) from None
         except (QMPError, OSError, EOFError, ValueError) as error:
             raise SessionLost(target=self.name, command=command, reason=_reason(error)) from None
         self._tell("<-", {"return": value})
@@ -107,12 +107,12 @@ class Monitor:
         """
         Send commands one after the other without waiting in between; QEMU runs them in their order.
 
-        Returns the value or the CommandError of each. Raises the others as `execute` does.
+        Returns the value or the QemuRefused of each. Raises the others as `execute` does.
         """
         sent = (self.execute(command, **arguments) for command, arguments in commands)
         replies = await asyncio.gather(*sent, return_exceptions=True)
         for value in replies:
-            if isinstance(value, BaseException) and not isinstance(value, CommandError):
+            if isinstance(value, BaseException) and not isinstance(value, QemuRefused):
                 raise value
         return replies
 
@@ -152,7 +152,7 @@ def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
     try:
         json.dumps(sent, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise CommandError(command=command, reason="a name is no UTF-8, which QMP cannot carry") from None
+        raise QemuRefused(command=command, reason="a name is no UTF-8, which QMP cannot carry") from None
 
 
 class _Client(QMPClient):

@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
 from qmpmerge import shield
-from qmpmerge.errors import CommandError, NoReply, SessionLost
+from qmpmerge.errors import NoReply, QemuRefused, SessionLost
 from qmpmerge.processes import proc
 from qmpmerge.qemu.monitor import COMMAND_SECONDS, Monitor
 
@@ -173,14 +173,14 @@ class _Queue:
         data = json.dumps(asdict(_Owner(os.getpid(), os.geteuid(), _place())))
         try:
             await self._monitor.execute("object-add", qom_type="secret", id=self._object(self._ours), data=data)
-        except CommandError as error:
+        except QemuRefused as error:
             raise NoTurn("QEMU", f"takes no ticket for it: {error.reason}") from None
         return self._ours
 
     async def _tickets(self) -> list[_Ticket]:
         try:
             objects = await self._monitor.execute("qom-list", path="/objects")
-        except CommandError:  # a storage daemon has none before its first
+        except QemuRefused:  # a storage daemon has none before its first
             return []
         names = [
             entry["name"].removeprefix(self._prefix) for entry in objects if entry["name"].startswith(self._prefix)
@@ -192,7 +192,7 @@ class _Queue:
         return f"{self._prefix}{ticket.number}-{ticket.mark}"
 
     async def _remove(self, ticket: _Ticket, seconds: float = COMMAND_SECONDS) -> None:
-        with contextlib.suppress(CommandError):  # it is gone
+        with contextlib.suppress(QemuRefused):  # it is gone
             await self._monitor.execute("object-del", id=self._object(ticket), timeout=seconds)
 
     async def _owner(self, ticket: _Ticket) -> _Owner | None:
@@ -200,7 +200,7 @@ class _Queue:
         path = f"/objects/{self._object(ticket)}"
         try:
             owner = _Owner(**json.loads(await self._monitor.execute("qom-get", path=path, property="data")))
-        except CommandError:
+        except QemuRefused:
             return None
         except (ValueError, TypeError, RecursionError):
             return _Owner(0, 0, "")

@@ -9,7 +9,7 @@ active again, from 7.2 to 11.1. While a migration is under way its other side ha
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from qmpmerge.errors import CommandError, VmState
+from qmpmerge.errors import QemuRefused, VmState
 from qmpmerge.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ async def check(monitor: Monitor, nodes: "Collection[Node]" = ()) -> str:
     See that the images may be written to; `nodes` are those of the disk, as the block graph shows them.
 
     A storage daemon has no state, and from 10.0 on nodes that can be inactive. Returns what could not be looked at, empty
-    where there is nothing. Raises VmState, CommandError.
+    where there is nothing. Raises VmState, QemuRefused.
     """
     told, migration = await monitor.execute_all([("query-status", {}), ("query-migrate", {})])
-    is_vm = not isinstance(told, CommandError)
-    if isinstance(told, CommandError) and not told.is_unheard_of:
+    is_vm = not isinstance(told, QemuRefused)
+    if isinstance(told, QemuRefused) and not told.is_unheard_of:
         raise told
     if is_vm and told["status"] == "inmigrate":
         reason = "it waits for an incoming migration, and its images are inactive"
@@ -49,7 +49,7 @@ async def check(monitor: Monitor, nodes: "Collection[Node]" = ()) -> str:
     if is_vm and not told["running"] and _may_be_inactive(monitor, migration, nodes):
         reason = "it was migrated and stands still, and its images are inactive, or it is not told"
         raise _refusal(monitor, told["status"], reason, _CONT)
-    return _UNTOLD if is_vm and isinstance(migration, CommandError) else ""
+    return _UNTOLD if is_vm and isinstance(migration, QemuRefused) else ""
 
 
 async def check_migration(monitor: Monitor) -> None:
@@ -67,7 +67,7 @@ def preconfig(monitor: Monitor) -> VmState:
 
 
 def _refuse_migration(monitor: Monitor, migration: Any) -> None:
-    if isinstance(migration, CommandError) or migration.get("status", "none") in OVER:
+    if isinstance(migration, QemuRefused) or migration.get("status", "none") in OVER:
         return
     reason = "a migration is under way, and its other side has opened the chain as it is"
     instead = "wait for its end, or send `migrate_cancel` to the monitor"
@@ -82,7 +82,7 @@ def _may_be_inactive(monitor: Monitor, migration: Any, nodes: "Collection[Node]"
     There an image of qcow2 lets others write to its file while it is inactive, and at no other time (block.c,
     `bdrv_default_perms_for_storage`).
     """
-    if monitor.version >= (10, 0, 0) or isinstance(migration, CommandError) or migration.get("status") != "completed":
+    if monitor.version >= (10, 0, 0) or isinstance(migration, QemuRefused) or migration.get("status") != "completed":
         return False
     signs = {node.lets_write for node in nodes if node.driver == "qcow2"}
     return signs != {False}

@@ -24,7 +24,7 @@ from typing import Any
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.errors import CommandError, ImageUnreadable, InUse, NeedsSecret, NotWritable
+from qmpmerge.errors import ImageUnreadable, InUse, NeedsSecret, NotWritable, QemuRefused
 from qmpmerge.images import walk
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import Layer
@@ -66,7 +66,7 @@ class OfflineTarget(Target):
         replies = await self.monitor.execute_all([("blockdev-reopen", {"options": [node]}) for node in nodes])
         _see_approved(self.pid, self._layers, [layer for _number, layer in written])
         for node, reply in zip(nodes, replies, strict=True):
-            if isinstance(reply, CommandError):
+            if isinstance(reply, QemuRefused):
                 raise NotWritable(file=str(node["filename"]), reason=reply.reason)
 
     async def layout(self) -> Layout:
@@ -163,7 +163,7 @@ async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, dry
     ]
     replies = await session.execute_all([("blockdev-add", node) for _layer, node in nodes])
     for (layer, _node), reply in zip(nodes, replies, strict=True):
-        if isinstance(reply, CommandError):
+        if isinstance(reply, QemuRefused):
             if re.search(r"Failed to get .*lock", reply.reason):
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait")
             raise ImageUnreadable(file=layer.file, reason=reply.reason)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.chain.state import State
-from qmpmerge.errors import CommandError, PauseUnproven, StreamConcluded
+from qmpmerge.errors import PauseUnproven, QemuRefused, StreamConcluded
 from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.journal import store
@@ -79,7 +79,7 @@ class Target:
         if old.has_paused:
             try:
                 await self.monitor.execute("cont")
-            except CommandError as error:
+            except QemuRefused as error:
                 raise PauseUnproven(target=self.name, reason=str(error)) from None
 
     async def guest_runs(self) -> bool:
@@ -92,7 +92,7 @@ class Target:
         try:
             async with mutex.taken(mutex.PAUSE, self.monitor):
                 return bool((await self.monitor.execute("query-status"))["running"])
-        except CommandError:
+        except QemuRefused:
             return True
 
     async def layout(self) -> Layout:

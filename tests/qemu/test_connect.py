@@ -27,7 +27,6 @@ from rig.server import CLIENT
 from qmpmerge.errors import (
     AmbiguousName,
     CannotConnect,
-    CommandError,
     MonitorSilent,
     NobodyListens,
     NoMonitor,
@@ -35,6 +34,7 @@ from qmpmerge.errors import (
     NoSuchTarget,
     NotASocket,
     NotQmp,
+    QemuRefused,
     SessionLost,
     Unreachable,
 )
@@ -590,7 +590,7 @@ async def test_a_session_knows_its_qemu(vm: Machine, session: Monitor) -> None:
 
 
 async def test_a_command_error_has_qemus_words(session: Monitor) -> None:
-    with pytest.raises(CommandError) as error:
+    with pytest.raises(QemuRefused) as error:
         await session.execute("job-cancel", id="nope")
     assert (error.value.command, error.value.reason) == ("job-cancel", "Job not found")
     assert isinstance(await session.execute("query-block"), list)  # the session lives on
@@ -603,7 +603,7 @@ async def test_underscores_in_arguments_become_hyphens(session: Monitor) -> None
 
 @pytest.mark.parametrize("name", ["ü", "a b", "new\nline", "\x1b[31m", "{}", '"', "\\", "虚"])
 async def test_an_odd_name_reaches_qemu_as_it_is(session: Monitor, name: str) -> None:
-    with pytest.raises(CommandError) as error:
+    with pytest.raises(QemuRefused) as error:
         await session.execute("blockdev-add", driver="file", node_name="n", filename=f"/nowhere/{name}")
     assert f"/nowhere/{name}" in error.value.reason
 
@@ -612,7 +612,7 @@ async def test_an_odd_name_reaches_qemu_as_it_is(session: Monitor, name: str) ->
 async def test_a_name_that_is_no_utf8_is_an_error_of_the_command_and_not_of_the_session(
     session: Monitor, name: str
 ) -> None:
-    with pytest.raises(CommandError) as error:
+    with pytest.raises(QemuRefused) as error:
         await session.execute("blockdev-add", driver="file", node_name="n", filename=f"/nowhere/{name}")
     assert error.value.command == "blockdev-add"
     assert isinstance(await session.execute("query-block"), list)
@@ -630,7 +630,7 @@ async def test_a_qemu_tells_the_truth_about_what_it_accepts(session: Monitor) ->
 
 async def is_known(session: Monitor, argument: str) -> bool:
     """Ask by trying: QEMU names an argument that it does not know before it looks at the others."""
-    with pytest.raises(CommandError) as error:
+    with pytest.raises(QemuRefused) as error:
         await session.execute("block-commit", device="vda", top_node="nope", **{argument: True})
     return "unexpected" not in error.value.reason
 
@@ -639,7 +639,7 @@ async def test_the_conversation_can_be_listened_to(vm: Machine) -> None:
     said: list[tuple[str, str]] = []
     async with connect.connected(vm.target, trace=lambda direction, text: said.append((direction, text))) as session:
         await session.execute("query-name")
-        with pytest.raises(CommandError):
+        with pytest.raises(QemuRefused):
             await session.execute("job-cancel", id="nope")
     assert [(direction, json.loads(text)) for direction, text in said] == [
         ("->", {"execute": "query-name"}),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qmpmerge.chain.chain import Chain, Inode
-from qmpmerge.errors import CommandError, StreamConcluded
+from qmpmerge.errors import QemuRefused, StreamConcluded
 from qmpmerge.qemu import discovery
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.discovery import DEEP
@@ -51,7 +51,7 @@ class Film(Monitor):
     async def execute(self, command: str, *, timeout: float = 0, **arguments: object) -> Any:
         self.asked.append(command)
         if command in self._forbidden:
-            raise CommandError(command=command, reason=f"Unstable command {command} disabled by policy")
+            raise QemuRefused(command=command, reason=f"Unstable command {command} disabled by policy")
         reply = self._replies[command] if command in self._replies else frame(self._strip, command)
         return self._rewritten.get(command, lambda told: told)(reply)
 

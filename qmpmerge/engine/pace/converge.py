@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 from qmpmerge import shield
 from qmpmerge.engine.pace.rates import Watch
-from qmpmerge.errors import CommandError, Error
+from qmpmerge.errors import Error, QemuRefused
 from qmpmerge.guest import deadman, pause
 from qmpmerge.guest.throttle import Throttle
 from qmpmerge.qemu import mutex
@@ -111,7 +111,7 @@ class Ladder:
 
     async def _lift(self) -> None:
         self._say(f"the job's own limit of {mib(self.watch.speed)}/s is taken off")
-        with contextlib.suppress(CommandError):  # it has just ended
+        with contextlib.suppress(QemuRefused):  # it has just ended
             await self.monitor.execute("block-job-set-speed", device=self.job, speed=0)
 
     # --- throttling the guest -----------------------------------------------------------------------------------
@@ -129,9 +129,9 @@ class Ladder:
             if not throttle.was:
                 await self._undo.enter_async_context(throttle.undone())
             await throttle.limit(target)
-        except (CommandError, OSError) as error:
+        except (QemuRefused, OSError) as error:
             throttle.refused = True
-            reason = error.reason if isinstance(error, CommandError) else str(error)
+            reason = error.reason if isinstance(error, QemuRefused) else str(error)
             self._say(f"the guest's writes cannot be limited: {reason}")
         else:
             self._say(f"the guest's writes are limited to {mib(target)}/s until the end")
@@ -154,7 +154,7 @@ class Ladder:
                     # The end of the merge ends this too, by a cancellation.
                     await asyncio.sleep(self.wanted.pause)
             self._say(f"the guest runs again: {self.wanted.pause:g} s were not enough")
-        except (CommandError, OSError, mutex.NoTurn) as error:
+        except (QemuRefused, OSError, mutex.NoTurn) as error:
             self._say(f"the guest cannot be paused: {error}")
 
     @contextlib.asynccontextmanager

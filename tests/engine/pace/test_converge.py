@@ -27,7 +27,7 @@ from qmpmerge.engine.pace import rates
 from qmpmerge.engine.pace.converge import Converge, Ladder
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.pace.rates import Rates, Watch
-from qmpmerge.errors import CommandError, JobFailed, StillRunning
+from qmpmerge.errors import JobFailed, QemuRefused, StillRunning
 from qmpmerge.guest.throttle import Throttle
 from qmpmerge.qemu.jobs import Job
 
@@ -371,6 +371,6 @@ async def test_a_drive_is_throttled_by_its_id(tmp_path: Path, images: list[Path]
 async def test_a_disk_that_is_gone_cannot_be_throttled(guest: Guest) -> None:
     async with qmpmerge.live(guest.vm.target) as target:
         throttle = Throttle(target.monitor, qmpmerge.Disk("x", "x", "", "c", None, ()))
-        with pytest.raises(CommandError):
+        with pytest.raises(QemuRefused):
             async with throttle.undone():
                 raise AssertionError("not reached")
