@@ -18,6 +18,9 @@ from typing import Any, Self
 Inode = tuple[int, int]
 """(st_dev, st_ino): which file it is, whatever it is called."""
 
+NOTE = 0o644
+"""The mode of a file that tells of the images beside it: for all who may look at those, as who starts a VM."""
+
 _RENAME_NOREPLACE = 1  # linux/fs.h
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _LOOK = os.O_PATH | os.O_CLOEXEC  # opens nothing: neither is a device woken up, nor a FIFO's other end
@@ -217,16 +220,16 @@ class Folder(_Open):
         else:
             os.unlink(old, dir_fd=self.descriptor)
 
-    def put(self, name: str, data: bytes) -> File:
+    def put(self, name: str, data: bytes, mode: int = 0o600) -> File:
         """
-        Put a file of ours, 0600, under `name` with this content, in one step: whatever dies, the old or the new one is there.
+        Put a file of ours under `name` with this content, in one step: whatever dies, the old or the new one is there.
 
         The content is durable on return, and was read back; the name is durable after `sync`. Never written through a
         symlink: the new file is made beside it, by us alone, and takes the name's place. Where that fails nothing is left.
         """
         new = f"{name}.new"
         self.remove(new, self.inode_of(new))  # of one of us that was killed
-        file = self.create(new)
+        file = self.create(new, mode)
         try:
             file.write(data)
             self._see(new, file.inode, "rename")

@@ -67,7 +67,7 @@ class Busy(Refused):
         return super().hint if self.job else f"wait until {self.holder} has done, or end it if it hangs; then try again"
 
     def _words(self) -> dict[str, object]:
-        return {**super()._words(), "who": f"job {self.job}" if self.job else self.holder}
+        return {**super()._words(), "who": " of ".join(filter(None, (self.job and f"job {self.job}", self.holder)))}
 
 
 class Locked(Refused):

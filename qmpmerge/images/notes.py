@@ -2,9 +2,9 @@
 Notes beside images, about what no header says: which overlay in another folder was put on an image, and that an image which
 has kept its name was merged away.
 
-Whoever looks at an image sees only what lies in its folder. A note is a claim: it counts only where it is a regular file of
-ours, of root's or of the image's owner, and as long as the files that it names are those that it was written about. Inode
-numbers tell that; device numbers change with a reboot.
+Whoever looks at an image sees only what lies in its folder. A note is a claim: it counts only where nobody but us and root
+can have written it, and as long as the files that it names are those that it was written about. Inode numbers tell that;
+device numbers change with a reboot.
 """
 
 import os
@@ -66,7 +66,7 @@ def above(image: str) -> list[Note]:
     start = f".{name}."
     found = sorted(one for one in os.listdir(place) if one.startswith(start) and one.endswith(ABOVE))
     exact = [one for one in found if "." not in one[len(start) : -len(ABOVE)]]
-    return [_read(os.path.join(place, one), "overlay", image) for one in exact]
+    return [_read(os.path.join(place, one), "overlay") for one in exact]
 
 
 def base_of(image: str) -> str | None:
@@ -86,7 +86,7 @@ def _merged(image: str) -> Note | None:
     path = _path(image, MERGED)
     if not os.path.lexists(path) or not os.path.exists(image):
         return None
-    note = _read(path, "base", image)
+    note = _read(path, "base")
     if note.reason:
         return note
     if note.own != os.stat(image).st_ino:
@@ -122,7 +122,7 @@ def _write(path: str, told: Mapping[str, object]) -> str:
     import json
 
     with folder.beside(path) as (place, name):
-        inode = place.put(name, json.dumps(told).encode() + b"\n").inode
+        inode = place.put(name, json.dumps(told).encode() + b"\n", folder.NOTE).inode
         try:
             place.sync()
         except OSError:
@@ -138,16 +138,12 @@ def _remove(path: str) -> None:
             place.sync()
 
 
-def _read(path: str, key: str, image: str) -> Note:
-    """One that cannot be read, or that anybody could have written, has a `reason`."""
+def _read(path: str, key: str) -> Note:
+    """One that cannot be read, or that others can have written, has a `reason`."""
     try:
-        with folder.beside(path) as (place, name), place.open(name) as file:
-            owner, data = file.status.st_uid, file.read(_LARGEST)
-        if owner not in (os.geteuid(), 0, os.stat(image).st_uid):
-            return Note(path, reason=f"it belongs to another user (uid {owner})")
-        return _decode(path, data, key)
-    except OSError as error:
-        return Note(path, reason=error.strerror or str(error))
+        return _decode(path, files.read_own(path, _LARGEST), key)
+    except (OSError, files.Untrusted) as error:
+        return Note(path, reason=getattr(error, "strerror", None) or str(error))
 
 
 def _decode(path: str, data: bytes, key: str) -> Note:

@@ -79,7 +79,7 @@ def noted_in(place: str) -> Iterator[tuple[str, str]]:
 def write(path: str, note: Note) -> None:
     """Put a note beside the stashed file at `path`; durable on return. Raises OSError, also where it would not be believed."""
     place, name = folder.split(note_path(path))
-    file = place.put(name, encode(note))
+    file = place.put(name, encode(note), folder.NOTE)
     known = look(path)
     if not isinstance(known, Note):
         file.remove()

@@ -41,8 +41,8 @@ def test_a_note_that_would_not_be_believed_is_not_left(
     """A filesystem that knows no modes."""
     put, note = Folder.put, stashed.look(str(file))
 
-    def loose(place: Folder, name: str, data: bytes) -> File:
-        written = put(place, name, data)
+    def loose(place: Folder, name: str, data: bytes, mode: int) -> File:
+        written = put(place, name, data, mode)
         written.allow(0o777)
         return written
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import kills
+from rig import kills, nobody
 from rig.command import invoke
 from rig.disks import Setup, device, drive
 from rig.machines import MIB, SIZE, Content, machine, make_chain, run
@@ -265,6 +265,19 @@ def test_a_note_that_does_not_agree_is_a_no(vm: Setup, base: Path, tmp_path: Pat
         qmpmerge.active(base)
 
 
+def test_who_starts_a_vm_need_not_be_who_has_merged() -> None:
+    """The notes are for all who may look at the images."""
+    with nobody.public() as folder:
+        base, a, b = (folder / name for name in ("base.qcow2", "a.qcow2", "b.qcow2"))
+        run("qemu-img", "create", "-qf", "qcow2", base, str(SIZE))
+        overlay(a, base.name)
+        overlay(b, a.name)
+        assert invoke("commit", str(b)).code == 0
+        with nobody.as_nobody():
+            assert qmpmerge.active(b).file == str(base)
+            assert qmpmerge.active(folder).file == str(base)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
 def test_a_note_of_a_stranger_is_not_believed(vm: Setup, base: Path, tmp_path: Path) -> None:
     put(vm, tmp_path / "far" / "a.qcow2")
@@ -345,5 +358,5 @@ def test_the_notes_are_small_files_of_ours(base: Path, tmp_path: Path) -> None:
     far = overlay(tmp_path / "far.qcow2", base, "raw")
     path = Path(notes.put_on(str(base), str(far)))
     told = json.loads(path.read_text())
-    assert (told, path.stat().st_mode & 0o777) == ({"overlay": str(far), "inode": far.stat().st_ino}, 0o600)
+    assert (told, path.stat().st_mode & 0o777) == ({"overlay": str(far), "inode": far.stat().st_ino}, 0o644)
     assert files.inode(str(far)) == (far.stat().st_dev, told["inode"])
