@@ -23,6 +23,7 @@ from qmpmerge.journal.record import look
 from qmpmerge.qemu import mutex
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
+from qmpmerge.targets import identity
 
 
 async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
@@ -80,7 +81,11 @@ async def _move(run: Run, doorbell: Doorbell, status: str, rests: bool) -> Job |
         if not rests:  # else nothing will be written to the base before we have waited for it
             await syncing
     except OSError as error:
+        is_another = isinstance(error, FileNotFoundError)
+        astray = identity.astray(run.plan.top, run.target.pid) if is_another else None
         await blockjob.take_back(run, doorbell)
+        if astray is not None:
+            raise identity.displaced(astray, run.target) from None
         path = run.record.path if run.record else run.plan.top.file
         raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
     try:
@@ -139,12 +144,17 @@ def _make_durable(run: Run) -> None:
 
 
 def _take_name_away(run: Run) -> None:
-    """Where that is not allowed the merge goes on, and says so."""
+    """
+    Where that is not allowed the merge goes on, and says so; not where another file has the name: QEMU would open it, or wait
+    for ever where it is a FIFO. Raises OSError.
+    """
     record = run.record
     if record is None or record.top not in record.away or record.place(record.top) == record.away[record.top]:
         return
     try:
         merged_files.take_away(record, record.top)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         away = {index: name for index, name in record.away.items() if index != record.top}
         run.record = store.write(replace(record, away=away))

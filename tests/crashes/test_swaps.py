@@ -205,8 +205,8 @@ def strike(model: tuple[Path, Content], folder: Path, name: str, moment: str, ki
         result.wrong += case.wrong() if name != "clean" else []
         result.wrong += [f"recover: {fault}" for fault in case.run("never", kind, ("recover", ".")).faults()]
         result.wrong += case.wrong() if name != "clean" else []
-    except (AssertionError, subprocess.TimeoutExpired) as error:
-        result.wrong.append(str(error)[:1000])
+    except (AssertionError, TimeoutError, subprocess.TimeoutExpired) as error:
+        result.wrong.append(f"{type(error).__name__}: {error}"[:1000])
     if not result.wrong:
         shutil.rmtree(case.place)
     return result
