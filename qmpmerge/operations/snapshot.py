@@ -9,10 +9,10 @@ import contextlib
 import os
 import shlex
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from qmpmerge import folder, shield
+from qmpmerge import shield
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import ELSEWHERE, Chain, Image, told_apart
 from qmpmerge.checks import sight
@@ -21,23 +21,21 @@ from qmpmerge.engine import earlier
 from qmpmerge.errors import (
     BackingString,
     Busy,
-    CannotCreate,
     FileExists,
     NotProven,
     NotSeen,
     OptionsConflict,
-    QemuRefused,
     Temporary,
-    Untouched,
     refuse,
     unproven,
 )
 from qmpmerge.folder import File
-from qmpmerge.images import files, notes, qemuimg
 from qmpmerge.journal import store
+from qmpmerge.operations import overlay
+from qmpmerge.operations.overlay import Order
 from qmpmerge.processes import proc
 from qmpmerge.qemu import vmstate
-from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
 
@@ -54,17 +52,6 @@ class Overlay:
     node: str
     instead_of: str
     hint: str = ""
-
-
-@dataclass(frozen=True)
-class _Order:
-    """One overlay to make: on which disk, where, with which backing string in its header."""
-
-    disk: Disk
-    below: Image
-    file: str
-    backing: str
-    node: str
 
 
 async def snapshot(
@@ -125,7 +112,7 @@ async def _refuse_used(target: Target, layout: Layout, disks: Iterable[str], for
     refuse(list(held(active, await holders.lasting(active, excluding=[target.pid]))))
 
 
-def _refuse_replaced(target: Target, layout: Layout, orders: list[_Order]) -> None:
+def _refuse_replaced(target: Target, layout: Layout, orders: list[Order]) -> None:
     """QEMU opens the image that it has written to again by its name, to read it only. Raises Replaced, NotReopenable."""
     for order in orders:
         astray = identity.astray(order.below, target.pid)
@@ -135,7 +122,7 @@ def _refuse_replaced(target: Target, layout: Layout, orders: list[_Order]) -> No
             raise lost
 
 
-def _order(target: Target, layout: Layout, name: str, file: str, relative: bool) -> _Order:
+def _order(target: Target, layout: Layout, name: str, file: str, relative: bool) -> Order:
     disk = layout.find(name, target.name)
     assert disk.chain is not None, "find() returns disks with an image only"
     if disk.job is not None:
@@ -147,7 +134,7 @@ def _order(target: Target, layout: Layout, name: str, file: str, relative: bool)
     _refuse_unseen(target, disk.name, below, path)
     if os.path.lexists(path):
         raise FileExists(file=path)
-    return _Order(disk, below, path, _backing(below, path, relative), f"qmpmerge-{uuid.uuid4().hex[:8]}")
+    return Order(disk, below, path, _backing(below, path, relative), f"qmpmerge-{uuid.uuid4().hex[:8]}")
 
 
 def _refuse_unseen(target: Target, disk: str, below: Image, path: str) -> None:
@@ -183,7 +170,7 @@ def _backing(below: Image, path: str, relative: bool) -> str:
     return name
 
 
-def _refuse_twice(orders: list[_Order]) -> None:
+def _refuse_twice(orders: list[Order]) -> None:
     roots = [order.disk.root for order in orders]
     paths = [order.file for order in orders]
     for order in orders:
@@ -193,135 +180,21 @@ def _refuse_twice(orders: list[_Order]) -> None:
             raise FileExists(file=order.file)
 
 
-async def _carry_out(target: Target, layout: Layout, orders: list[_Order], agent: str | None) -> tuple[Overlay, ...]:
+async def _carry_out(target: Target, layout: Layout, orders: list[Order], agent: str | None) -> tuple[Overlay, ...]:
     async with contextlib.AsyncExitStack() as undo:
-        made = [await undo.enter_async_context(_file(order)) for order in orders]
-        unnoted = [undo.enter_context(_note(order, file)) for order, file in zip(orders, made, strict=True)]
+        made = [await undo.enter_async_context(overlay.made(order)) for order in orders]
+        unnoted = [undo.enter_context(overlay.noted(order, file)) for order, file in zip(orders, made, strict=True)]
         for order, file in zip(orders, made, strict=True):
-            await undo.enter_async_context(_node(target, layout, order, file))
+            await undo.enter_async_context(overlay.opened(target, layout, order, file))
         async with _quiet(agent):
             _refuse_replaced(target, layout, orders)  # again, as late as can be
             await _transaction(target, orders)
             undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
     proved = await _prove(target, orders, made)
-    return tuple(replace(overlay, hint=hint) for overlay, hint in zip(proved, unnoted, strict=True))
+    return tuple(replace(one, hint=hint) for one, hint in zip(proved, unnoted, strict=True))
 
 
-@contextlib.asynccontextmanager
-async def _file(order: _Order) -> AsyncIterator[File]:
-    """The overlay's file, made with the owner and mode of the image below; removed again when the block fails."""
-    made = _make_empty(order)
-    try:
-        await qemuimg.create_overlay(
-            made, size=order.below.virtual_size, backing=order.backing, backing_format=order.below.format
-        )
-        _make_durable(made)
-        yield made
-    except Untouched:
-        with contextlib.suppress(OSError):
-            made.remove()
-        raise
-
-
-def _make_durable(made: File) -> None:
-    """What the guest flushes to it is worth nothing if a power cut takes its name."""
-    assert made.folder is not None, "it was made in one"
-    try:
-        made.sync()
-        made.folder.sync()
-    except OSError as error:
-        raise CannotCreate(file=made.path, reason=error.strerror or str(error)) from None
-
-
-@contextlib.contextmanager
-def _note(order: _Order, made: File) -> Iterator[str]:
-    """
-    A note beside an image in another folder where its overlay is, for who starts the VM; taken away again when the block
-    fails. Killed in between, the overlay is empty, and a start from it shows what the image below does.
-
-    Yields why there is no note; empty where there is one, or none is needed.
-    """
-    try:
-        if order.below.has_path and notes.is_needed(order.below.file, order.file):
-            notes.put_on(order.below.file, order.file)
-    except OSError as error:
-        yield (
-            f"it could not be noted beside {order.below.file} that {order.file} was put on it ({error.strerror or error}): "
-            f"`qmpmerge active` finds that only from {order.file}"
-        )
-        return
-    try:
-        yield ""
-    except Untouched:
-        with contextlib.suppress(OSError):
-            notes.take_away(order.below.file, [made.inode[1]])
-        raise
-
-
-def _make_empty(order: _Order) -> File:
-    try:
-        place, name = folder.split(order.file)
-        made = place.create(name)
-    except FileExistsError:
-        raise FileExists(file=order.file) from None
-    except OSError as error:
-        raise CannotCreate(file=order.file, reason=error.strerror or str(error)) from None
-    with contextlib.suppress(OSError):  # a base on the network, or in a place that we may not see
-        model = os.stat(order.below.file)
-        made.allow((model.st_mode & 0o777) | 0o600)
-        made.belong(model)
-    with contextlib.suppress(OSError):
-        notes.forget(order.file)
-    return made
-
-
-@contextlib.asynccontextmanager
-async def _node(target: Target, layout: Layout, order: _Order, file: File) -> AsyncIterator[None]:
-    """
-    The overlay as a node, with the cache settings of the image below; closed again when the block fails. QEMU opens it by its
-    name, and the guest must not write to another file: Replaced.
-    """
-    _see(file)
-    told = layout.nodes[order.below.node or ""].info
-    cache = {key: bool(told.get("cache", {}).get(key, False)) for key in ("direct", "no-flush")}
-    try:
-        await target.monitor.execute(
-            "blockdev-add",
-            driver="qcow2",
-            node_name=order.node,
-            backing=None,
-            cache=cache,
-            discard="unmap",
-            detect_zeroes=told.get("detect_zeroes", "off"),
-            file={"driver": "file", "filename": order.file, "cache": cache, "discard": "unmap"},
-        )
-        _see(file)
-        if identity.is_open(Image(file.path, "qcow2", 0, inode=file.inode), target.pid) is False:
-            raise identity.swapped(file.path)
-        yield
-    except Untouched:
-        await _close(target, order)
-        raise
-
-
-async def _close(target: Target, order: _Order) -> None:
-    """A file that QEMU has open is not to be removed. Raises NotProven where it has it still."""
-    try:
-        await target.monitor.execute("blockdev-del", node_name=order.node)
-    except QemuRefused as error:
-        expected = f"{order.file} closed again"
-        with unproven(target.name, expected):
-            if order.node in (await target.layout()).nodes:
-                raise NotProven(target=target.name, expected=expected, found=str(error)) from None
-
-
-def _see(file: File) -> None:
-    """That its name still leads to it. Raises Replaced."""
-    if files.inode(file.path) != file.inode:
-        raise identity.swapped(file.path)
-
-
-async def _transaction(target: Target, orders: list[_Order]) -> None:
+async def _transaction(target: Target, orders: list[Order]) -> None:
     actions = [
         {"type": "blockdev-snapshot", "data": {"node": order.below.node, "overlay": order.node}} for order in orders
     ]
@@ -339,14 +212,14 @@ async def _quiet(agent: str | None) -> AsyncIterator[None]:
         yield
 
 
-async def _prove(target: Target, orders: list[_Order], made: list[File]) -> tuple[Overlay, ...]:
+async def _prove(target: Target, orders: list[Order], made: list[File]) -> tuple[Overlay, ...]:
     """Every disk's chain must be what it was with the overlay on top, in the graph and in the overlay's header."""
     for order, file in zip(orders, made, strict=True):
         assert order.disk.chain is not None
         with unproven(target.name, f"{order.file} as the active image"):
             view = await target.chain(order.node)
-        overlay = replace(view.chain.active, file=order.file, backing=order.backing, inode=file.inode)
-        expected = Chain((*order.disk.chain, overlay))
+        active = replace(view.chain.active, file=order.file, backing=order.backing, inode=file.inode)
+        expected = Chain((*order.disk.chain, active))
         odd = [oddity for oddity in view.oddities if oddity.file == order.file]
         if not view.chain.same_files(expected) or view.chain.active.backing != order.backing or odd:
             words = told_apart(expected, view.chain)

@@ -23,7 +23,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.folder import File
 from qmpmerge.images import qemuimg
-from qmpmerge.operations import snapshot
+from qmpmerge.operations import overlay, snapshot
 from qmpmerge.targets.target import Target
 
 
@@ -100,7 +100,7 @@ async def test_a_failing_transaction_leaves_nothing(
     """The second disk is in use by a mirror that QEMU was told to make meanwhile."""
     real = snapshot._transaction
 
-    async def meanwhile(target: Target, orders: list[snapshot._Order]) -> None:
+    async def meanwhile(target: Target, orders: list[overlay.Order]) -> None:
         root = orders[1].disk.root
         two.session.execute("blockdev-add", driver="null-co", node_name="sink", size=SIZE)
         two.session.execute("blockdev-mirror", job_id="j", device=root, target="sink", sync="full")
@@ -168,7 +168,7 @@ async def test_nothing_is_removed_when_the_outcome_is_unknown(
 ) -> None:
     """The session ends after QEMU got the command: the guest may write to the overlay by now."""
 
-    async def lost(target: Target, orders: list[snapshot._Order]) -> None:
+    async def lost(target: Target, orders: list[overlay.Order]) -> None:
         raise SessionLost(target=target.name, command="transaction", reason="as if")
 
     monkeypatch.setattr(snapshot, "_transaction", lost)

@@ -1,0 +1,149 @@
+"""
+One overlay of a snapshot: its file, the note about it and its node, each made, and taken away again where what follows fails.
+"""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+from qmpmerge import folder
+from qmpmerge.chain.chain import Image
+from qmpmerge.errors import (
+    CannotCreate,
+    FileExists,
+    NotProven,
+    QemuRefused,
+    Untouched,
+    unproven,
+)
+from qmpmerge.folder import File
+from qmpmerge.images import files, notes, qemuimg
+from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.targets import identity
+from qmpmerge.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Order:
+    """One overlay to make: on which disk, where, with which backing string in its header."""
+
+    disk: Disk
+    below: Image
+    file: str
+    backing: str
+    node: str
+
+
+@contextlib.asynccontextmanager
+async def made(order: Order) -> AsyncIterator[File]:
+    """The overlay's file, made with the owner and mode of the image below; removed again when the block fails."""
+    file = _make_empty(order)
+    try:
+        await qemuimg.create_overlay(
+            file, size=order.below.virtual_size, backing=order.backing, backing_format=order.below.format
+        )
+        _make_durable(file)
+        yield file
+    except Untouched:
+        with contextlib.suppress(OSError):
+            file.remove()
+        raise
+
+
+def _make_durable(made: File) -> None:
+    """What the guest flushes to it is worth nothing if a power cut takes its name."""
+    assert made.folder is not None, "it was made in one"
+    try:
+        made.sync()
+        made.folder.sync()
+    except OSError as error:
+        raise CannotCreate(file=made.path, reason=error.strerror or str(error)) from None
+
+
+@contextlib.contextmanager
+def noted(order: Order, made: File) -> Iterator[str]:
+    """
+    A note beside an image in another folder where its overlay is, for who starts the VM; taken away again when the block
+    fails. Killed in between, the overlay is empty, and a start from it shows what the image below does.
+
+    Yields why there is no note; empty where there is one, or none is needed.
+    """
+    try:
+        if order.below.has_path and notes.is_needed(order.below.file, order.file):
+            notes.put_on(order.below.file, order.file)
+    except OSError as error:
+        yield (
+            f"it could not be noted beside {order.below.file} that {order.file} was put on it ({error.strerror or error}): "
+            f"`qmpmerge active` finds that only from {order.file}"
+        )
+        return
+    try:
+        yield ""
+    except Untouched:
+        with contextlib.suppress(OSError):
+            notes.take_away(order.below.file, [made.inode[1]])
+        raise
+
+
+def _make_empty(order: Order) -> File:
+    try:
+        place, name = folder.split(order.file)
+        made = place.create(name)
+    except FileExistsError:
+        raise FileExists(file=order.file) from None
+    except OSError as error:
+        raise CannotCreate(file=order.file, reason=error.strerror or str(error)) from None
+    with contextlib.suppress(OSError):  # a base on the network, or in a place that we may not see
+        model = os.stat(order.below.file)
+        made.allow((model.st_mode & 0o777) | 0o600)
+        made.belong(model)
+    with contextlib.suppress(OSError):
+        notes.forget(order.file)
+    return made
+
+
+@contextlib.asynccontextmanager
+async def opened(target: Target, layout: Layout, order: Order, file: File) -> AsyncIterator[None]:
+    """
+    The overlay as a node, with the cache settings of the image below; closed again when the block fails. QEMU opens it by its
+    name, and the guest must not write to another file: Replaced.
+    """
+    _see(file)
+    told = layout.nodes[order.below.node or ""].info
+    cache = {key: bool(told.get("cache", {}).get(key, False)) for key in ("direct", "no-flush")}
+    try:
+        await target.monitor.execute(
+            "blockdev-add",
+            driver="qcow2",
+            node_name=order.node,
+            backing=None,
+            cache=cache,
+            discard="unmap",
+            detect_zeroes=told.get("detect_zeroes", "off"),
+            file={"driver": "file", "filename": order.file, "cache": cache, "discard": "unmap"},
+        )
+        _see(file)
+        if identity.is_open(Image(file.path, "qcow2", 0, inode=file.inode), target.pid) is False:
+            raise identity.swapped(file.path)
+        yield
+    except Untouched:
+        await _close(target, order)
+        raise
+
+
+async def _close(target: Target, order: Order) -> None:
+    """A file that QEMU has open is not to be removed. Raises NotProven where it has it still."""
+    try:
+        await target.monitor.execute("blockdev-del", node_name=order.node)
+    except QemuRefused as error:
+        expected = f"{order.file} closed again"
+        with unproven(target.name, expected):
+            if order.node in (await target.layout()).nodes:
+                raise NotProven(target=target.name, expected=expected, found=str(error)) from None
+
+
+def _see(file: File) -> None:
+    """That its name still leads to it. Raises Replaced."""
+    if files.inode(file.path) != file.inode:
+        raise identity.swapped(file.path)
