@@ -161,9 +161,16 @@ def on_target(
     return with_target
 
 
+LONGEST_SECRET = 65536
+"""Characters; /dev/zero has no end."""
+
+
 def _read_secret(file: str) -> str:
     try:
         with open(file, encoding="utf-8") as stream:
-            return stream.read().rstrip("\n")
+            text = stream.read(LONGEST_SECRET + 1)
+        if len(text) > LONGEST_SECRET:
+            raise ValueError("it is too long for one")
+        return text.rstrip("\n")
     except (OSError, ValueError) as error:
         raise SecretUnreadable(file=file, reason=getattr(error, "strerror", None) or str(error)) from None

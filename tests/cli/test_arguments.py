@@ -77,6 +77,14 @@ def test_an_age_that_is_none_is_a_usage_error(value: str, command: Forks, tmp_pa
     assert command.run("clean", ".", "--older-than", value, cwd=tmp_path).code == 2
 
 
+@pytest.mark.parametrize("file", ["/dev/zero", "/dev/full", "nope", ".", "/proc/self/mem"])
+def test_a_secret_that_is_none_is_refused(file: str, command: Forks, tmp_path: Path) -> None:
+    """/dev/zero took all memory."""
+    active = make_chain(tmp_path)[3]
+    run = command.run("chain", str(active), "--secret", file, "--json", cwd=tmp_path)
+    assert (run.code, run.document["error"]["name"]) == (3, "secret-unreadable")
+
+
 def test_the_places_are_all_that_there_are() -> None:
     """A new command, or a new option with a value, belongs into `nasty.command_lines`."""
     from qmpmerge.cli.commands.group import cli

@@ -31,7 +31,9 @@ def command_lines(word: str) -> Iterator[list[str]]:
         yield ["commit", "c.qcow2", "--dry-run", option, word]
     for option in ("--converge-floor", "--converge-pause"):
         yield ["commit", "c.qcow2", "--dry-run", "--converge", option, word]
-    yield from (["commit", "c.qcow2", "--dry-run", "--allow", word], ["chain", "c.qcow2", "--secret", word])
+    yield from (["commit", "c.qcow2", "--dry-run", "--allow", word], ["active", word, "--json"])
+    if word != "fifo":  # as of a shell's `<(...)`, whose writer is waited for
+        yield ["chain", "c.qcow2", "--secret", word]
     yield ["chain", "c.qcow2", "--format", word]
     if word != "/":  # which takes as long as the machine has files
         yield from (["doctor", "c.qcow2", "--search", word], ["commit", "c.qcow2", "--dry-run", "--search", word])
