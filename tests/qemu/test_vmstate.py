@@ -270,12 +270,20 @@ async def test_a_dry_run_sends_nothing_that_writes(top: str | None, tmp_path: Pa
         ) as target:
             outcome = await qmpmerge.commit(target, top=top, dry_run=True)
     asked = [json.loads(text) for text in sent]
-    others = [one for one in asked if "query" not in one["execute"] and one["execute"] != "qom-get"]
+    others = [one for one in asked if "query" not in one["execute"] and one["execute"] not in ("qom-get", "qom-list")]
+    turns = [one["arguments"] for one in others if one["execute"] == "object-add"]
+    assert {turn["qom-type"] for turn in turns} <= {"secret"}  # a place in the queue, which no disk knows of
     added = [
         one["arguments"] for one in others if one["execute"] == "blockdev-add"
     ]  # to see that a flush can be asked for
     assert all(node["read-only"] for node in added) and len(added) <= 1
-    assert {one["execute"] for one in others} <= {"blockdev-add", "blockdev-del", "blockdev-reopen"}
+    assert {one["execute"] for one in others} <= {
+        "blockdev-add",
+        "blockdev-del",
+        "blockdev-reopen",
+        "object-add",
+        "object-del",
+    }
     unseen = {check.name: check.reason for check in outcome.checks if check.result == "not checked"}
     assert list(unseen) == (["not-writable"] if top else [])
     assert all("header" in reason for reason in unseen.values())
