@@ -61,33 +61,41 @@ class Options:
         return TextOutput(sys.stdout, err or sys.stderr, quiet=self.quiet)
 
 
-def shared(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare the shared options; the command gets them as one value, ``options``."""
-    declared = (
-        click.option("--json", is_flag=True, help="One JSON object on stdout, progress as JSON lines on stderr."),
-        click.option("-v", "--verbose", is_flag=True, help="Show the QMP conversation on stderr."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress, no hints."),
-        click.option(
-            "--timeout",
-            type=Seconds(min=0, min_open=True, max=LONGEST_SECONDS),
-            metavar="SECONDS",
-            help="Stop waiting after this time. A job that runs then goes on (exit code 7).",
-        ),
-        click.option(
-            "--force",
-            multiple=True,
-            type=click.Choice(FORCEABLE),
-            help="Go on although qmpmerge refuses for this reason.",
-        ),
-    )
+def basic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare the options that every command has; it gets them as one value, ``options``."""
+    return _gathered(function, [_json, _quiet])
 
+
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and those of commands that speak to a QEMU."""
+    return _gathered(function, [_json, _verbose, _quiet, _timeout, _force])
+
+
+_json = click.option("--json", is_flag=True, help="One JSON object on stdout, progress as JSON lines on stderr.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="Show the QMP conversation on stderr.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no hints.")
+_force = click.option(
+    "--force", multiple=True, type=click.Choice(FORCEABLE), help="Go on although qmpmerge refuses for this reason."
+)
+
+
+def _timeout(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--timeout",
+        type=Duration(positive=True),
+        metavar="TIME",
+        help="Stop waiting after this time, as in 90 (seconds) or 10m. A job that runs then goes on (exit code 7).",
+    )(function)
+
+
+def _gathered(function: Callable[..., Any], declared: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     def gather(
         *,
         json: bool,
-        verbose: bool,
         quiet: bool,
-        timeout: float | None,
-        force: tuple[str, ...],
+        verbose: bool = False,
+        timeout: float | None = None,
+        force: tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
         form: str | None = None,
         secret: str | None = None,
@@ -175,9 +183,9 @@ def converging(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--converge-pause",
-            type=Seconds(min=0, max=LONGEST_SECONDS),
-            metavar="SECONDS",
-            help="And pause it, for so long at the most (default: never).",
+            type=Duration(),
+            metavar="TIME",
+            help="And pause it, for so long at the most, as in 2s (default: never).",
         ),
     )
 
@@ -190,17 +198,6 @@ def converging(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(converge=wanted, **rest)
 
     return _declared(gather, function, declared)
-
-
-class Seconds(click.FloatRange):
-    """A time that can be waited for."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """As a number in the range, which `nan` is not."""
-        seconds: float = super().convert(value, param, ctx)
-        if math.isnan(seconds):
-            self.fail(f"{value!r} is no time", param, ctx)
-        return seconds
 
 
 class Size(click.ParamType[int]):
@@ -222,9 +219,12 @@ class Size(click.ParamType[int]):
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, or a number with s, m, h or d."""
+    """Seconds, or a number with s, m, h or d. `positive` takes no 0."""
 
     name = "time"
+
+    def __init__(self, *, positive: bool = False) -> None:
+        self._positive = positive
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """``7d`` is 604800."""
@@ -232,9 +232,12 @@ class Duration(click.ParamType[float]):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(value), re.IGNORECASE | re.ASCII)
         unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()] if match else 0
-        if match is None or float(match[1]) * unit > LONGEST_SECONDS:
-            self.fail(f"{value!r} is no time: write seconds, or a number with s, m, h or d, as in 7d", param, ctx)
-        return float(match[1]) * unit
+        seconds = float(match[1]) * unit if match else math.inf
+        if seconds > LONGEST_SECONDS:
+            self.fail(f"{value!r} is no time: write seconds, or a number with s, m, h or d, as in 10m", param, ctx)
+        if self._positive and seconds == 0:
+            self.fail("no time at all is too short", param, ctx)
+        return seconds
 
 
 class Assignment(click.ParamType[tuple[str, str]]):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Options, shared
+from qmpmerge.cli.options import Options, basic
 from qmpmerge.cli.run import look
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @group.cli.command()
 @click.argument("path", type=click.Path())
-@shared
+@basic
 def active(path: str, options: Options) -> int:
     """
     Print the one image that a VM must be started from.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Duration, Options, shared
+from qmpmerge.cli.options import Duration, Options, basic
 from qmpmerge.cli.run import run
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option(
     "--older-than", type=Duration(), metavar="TIME", help="Only what was stashed so long ago, as in 7d or 12h."
 )
-@shared
+@basic
 def clean(paths: tuple[str, ...], dry_run: bool, older_than: float | None, options: Options) -> int:
     """
     Remove merged files that were stashed, once nobody uses or needs them.

@@ -6,7 +6,7 @@ import click
 
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Options, for_images, shared
+from qmpmerge.cli.options import Options, basic, for_images, shared
 from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @group.cli.command()
-@shared
+@basic
 def vms(options: Options) -> int:
     """
     List the running QEMUs of this host and their monitors.
