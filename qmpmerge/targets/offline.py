@@ -52,10 +52,11 @@ class OfflineTarget(Target):
 
     async def open_for_writing(self, images: Collection[Image]) -> None:
         """The last time that they are opened by name. Raises NotWritable, Replaced."""
-        inodes = {image.inode for image in images}
-        written = [
-            (number, layer) for number, layer in enumerate(self._layers, 1) if not inodes.isdisjoint(layer.inodes)
-        ]
+        numbered = {f"layer{number}": (number, layer) for number, layer in enumerate(self._layers, 1)}
+        written = [numbered[image.node or ""] for image in images]
+        for image, (_number, layer) in zip(images, written, strict=True):
+            if image.inode not in layer.inodes:  # its name led elsewhere when QEMU was asked for it
+                raise identity.swapped(layer.file)
         nodes = [
             node
             for number, layer in written

@@ -6,7 +6,7 @@ from typing import Any
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
-from qmpmerge.images import stashed
+from qmpmerge.images import notes, stashed
 from rig.disks import Setup
 
 
@@ -22,11 +22,11 @@ def names(folder: Path) -> list[str]:
 
 
 def litter(folder: Path) -> list[str]:
-    """All else that begins with a dot, but for the notes beside what is stashed, which stay with it."""
-    notes = {
-        os.path.basename(stashed.note_path(str(file))) for file in folder.iterdir() if stashed.is_stashed(str(file))
-    }
-    return sorted({file.name for file in folder.iterdir() if file.name.startswith(".")} - notes)
+    """All else that begins with a dot, but for the notes beside what is stashed, or kept, which stay with it."""
+    files = [str(file) for file in folder.iterdir()]
+    told = {os.path.basename(stashed.note_path(file)) for file in files if stashed.is_stashed(file)}
+    told |= {f".{os.path.basename(file)}{notes.MERGED}" for file in files if notes.base_of(file)}
+    return sorted({file.name for file in folder.iterdir() if file.name.startswith(".")} - told)
 
 
 def beside(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ import pytest
 from rig.command import invoke
 from rig.devices import loop
 from rig.disks import blockdev, drive, nbd_server, nodes, remove, storage_daemon
+from rig.folder import beside
 from rig.headers import raw_header
 from rig.machines import MIB, SIZE, Content, create_encrypted, fill, have, machine, make_chain, run
 
@@ -115,7 +116,7 @@ async def test_every_range(name: str, link: str, folder: Path, images: list[Path
     assert basenames(outcome) == expected
     assert outcome.verdict == ("merged" if expected[-1] == "c.qcow2" else "pivoted")
     assert outcome.verified
-    assert sorted(file.name for file in folder.iterdir()) == sorted(NAMES)
+    assert beside(folder) == sorted(NAMES)
     if outcome.verdict == "merged":
         kept = outcome.after.files
         place = next(place for place, name in enumerate(NAMES) if str(folder / name) != kept[place])
@@ -906,6 +907,35 @@ async def test_a_swapped_name_makes_us_write_to_no_other_file(
     content.check(images[3])
 
 
+class Flicker(Swapper):
+    """Gives the name to another file while QEMU is asked what it has open, and again when the job is started."""
+
+    def __call__(self, direction: str, text: str) -> None:
+        command = json.loads(text).get("execute", "") if direction == "->" else ""
+        if command in ("query-named-block-nodes", self.command):
+            if not self.away.exists():
+                self.image.rename(self.away)
+                self.image.symlink_to(self.victim)
+        elif command:
+            self.put_back()
+
+
+@pytest.mark.parametrize(("swapped", "base", "top"), [(0, "[1]", "[3]"), (2, "[1]", "[2]"), (0, "[1]", "[4]")])
+async def test_an_image_whose_name_led_elsewhere_when_we_looked_is_not_written_by_its_name(
+    swapped: int, base: str, top: str, images: list[Path], content: Content, tmp_path: Path
+) -> None:
+    """Then it is not known which file it is: nor may it be left to the job to open it."""
+    victim = tmp_path / "root" / "victim"
+    victim.parent.mkdir()
+    shutil.copyfile(images[swapped], victim)
+    flicker = Flicker(images[swapped], victim, "block-commit")
+    with unchanged(victim.parent), pytest.raises(Refused):
+        async with qmpmerge.offline(images[3], trace=flicker) as target:
+            await qmpmerge.commit(target, base=base, top=top, merged_files="keep")
+    flicker.put_back()
+    content.check(images[3])
+
+
 @pytest.mark.skipif(not have("strace"), reason="there is no strace")
 @pytest.mark.parametrize(("base", "top"), [("[1]", "[2]"), ("[2]", "[3]"), ("[1]", "[4]")])
 async def test_no_job_opens_a_name(
@@ -1021,7 +1051,7 @@ async def test_there_is_one_disk(images: list[Path], folder: Path) -> None:
         with pytest.raises(NoSuchDisk):
             await qmpmerge.commit(target, "vda")
         assert len(await target.disks()) == 1
-    assert sorted(file.name for file in folder.iterdir()) == sorted(NAMES)
+    assert beside(folder) == sorted(NAMES)
 
 
 # --- verified --------------------------------------------------------------------------------------------------------------
