@@ -24,7 +24,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
-from qmpmerge import shield
+from qmpmerge import shield, sockets
 from qmpmerge.errors import NoReply, QemuRefused, SessionLost
 from qmpmerge.processes import proc
 from qmpmerge.qemu.monitor import COMMAND_SECONDS, Monitor
@@ -114,6 +114,7 @@ class _Queue:
         self._prefix = f"qmpmerge-turn-{what}-"
         self._ours: _Ticket | None = None
         self._ahead: _Owner | None = None
+        self._first: _Ticket | None = None
         self._is_told = False
 
     async def wait(self, seconds: float | None) -> None:
@@ -123,7 +124,7 @@ class _Queue:
             waited = time.monotonic() - began
             limit = LIMIT_SECONDS if seconds is None else seconds
             if waited >= limit and not (seconds is None and self._waits_for_ourselves):
-                raise NoTurn(self._holder, f"has been at work on it for more than {limit:g} s")
+                raise NoTurn(f"{self._holder}{self._cure}", f"has been at work on it for more than {limit:g} s")
             if waited >= TELL_SECONDS:
                 self._tell()
             await asyncio.sleep(LOOK_AGAIN_SECONDS * os.urandom(1)[0] / 128)
@@ -143,6 +144,14 @@ class _Queue:
     def _holder(self) -> str:
         return str(self._ahead) if self._ahead is not None else "somebody"
 
+    @property
+    def _cure(self) -> str:
+        """How a turn is taken away whose owner we cannot see: another host's, another network's, or nobody's."""
+        if self._ahead is None or self._first is None or self._ahead.place == _place():
+            return ""
+        command = sockets.typed(self._monitor.name, ("object-del", {"id": self._object(self._first)}))
+        return f" (if it is gone, `{command}` takes its turn away)"
+
     def _tell(self) -> None:
         if not self._is_told:
             self._is_told = True
@@ -161,7 +170,7 @@ class _Queue:
             return False
         self._ahead = None
         for ticket in below:
-            self._ahead = await self._owner(ticket)
+            self._ahead, self._first = await self._owner(ticket), ticket
             if self._ahead is not None:
                 return False
             await self._remove(ticket)

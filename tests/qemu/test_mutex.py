@@ -194,10 +194,12 @@ async def test_a_ticket_that_does_not_tell_is_never_skipped(tmp_path: Path, said
     with two_monitors(tmp_path) as (vm, _):
         ticket(vm, OTHERS, **said)
         async with qmpmerge.live(vm.target) as target:
-            with pytest.raises(mutex.NoTurn):
+            with pytest.raises(mutex.NoTurn) as error:
                 await taken(target.monitor, SOON)
-            assert tickets(vm) == [OTHERS]
-            vm.session.execute("object-del", id=OTHERS)
+        assert tickets(vm) == [OTHERS]
+        assert "object-del" in str(error.value) and OTHERS in str(error.value)
+        vm.session.execute("object-del", id=OTHERS)
+        async with qmpmerge.live(vm.target) as target:
             await taken(target.monitor, 30)
 
 
