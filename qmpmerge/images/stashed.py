@@ -42,6 +42,8 @@ class Note:
     base_inode: Inode | None
     verified: bool
     since: float
+    base_seen: Seen | None = None
+    """What the base looked like when the note was written; None where it is no regular file."""
 
 
 def original_of(name: str) -> str | None:
@@ -89,8 +91,12 @@ def write(path: str, note: Note) -> None:
 
 def encode(note: Note) -> bytes:
     """A note as it is written."""
-    entry = {"schema": SCHEMA, **vars(note), "seen": [note.seen.size, note.seen.changed]}
+    entry = {"schema": SCHEMA, **vars(note), "seen": _encoded(note.seen), "base_seen": _encoded(note.base_seen)}
     return json.dumps(entry).encode()
+
+
+def _encoded(seen: Seen | None) -> tuple[int, int] | None:
+    return None if seen is None else (seen.size, seen.changed)
 
 
 def look(path: str) -> Note | str:
@@ -115,6 +121,43 @@ def look(path: str) -> Note | str:
     return note if files.seen(path) == note.seen else "it was written to since a merge stashed it"
 
 
+def lost(note: Note) -> str | None:
+    """
+    Why it is not known that the base has what the stashed file held; None where it is there, or was merged itself into one that
+    is. A base may have been written to since, but it grows no smaller, and its time does not go back.
+    """
+    seen: set[str] = set()
+    while True:
+        reason = _base_lost(note)
+        seen.add(note.base)
+        told = [] if reason is None else [look(path) for path in names_of(note.base)]
+        aside = [
+            one
+            for one in told
+            if isinstance(one, Note) and note.base_inode is not None and one.inode[1] == note.base_inode[1]
+        ]
+        if not aside or aside[0].base in seen:
+            return reason
+        note = aside[0]
+
+
+def _base_lost(note: Note) -> str | None:
+    merged = f"{note.base}, into which it was merged,"
+    try:
+        status = os.stat(note.base)
+    except (OSError, ValueError) as error:
+        return f"{merged} cannot be looked at ({getattr(error, 'strerror', None) or error})"
+    if stat.S_ISBLK(status.st_mode) and note.base_seen is None:
+        return None  # known by its name alone: the inode of a device is another after a reboot
+    if note.base_inode is None or status.st_ino != note.base_inode[1]:
+        return f"{merged} is another file now"
+    if note.base_seen is not None and status.st_size < note.base_seen.size:
+        return f"{merged} has become smaller since"
+    if note.base_seen is not None and status.st_mtime_ns < note.base_seen.changed:
+        return f"{merged} is older than the merge"
+    return None
+
+
 def is_stashed(path: str) -> bool:
     """Whether a merge has put this very file aside, and nobody has written to it since."""
     return isinstance(look(path), Note)
@@ -129,7 +172,7 @@ def _note(data: bytes) -> Note:
     entry = json.loads(data)
     if entry["schema"] != SCHEMA:
         raise files.Untrusted(f"it is of schema {entry['schema']!r}, this qmpmerge reads schema {SCHEMA}")
-    base_inode = entry["base_inode"]
+    base_inode, base_seen = entry["base_inode"], entry.get("base_seen")
     return Note(
         original=str(entry["original"]),
         format=str(entry["format"]),
@@ -139,6 +182,7 @@ def _note(data: bytes) -> Note:
         base_inode=None if base_inode is None else _pair(base_inode),
         verified=bool(entry["verified"]),
         since=float(entry["since"]),
+        base_seen=None if base_seen is None else Seen(*_pair(base_seen)),
     )
 
 

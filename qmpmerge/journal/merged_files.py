@@ -150,6 +150,7 @@ def _note(record: Record, index: int, place: str, hints: list[str]) -> None:
             base_inode=base.inode,
             verified=record.verified,
             since=time.time(),
+            base_seen=files.seen(base.file) if files.is_regular(base.file) else None,
         )
         stashed.write(place, note)
     except OSError as error:

@@ -105,7 +105,9 @@ def _stashed(path: str) -> list[str]:
 
 async def _why_not_proved(file: str, found: Collection[str]) -> str | None:
     """Why it is not known that a merge has put it aside, None where it is."""
-    if stashed.is_stashed(file):
+    note = stashed.look(file)
+    doubt = stashed.lost(note) if isinstance(note, Note) else note
+    if doubt is None:
         return None
     if os.path.islink(file):
         return f"it is a symlink, and no merge puts one aside: `rm -- {shlex.quote(file)}` if nobody needs it"
@@ -113,7 +115,7 @@ async def _why_not_proved(file: str, found: Collection[str]) -> str | None:
         return "it is no qcow2 image"
     from qmpmerge.recovery import stray
 
-    return await stray.why_not_merged(file, [other for other in found if other != file and _is_image(other)])
+    return await stray.why_not_merged(file, [other for other in found if other != file and _is_image(other)], doubt)
 
 
 def _is_image(file: str) -> bool:

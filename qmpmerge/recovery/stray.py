@@ -1,5 +1,5 @@
 """
-Whether a file that is only called like a stashed one was merged: where no note says so, its contents do.
+Whether a file that is only called like a stashed one was merged: where no note proves it, its contents do.
 
 Compared is what it shows, through the images below it, with what the first image below shows that has its own name still.
 Images that lie between the two were merged with it. They are opened by the rule for names, and not while anybody uses them.
@@ -11,23 +11,23 @@ from collections.abc import Collection
 
 from qmpmerge.chain.chain import Image, Inode
 from qmpmerge.errors import Refused
-from qmpmerge.images import files, stashed, walk
+from qmpmerge.images import files, walk
 from qmpmerge.images.stashed import original_of
 from qmpmerge.images.walk import Layer
 from qmpmerge.recovery import evidence
 
 
-async def why_not_merged(file: str, others: Collection[str]) -> str | None:
+async def why_not_merged(file: str, others: Collection[str], doubt: str) -> str | None:
     """
     Why it is not proved that a merge has put `file` aside, with a way out; None where it is: by what itself shows, or one of
-    the `others`, called like it, that is built on it.
+    the `others`, called like it, that is built on it. `doubt` is why its note does not prove it.
     """
     for top in others:
         if _is_below(file, top) and await _why_not(top) is None:
             return None
     reason = await _why_not(file)
     better = f"`rm -- {shlex.quote(file)}` if you know better"
-    return None if reason is None else f"{stashed.look(file)}, and {reason}: {better}"
+    return None if reason is None else f"{doubt}, and {reason}: {better}"
 
 
 def _is_below(file: str, top: str) -> bool:

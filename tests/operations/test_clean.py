@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,61 @@ async def test_a_stranger_on_the_base_is_a_dependent(tmp_path: Path, images: lis
     image = older_data(tmp_path)
     with pytest.raises(qmpmerge.errors.Dependents, match=image.name):
         await merged(images)
+
+
+# --- a base that is no more -----------------------------------------------------------------------------------------------
+
+
+def truncated(base: Path) -> str:
+    os.truncate(base, 0)
+    return "has become smaller since, and {}/base.raw does not show what it shows"
+
+
+def moved_away(base: Path) -> str:
+    base.rename(base.with_suffix(".bak"))
+    return "cannot be looked at (No such file or directory), and it cannot be compared: "
+
+
+def replaced(base: Path) -> str:
+    os.replace(base.with_suffix(".old"), base)
+    return "is another file now, and {}/base.raw does not show what it shows"
+
+
+def restored(base: Path) -> str:
+    """With its time, into the same file, as `cp -p` and `rsync --inplace` do."""
+    run("cp", "-p", base.with_suffix(".old"), base)
+    return "is older than the merge, and {}/base.raw does not show what it shows"
+
+
+@pytest.mark.parametrize("lose", [truncated, moved_away, replaced, restored], ids=lambda lose: str(lose.__name__))
+async def test_without_the_base_that_has_their_data_all_stay(
+    lose: Callable[[Path], str], tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    shutil.copy2(images[0], tmp_path / "base.old")
+    await merged(images)
+    reason = f"{images[0]}, into which it was merged, {lose(images[0]).format(tmp_path)}"
+    told = await kept(tmp_path)
+    assert sorted(told) == STASHED and all((why or "").startswith(reason) for why in told.values()), told
+    assert set(STASHED) <= set(names(tmp_path))
+
+
+async def test_a_base_that_was_merged_itself_is_where_that_went(tmp_path: Path, images: list[Path]) -> None:
+    await merged(images, base="[2]")
+    await merged(images[:2])
+    assert names(tmp_path) == ["a.qcow2.merged", "b.qcow2.merged", "base.raw", "c.qcow2.merged"]
+    images[0].rename(tmp_path / "elsewhere.raw")
+    assert None not in (await kept(tmp_path)).values()
+    (tmp_path / "elsewhere.raw").rename(images[0])
+    assert await kept(tmp_path) == dict.fromkeys(STASHED)
+
+
+async def test_a_guest_that_writes_to_the_base_is_no_reason(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    await merged(images)
+    with drive(tmp_path, images[:1], content) as setup:
+        setup.write(9, 0, MIB)
+    assert await kept(tmp_path) == dict.fromkeys(STASHED)
 
 
 # --- proved by comparison -------------------------------------------------------------------------------------------------
