@@ -364,7 +364,7 @@ async def test_a_file_that_cannot_be_renamed_stays_and_that_is_said(
 
 
 async def test_no_place_for_a_record_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(place: Folder, name: str, data: bytes) -> None:
+    def refuse(place: Folder, name: str, data: bytes, mode: int = 0) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Folder, "put", refuse)
