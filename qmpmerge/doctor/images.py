@@ -48,7 +48,7 @@ async def examine_path(
     if not os.path.isdir(path):
         return sort([*await _chain(path, allow, form), *_beside(path, allow, search, form)])
     overlays = _overlays(path)
-    findings = [*leftovers.in_folder(path), *_shared(overlays)]
+    findings = [*leftovers.in_folder(path), *leftovers.elsewhere(path), *_shared(overlays)]
     for image in _tops(overlays):
         findings += await _chain(image, allow)
     return sort(findings)

@@ -16,7 +16,7 @@ from qmpmerge.doctor import launch
 from qmpmerge.doctor.findings import Finding, Severity
 from qmpmerge.images import dependents, files, notes, overlays, qcow2, stashed
 from qmpmerge.images.dependents import Dependent, Look
-from qmpmerge.journal import locks, store
+from qmpmerge.journal import locks, lookup, store
 from qmpmerge.journal.locks import Note
 from qmpmerge.journal.record import Record
 from qmpmerge.journal.store import Disbelieved, Found, Unlisted
@@ -40,7 +40,8 @@ def beside(
     found: list[Finding] = []
     for folder in dependents.folders(chain, search):
         found += in_folder(folder, jobs)
-    return [*found, *_built_on(chain, search, pid)]
+    far = elsewhere(chain.active.file, jobs) if chain.active.has_path else ()
+    return [*found, *far, *_built_on(chain, search, pid)]
 
 
 def in_folder(folder: str, jobs: Collection[str] = ()) -> list[Finding]:
@@ -49,6 +50,18 @@ def in_folder(folder: str, jobs: Collection[str] = ()) -> list[Finding]:
     found = [] if at_work else store.in_folder(folder)
     unsettled = [_unsettled(one) for one in found if isinstance(one, Disbelieved) or one.job not in jobs]
     return [*unsettled, *_old_locks(folder, jobs), *_stashed(folder), *_kept(folder)]
+
+
+def elsewhere(path: str, jobs: Collection[str] = ()) -> list[Finding]:
+    """The records in other folders that tell of the image at `path`, or of an image in the folder `path`."""
+    found = [one for one in lookup.concerned(path) if not (isinstance(one, Record) and _is_known(one, jobs))]
+    return [_unsettled(one) for one in found]
+
+
+def _is_known(record: Record, jobs: Collection[str]) -> bool:
+    """Whether its job tells more, or a qmpmerge is at work on it."""
+    locked = [locks.lock_path(image) for image in record.chain if image.has_path]
+    return record.job in jobs or any(map(locks.is_held, filter(os.path.exists, locked)))
 
 
 def is_orphan(name: str) -> bool:

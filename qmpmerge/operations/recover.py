@@ -7,15 +7,12 @@ Which records are meant is found out here; `engine.resume` brings each to an end
 import os
 from collections.abc import Collection, Sequence
 
-from qmpmerge.chain.chain import Image
 from qmpmerge.engine import resume
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import NothingThere
 from qmpmerge.images import files, stashed
 from qmpmerge.images.stashed import Note
-from qmpmerge.journal import locks, store
-from qmpmerge.journal.record import Record
-from qmpmerge.journal.store import Found
+from qmpmerge.journal import lookup, store
 from qmpmerge.qemu.monitor import Trace
 from qmpmerge.recovery.evidence import Use
 
@@ -45,31 +42,10 @@ async def recover(
     the QEMU that carried the merge out still runs.
     """
     path = os.path.abspath(path)
-    records = store.believed(_concerned(path))
+    records = store.believed(lookup.concerned(path))
     if not records:
         return [_nothing(path)]
     return [await resume.recover(record, use, allow=allow, dry_run=dry_run, trace=trace) for record in records]
-
-
-def _concerned(path: str) -> list[Found]:
-    """The records of a folder, or those that tell, or may tell, of the image at `path`."""
-    if os.path.isdir(path):
-        return store.in_folder(path)
-    inode = files.inode(path)
-    inodes = set() if inode is None else {inode}
-    folders = dict.fromkeys((os.path.dirname(path), os.path.dirname(files.real(path)), *_active_folder(path)))
-    return [
-        found
-        for folder in folders
-        for found in store.in_folder(folder)
-        if found.concerns(inodes) or (isinstance(found, Record) and found.is_called(path))
-    ]
-
-
-def _active_folder(base: str) -> list[str]:
-    """Where the lock beside a base says that the record is: a golden image may lie far from what is built on it."""
-    record = locks.noted(Image(base, "raw", 0)).record
-    return [] if record is None else [os.path.dirname(record)]
 
 
 def _nothing(path: str) -> Recovery:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rig import advice
 from rig.command import Begun, invoke
 from rig.disks import KINDS, drive
 from rig.folder import live, names
@@ -551,3 +552,32 @@ async def test_a_cancelled_job_leaves_nothing_odd(tmp_path: Path) -> None:
             assert (await target.chain()).oddities == ()
             assert (await qmpmerge.commit(target, "vda")).verdict == "pivoted"
     assert not store.in_folder(str(tmp_path))
+
+
+# --- a record that lies elsewhere ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["[1]", "[2]"])
+def test_a_merge_of_snapshots_in_another_folder_is_found_from_the_base(base: str, tmp_path: Path) -> None:
+    """A unit that starts the VM knows the base, and its folder: `active` refuses, so these two must not see nothing."""
+    for folder in ("vm", "snaps"):
+        (tmp_path / folder).mkdir()
+    images, content = make_chain(tmp_path, ("vm/base.raw",)), Content()
+    with drive(tmp_path, images, content) as setup:
+        for number, name in enumerate("abc"):
+            assert invoke("snapshot", setup.machine.target, f"vda={tmp_path}/snaps/{name}.qcow2").code == 0
+            setup.write(0x21 + number, number * MIB, MIB)
+        begun = Begun("commit", setup.machine.target, "--base", base, "--speed", "1")
+        begun.process.kill()
+        begun.end()
+        setup.off()
+    for lock in tmp_path.rglob("*.qmpmerge-lock"):
+        lock.unlink()
+    assert invoke("active", str(images[0])).code == 6
+    for path in (images[0], images[0].parent):
+        (found,) = [one for one in advice.findings(path) if one["name"] == "unsettled"]
+        assert found["where"] == store.path_of(f"{tmp_path}/snaps/c.qcow2")
+        assert invoke("recover", str(path), "--dry-run", "--json").document["verdict"] == "planned"
+    assert invoke("recover", str(images[0].parent), "--json").document["verdict"] == "done"
+    assert invoke("active", str(images[0])).out == f"{tmp_path}/snaps/c.qcow2\n"
+    content.check(tmp_path / "snaps" / "c.qcow2")
