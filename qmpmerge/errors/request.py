@@ -123,7 +123,10 @@ class FileExists(Refused):
 
     file: str
     sentence = "{file} exists already"
-    advice = "choose another name, or move the file away"
+    advice = (
+        "choose another name; where a VM uses the file leave it in its place, and merge first: `qmpmerge doctor {file}` says "
+        "who has it open"
+    )
 
 
 class CannotCreate(Refused):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rig.command import invoke
 from rig.disks import Setup, device, drive, remove
 from rig.machines import MIB, SIZE, Content, Machine, machine, run
 
@@ -80,6 +81,16 @@ async def test_a_file_that_exists_is_never_overwritten(two: Machine, tmp_path: P
             await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2", "vdb": str(taken)})
     assert taken.read_text() == "precious"
     await unchanged(two, taken)
+
+
+def test_an_image_in_use_is_not_to_be_moved_away(setup: Setup, tmp_path: Path) -> None:
+    """A daily snapshot under one name meets the active image, and the advice must not displace it under the guest."""
+    order = f"{setup.disk}={tmp_path}/daily.qcow2"
+    assert invoke("snapshot", setup.machine.target, order).code == 0
+    again = invoke("snapshot", setup.machine.target, order, "--json").document["error"]
+    assert again["name"] == "file-exists" and "move" not in again["hint"]
+    (command,) = again["hint"].split("`")[1::2]
+    assert "in-use" in {finding["name"] for finding in invoke(*command.split()[1:], "--json").document["findings"]}
 
 
 @pytest.mark.parametrize("leads_to", ["nowhere", "precious"])
