@@ -12,7 +12,8 @@ from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import sight
 from qmpmerge.checks.question import Question, Seen, Unseen
 from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotReopenable, NotWritable, Refused, SharedBase
-from qmpmerge.images.dependents import is_outside
+from qmpmerge.images import notes
+from qmpmerge.images.dependents import is_outside, out_of_reach
 from qmpmerge.processes import permissions, proc
 from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.qemu.blockgraph import Layout
@@ -139,7 +140,9 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
     found = question.others.dependents
     if found:
         images = list(dict.fromkeys(dependent.image for dependent in found))
-        yield Dependents(images=images, dependents=[dependent.file for dependent in found])
+        others = [dependent.file for dependent in found]
+        away = tuple(f"`{out_of_reach(file)}`" for file in others if notes.base_of(file) is not None)
+        yield Dependents(images=images, dependents=others, away=away)
     yield Seen(question.others.told)
     for blind in sight.unseen_dependents(question):
         yield blind

@@ -219,12 +219,13 @@ class Size(click.ParamType[int]):
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, or a number with s, m, h or d. `positive` takes no 0."""
+    """Seconds, or a number with s, m, h or d. `positive` takes no 0, `with_unit` no bare number."""
 
     name = "time"
 
-    def __init__(self, *, positive: bool = False) -> None:
+    def __init__(self, *, positive: bool = False, with_unit: bool = False) -> None:
         self._positive = positive
+        self._with_unit = with_unit
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """``7d`` is 604800."""
@@ -235,6 +236,8 @@ class Duration(click.ParamType[float]):
         seconds = float(match[1]) * unit if match else math.inf
         if seconds > LONGEST_SECONDS:
             self.fail(f"{value!r} is no time: write seconds, or a number with s, m, h or d, as in 10m", param, ctx)
+        if self._with_unit and match is not None and not match[2]:
+            self.fail(f"{value!r} has no unit: write {value}d for days, or s, m or h", param, ctx)
         if self._positive and seconds == 0:
             self.fail("no time at all is too short", param, ctx)
         return seconds

@@ -132,9 +132,7 @@ def _kept(folder: str) -> Iterator[Finding]:
         why = "it opens without a word and shows older data: put it out of reach" + (
             f", once {users[path]} has closed it" if path in users else ""
         )
-        away = os.path.join(folder, "stale")
-        put = ["mv", "--backup=numbered", "--", path, away]
-        command = "" if path in users else f"{shlex.join(['mkdir', '-p', away])} && {shlex.join(put)}"
+        command = "" if path in users else dependents.out_of_reach(path)
         yield Finding("stale-image", "care", path, what, why, command)
 
 

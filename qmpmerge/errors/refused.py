@@ -221,12 +221,22 @@ class Dependents(Refused):
 
     images: list[str]
     dependents: list[str]
+    away: tuple[str, ...] = ()
+    """Commands that put those out of reach which were merged away and have kept their names."""
     sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
         "they would be ruined: merge them first, or give them a copy; if one is the newest image of this very chain, name that "
         "as TARGET; one that an earlier merge has stashed goes with `qmpmerge clean FILE`. `--force dependents` merges all "
         "the same"
     )
+
+    @property
+    def hint(self) -> str:
+        """As of any error; of what nobody needs any more, how it is put out of the way."""
+        if not self.away:
+            return super().hint
+        merged = f"once nobody uses what was merged away already, put it out of reach: {'; '.join(self.away)}"
+        return merged if len(self.away) == len(self.dependents) else f"{merged}; of the others: {super().hint}"
 
 
 class SharedBase(Refused):

@@ -7,6 +7,7 @@ it is merged away or written to.
 
 import asyncio
 import os
+import shlex
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -256,6 +257,12 @@ def _backing(path: str) -> set[Inode]:
     folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
     found = [status for folder in folders if (status := _status(os.path.join(folder, name))) is not None]
     return {(status.st_dev, status.st_ino) for status in found}
+
+
+def out_of_reach(file: str) -> str:
+    """The command, for a shell, after which no start finds an image by its name, and none is built on what it was."""
+    away = os.path.join(os.path.dirname(file), "stale")
+    return f"{shlex.join(['mkdir', '-p', away])} && {shlex.join(['mv', '--backup=numbered', '--', file, away])}"
 
 
 def image_at(file: str) -> Image:

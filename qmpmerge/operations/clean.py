@@ -4,6 +4,7 @@ Removing what merges have stashed, once nobody uses or needs it.
 
 import contextlib
 import os
+import re
 import shlex
 import time
 from collections.abc import Collection
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
-from qmpmerge.images import dependents, files, qcow2, stashed
+from qmpmerge.images import dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note, original_of
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.store import Disbelieved
+
+_KEPT = re.compile(rf"\.(?P<image>.+){re.escape(notes.MERGED)}", re.DOTALL)
+"""Notes beside images that were merged and have kept their names."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def _remove(file: str, meant: os.stat_result) -> None:
 
 def _forget_what_is_gone(path: str) -> None:
     """Notes of ours about files that somebody else has removed, or that we had when we were killed."""
-    for note, file in stashed.noted_in(path):
+    kept = [(note, os.path.join(path, name)) for note, name in files.matching(path, _KEPT)]
+    for note, file in (*stashed.noted_in(path), *kept):
         if not os.path.lexists(file):
             with contextlib.suppress(OSError, files.Untrusted), folder.beside(note) as (place, name):
                 files.open_own(place, name, stashed.LARGEST).remove()

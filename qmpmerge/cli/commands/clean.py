@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, change nothing.")
 @click.option(
-    "--older-than", type=Duration(), metavar="TIME", help="Only what was stashed so long ago, as in 7d or 12h."
+    "--older-than",
+    type=Duration(with_unit=True),
+    metavar="TIME",
+    help="Only what was stashed so long ago, as in 7d or 12h.",
 )
 @basic
 def clean(paths: tuple[str, ...], dry_run: bool, older_than: float | None, options: Options) -> int:
