@@ -115,6 +115,9 @@ def launch_advice(base: str, old: MergedFile) -> list[str]:
     script = [f"`qmpmerge active {shlex.quote(base)}` tells a launch script"] if base.startswith("/") else []
     if old.action == "keep":
         return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data", *script]
+    if old.action == "gone":
+        moved = f"nothing is called {old.file}, and its file, wherever it is, opens without a word and shows older data"
+        return [f"start the VM from {base} from now on: {moved}", *script]
     return [f"start the VM from {base} from now on: {old.file} is no more", *script]
 
 

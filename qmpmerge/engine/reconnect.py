@@ -61,7 +61,12 @@ async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: Unkno
     if run.deadman is not None:  # it has the old connection too, and QEMU serves one at a time
         run.deadman.close()
         run.deadman = None
-    await reconnect(run.target, lost)
+    try:
+        await reconnect(run.target, lost)
+    except SessionLost as last:
+        if pid is not None and proc.process(pid) is None and run.plan.chain.active.has_path:
+            last.image = run.plan.chain.active.file
+        raise
     if pid is not None and (before is None or proc.process(run.target.pid or 0) != before):
         await _see_the_new_qemu(run)
     async with run.target.monitor.listening() as doorbell:

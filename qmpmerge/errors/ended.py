@@ -1,6 +1,7 @@
 """Errors of a merge that was begun: it failed, was left, was cancelled, or is not proven."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 
 from qmpmerge.errors.base import Error, Failed, Unknown, Untouched
@@ -155,12 +156,19 @@ class HeaderNotDurable(Unknown):
 
 
 class SessionLost(Unknown):
-    """The monitor session ended while a command was under way."""
+    """The monitor session ended while a command was under way. `image` is the active image of a QEMU that is gone."""
 
     target: str
     command: str
     reason: str
+    image: str = ""
     sentence = "the session with {target} was lost during {command}: {reason}"
+
+    @property
+    def hint(self) -> str:
+        """As of any error; of a QEMU that is gone nobody can ask any more."""
+        gone = f"its QEMU is gone: `{shlex.join(['qmpmerge', 'recover', self.image])}` before the VM is started again"
+        return gone if self.image else super().hint
 
 
 class NoReply(Unknown):

@@ -106,7 +106,7 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
     place = record.place(index)
     if image.slice is not None:
         hints.append(f"{image.file} stays where it is: only a part of it ({image.slice}) was merged")
-    if place is None and image.inode is not None:
+    if place is None and image.has_path and (image.inode is not None or files.inode(own) is None):
         return MergedFile(image.file, "gone", None)
     if record.policy == "keep" or index not in record.away or place is None:
         return MergedFile(image.file, "keep", place or image.file)

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp.protocol import StateError
 
 from qmpmerge.errors import NoReply, QemuRefused, SessionLost
 from qmpmerge.qemu import reply
@@ -97,6 +98,8 @@ class Monitor:
         except ExecuteError as error:
             self._tell("<-", {"error": str(error)})
             raise QemuRefused(command=command, reason=str(error)) from None
+        except StateError:  # what its library has to say is for who writes programs with it
+            raise SessionLost(target=self.name, command=command, reason="it had ended already") from None
         except (QMPError, OSError, EOFError, ValueError) as error:
             raise SessionLost(target=self.name, command=command, reason=_reason(error)) from None
         self._tell("<-", {"return": value})

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from rig import faults, folder
+from rig.command import invoke
 from rig.disks import KINDS, Setup, blockdev, device, drive, filters, nodes, remove
 from rig.harms import harm
 from rig.machines import MIB, Content, fill, machine, make_chain, run
@@ -216,6 +217,8 @@ async def test_a_killed_qemu_is_an_unknown_outcome(setup: Setup, content: Conten
         with pytest.raises(SessionLost) as lost:
             await merge
         assert lost.value.verdict == "unknown"
+    (command,) = lost.value.hint.split("`")[1::2]
+    assert invoke(*command.split()[1:], "--json").document["verdict"] == "done"
     content.check(images[3])
 
 

@@ -541,3 +541,16 @@ def test_a_storage_daemon_is_not_told_to_stop_a_guest(tmp_path: Path, images: li
         assert said["name"] == "replaced" and "end whoever writes to it" in said["hint"]
         assert do(setup.machine, said["hint"])
     setup.content.check(images[3])
+
+
+def test_an_active_image_that_has_no_name_is_not_said_to_open(
+    images: list[Path], content: Content, tmp_path: Path
+) -> None:
+    """It was moved away under the guest; the merge leaves it, and the advice says what is there."""
+    with drive(tmp_path, images, content) as setup:
+        (tmp_path / "far").mkdir()
+        images[3].rename(tmp_path / "far" / "moved.qcow2")
+        told = invoke("commit", setup.machine.target, "--json").document
+    assert told["verdict"] == "pivoted", told
+    (advice,) = [hint for hint in told["hints"] if hint.startswith("start the VM from")]
+    assert f"nothing is called {images[3]}" in advice
