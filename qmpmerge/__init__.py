@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
     from qmpmerge.chain.plan import CommitPlan
     from qmpmerge.doctor.findings import Finding
-    from qmpmerge.doctor.images import examine_path
     from qmpmerge.doctor.target import examine
     from qmpmerge.engine.pace.converge import Converge
     from qmpmerge.engine.pace.patience import Patience
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.clean import Cleaned, clean
     from qmpmerge.operations.commit import commit
     from qmpmerge.operations.control import control
+    from qmpmerge.operations.examine import examine_path
     from qmpmerge.operations.follow import follow
     from qmpmerge.operations.recover import recover
     from qmpmerge.operations.snapshot import Overlay, snapshot
@@ -64,7 +64,7 @@ _HOME = {
     "commit": "operations.commit",
     "control": "operations.control",
     "examine": "doctor.target",
-    "examine_path": "doctor.images",
+    "examine_path": "operations.examine",
     "follow": "operations.follow",
     "live": "targets.live",
     "offline": "targets.offline",

@@ -13,7 +13,7 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.doctor import leftovers, target
 from qmpmerge.doctor.findings import Finding, Severity, sort
 from qmpmerge.errors import ImageUnreadable, Refused
-from qmpmerge.images import dependents, notes, qcow2, qemuimg, stashed, walk
+from qmpmerge.images import dependents, files, notes, qcow2, qemuimg, stashed, walk
 from qmpmerge.images.walk import Layer
 from qmpmerge.processes import holders
 from qmpmerge.processes.holders import User
@@ -48,7 +48,7 @@ async def examine_path(
     if not os.path.isdir(path):
         return sort([*await _chain(path, allow, form), *_beside(path, allow, search, form)])
     overlays = _overlays(path)
-    findings = [*leftovers.in_folder(path), *leftovers.elsewhere(path), *_shared(overlays)]
+    findings = [*leftovers.in_folder(path), *leftovers.elsewhere(path), *_unread(path), *_shared(overlays)]
     for image in _tops(overlays):
         findings += await _chain(image, allow)
     return sort(findings)
@@ -155,6 +155,12 @@ def _tops(overlays: dict[str, str | None]) -> list[str]:
             passed.add(current)
             current = names.get(overlays[current] or "")
     return tops
+
+
+def _unread(folder: str) -> Iterator[Finding]:
+    for file in (file for file, is_unread in files.unread(folder) if is_unread):
+        why = "what it is built on, or is built on it, is not known: ask as a user who may read it"
+        yield Finding("not-looked-at", "note", file, "it may not be read, and was not looked at", why)
 
 
 def _shared(overlays: dict[str, str | None]) -> Iterator[Finding]:

@@ -21,6 +21,17 @@ def inode(path: str) -> Inode | None:
     return status.st_dev, status.st_ino
 
 
+def unread(path: str) -> list[tuple[str, bool]]:
+    """The file at `path`, or those in the folder but for hidden ones, each with whether we may not read it."""
+    try:
+        found = sorted(entry.path for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith("."))
+    except NotADirectoryError:
+        found = [path]
+    except OSError:
+        found = []
+    return [(file, not os.access(file, os.R_OK, effective_ids=True)) for file in found]
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a file looked like at a moment when nobody wrote: any write since then shows."""

@@ -4,12 +4,13 @@ After a crash: put names and headers right, as far as the evidence goes.
 Which records are meant is found out here; `engine.resume` brings each to an end.
 """
 
+import errno
 import os
 from collections.abc import Collection, Sequence
 
 from qmpmerge.engine import resume
 from qmpmerge.engine.resume import Recovery
-from qmpmerge.errors import NothingThere
+from qmpmerge.errors import NothingThere, NotSeen
 from qmpmerge.images import files, stashed
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal import lookup, store
@@ -38,8 +39,8 @@ async def recover(
     `use` decides where the evidence does not. `allow` are folders and files that a record may have us rename besides those in
     its own folder. Nothing is deleted: a merge that was to delete what it merged is finished as one that stashes it.
 
-    Raises NothingThere, RecordNotBelieved, ForeignFile, Undecided, Locked, CannotRecover, and what the live door raises where
-    the QEMU that carried the merge out still runs.
+    Raises NothingThere, NotSeen, RecordNotBelieved, ForeignFile, Undecided, Locked, CannotRecover, and what the live door
+    raises where the QEMU that carried the merge out still runs.
     """
     path = os.path.abspath(path)
     records = store.believed(lookup.concerned(path))
@@ -51,7 +52,7 @@ async def recover(
 def _nothing(path: str) -> Recovery:
     """No record: nothing is suspected without proof, but what is there is record."""
     if os.path.exists(path):
-        return Recovery("unchanged", path, None, "no merge was left unfinished here")
+        return Recovery("unchanged", path, None, "no merge was left unfinished here", _unread(path))
     aside = list(stashed.names_of(files.real(path)))
     if not aside:
         raise NothingThere(path=path)
@@ -62,3 +63,12 @@ def _nothing(path: str) -> Recovery:
         return Recovery("unchanged", path, None, action, (f"{known[file]}",))
     action = f"{file} was stashed by a merge that was finished"
     return Recovery("unchanged", path, None, action, (f"it was merged into {note.base}",))
+
+
+def _unread(path: str) -> tuple[str, ...]:
+    """What was not looked at. Raises NotSeen where that is all there is."""
+    found = files.unread(path)
+    unread = [file for file, is_unread in found if is_unread]
+    if unread and len(unread) == len(found):
+        raise NotSeen(unseen=unread, reason=os.strerror(errno.EACCES), cure="run it as a user who may read the images")
+    return tuple(f"{file} may not be read, and was not looked at" for file in unread)

@@ -127,3 +127,23 @@ def test_when_an_image_holds_nothing(tmp_path: Path, base: Path) -> None:
     assert qcow2.is_empty(night)
     run("qemu-io", "-c", "write -z 0 64k", night)
     assert not qcow2.is_empty(night)
+
+
+def test_what_active_refuses_is_told_of_the_folder(images: list[Path], tmp_path: Path) -> None:
+    """By the name alone it was put aside; no finding said so, and no VM was started any more."""
+    assert advice.findings(tmp_path) == []
+    images[3].rename(f"{images[3]}.merged")
+    assert invoke("active", str(images[0])).code == 3
+    (told,) = advice.findings(tmp_path)
+    assert (told["name"], told["severity"], told["where"]) == ("no-active", "care", f"{images[3]}.merged")
+    assert "find out what it holds" in told["why"]
+
+
+def test_what_is_told_is_not_told_twice(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    far = overlay(tmp_path / "far" / "a.qcow2", base, "raw")
+    notes.put_on(str(base), str(far))
+    far.unlink()
+    assert invoke("active", str(base)).code == 3
+    (told,) = advice.findings(tmp_path)
+    assert "is not there, or another file is" in told["what"]

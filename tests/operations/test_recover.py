@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from rig import advice
 from rig.command import Begun, invoke
@@ -15,10 +16,12 @@ from rig.disks import KINDS, drive
 from rig.folder import live, names
 from rig.left import chain_of, record
 from rig.machines import MIB, Content, fill, make_chain, run
+from rig.nobody import as_nobody, public
 
 import qmpmerge
 from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.state import State
+from qmpmerge.cli.commands import group
 from qmpmerge.engine import blockjob, resume
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import (
@@ -26,6 +29,7 @@ from qmpmerge.errors import (
     InUse,
     Locked,
     NothingThere,
+    NotSeen,
     SessionLost,
     Stashed,
     StillRunning,
@@ -581,3 +585,34 @@ def test_a_merge_of_snapshots_in_another_folder_is_found_from_the_base(base: str
     assert invoke("recover", str(images[0].parent), "--json").document["verdict"] == "done"
     assert invoke("active", str(images[0])).out == f"{tmp_path}/snaps/c.qcow2\n"
     content.check(tmp_path / "snaps" / "c.qcow2")
+
+
+@pytest.mark.parametrize("what", ["folder", "image", "one of two"])
+async def test_what_may_not_be_read_is_not_said_to_be_well(what: str) -> None:
+    with public() as folder:
+        images = make_chain(folder, ("base.raw", "a.qcow2"))
+        path = images[1] if what == "image" else folder
+        await qmpmerge.recover(path)  # nobody may not import what is needed
+        await qmpmerge.examine_path(folder)
+        unread = images[:1] if what == "one of two" else images
+        for image in unread:
+            image.chmod(0o600)
+        with as_nobody():
+            found = await qmpmerge.examine_path(folder)
+            if what == "one of two":
+                (told,) = await qmpmerge.recover(path)
+                assert told.reasons == (f"{images[0]} may not be read, and was not looked at",)
+            else:
+                with pytest.raises(NotSeen):
+                    await qmpmerge.recover(path)
+        assert {one.where for one in found if one.name == "not-looked-at"} == set(map(str, unread))
+
+
+def test_what_may_not_be_listed_is_no_usage_error() -> None:
+    """The command itself says who may, and not click."""
+    context = click.Context(group.cli)
+    for name in ("recover", "active", "clean"):
+        command = group.cli.get_command(context, name)
+        assert command is not None
+        path = command.params[0].type
+        assert isinstance(path, click.Path) and not path.readable

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @group.cli.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", type=click.Path(readable=False))
 @basic
 def active(path: str, options: Options) -> int:
     """

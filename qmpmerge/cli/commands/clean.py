@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @group.cli.command()
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(readable=False))
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, change nothing.")
 @click.option(
     "--older-than",

@@ -37,16 +37,16 @@ def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
     Examples:
       qmpmerge doctor vm1
       qmpmerge doctor /vm
-      qmpmerge doctor vm1 --json | jq -e '.findings == []'
+      qmpmerge doctor vm1 --json | jq -e 'all(.findings[]; .severity == "note")'
 
     \b
     Exit codes: 0 whatever is found, 3 refused, 4 no session with TARGET, 6 it stopped answering.
     """
 
     async def work(output: "Output") -> str:
-        from qmpmerge.doctor import images
+        from qmpmerge.operations import examine
 
-        found = await images.examine_path(target, allow=options.allow, search=search, form=options.form)
+        found = await examine.examine_path(target, allow=options.allow, search=search, form=options.form)
         output.doctor(target, found)
         return "done"
 

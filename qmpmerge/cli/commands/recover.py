@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @group.cli.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", type=click.Path(readable=False))
 @click.option(
     "--use",
     type=click.Choice(["base", "top"]),
