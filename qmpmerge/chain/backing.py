@@ -5,7 +5,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image, Slice
@@ -198,20 +198,104 @@ def described(name: str) -> Described | None:
         return None
 
 
+_WRAPPED = re.compile(r"(?:file|host_device|host_cdrom|blkdebug:[^:]*):(.*)", re.DOTALL)
+_VERIFIED = re.compile(r"blkverify:([^:]*):(.*)", re.DOTALL)
+_NO_FILE = re.compile(r"[a-z0-9+]+://|(?:fat|iscsi|nbd|nvme|rbd|sheepdog|ssh):|null-(?:co|aio):")
+"""Names of what is no image file of this host."""
+
+_ELSEWHERE = frozenset(
+    [
+        "ftp",
+        "ftps",
+        "gluster",
+        "http",
+        "https",
+        "iscsi",
+        "nbd",
+        "nfs",
+        "null-aio",
+        "null-co",
+        "nvme",
+        "rbd",
+        "ssh",
+        "vvfat",
+    ]
+)
+"""The drivers whose options say where that is, without a file's name."""
+
+_FILE_KEYS = "filename", "file", "x-image", "x-raw"
+"""
+The options whose strings name a file; `file` names a node, which no header can know of. Those with an x are what `blkdebug:`
+and `blkverify:` become.
+"""
+
+
 def named_path(name: str) -> str | None:
     """
     The path in a header's name, ``json:`` forms of a local file included; None for all that is no local file, or can be none.
     """
+    paths = named_paths(name)
+    return paths[0] if paths else None
+
+
+def named_paths(name: str) -> tuple[str, ...]:
+    """All such paths: a ``json:`` name can lead to several files, the first is that of the image itself."""
+    paths = [path for path in _named(name) if ":" not in path.split("/", 1)[0] and _may_be_a_path(path)]
+    return tuple(dict.fromkeys(paths))
+
+
+def is_riddle(name: str) -> bool:
+    """Whether a header's name may lead to a file of this host and we cannot tell to which: QEMU knows more forms than we."""
+    if named_paths(name) or not _may_be_a_path(name):
+        return False
+    if not name.startswith("json:"):
+        return not is_path(name) and _NO_FILE.match(name) is None
+    options = _options(name)
+    if options is None:
+        return True
+    told = [value for key, value in options if _is(key, *_FILE_KEYS)]
+    drivers = {value for key, value in options if _is(key, "driver")}
+    return any(map(is_riddle, told)) if told else not drivers & _ELSEWHERE
+
+
+def _named(name: str) -> Iterator[str]:
+    """What a name leads to, QEMU's prefixes for files of this host taken off."""
     if name.startswith("json:"):
-        try:
-            options = json.loads(name.removeprefix("json:"))
-        except (ValueError, RecursionError):
-            return None
-        while isinstance(options, dict) and "filename" not in options:
-            options = options.get("file")
-        name = options["filename"] if isinstance(options, dict) and isinstance(options["filename"], str) else ":"
-    name = name.removeprefix("file:")
-    return None if ":" in name.split("/", 1)[0] or not _may_be_a_path(name) else name
+        for key, value in _options(name) or ():
+            if _is(key, *_FILE_KEYS):
+                yield from _named(value)
+    elif (verified := _VERIFIED.fullmatch(name)) is not None:
+        yield from _named(verified[1])
+        yield from _named(verified[2])
+    elif (wrapped := _WRAPPED.fullmatch(name)) is not None:
+        yield from _named(wrapped[1])
+    else:
+        yield name
+
+
+def _is(key: str, *names: str) -> bool:
+    """Whether a whole key ends with one of these."""
+    return key.rpartition(".")[2] in names
+
+
+def _options(name: str) -> list[tuple[str, str]] | None:
+    """
+    The options of a ``json:`` name that are strings, each by its whole key: ``{"file": {"filename": ...}}`` is the same to
+    QEMU as ``{"file.filename": ...}``. Those of a backing file come last. None where it makes no sense to us.
+    """
+    try:
+        options = json.loads(name.removeprefix("json:"))
+        return sorted(_flat("", options), key=lambda option: "backing" in option[0].split("."))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _flat(key: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(f"{key}.{name}" if key else str(name), inner)
 
 
 def _may_be_a_path(name: str) -> bool:

@@ -18,7 +18,8 @@ ABSOLUTE = "start the VM with absolute file names, or merge with the VM off"
 
 async def not_seen(question: Question) -> AsyncIterator[Refused]:
     """
-    Images of which we do not know where they lie, and folders of the chain that may not be listed.
+    Images of which we do not know where they lie, folders of the chain that may not be listed, and what may be built on these
+    images and does not tell.
 
     Where QEMU's process may not be looked at, the images' own locks tell that some QEMU has the very file open.
     """
@@ -35,10 +36,20 @@ async def not_seen(question: Question) -> AsyncIterator[Refused]:
     if folders:
         reason = "we may not list the folder, and who else is built on its images cannot be told"
         yield NotSeen(unseen=folders, reason=reason, cure=f"run qmpmerge as a user who may, such as root; {INSIST}")
+    for (reason, cure), files in _doubted(question).items():
+        yield NotSeen(unseen=files, reason=reason, cure=f"{cure}; {INSIST}")
     others = _other_folders(question)
     if others and pid is not None:
         reason = f"what QEMU (pid {pid}) sees under the name of this folder is another one"
         yield NotSeen(unseen=others, reason=reason, cure=f"{inside(pid, again)}; {INSIST}")
+
+
+def _doubted(question: Question) -> dict[tuple[str, str], list[str]]:
+    """What was found on disk and does not tell what it is built on, by the reason and the cure."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for doubt in question.others.doubts:
+        found.setdefault((doubt.reason, doubt.cure), []).append(doubt.file)
+    return found
 
 
 def whereabouts(image: Image, pid: int | None, again: str) -> tuple[str, str]:

@@ -35,6 +35,22 @@ class Dependent:
     image: str
 
 
+@dataclass(frozen=True)
+class Doubt:
+    """A file on disk that does not let us see which image something is built on: why, and what to do about it."""
+
+    file: str
+    reason: str
+    cure: str
+
+
+RIDDLE = (
+    "its header names its backing file in a way that we cannot read, and QEMU may be led to one of these images by it",
+    "`qemu-img rebase -u -F FORMAT -b PATH FILE` has it name a path instead",
+)
+"""The reason and the cure for an image that is built on we cannot tell what."""
+
+
 class Look:
     """
     A look for images outside of a chain that are built directly on one of `images`; afterwards, what was seen.
@@ -57,6 +73,8 @@ class Look:
         self._searched: set[str] = set()
         self.unlisted: list[str] = []
         """Folders of the chain, or that the search was to begin with, that are there and may not be listed."""
+        self.doubts: dict[Doubt, None] = {}
+        """What may be built on one of the images, and does not let us see whether it is."""
         self._deadline: float | None = None
         self.is_cut = False
         """Whether the search came to one of its bounds."""
@@ -155,14 +173,21 @@ class Look:
         if status is None or (status.st_dev, status.st_ino) in self._members:
             return
         try:
-            below = _backing(path)
+            written = backing_names.read(path)
         except OSError as error:
             # Without an errno its header is broken: QEMU could not open it either.
             if error.errno is not None and os.path.exists(path):
                 self._miss(path, f"cannot be read ({error.strerror})")
             return
-        for inode in below & self._wanted.keys():
+        if written is not None and backing.is_riddle(written):
+            self._doubt(path, *RIDDLE)
+            return
+        for inode in _leads(path, written) & self._wanted.keys():
             self._found.setdefault(os.path.realpath(path), Dependent(path, self._wanted[inode]))
+
+    def _doubt(self, path: str, reason: str, cure: str) -> None:
+        self._miss(path, f"is not understood ({reason})")
+        self.doubts[Doubt(path, reason, cure)] = None
 
     def _miss(self, path: str, reason: str) -> None:
         self._missed.setdefault(reason, {})[path] = None
@@ -244,18 +269,12 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _backing(path: str) -> set[Inode]:
-    """
-    The inodes that the backing name in a file's header leads to: QEMU resolves it from the name that it was given.
-
-    Raises OSError, without an errno where the header is broken.
-    """
-    written = backing_names.read(path)
-    name = backing.named_path(written) if written is not None else None
-    if name is None:
-        return set()
+def _leads(path: str, written: str | None) -> set[Inode]:
+    """The inodes that the backing name in a file's header leads to: QEMU resolves it from the name that it was given."""
+    names = backing.named_paths(written) if written is not None else ()
     folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
-    found = [status for folder in folders if (status := _status(os.path.join(folder, name))) is not None]
+    places = [os.path.join(folder, name) for folder in folders for name in names]
+    found = [status for place in places if (status := _status(place)) is not None]
     return {(status.st_dev, status.st_ino) for status in found}
 
 

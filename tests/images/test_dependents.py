@@ -10,12 +10,12 @@ from rig.command import invoke
 from rig.devices import mounted
 from rig.disks import drive
 from rig.headers import raw_header
-from rig.machines import Content, make_chain, run
+from rig.machines import Content, fill, make_chain, run
 from rig.nobody import as_nobody, public
 
 import qmpmerge
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.errors import Dependents
+from qmpmerge.errors import Dependents, NotSeen
 from qmpmerge.images import backing_names, dependents
 
 
@@ -73,6 +73,83 @@ def test_a_json_name_is_understood(images: list[Path]) -> None:
     name = f'json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{images[1]}"}}}}'
     (images[0].parent / "json.qcow2").write_bytes(raw_header(name.encode(), b"qcow2"))
     assert found(images) == {"json.qcow2": "a.qcow2"}
+
+
+NAMES = {
+    "dotted": 'json:{{"driver":"qcow2","file.driver":"file","file.filename":"{path}"}}',
+    "probed": 'json:{{"file.filename":"{path}"}}',
+    "escaped": 'json:{{"driver":"qcow2","file.filename":"{folder}/\\u0061.qcow2"}}',
+    "debugged": "blkdebug::{path}",
+    "debugged-twice": "blkdebug::blkdebug::{path}",
+    "debugged-json": 'json:{{"driver":"qcow2","file":{{"driver":"blkdebug","image.filename":"{path}"}}}}',
+    "debugged-inside": 'json:{{"driver":"qcow2","file":{{"driver":"blkdebug","x-image":"{path}"}}}}',
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_qemu_follows_is_understood(name: str, images: list[Path]) -> None:
+    """However it is spelled: QEMU itself reads the image through it."""
+    fill(images[:2], Content())
+    written = NAMES[name].format(path=images[1], folder=images[1].parent)
+    over = sibling(images[0].parent / "over.qcow2", written)
+    assert run("qemu-img", "compare", over, images[1]) == "Images are identical.\n"
+    assert (found(images), look(images).doubts) == ({"over.qcow2": "a.qcow2"}, {})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        'json:{{"driver":"qcow2","file.driver":"throttle","file.file.filename":"{path}"}}',
+        "host_device:{path}",
+        "blkverify:{path}:/nowhere",
+        "blkverify:/nowhere:{path}",
+        'json:{{"driver":"quorum","children.0.file.filename":"/nowhere","children.1.file.filename":"{path}"}}',
+        'json:{{"driver":"quorum","children":[{{"file":{{"filename":"{path}"}}}}]}}',
+        'json:{{"driver":"qcow2","backing":{{"file.filename":"{path}"}},"file.filename":"/nowhere"}}',
+    ],
+)
+def test_what_qemu_follows_elsewhere_is_understood(name: str, images: list[Path]) -> None:
+    """Where it takes a device or an object that is not here."""
+    written = name.format(path=images[1]).encode()
+    (images[0].parent / "over.qcow2").write_bytes(raw_header(written, b"qcow2"))
+    assert found(images) == {"over.qcow2": "a.qcow2"}
+
+
+RIDDLES = [
+    "json:{{'driver':'qcow2','file.filename':'{path}'}}",
+    'json:{{"driver":"qcow2","file.name":"{path}"}}',
+    "json:{path}",
+    "newer:{path}",
+]
+
+
+@pytest.mark.parametrize("name", RIDDLES)
+async def test_what_cannot_be_understood_is_not_passed(name: str, images: list[Path], content: Content) -> None:
+    """QEMU follows the first of them: it takes JSON that nobody else takes."""
+    over = images[0].parent / "over.qcow2"
+    over.write_bytes(raw_header(name.format(path=images[1]).encode(), b"qcow2"))
+    async with qmpmerge.offline(images[3]) as target:
+        with pytest.raises(NotSeen) as refused:
+            await qmpmerge.commit(target)
+        assert refused.value.unseen == [str(over)]
+        outcome = await qmpmerge.commit(target, force=["not-seen"])
+    assert {one.name: one.result for one in outcome.checks}["dependents"] == "not checked"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nbd://nowhere/a.qcow2",
+        "nbd:localhost:10809",
+        "rbd:pool/a.qcow2",
+        'json:{"driver":"qcow2","file":{"driver":"nbd","server":{"type":"inet","host":"nowhere","port":"1"}}}',
+        'json:{"driver":"raw","file.driver":"https","file.url":"https://nowhere/a"}',
+    ],
+)
+def test_what_lies_on_the_network_is_no_riddle(name: str, images: list[Path]) -> None:
+    (images[0].parent / "over.qcow2").write_bytes(raw_header(name.encode(), b"qcow2"))
+    looked = look(images)
+    assert (looked.dependents, looked.doubts, looked.unseen) == ((), {}, ())
 
 
 def test_those_on_other_images_do_not_count(images: list[Path]) -> None:
