@@ -6,6 +6,7 @@ it is merged away or written to.
 """
 
 import asyncio
+import contextlib
 import os
 import shlex
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, Inode
-from qmpmerge.images import backing_names, stashed
+from qmpmerge.images import backing_names, notes, stashed
 from qmpmerge.mounts import mounts
 
 MOST = 100_000
@@ -51,19 +52,28 @@ RIDDLE = (
 """The reason and the cure for an image that is built on we cannot tell what."""
 
 
+def doubt(note: notes.Note, image: str) -> tuple[str, str]:
+    """The same of a note about an overlay of `image`, which does not lead to that."""
+    reason = note.reason or f"{note.file} is not there, or another file is"
+    cure = f"`rm -f -- {shlex.quote(note.path)}` once you know that no VM is started from that overlay"
+    return f"it says that an overlay in another folder was put on {image}, but {reason}", cure
+
+
 class Look:
     """
     A look for images outside of a chain that are built directly on one of `images`; afterwards, what was seen.
 
     Looked through are the folders of the chain's files, under their names and their real ones, and `search` with all that is
     below: not other filesystems that are mounted there, and no symlinks to folders. Files that were stashed are passed over
-    (`stashed`), since no VM starts from them any more. `opened` are more files to look at, those too.
+    (`stashed`), since no VM starts from them any more. Also looked at is what notes beside `images` tell of (`notes.above`).
+    `opened` are more files to look at, those too.
     """
 
     def __init__(
         self, images: Sequence[Image], chain: Chain, search: Collection[str] = (), opened: Iterable[str] = ()
     ) -> None:
         self._wanted = {image.inode: image.file for image in images if image.inode is not None}
+        self._noted = [image.file for image in images if image.has_path and not image.is_renamed]
         self._members = {image.inode for image in chain}
         self._chain = chain
         self._search = [os.path.realpath(folder) for folder in search]
@@ -112,6 +122,9 @@ class Look:
         for folder in folders(self._chain):
             yield from self._look_through(folder)
         yield from self._below()
+        for image in self._noted:
+            with contextlib.suppress(OSError):  # its folder cannot be listed, which was told already
+                self._look_where_noted(image)
         for path in self._opened:
             self._look_at(path)
 
@@ -167,6 +180,15 @@ class Look:
                 if self.files % A_STEP == 0:
                     yield
         return [entry for entry in entries if _is_folder(entry)]
+
+    def _look_where_noted(self, image: str) -> None:
+        """At the overlays in other folders; those of the chain itself are known. Raises OSError."""
+        known = {member[1] for member in self._members if member is not None}
+        for note in notes.above(image):
+            if note.is_true:
+                self._look_at(note.file)
+            elif note.overlay not in known:
+                self._doubt(note.path, *doubt(note, image))
 
     def _look_at(self, path: str) -> None:
         status = _status(path)

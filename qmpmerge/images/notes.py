@@ -37,6 +37,14 @@ class Note:
         found = files.inode(self.file) if not self.reason else None
         return found is not None and found[1] == self.inode
 
+    @property
+    def overlay(self) -> int | None:
+        """The overlay's inode number as the name of a note about one tells it, believed or not."""
+        try:
+            return int(self.path.removesuffix(ABOVE).rpartition(".")[2], 16)
+        except ValueError:
+            return None
+
 
 def put_on(image: str, overlay: str) -> str:
     """

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -427,3 +428,58 @@ def view(image: Path, folder: Path) -> bytes:
     data = target.read_bytes()
     os.unlink(target)
     return data
+
+
+# --- overlays in other folders --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far(images: list[Path], content: Content, tmp_path: Path) -> Path:
+    """The overlay that `snapshot` has put on a VM's active image from another folder; the VM is off."""
+    far = tmp_path / "far" / "d.qcow2"
+    far.parent.mkdir()
+    with drive(tmp_path, images, content) as setup:
+        invoke("snapshot", setup.machine.target, f"{setup.disk}={far}")
+        setup.moved(str(far))
+        setup.write(9, 0, 65536)
+    return far
+
+
+@pytest.mark.parametrize("top", [None, "[4]"])
+async def test_what_a_snapshot_has_put_elsewhere_is_found(
+    top: str | None, images: list[Path], far: Path, content: Content
+) -> None:
+    async with qmpmerge.offline(images[3]) as target:
+        with pytest.raises(Dependents) as refused:
+            await qmpmerge.commit(target, top=top)
+    assert (refused.value.dependents, refused.value.images) == ([str(far)], [str(images[3])])
+    content.check(far)
+
+
+async def test_the_overlay_itself_is_merged_as_ever(images: list[Path], far: Path, content: Content) -> None:
+    """It is of the chain, also under another name than the note's."""
+    other = far.rename(far.with_name("e.qcow2"))
+    async with qmpmerge.offline(other, allow=[str(images[0].parent)]) as target:
+        outcome = await qmpmerge.commit(target, base="[4]")
+    assert outcome.verdict == "pivoted"
+    content.check(images[3])
+
+
+async def test_a_note_that_leads_nowhere_is_a_doubt(images: list[Path], far: Path) -> None:
+    far.rename(far.with_name("e.qcow2"))
+    async with qmpmerge.offline(images[3]) as target:
+        with pytest.raises(NotSeen) as refused:
+            await qmpmerge.commit(target)
+        (note,) = refused.value.unseen
+        assert f"{far} is not there" in refused.value.reason
+        run(*shlex.split((refused.value.hint or "").split("`")[1]))
+        assert not os.path.lexists(note)
+        assert (await qmpmerge.commit(target)).verdict == "pivoted"
+
+
+async def test_a_note_that_others_may_have_written_is_a_doubt(images: list[Path], far: Path) -> None:
+    (note,) = images[0].parent.glob(".*.qmpmerge-overlay")
+    note.chmod(0o666)
+    async with qmpmerge.offline(images[3]) as target:
+        with pytest.raises(NotSeen, match="others than its owner"):
+            await qmpmerge.commit(target)
