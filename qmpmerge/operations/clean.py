@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
-from qmpmerge.images import dependents, files, notes, qcow2, stashed
+from qmpmerge.images import backing_names, dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note, original_of
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.store import Disbelieved
@@ -46,29 +46,37 @@ async def clean(
     places = [os.path.abspath(path) for path in paths]
     found = {file: os.lstat(file) for place in places for file in _stashed(place)}
     proofs = {file: await _why_not_proved(file, found) for file in found}
-    proved = {file for file, reason in proofs.items() if reason is None}
+    staying = {file: proofs[file] or _why_not_yet(file, older_than) for file in found}
+    needed = _needed(found, {file for file, reason in staying.items() if reason is None})
     done = []
     for file in found:
-        reason = why_not(file, proved) or proofs[file] or _why_not_yet(file, older_than)
+        reason = needed.get(file) or staying[file] or merged_files.in_use(file)
         data = _data_of(file) if reason is None else []
         if reason is None and not dry_run:
-            _remove(file, found[file])
+            reason = _remove(file, found[file])
         done += [Cleaned(file, found[file].st_blocks * 512, reason), *data]
     for place in filter(os.path.isdir, () if dry_run else places):
         _forget_what_is_gone(place)
     return done
 
 
-def _remove(file: str, meant: os.stat_result) -> None:
-    """The file first: a note without it is nothing, it without a note would have to be compared. Raises CannotRecover."""
+def _remove(file: str, meant: os.stat_result) -> str | None:
+    """
+    The file first: a note without it is nothing, it without a note would have to be compared. Returns why it stays: whoever has
+    written to it meanwhile has shown that it is needed. Raises CannotRecover.
+    """
     try:
         with folder.beside(file) as (place, name):
+            now = os.lstat(file)
+            if (now.st_size, now.st_mtime_ns) != (meant.st_size, meant.st_mtime_ns):
+                return "it has been written to meanwhile"
             place.remove(name, folder.inode_in(meant))
             note = os.path.basename(stashed.note_path(file))
             place.remove(note, place.inode_of(note))
             place.sync()
     except OSError as error:
         raise CannotRecover(file=file, reason=error.strerror or str(error)) from None
+    return None
 
 
 def _forget_what_is_gone(path: str) -> None:
@@ -110,17 +118,22 @@ def _stashed(path: str) -> list[str]:
 
 async def _why_not_proved(file: str, found: Collection[str]) -> str | None:
     """Why it is not known that a merge has put it aside, None where it is."""
-    note = stashed.look(file)
-    doubt = stashed.lost(note) if isinstance(note, Note) else note
-    if doubt is None:
-        return None
     if os.path.islink(file):
         return f"it is a symlink, and no merge puts one aside: `rm -- {shlex.quote(file)}` if nobody needs it"
     if not _is_image(file):
         return "it is no qcow2 image"
+    doubt = _doubt(file)
+    if doubt is None:
+        return None
     from qmpmerge.recovery import stray
 
     return await stray.why_not_merged(file, [other for other in found if other != file and _is_image(other)], doubt)
+
+
+def _doubt(file: str) -> str | None:
+    """Why its note does not prove that a merge has put it aside, and that the base has its data; None where it does."""
+    note = stashed.look(file)
+    return stashed.lost(note) if isinstance(note, Note) else note
 
 
 def _is_image(file: str) -> bool:
@@ -140,18 +153,88 @@ def _why_not_yet(file: str, older_than: float | None) -> str | None:
     return None if is_old else f"it was stashed at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(note.since))}"
 
 
-def why_not(file: str, proved: Collection[str] = ()) -> str | None:
-    """Why a stashed file must stay, as long as the `proved` ones need not; None where nothing speaks against removing it."""
-    needed = _needed_by(file)
-    if needed is not None or os.path.islink(file):
-        return needed
+def _needed(found: Collection[str], free: set[str]) -> dict[str, str]:
+    """
+    What needs these files: an unfinished merge, or an image that is built on one and stays. All stay but the `free` ones, and
+    stashed files that were not named, which nobody starts from.
+    """
+    users = {
+        file: told for place in {os.path.dirname(file) for file in found} for file, told in _users(place, found).items()
+    }
+    needed = {file: reason for file in users if (reason := _needed_by(file)) is not None}
+    going = (free | (users.keys() - found)) - needed.keys()
+    while True:
+        more = {
+            file: told
+            for file in users.keys() - needed.keys()
+            for user, told in users[file].items()
+            if user not in going
+        }
+        if not more:
+            return needed
+        needed |= more
+        going -= more.keys()
+
+
+def _users(place: str, found: Collection[str]) -> dict[str, dict[str, str]]:
+    """
+    What is built on each stashed file of a folder, in that or where a note beside it leads: the image, and a sentence. Stashed
+    are those `found`, and what a note proves to be.
+    """
+    named = [file for file in found if os.path.dirname(file) == place]
     try:
-        if qcow2.read(file) is None:
-            return "it is no qcow2 image"
-        user = _built_on(file, proved)
+        os.listdir(place)  # `dependents.files` says nothing where it cannot be
+        images = sorted(entry.path for entry in dependents.files(place))
+        aside = [image for image in images if original_of(image) and image not in found and _doubt(image) is None]
+        told = {file: _noted(file) for file in [*named, *aside]}
     except OSError as error:
-        return error.strerror or str(error)
-    return f"{user} is built on it" if user is not None else merged_files.in_use(file)
+        return {file: {place: f"{place} cannot be listed: {error.strerror or error}"} for file in named}
+    names = {image: name for image in images if (name := _backing(image)) is not None}
+    for file, users in told.items():
+        built = {image: _built_on(file, image, name) for image, name in names.items() if image != file}
+        users.update((image, reason) for image, reason in built.items() if reason is not None)
+    return told
+
+
+def _backing(image: str) -> str | None:
+    try:
+        return backing_names.read(image)
+    except OSError:
+        return None
+
+
+def _built_on(file: str, image: str, name: str) -> str | None:
+    """
+    That an image, by the name in its header, is built on the file, or on a name that only this file had and nobody has now; or
+    that it may be.
+    """
+    if backing.is_riddle(name):
+        return f"what {image} is built on cannot be read in its header"
+    for path in (files.real(os.path.join(os.path.dirname(image), path)) for path in backing.named_paths(name)):
+        is_it = (
+            files.inode(path) == files.inode(file)
+            if os.path.lexists(path)
+            else os.path.normpath(path) == original_of(file)
+        )
+        if is_it:
+            return f"{image} is built on it"
+    return None
+
+
+def _noted(file: str) -> dict[str, str]:
+    """
+    The overlays in other folders that were put on an image of the name that the file had, as notes beside that tell. Raises
+    OSError.
+    """
+    original = original_of(file) or file
+    told: dict[str, str] = {}
+    for note in notes.above(original):
+        if not note.is_true:
+            reason, cure = dependents.doubt(note, original)
+            told[note.path] = f"{note.path} is not believed: {reason}; {cure}"
+        elif (built_on := _built_on(file, note.file, _backing(note.file) or "")) is not None:
+            told[note.file] = built_on
+    return told
 
 
 def _needed_by(file: str) -> str | None:
@@ -162,28 +245,3 @@ def _needed_by(file: str) -> str | None:
         if file in found.away.values():
             return "a merge that was not finished may need it"
     return None
-
-
-def _built_on(file: str, proved: Collection[str]) -> str | None:
-    """
-    An image in the folder whose header leads to the file, or to a name that only this file had and nobody has now; no stashed
-    one. Raises OSError.
-    """
-    with os.scandir(os.path.dirname(file)) as entries:
-        others = [entry.path for entry in entries if entry.path != file and entry.is_file()]
-    images = [image for image in others if image not in proved and not stashed.is_stashed(image)]
-    return next((image for image in images if _leads_to(image, file)), None)
-
-
-def _leads_to(image: str, file: str) -> bool:
-    try:
-        header = qcow2.read(image)
-    except OSError:
-        return False
-    name = backing.named_path(header.backing) if header is not None and header.backing is not None else None
-    if name is None:
-        return False
-    path = files.real(os.path.join(os.path.dirname(image), name))
-    if os.path.lexists(path):
-        return files.inode(path) == files.inode(file)
-    return os.path.normpath(path) == original_of(file)

@@ -13,6 +13,7 @@ import pytest
 from rig.command import invoke
 from rig.disks import drive
 from rig.folder import live, names
+from rig.headers import raw_header
 from rig.left import note_stashed, record
 from rig.machines import MIB, Content, fill, make_chain, run
 
@@ -20,6 +21,7 @@ import qmpmerge
 from qmpmerge.errors import CannotRecover, NoSuchStash
 from qmpmerge.folder import Folder
 from qmpmerge.images import dependents, stashed
+from qmpmerge.images.notes import put_on
 from qmpmerge.journal import merged_files, store
 
 STASHED = [f"{name}.qcow2.merged" for name in "abc"]
@@ -169,7 +171,8 @@ async def test_without_the_base_that_has_their_data_all_stay(
     await merged(images)
     reason = f"{images[0]}, into which it was merged, {lose(images[0]).format(tmp_path)}"
     told = await kept(tmp_path)
-    assert sorted(told) == STASHED and all((why or "").startswith(reason) for why in told.values()), told
+    assert sorted(told) == STASHED and (told[STASHED[2]] or "").startswith(reason), told
+    assert [told[name] for name in STASHED[:2]] == [f"{tmp_path}/{name} is built on it" for name in STASHED[1:]]
     assert set(STASHED) <= set(names(tmp_path))
 
 
@@ -190,6 +193,73 @@ async def test_a_guest_that_writes_to_the_base_is_no_reason(
     with drive(tmp_path, images[:1], content) as setup:
         setup.write(9, 0, MIB)
     assert await kept(tmp_path) == dict.fromkeys(STASHED)
+
+
+# --- what is built on them ------------------------------------------------------------------------------------------------
+
+
+async def test_what_stays_keeps_all_that_it_is_built_on(tmp_path: Path, images: list[Path]) -> None:
+    """Also where only the upper one is built on by an image that is alive."""
+    await merged(images, top="[3]")
+    over = tmp_path / "over.qcow2"
+    run("qemu-img", "create", "-quf", "qcow2", "-b", "b.qcow2.merged", "-F", "qcow2", over, "8M", cwd=tmp_path)
+    built = {STASHED[0]: f"{tmp_path}/{STASHED[1]} is built on it", STASHED[1]: f"{over} is built on it"}
+    assert await kept(tmp_path) == built
+    assert await kept(tmp_path / STASHED[0]) == {STASHED[0]: built[STASHED[0]]}
+    over.unlink()
+    (tmp_path / "loop").symlink_to("loop")
+    assert await kept(tmp_path / STASHED[0]) == {STASHED[0]: None}
+
+
+async def test_a_young_one_keeps_what_it_is_built_on(tmp_path: Path, images: list[Path]) -> None:
+    await merged(images, top="[3]")
+    note_stashed(tmp_path / STASHED[0], images[0], since=time.time() - 7 * 86400)
+    told = await kept(tmp_path, older_than=86400.0)
+    assert told[STASHED[0]] == f"{tmp_path}/{STASHED[1]} is built on it"
+
+
+@pytest.mark.parametrize("form", ["qed", "riddle"])
+async def test_overlays_of_every_kind_keep_them(form: str, tmp_path: Path, images: list[Path]) -> None:
+    await merged(images, top="[2]")
+    over = tmp_path / "over"
+    if form == "qed":
+        run("qemu-img", "create", "-qf", "qed", "-b", STASHED[0], "-F", "qcow2", over, cwd=tmp_path)
+    else:
+        over.write_bytes(raw_header(f"json:{{'file.filename':'{tmp_path}/{STASHED[0]}'}}".encode(), b"qcow2"))
+    reason = (await kept(tmp_path))[STASHED[0]] or ""
+    assert str(over) in reason and "built on" in reason
+
+
+async def test_an_overlay_in_another_folder_keeps_them(tmp_path: Path, images: list[Path]) -> None:
+    """Only a note beside the image tells of it; where that leads nowhere, nobody knows."""
+    far = tmp_path / "far" / "d.qcow2"
+    far.parent.mkdir()
+    run("qemu-img", "create", "-qf", "qcow2", "-b", images[3], "-F", "qcow2", far)
+    await merged(images)
+    noted = Path(put_on(str(images[3]), str(far)))
+    assert (await kept(tmp_path))[STASHED[2]] == f"{far} is built on it"
+    far.rename(far.with_name("e.qcow2"))
+    told = await kept(tmp_path)
+    assert None not in told.values() and f"{far} is not there" in (told[STASHED[2]] or "")
+    run(*shlex.split((told[STASHED[2]] or "").split("`")[1]))
+    assert not os.path.lexists(noted)
+    assert await kept(tmp_path) == dict.fromkeys(STASHED)
+
+
+async def test_what_is_written_to_after_it_was_proved_stays(
+    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await merged(images, top="[2]")
+    in_use = merged_files.in_use
+
+    def late(path: str) -> str | None:
+        user = in_use(path)
+        run("qemu-io", "-c", f"write -P 0xee 0 {MIB}", path)
+        return user
+
+    monkeypatch.setattr(merged_files, "in_use", late)
+    assert await kept(tmp_path) == {STASHED[0]: "it has been written to meanwhile"}
+    assert (tmp_path / STASHED[0]).exists()
 
 
 # --- proved by comparison -------------------------------------------------------------------------------------------------
@@ -337,10 +407,10 @@ async def test_an_image_that_kept_its_name_is_put_out_of_the_way_and_its_note_go
 
 async def test_only_what_was_stashed_so_long_ago(tmp_path: Path, images: list[Path]) -> None:
     await merged(images, top="[3]")
-    note_stashed(tmp_path / STASHED[0], images[0], since=time.time() - 7 * 86400)
+    note_stashed(tmp_path / STASHED[1], images[0], since=time.time() - 7 * 86400)
     young = invoke("clean", str(tmp_path), "--older-than", "7d", "--json").document["stashed"]
-    assert [one["kept"] is None for one in young] == [True, False]
-    assert "it was stashed at 2" in young[1]["kept"]
+    assert [one["kept"] is None for one in young] == [False, True]
+    assert "it was stashed at 2" in young[0]["kept"]
     for none in ("soon", "5"):  # is it days or seconds?
         assert invoke("clean", str(tmp_path), "--older-than", none).code == 2
 
