@@ -221,7 +221,7 @@ class Dependents(Refused):
 
     images: list[str]
     dependents: list[str]
-    away: tuple[str, ...] = ()
+    away: list[str]
     """Commands that put those out of reach which were merged away and have kept their names."""
     sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (

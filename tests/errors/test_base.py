@@ -58,7 +58,6 @@ EXAMPLES: dict[object, Any] = {
     bool: True,
     list[str]: ["one", "two"],
     list[int]: [7, 8],
-    tuple[str, ...]: (),
     list[Refused]: [BaseIsTop(base="/one"), BaseIsTop(base="/two")],
 }
 
