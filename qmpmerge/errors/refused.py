@@ -469,11 +469,11 @@ class SeveralActive(Refused):
 
     path: str
     images: list[str]
+    are_disks: bool
+    """Whether no two of them have an image below in common."""
     sentence = "more than one image of {path} could be what a VM must be started from: {images}"
-    advice = (
-        "name the one that is meant, as in `qmpmerge active {first}`; where one is a leftover, `qmpmerge doctor {first}`"
-        " tells more"
-    )
+    advice = "{which}, as in `qmpmerge active {first}`; where one is a leftover, `qmpmerge doctor {first}` tells more"
 
     def _words(self) -> dict[str, object]:
-        return {**super()._words(), "first": self.images[0] if self.images else "IMAGE"}
+        which = "these are separate disks: ask for each" if self.are_disks else "name the one that is meant"
+        return {**super()._words(), "which": which, "first": self.images[0] if self.images else "IMAGE"}

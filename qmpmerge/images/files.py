@@ -69,6 +69,14 @@ def is_regular(path: str) -> bool:
         return False
 
 
+def is_device(path: str) -> bool:
+    """Whether `path` leads to a block device."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def sync(path: str) -> None:
     """Make the content of a file durable."""
     with folder.reading(path) as file:

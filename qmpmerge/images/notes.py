@@ -1,6 +1,6 @@
 """
-Notes beside images, about what no header says: which overlay in another folder was put on an image, and that an image which
-has kept its name was merged away.
+Notes beside images, about what no header says: which overlay in another folder, or whose name does not say that it is one, was
+put on an image, and that an image which has kept its name was merged away.
 
 Whoever looks at an image sees only what lies in its folder. A note is a claim: it counts only where nobody but us and root
 can have written it, and as long as the files that it names are those that it was written about. Inode numbers tell that;
@@ -16,6 +16,7 @@ from qmpmerge.images import files, stashed
 from qmpmerge.images.files import Seen
 
 ABOVE, MERGED = ".qmpmerge-overlay", ".qmpmerge-merged"
+QCOW2 = ".qcow2"
 _LARGEST = 65536
 
 
@@ -64,8 +65,20 @@ def merged(image: str, base: str) -> str:
 
 
 def is_needed(image: str, overlay: str) -> bool:
-    """Whether only a note can tell who looks at `image` that this overlay is built on it."""
-    return os.path.dirname(os.path.realpath(image)) != os.path.dirname(os.path.realpath(overlay))
+    """
+    Whether only a note can tell who looks at `image` that this overlay is built on it: it lies elsewhere, or its name does not
+    say that its header is no guest's. A device can have none: its folder is empty after the next boot.
+    """
+    image, overlay = os.path.realpath(image), os.path.realpath(overlay)
+    is_elsewhere = os.path.dirname(image) != os.path.dirname(overlay)
+    return (is_elsewhere or not overlay.endswith(QCOW2)) and not files.is_device(image)
+
+
+def tells(image: str, overlay: str) -> bool:
+    """Whether a note says that this very overlay was put on `image`."""
+    path = _path(image, f".{os.stat(overlay).st_ino:x}{ABOVE}")
+    note = _read(path, "overlay") if os.path.lexists(path) else None
+    return note is not None and note.is_true and note.file == os.path.realpath(overlay)
 
 
 def above(image: str) -> list[Note]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.images import files, notes, overlays
-from qmpmerge.images.overlays import Found as OnDisk
+from qmpmerge.images.formats import Found as OnDisk
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.store import Disbelieved, Found
 
@@ -41,7 +41,7 @@ def _about(image: str) -> list[Found]:
 
 def _above(image: str) -> list[OnDisk]:
     try:
-        return list(overlays.above(image).images.values())
+        return list(overlays.above(image, os.path.dirname(image)).images.values())
     except OSError:  # it may have lost its name
         return []
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
-from qmpmerge.images import files, notes, overlays, qcow2, stashed
+from qmpmerge.images import files, formats, notes, overlays, stashed
 from qmpmerge.images.overlays import Above
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.store import Disbelieved
+
+SECTOR = 512
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class Active:
 
     file: str
     format: str
+
+    @property
+    def drive(self) -> str:
+        """Both, as QEMU's `-drive` takes them."""
+        return f"file={self.file.replace(',', ',,')},format={self.format}"
 
 
 def active(path: "str | os.PathLike[str]") -> Active:
@@ -32,25 +39,48 @@ def active(path: "str | os.PathLike[str]") -> Active:
     ActiveUnknown where a merge is not finished.
     """
     path = os.path.abspath(os.fspath(path))
+    if files.is_device(path):
+        raise NoActive(path=path, reason="what is built on a device cannot be told from there", cure=_DEVICE)
     try:
         starts = overlays.in_folder(path) if os.path.isdir(path) else [path]
     except OSError as error:
         raise NoActive(path=path, reason=f"cannot be listed: {error.strerror}", cure=overlays.OWNER) from None
-    found: dict[str, None] = {}
+    leaves: dict[str, str] = {}
+    is_branched = False
     while starts:
         above = _above(starts[0], path)
-        found |= dict.fromkeys(above.leaves)
+        leaves |= above.leaves
+        is_branched |= len(above.leaves) > 1
         seen = {image.inode for image in above.images.values()}
         starts = [start for start in starts[1:] if files.inode(start) not in seen]
-    if not found:
+    if not leaves:
         raise NoActive(path=path, reason="there is no image in this folder", cure="name an image of the chain")
-    if len(found) > 1:
-        raise SeveralActive(path=path, images=sorted(found))
-    (leaf,) = found
-    broken = overlays.below(leaf)
+    if len(leaves) > 1:
+        raise SeveralActive(path=path, images=sorted(leaves), are_disks=os.path.isdir(path) and not is_branched)
+    ((leaf, form),) = leaves.items()
+    form = form or ("raw" if leaf.endswith(formats.RAW) else "")
+    reason = _no_image(leaf, form)
+    if reason:
+        raise NoActive(path=path, reason=f"{leaf} {reason}", cure=_FORMAT)
+    broken = overlays.below(leaf, form)
     if broken is not None:
         raise NoActive(path=path, reason=f"{broken.file} {broken.reason}", cure=broken.cure)
-    return Active(leaf, _format(leaf))
+    return Active(leaf, form)
+
+
+_DEVICE = "name the overlay, or the folder of the overlays; where there never was one, start the VM from the device"
+_FORMAT = "give it a name that says what it is: one that ends in .qcow2, or in .raw"
+
+
+def _no_image(file: str, form: str) -> str:
+    """Why no VM can be started from a file of this format, as far as we know; empty for nothing."""
+    if not form:
+        return "may be a qcow2 image, or a raw one whose guest has written a header: its name does not say"
+    if form not in ("qcow2", "raw"):
+        return f"is a {form} image, which qmpmerge does not handle"
+    if form == "raw" and files.is_regular(file) and os.stat(file).st_size % SECTOR:
+        return f"is no disk image: its size is no multiple of {SECTOR}"
+    return ""
 
 
 def _above(image: str, path: str) -> Above:
@@ -58,7 +88,7 @@ def _above(image: str, path: str) -> Above:
     _refuse_unfinished(path, image, [os.path.dirname(image), os.path.dirname(files.real(image))], None)
     start = _merged_into(image, path)
     try:
-        above = overlays.above(start)
+        above = overlays.above(start, path if os.path.isdir(path) else os.path.dirname(path))
     except OSError as error:
         reason = f"{start} cannot be read: {error.strerror or error}"
         raise NoActive(path=path, reason=reason, cure="name an image of the chain, or its folder") from None
@@ -74,6 +104,8 @@ def _refuse_unfinished(path: str, image: str, folders: list[str], above: Above |
     names = [found.file for found in above.images.values()] if above is not None else [image, files.real(image)]
     beyond = locks.noted(Image(image, "raw", 0)).record  # of a base that lies far from what is built on it
     for folder in dict.fromkeys([*folders, *([os.path.dirname(beyond)] if beyond else [])]):
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+            raise NoActive(path=path, reason=f"{folder} cannot be listed", cure=overlays.OWNER)
         for found in store.in_folder(folder):
             if isinstance(found, Disbelieved):
                 if found.concerns(inodes):
@@ -110,12 +142,3 @@ def _stash_note(image: str) -> Note | None:
     places = [image] if os.path.lexists(image) else stashed.names_of(files.real(image))
     told = [note for place in places if isinstance(note := stashed.look(place), Note)]
     return max(told, key=lambda note: note.since, default=None)
-
-
-def _format(image: str) -> str:
-    """qcow2 where the header says so; a name that says raw is believed, its first bytes belong to the guest."""
-    try:
-        is_qcow2 = not image.endswith(overlays.RAW) and qcow2.read(image) is not None
-    except OSError:
-        is_qcow2 = False
-    return "qcow2" if is_qcow2 else "raw"

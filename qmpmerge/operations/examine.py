@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from qmpmerge.doctor import images
 from qmpmerge.doctor.findings import Finding, sort
 from qmpmerge.errors import Error
-from qmpmerge.images import overlays
+from qmpmerge.images import formats, overlays
 from qmpmerge.operations import active
 
 
@@ -48,7 +48,7 @@ def _paths(text: str) -> list[str]:
 
 def _leaves(folder: str) -> list[str]:
     try:
-        there = [overlays.read(image) for image in overlays.in_folder(folder)]
+        there = [formats.read(image) for image in overlays.in_folder(folder)]
     except OSError:  # told already
         return []
     below = {inode for image in there for inode in image.below}

@@ -4,6 +4,7 @@ One overlay of a snapshot: its file, the note about it and its node, each made, 
 
 import contextlib
 import os
+import shlex
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
@@ -69,6 +70,12 @@ def noted(order: Order, made: File) -> Iterator[str]:
 
     Yields why there is no note; empty where there is one, or none is needed.
     """
+    if files.is_device(order.below.file):
+        yield (
+            f"no note is kept beside a device, so `qmpmerge active {shlex.quote(order.below.file)}` is refused: launch scripts "
+            f"name the overlay, or its folder"
+        )
+        return
     try:
         if order.below.has_path and notes.is_needed(order.below.file, order.file):
             notes.put_on(order.below.file, order.file)

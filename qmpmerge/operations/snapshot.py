@@ -30,6 +30,7 @@ from qmpmerge.errors import (
     unproven,
 )
 from qmpmerge.folder import File
+from qmpmerge.images.files import is_device
 from qmpmerge.journal import store
 from qmpmerge.operations import overlay
 from qmpmerge.operations.overlay import Order
@@ -44,7 +45,8 @@ from qmpmerge.targets.target import Target
 class Overlay:
     """
     An overlay that is now the active image of `disk`: its absolute path and its node. The VM must be started from it from
-    now on, and not from `instead_of`, which is the image below it. `hint` is what the user should know besides.
+    now on, and not from `instead_of`, which is the image below it. `ask` is what a launch script can name to `active` for
+    years: the lowest image of the chain that is a file. `hint` is what the user should know besides.
     """
 
     disk: str
@@ -52,6 +54,7 @@ class Overlay:
     node: str
     instead_of: str
     hint: str = ""
+    ask: str = ""
 
 
 async def snapshot(
@@ -224,4 +227,12 @@ async def _prove(target: Target, orders: list[Order], made: list[File]) -> tuple
         if not view.chain.same_files(expected) or view.chain.active.backing != order.backing or odd:
             words = told_apart(expected, view.chain)
             raise NotProven(target=target.name, expected=words[0], found=words[1])
-    return tuple(Overlay(order.disk.name, order.file, order.node, order.below.label) for order in orders)
+    return tuple(
+        Overlay(order.disk.name, order.file, order.node, order.below.label, ask=_lasting(order)) for order in orders
+    )
+
+
+def _lasting(order: Order) -> str:
+    assert order.disk.chain is not None
+    there = [image.file for image in order.disk.chain if image.has_path and not is_device(image.file)]
+    return next(iter(there), order.file)

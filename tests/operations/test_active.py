@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rig import kills, nobody
 from rig.command import invoke
+from rig.devices import loop
 from rig.disks import Setup, device, drive
 from rig.machines import MIB, SIZE, Content, machine, make_chain, run
 
@@ -42,6 +43,7 @@ def test_any_image_of_the_chain_and_its_folder_lead_to_the_active_one(images: li
         "path": str(images[0]),
         "active": str(images[3]),
         "format": "qcow2",
+        "drive": f"file={images[3]},format=qcow2",
     }
 
 
@@ -84,10 +86,133 @@ def test_what_is_no_image_is_passed_over(images: list[Path], tmp_path: Path) -> 
     assert active(tmp_path) == "c.qcow2"
 
 
-def test_a_raw_image_whose_guest_wrote_a_header_is_built_on_nothing(images: list[Path], tmp_path: Path) -> None:
-    evil = overlay(tmp_path / "evil.raw", "c.qcow2")
-    assert active(images[0]) == "c.qcow2"
-    assert active(evil) == "evil.raw"
+# --- whose first bytes these are ----------------------------------------------------------------------------------
+
+
+def refusal(path: Path) -> str:
+    """What is said where nothing is told."""
+    told = invoke("active", str(path), "--json")
+    assert (told.code, told.document["error"]["name"]) == (3, "no-active"), told.out
+    return f"{told.document['error']['message']}: {told.document['error']['hint']}"
+
+
+@pytest.mark.parametrize("name", ["vm1.img", "vm1.raw", "vm1.iso", "vm1"])
+def test_a_guest_cannot_say_from_which_image_another_vm_is_started(tmp_path: Path, name: str) -> None:
+    """A raw image's guest writes a header into it that names the image of another VM in the same folder."""
+    (base,) = make_chain(tmp_path, ["vm2.raw"])
+    evil = overlay(tmp_path / name, base, "raw")
+    assert str(evil) in refusal(base) and "a folder of its own" in refusal(base)
+    (tmp_path / "own").mkdir()
+    evil.rename(tmp_path / "own" / name)  # as the hint says
+    assert active(base) == "vm2.raw"
+
+
+def test_nor_with_a_header_of_another_format(tmp_path: Path) -> None:
+    (base,) = make_chain(tmp_path, ["vm2.qcow2"])
+    run("qemu-img", "create", "-q", "-f", "qed", "-b", base, "-F", "qcow2", tmp_path / "vm1.img")
+    assert "vm1.img" in refusal(base)
+
+
+def test_a_guest_cannot_say_of_which_format_its_own_image_is(tmp_path: Path) -> None:
+    """`format=qcow2` for a raw image: its header may name any file of the host."""
+    image = tmp_path / "vm1.img"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    for path in (image, tmp_path):
+        assert ".qcow2" in refusal(path)
+    os.truncate(image, MIB)
+    raw, qcow2 = image.rename(tmp_path / "vm1.raw"), tmp_path / "vm1.qcow2"
+    assert qmpmerge.active(raw).format == "raw"
+    raw.rename(qcow2)
+    assert qmpmerge.active(qcow2).format == "qcow2"
+
+
+@pytest.mark.parametrize("name", ["a.raw", "a.img", "a.snap1"])
+def test_an_overlay_that_is_not_called_like_one(tmp_path: Path, name: str) -> None:
+    """Nobody but its maker knows that it is one; what is built on it records that."""
+    (base,) = make_chain(tmp_path, ["base.raw"])
+    middle = overlay(tmp_path / name, base, "raw")
+    assert str(middle) in refusal(base)
+    overlay(tmp_path / "b.qcow2", middle)
+    assert active(base) == active(middle) == active(tmp_path) == "b.qcow2"
+
+
+def test_what_a_header_above_records_wins(tmp_path: Path) -> None:
+    """An image whose guest has written a header, and which the overlay on it records as raw, is built on nothing."""
+    (other,) = make_chain(tmp_path, ["vm2.raw"])
+    evil = overlay(tmp_path / "vm1.img", other, "raw")
+    top = overlay(tmp_path / "vm1.qcow2", evil, "raw")
+    assert (active(other), active(evil), active(top)) == ("vm2.raw", "vm1.qcow2", "vm1.qcow2")
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    """What any other path led to was printed with `raw`."""
+    run("qemu-img", "create", "-q", "-f", "vmdk", tmp_path / "v.vmdk", "1M")
+    (tmp_path / "passwd").write_text("root:x:0:0")
+    assert "vmdk" in refusal(tmp_path / "v.vmdk")
+    assert "512" in refusal(tmp_path / "passwd")
+    assert "regular file" in refusal(Path("/dev/null"))
+    for arguments in (("active", ""), ("active", "", "--json")):
+        assert invoke(*arguments).code == 2
+
+
+def test_the_drive_option(tmp_path: Path) -> None:
+    """The name of the README's launch script; QEMU reads a comma as the end of a value."""
+    (base,) = make_chain(tmp_path, ["base.raw"])
+    top = overlay(tmp_path / "a,b.qcow2", base, "raw")
+    told = invoke("active", "--drive", str(base))
+    assert (told.code, told.out) == (0, f"file={tmp_path}/a,,b.qcow2,format=qcow2\n")
+    with machine(tmp_path, "-drive", f"{told.out.strip()},if=none,id=vda", *device("vda")) as vm:
+        assert invoke("disks", vm.target, "--json").document["disks"][0]["file"] == str(top)
+
+
+def test_a_reply_that_nobody_got_is_a_failure(images: list[Path]) -> None:
+    """A launch script would start with an empty name."""
+    for words in ("active", "active --json"):
+        command = f'"{sys.executable}" -m qmpmerge {words} "{images[0]}" > /dev/full'
+        assert subprocess.run(["sh", "-c", command], capture_output=True, check=False).returncode == 5
+
+
+def test_a_folder_with_two_disks(tmp_path: Path) -> None:
+    for name in ("vda.raw", "vdb.raw"):
+        make_chain(tmp_path, [name])
+    told = invoke("active", str(tmp_path))
+    assert told.code == 3 and "separate disks" in told.err
+    overlay(tmp_path / "1.qcow2", "vda.raw", "raw")
+    overlay(tmp_path / "2.qcow2", "vda.raw", "raw")
+    told = invoke("active", str(tmp_path))
+    assert told.code == 3 and "separate disks" not in told.err
+
+
+def test_a_base_that_is_a_device(tmp_path: Path) -> None:
+    """A note beside it would be gone at the next boot, and then the device was told, without its overlay."""
+    with loop(make_chain(tmp_path, ["disk.raw"])[0]) as path:
+        base, far = Path(path), tmp_path / "far"
+        far.mkdir()
+        before = set(Path("/dev").glob(".*qmpmerge*"))
+        with machine(tmp_path, "-drive", f"file={base},format=raw,if=none,id=vda", *device("vda")) as vm:
+            told = invoke("snapshot", vm.target, f"vda={far}/a.qcow2")
+            assert told.code == 0 and "device" in told.err
+            assert f"ask `qmpmerge active {far}/a.qcow2`" in told.err
+            assert not set(Path("/dev").glob(f".{base.name}.*qmpmerge-overlay")) - before
+            assert "overlay" in refusal(base)
+            assert active(far / "a.qcow2") == active(far) == "a.qcow2"
+            assert invoke("commit", vm.target, "--base", path).code == 0
+            assert active(far / "a.qcow2") == active(far) == base.name
+            assert qmpmerge.active(far).format == "raw"
+            assert invoke("snapshot", vm.target, f"vda={far}/b.qcow2").code == 0
+            assert active(far / "a.qcow2") == active(far) == "b.qcow2"
+
+
+def test_a_folder_that_may_not_be_listed() -> None:
+    """The hint was a usage error of `recover`."""
+    with nobody.public() as folder:
+        (base,) = make_chain(folder, ["base.raw"])
+        folder.chmod(0o711)
+        with nobody.as_nobody():
+            for path in (base, folder):
+                with pytest.raises(NoActive) as found:
+                    qmpmerge.active(path)
+                assert "cannot be listed" in str(found.value) and "run it as a user who may" in found.value.hint
 
 
 def test_a_symlink_leads_to_what_is_built_on_the_file(images: list[Path], tmp_path: Path) -> None:
@@ -232,13 +357,32 @@ def test_a_kept_name_may_be_used_again(vm: Setup, base: Path, tmp_path: Path) ->
     all_lead_to_what_the_guest_uses(vm, base, path)
 
 
+@pytest.mark.parametrize("name", ["a.raw", "a.img", "a"])
+def test_a_snapshot_notes_an_overlay_that_is_not_called_like_one(
+    vm: Setup, base: Path, tmp_path: Path, name: str
+) -> None:
+    """It was told as raw, or not at all: the VM was started from the image below."""
+    path = tmp_path / name
+    put(vm, path)
+    all_lead_to_what_the_guest_uses(vm, base, path)
+    assert (qmpmerge.active(base).format, active(base)) == ("qcow2", name)
+    put(vm, tmp_path / "b.qcow2")
+    assert invoke("commit", vm.machine.target, "--base", str(path)).code == 0
+    all_lead_to_what_the_guest_uses(vm, base, path)
+    assert invoke("commit", vm.machine.target).code == 0
+    all_lead_to_what_the_guest_uses(vm, base, path)
+    assert not [name for name in left(tmp_path) if "overlay" in name]
+
+
 def test_snapshot_tells_the_launch_path(vm: Setup, base: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.qcow2", tmp_path / "b.qcow2"
     told = invoke("snapshot", vm.machine.target, f"vda={first}")
     assert "start the VM from it from now on" in told.out and str(base) in told.out
     assert f"qmpmerge active {base}" in told.err
+    third = invoke("snapshot", vm.machine.target, f"vda={tmp_path}/c.qcow2")
+    assert f"launch scripts: ask `qmpmerge active {base}`" in third.err
     (made,) = invoke("snapshot", vm.machine.target, f"vda={second}", "--json").document["overlays"]
-    assert (made["start_from"], made["instead_of"]) == (str(second), str(first))
+    assert (made["start_from"], made["instead_of"]) == (str(second), f"{tmp_path}/c.qcow2")
 
 
 # --- notes --------------------------------------------------------------------------------------------------------
@@ -251,7 +395,7 @@ def test_a_note_that_does_not_agree_is_a_no(vm: Setup, base: Path, tmp_path: Pat
     away = far.rename(tmp_path / "moved")
     with pytest.raises(NoActive):  # perhaps its filesystem is not mounted
         qmpmerge.active(base)
-    shutil.copy(away, far)
+    far.write_bytes(b"another file")
     with pytest.raises(NoActive):
         qmpmerge.active(base)
     away.rename(far)
@@ -263,6 +407,19 @@ def test_a_note_that_does_not_agree_is_a_no(vm: Setup, base: Path, tmp_path: Pat
     note.symlink_to(far)
     with pytest.raises(NoActive):
         qmpmerge.active(base)
+
+
+def test_folders_that_were_restored(vm: Setup, base: Path, tmp_path: Path) -> None:
+    """Names, headers and notes are what they were, inode numbers are not; the hint was to remove the note."""
+    far = tmp_path / "far" / "a.qcow2"
+    put(vm, far)
+    vm.off()
+    inode = far.stat().st_ino
+    backup = (tmp_path / "far").rename(tmp_path / "backup")
+    run("cp", "-a", backup, tmp_path / "far")
+    shutil.rmtree(backup)
+    assert far.stat().st_ino != inode
+    assert qmpmerge.active(base).file == str(far)
 
 
 def test_who_starts_a_vm_need_not_be_who_has_merged() -> None:

@@ -20,18 +20,19 @@ def base(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def boot(image: str | Path) -> Iterator[Machine]:
+def boot(image: str | Path, drive: str = "") -> Iterator[Machine]:
     """A start that names this image."""
-    form = "raw" if str(image).endswith("raw") else "qcow2"
-    with machine(Path(image).parent, "-drive", f"file={image},format={form},if=none,id=vda", *device("vda")) as vm:
+    drive = drive or f"file={image},format={'raw' if str(image).endswith('raw') else 'qcow2'}"
+    folder = Path(image) if Path(image).is_dir() else Path(image).parent
+    with machine(folder, "-drive", f"{drive},if=none,id=vda", *device("vda")) as vm:
         yield vm
 
 
 def boot_active(path: Path) -> AbstractContextManager[Machine]:
     """A start by a launch script that asks."""
-    told = invoke("active", str(path))
+    told = invoke("active", "--drive", str(path))
     assert told.code == 0, told.err
-    return boot(told.out.removesuffix("\n"))
+    return boot(path, told.out.removesuffix("\n"))
 
 
 def guest(vm: Machine, command: str) -> None:
@@ -83,6 +84,19 @@ def test_a_launch_path_that_stays(base: Path, tmp_path: Path) -> None:
             done("snapshot", vm.target, f"vda={tmp_path}/again{number}.qcow2")
             guest(vm, content.put(0x10 + number, MIB, MIB))
             done("commit", vm.target)
+    content.check(base)
+
+
+@pytest.mark.parametrize("name", ["e.img", "e.raw"])
+def test_an_overlay_that_is_not_called_qcow2(base: Path, tmp_path: Path, name: str) -> None:
+    """The README's script took it for raw: the guest saw the overlay's header, and could write to it."""
+    content = Content()
+    with boot(base) as vm:
+        done("snapshot", vm.target, f"vda={tmp_path / name}")
+        guest(vm, content.put(1, 0, MIB))
+    with boot_active(base) as vm:
+        guest(vm, f"read -P 1 0 {MIB}")
+        done("commit", vm.target)
     content.check(base)
 
 

@@ -1,9 +1,11 @@
 """`active`: the one image that a VM must be started from."""
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
+from qmpmerge.cli import streams
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import Options, basic
 from qmpmerge.cli.run import look
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
 
 @group.cli.command()
 @click.argument("path", type=click.Path(readable=False))
+@click.option("--drive", is_flag=True, help="Print it as QEMU's -drive takes it: file=FILE,format=FORMAT.")
 @basic
-def active(path: str, options: Options) -> int:
+def active(path: str, drive: bool, options: Options) -> int:
     """
     Print the one image that a VM must be started from.
 
@@ -25,20 +28,24 @@ def active(path: str, options: Options) -> int:
 
     \b
     Examples:
-      img=$(qmpmerge active /vm/base.raw) || exit 1
+      drive=$(qmpmerge active --drive /vm/base.raw) || exit 1
       qmpmerge active /vm --json
 
     \b
     Exit codes:
       0    it is printed
-      3    there is none, or more than one: both are said
+      3    there is none, more than one, or doubt: all are said
+      5    stdout did not take it
       6    a merge is not finished: `qmpmerge recover PATH` comes first
     """
+
+    if not path:
+        raise click.UsageError("PATH is empty")
 
     def work(output: "Output") -> str:
         from qmpmerge.operations import active as operation
 
-        output.active(path, operation.active(path))
-        return "done"
+        output.active(path, operation.active(path), drive=drive)
+        return "failed" if streams.is_failing(sys.stdout) else "done"  # a VM is not to be started from an empty name
 
     return look(options, work)

@@ -71,9 +71,10 @@ class JsonOutput:
         hints = [overlay.hint for overlay in overlays if overlay.hint]
         self._print({"verdict": "created", "overlays": made, "hints": hints})
 
-    def active(self, path: str, found: "Active") -> None:
+    def active(self, path: str, found: "Active", *, drive: bool) -> None:
         """The image that a VM must be started from, and the `path` that was given."""
-        self._print({"verdict": "done", "path": path, "active": found.file, "format": found.format})
+        told = {"active": found.file, "format": found.format, "drive": found.drive}
+        self._print({"verdict": "done", "path": path, **told})
 
     def commit(self, outcome: "Outcome") -> None:
         """What a merge came to; `copied` is null where QEMU does not count it."""

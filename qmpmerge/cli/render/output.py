@@ -39,8 +39,8 @@ class Output(Protocol):
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
 
-    def active(self, path: str, found: "Active") -> None:
-        """The image that a VM must be started from."""
+    def active(self, path: str, found: "Active", *, drive: bool) -> None:
+        """The image that a VM must be started from; with `drive` as QEMU's option takes it."""
 
     def commit(self, outcome: "Outcome") -> None:
         """What a merge came to."""

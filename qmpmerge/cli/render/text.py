@@ -108,16 +108,20 @@ class TextOutput:
             self._say(
                 f"  start the VM from it from now on: {stale} shows older data, and writing to it ruins the overlay"
             )
-            for hint in (overlay.hint, f"`qmpmerge active {shlex.quote(stale)}` tells a launch script"):
+            for hint in (
+                overlay.hint,
+                f"launch scripts: ask `qmpmerge active {shlex.quote(overlay.ask)}`" if overlay.ask else "",
+            ):
                 self._hint(hint) if hint else None
 
-    def active(self, path: str, found: "Active") -> None:
+    def active(self, path: str, found: "Active", *, drive: bool) -> None:
         """The path as it is, byte by byte, for a script; spelled out for people."""
+        told = found.drive if drive else found.file
         raw = getattr(self._out, "buffer", None)
         if raw is None or self._out.isatty():
-            self._say(found.file)
+            self._say(told)
         else:
-            raw.write(os.fsencode(found.file) + b"\n")
+            raw.write(os.fsencode(told) + b"\n")
 
     def commit(self, outcome: "Outcome") -> None:
         """The verdict, the chain before and after, what is left to do."""
