@@ -141,8 +141,8 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
     if found:
         images = list(dict.fromkeys(dependent.image for dependent in found))
         others = [dependent.file for dependent in found]
-        away = tuple(f"`{out_of_reach(file)}`" for file in others if notes.base_of(file) is not None)
-        yield Dependents(images=images, dependents=others, away=list(away))
+        away = [f"`{out_of_reach(file)}`" for file in others if notes.base_of(file) is not None]
+        yield Dependents(images=images, dependents=others, away=away)
     yield Seen(question.others.told)
     for blind in sight.unseen_dependents(question):
         yield blind
