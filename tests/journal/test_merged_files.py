@@ -415,7 +415,7 @@ async def test_clean_removes_what_nobody_needs(tmp_path: Path, images: list[Path
     run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", "b.qcow2", "-F", "qcow2", "late.qcow2", "8M", cwd=tmp_path)
     reasons = {os.path.basename(one.file): one.kept for one in await qmpmerge.clean([tmp_path], dry_run=True)}
     assert reasons == {
-        "a.qcow2.merged": None,
+        "a.qcow2.merged": f"{tmp_path}/b.qcow2.merged is built on it",
         "b.qcow2.merged": f"{tmp_path}/late.qcow2 is built on it",
         "text.merged": "it is no qcow2 image",
         "vm2.merged": "nothing but its name says that a merge has stashed it, and there is no image below it that it could "
