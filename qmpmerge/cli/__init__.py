@@ -71,7 +71,7 @@ def _usage(error: "click.ClickException") -> None:
 
     shown = io.StringIO()
     error.show(shown)
-    text = "".join(f"{visible(line)}\n" for line in shown.getvalue().rstrip("\n").split("\n"))
+    text = "".join(f"{visible(line)}\n" for line in shown.getvalue().expandtabs(4).rstrip("\n").split("\n"))
     if not _wants_json():
         streams.complain(text)
         return

@@ -56,7 +56,7 @@ def path_of_active(chain: Chain, launched: Sequence[str]) -> str | None:
 
 def _finding(path: str, what: str, why: str) -> Finding:
     command = shlex.join(["qmpmerge", "active", path])
-    return Finding("launch-path", "note", path, what, f"{why}: let the launch script ask", command)
+    return Finding("launch-path", "note", path, what, f"{why}: nothing to do if the launch script asks", command)
 
 
 def stale(chain: Chain, dependent: Dependent) -> Finding:

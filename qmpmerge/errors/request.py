@@ -152,7 +152,7 @@ class NothingThere(Refused):
 
     path: str
     sentence = "nothing is at {path}, and no merge has left anything of it"
-    advice = "name the image that the VM is started from, or its folder"
+    advice = "name an image or a folder: the image that the VM is started from (`qmpmerge disks VM` shows it), or where it lies"
 
 
 class CannotList(Refused):

@@ -7,8 +7,20 @@ class NoSuchTarget(Unreachable):
     """TARGET is neither a path that exists nor a running QEMU."""
 
     target: str
-    sentence = "no socket and no running QEMU called {target}"
+    sentence = "{what} {target}"
     advice = "`qmpmerge vms` lists the running QEMUs and their monitors"
+
+    @property
+    def hint(self) -> str:
+        """As of any error; what has a slash is no VM's name."""
+        return "look at the path; " + super().hint if "/" in self.target else super().hint
+
+    def _words(self) -> dict[str, object]:
+        is_path = "/" in self.target and not self.target.startswith("tcp:")
+        return {
+            **super()._words(),
+            "what": "no file and no socket is at" if is_path else "no socket and no running QEMU called",
+        }
 
 
 class AmbiguousName(Unreachable):
@@ -97,8 +109,20 @@ class MonitorSilent(Unreachable):
     seconds: float
     holder: str
     stopped: bool = False
-    sentence = "the monitor {address} did not greet us within {seconds:g} s: {holder}"
-    advice = "end that session, or give QEMU a second monitor (`-qmp unix:PATH,server=on,wait=off`)"
+    pid: int | None = None
+    sentence = "the monitor {address} did not greet us{within}: {holder}"
+    advice = (
+        "end that session, or give QEMU a second monitor (`-qmp unix:PATH,server=on,wait=off`); a `commit` or `follow` of ours "
+        "lets others in with `--polite`"
+    )
+
+    @property
+    def hint(self) -> str:
+        """As of any error; a process that is stopped goes on when it is told to."""
+        return f"let it go on with `kill -CONT {self.pid}`" if self.stopped and self.pid else super().hint
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "within": f" within {self.seconds:g} s" if self.seconds else ""}
 
 
 class NotQmp(Unreachable):

@@ -187,7 +187,7 @@ async def _greet(client: QMPClient, connection: socket.socket, name: str, pid: i
     except TimeoutError:
         stopped = _is_stopped(pid)
         why = f"QEMU (pid {pid}) is stopped" if stopped else "another client holds it, or it is no QMP monitor"
-        raise MonitorSilent(address=name, seconds=timeout, holder=why, stopped=stopped) from None
+        raise MonitorSilent(address=name, seconds=timeout, holder=why, stopped=stopped, pid=pid) from None
     except ConnectError as error:
         if isinstance(error.exc, NegotiationError):
             raise _Overtaken from None

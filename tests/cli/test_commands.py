@@ -21,6 +21,7 @@ from rig.machines import Content, machine, make_chain
 
 from qmpmerge.cli import bug
 from qmpmerge.cli.commands.group import FILES, cli
+from qmpmerge.cli.commands.job import VERBS
 from qmpmerge.errors import EXIT_CODES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -274,7 +275,7 @@ def test_base_above_top_and_other_mistakes(vm: str, images: list[Path]) -> None:
     cases = [
         (["--base", "[3]", "--top", "[2]"], 3, "swap --base and --top"),
         (["--base", "[2]", "--top", "[2]"], 3, "nothing to merge"),
-        (["--base", "[2]", "--shallow"], 3, "cannot be used together"),
+        (["--base", "[2]", "--shallow"], 2, "cannot be used together"),
         (["--speed", "fast"], 2, "as in 64M"),
         (["--timeout", "-1"], 2, "--timeout"),
     ]
@@ -473,3 +474,37 @@ print(bool(ssl.create_default_context().cert_store_stats()))
     shown, loaded, has_tls = run.stdout.splitlines()
     assert json.loads(shown)["schema"] == 1
     assert (json.loads(loaded), has_tls) == ([], "True")
+
+
+# --- words that are typed or read -------------------------------------------------------------------------------------
+
+
+def test_what_help_shows_can_be_typed() -> None:
+    """A shell takes [3] for a pattern; and every verb is explained."""
+    assert "--top '[3]'" in invoke("--help").out
+    told = invoke("job", "--help").out
+    assert all(re.search(rf"^  {verb} +\w", told, re.MULTILINE) for verb in VERBS)
+
+
+def test_a_usage_error_is_readable() -> None:
+    told = invoke("completion")
+    assert told.code == 2 and "\\x" not in told.err and "zsh" in told.err
+
+
+def test_a_path_is_no_name(tmp_path: Path) -> None:
+    told = invoke("commit", f"{tmp_path}/typo.qcow2")
+    assert (told.code, "running QEMU called" in told.err) == (4, False)
+    assert f"no file and no socket is at {tmp_path}/typo.qcow2" in told.err
+    assert "running QEMU called nobody" in invoke("commit", "nobody").err
+    assert "an image or a folder" in invoke("recover", "nobody").err
+
+
+def test_a_speed_is_answered_with_it(setup: Setup) -> None:
+    command.invoke("commit", setup.machine.target, "--speed", "1", "--detach")
+    assert "at most 50 MiB/s" in invoke("job", setup.machine.target, JOB, "speed", "50M").out
+
+
+def test_every_answer_has_a_verdict(setup: Setup) -> None:
+    target = setup.machine.target
+    for words in (["vms"], ["disks", target], ["chain", target], ["jobs", target]):
+        assert invoke(*words, "--json").document["verdict"] == "done"

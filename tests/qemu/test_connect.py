@@ -405,6 +405,7 @@ async def test_a_monitor_where_too_many_wait_already(tmp_path: Path) -> None:
                 waiting.connect(path)
         error = await refusal(path)
     assert isinstance(error, MonitorSilent) and "waiting" in error.holder
+    assert "0 s" not in str(error) and "--polite" in error.hint
 
 
 @pytest.mark.parametrize("through_host", [False, True])
@@ -417,6 +418,11 @@ async def test_a_stopped_qemu_is_said_to_be_stopped(tmp_path: Path, through_host
             ):
                 pytest.fail("there is a session")
         assert error.value.holder == f"QEMU (pid {vm.process.pid}) is stopped"
+        (command,) = error.value.hint.split("`")[1::2]
+        assert command == f"kill -CONT {vm.process.pid}"
+        vm.process.send_signal(signal.SIGCONT)
+        async with connect.connected(vm.target) as session:
+            assert await session.execute("query-name") == {}
 
 
 # --- a session that ends too early --------------------------------------------------------------------------------

@@ -110,6 +110,9 @@ def commit(
       130  cancelled by Ctrl-C, or at --timeout: the old chain is in use
     """
 
+    if shallow and base is not None:
+        raise click.UsageError("--shallow and --base cannot be used together")
+
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import commit as operation
 

@@ -49,6 +49,7 @@ def job(
     keep      let the guest keep its overlay, from a job that is ready
     cancel    end the job; the old chain stays in use
     pause     have it stand still, until `resume`
+    resume    let it go on
     speed     limit it to SIZE bytes a second, 0 for no limit
     finalize  have a pending job take its last step; a merge is flushed first, as by `follow`
     dismiss   take an ended job out of QEMU's list

@@ -37,11 +37,11 @@ class JsonOutput:
     def vms(self, found: "Sequence[Vm]") -> None:
         """The running QEMUs."""
         keys = ("name", "pid", "user", "monitors", "libvirt")
-        self._print({"vms": [{key: getattr(vm, key) for key in keys} for vm in found]})
+        self._print({"verdict": "done", "vms": [{key: getattr(vm, key) for key in keys} for vm in found]})
 
     def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
         """The disks; an empty drive has no file."""
-        self._print({"disks": [_disk(disk) for disk in found], "oddities": _oddities(oddities)})
+        self._print({"verdict": "done", "disks": [_disk(disk) for disk in found], "oddities": _oddities(oddities)})
 
     def chain(self, view: "ChainView") -> None:
         """The images, base first."""
@@ -62,7 +62,8 @@ class JsonOutput:
             for index, image in enumerate(view.chain, 1)
         ]
         job = _job(view.disk.job) if view.disk.job else None
-        self._print({"disk": view.disk.name, "images": images, "oddities": _oddities(view.oddities), "job": job})
+        told = {"disk": view.disk.name, "images": images, "oddities": _oddities(view.oddities), "job": job}
+        self._print({"verdict": "done", **told})
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
@@ -115,7 +116,7 @@ class JsonOutput:
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs."""
-        self._print({"jobs": [_job(job) for job in found]})
+        self._print({"verdict": "done", "jobs": [_job(job) for job in found]})
 
     def controlled(self, job_id: str, job: "Job | None") -> None:
         """The job as it is now, null when it is gone."""

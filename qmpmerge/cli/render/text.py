@@ -190,7 +190,8 @@ class TextOutput:
 
     def controlled(self, job_id: str, job: "Job | None") -> None:
         """One line."""
-        self._say(f"{job_id}: {'gone' if job is None else job.status}")
+        limit = f", at most {humanize.size(job.speed)}/s" if job is not None and job.speed else ""
+        self._say(f"{job_id}: {'gone' if job is None else job.status}{limit}")
 
     def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
         """Each finding in four lines: how bad and where, what, why, and the command that fixes it."""
@@ -200,7 +201,7 @@ class TextOutput:
             self._say(f"{finding.severity}: {finding.where} ({finding.name})")
             self._say(f"  what  {finding.what}")
             self._say(f"  why   {finding.why}")
-            self._say(f"  fix   {finding.command or 'nothing to run'}")
+            self._say(f"  fix   {finding.command or 'by hand, as above'}")
 
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""

@@ -68,6 +68,7 @@ def test_disks(streams: Streams) -> None:
     streams.output.disks([disk(job=JOB), dataclasses.replace(disk("cd0", None), qdev="")], [odd])
     assert streams.document() == {
         "schema": 1,
+        "verdict": "done",
         "disks": [
             {
                 "disk": "vda",
@@ -105,6 +106,7 @@ def test_chain(streams: Streams) -> None:
     streams.output.chain(ChainView(disk(), chain, (odd,), Layout((), (), {}, {})))
     assert streams.document() == {
         "schema": 1,
+        "verdict": "done",
         "disk": "vda",
         "images": [
             {
@@ -198,6 +200,7 @@ def test_jobs(streams: Streams) -> None:
     streams.output.jobs([JOB, Job("other", "backup", "concluded", 1, 1, error="No space left on device")])
     assert streams.document() == {
         "schema": 1,
+        "verdict": "done",
         "jobs": [
             {
                 "id": JOB.id,
@@ -257,7 +260,7 @@ def test_vms(streams: Streams) -> None:
 def test_an_empty_list_is_still_an_object(streams: Streams, kind: str) -> None:
     getattr(streams.output, kind)([])
     also: dict[str, list[object]] = {"oddities": []} if kind == "disks" else {}
-    assert streams.document() == {"schema": 1, kind: [], **also}
+    assert streams.document() == {"schema": 1, "verdict": "done", kind: [], **also}
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
