@@ -163,12 +163,12 @@ class SessionLost(Unknown):
     reason: str
     image: str = ""
     sentence = "the session with {target} was lost during {command}: {reason}"
+    advice = "its QEMU is gone: run `qmpmerge recover {image}` before the VM is started again"
 
     @property
     def hint(self) -> str:
-        """As of any error; of a QEMU that is gone nobody can ask any more."""
-        gone = f"its QEMU is gone: `{shlex.join(['qmpmerge', 'recover', self.image])}` before the VM is started again"
-        return gone if self.image else super().hint
+        """As of any error; a QEMU that may be there still is asked."""
+        return super().hint if self.image else Unknown.advice.format(target=shlex.quote(self.target))
 
 
 class NoReply(Unknown):
