@@ -7,11 +7,13 @@ can have written it, and as long as the files that it names are those that it wa
 device numbers change with a reboot.
 """
 
+import errno
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from qmpmerge import folder
+from qmpmerge.chain.chain import Inode
 from qmpmerge.images import files, stashed
 from qmpmerge.images.files import Seen
 
@@ -47,21 +49,23 @@ class Note:
             return None
 
 
-def put_on(image: str, overlay: str) -> str:
+def put_on(image: str, meant: Inode | None, overlay: str) -> str:
     """
     Note beside `image` that `overlay` was put on it, durably, and return the note's path. An image can have several.
 
-    Raises OSError: nothing is noted then.
+    Raises OSError, also where `image` does not lead to the file that is `meant`: nothing is noted then.
     """
     number = os.stat(overlay).st_ino
-    return _write(_path(image, f".{number:x}{ABOVE}"), {"overlay": os.path.realpath(overlay), "inode": number})
+    told = {"overlay": os.path.realpath(overlay), "inode": number}
+    return _write(image, meant, f".{number:x}{ABOVE}", told)
 
 
-def merged(image: str, base: str) -> str:
+def merged(image: str, meant: Inode | None, base: str) -> str:
     """Note beside `image`, which keeps its name, that all it holds is in `base` now. As `put_on`."""
     seen = files.seen(image)
     looks = {"own": os.stat(image).st_ino, "size": seen.size, "changed": seen.changed}
-    return _write(_path(image, MERGED), {"base": os.path.realpath(base), "inode": os.stat(base).st_ino, **looks})
+    told = {"base": os.path.realpath(base), "inode": os.stat(base).st_ino, **looks}
+    return _write(image, meant, MERGED, told)
 
 
 def is_needed(image: str, overlay: str) -> bool:
@@ -139,10 +143,13 @@ def _path(image: str, end: str) -> str:
     return os.path.join(place, f".{name}{end}")
 
 
-def _write(path: str, told: Mapping[str, object]) -> str:
+def _write(image: str, meant: Inode | None, end: str, told: Mapping[str, object]) -> str:
     import json
 
+    real, path = os.path.realpath(image), _path(image, end)
     with folder.beside(path) as (place, name):
+        if meant is None or place.inode_of(os.path.basename(real)) != meant:
+            raise FileNotFoundError(errno.ENOENT, f"{image} is another file now", image)
         inode = place.put(name, json.dumps(told).encode() + b"\n", folder.NOTE).inode
         try:
             place.sync()

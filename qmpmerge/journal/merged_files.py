@@ -170,7 +170,7 @@ def _note_overlays(record: Record) -> Iterator[str]:
     base, above = record.chain[record.base], record.chain.images[record.top :]
     try:
         if above and base.has_path and above[0].has_path and notes.is_needed(base.file, above[0].file):
-            notes.put_on(base.file, above[0].file)
+            notes.put_on(base.file, _meant(record, base.file, base), above[0].file)
     except OSError as error:
         yield (
             f"it could not be noted beside {base.file} that {above[0].file} is built on it ({error.strerror or error}): "
@@ -187,6 +187,12 @@ def _note_overlays(record: Record) -> Iterator[str]:
         yield f"a note about a merged image could not be removed: {error.strerror or error}"
 
 
+def _meant(record: Record, name: str, image: Image) -> Inode | None:
+    """The file that has this name, where it is the one that the record means."""
+    found = files.inode(name)
+    return found if found is not None and record.is_inode(found, image) else None
+
+
 def _note_kept(record: Record, done: Sequence[MergedFile]) -> Iterator[str]:
     """An image that keeps its name looks like one to start from; yields why it was not noted that it is none."""
     base = record.chain[record.base]
@@ -198,7 +204,7 @@ def _note_kept(record: Record, done: Sequence[MergedFile]) -> Iterator[str]:
         if place is None or image.slice is not None or not files.is_regular(place):
             continue
         try:
-            notes.merged(place, base.file)
+            notes.merged(place, _meant(record, place, image), base.file)
         except OSError as error:
             yield (
                 f"it could not be noted beside {place} that it was merged ({error.strerror or error}): to `qmpmerge active` "

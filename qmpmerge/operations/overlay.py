@@ -78,7 +78,7 @@ def noted(order: Order, made: File) -> Iterator[str]:
         return
     try:
         if order.below.has_path and notes.is_needed(order.below.file, order.file):
-            notes.put_on(order.below.file, order.file)
+            notes.put_on(order.below.file, order.below.inode, order.file)
     except OSError as error:
         yield (
             f"it could not be noted beside {order.below.file} that {order.file} was put on it ({error.strerror or error}): "

@@ -11,7 +11,7 @@ from rig.command import invoke
 from rig.disks import Setup, blockdev, drive
 from rig.machines import MIB, Content, make_chain, run
 
-from qmpmerge.images import notes, qcow2
+from qmpmerge.images import files, notes, qcow2
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_vm_that_was_started_stale(vm: Setup, base: Path, tmp_path: Path, plac
     (tmp_path / place).mkdir(exist_ok=True)
     night = overlay(tmp_path / place / "night.qcow2", base, "raw")
     if place != ".":
-        notes.put_on(str(base), str(night))
+        notes.put_on(str(base), files.inode(str(base)), str(night))
     run("qemu-io", "-c", f"write -P 1 0 {MIB}", night)
     for _ in range(2):  # and once it has an overlay of its own
         stale = found(vm)["started-stale"]
@@ -85,7 +85,7 @@ def test_an_overlay_that_holds_nothing_may_go(vm: Setup, base: Path, tmp_path: P
     (tmp_path / place).mkdir(exist_ok=True)
     night = overlay(tmp_path / place / "night.qcow2", base, "raw")
     if place != ".":
-        notes.put_on(str(base), str(night))
+        notes.put_on(str(base), files.inode(str(base)), str(night))
     assert set(found(vm)) == {"empty-overlay"}
     advice.carry_out(vm.machine.target)
     assert found(vm) == {}
@@ -112,7 +112,7 @@ def test_an_image_that_is_not_the_active_one(images: list[Path]) -> None:
 def test_a_note_that_is_not_right(vm: Setup, base: Path, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     night = overlay(tmp_path / "far" / "night.qcow2", base, "raw")
-    path = notes.put_on(str(base), str(night))
+    path = notes.put_on(str(base), files.inode(str(base)), str(night))
     night.unlink()
     one = found(vm)["odd-note"]
     assert (one["where"], one["command"], "is not there" in one["what"]) == (path, "", True)
@@ -142,7 +142,7 @@ def test_what_active_refuses_is_told_of_the_folder(images: list[Path], tmp_path:
 def test_what_is_told_is_not_told_twice(base: Path, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     far = overlay(tmp_path / "far" / "a.qcow2", base, "raw")
-    notes.put_on(str(base), str(far))
+    notes.put_on(str(base), files.inode(str(base)), str(far))
     far.unlink()
     assert invoke("active", str(base)).code == 3
     (told,) = advice.findings(tmp_path)

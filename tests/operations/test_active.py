@@ -513,7 +513,9 @@ def test_a_record_that_is_not_believed(images: list[Path]) -> None:
 
 def test_the_notes_are_small_files_of_ours(base: Path, tmp_path: Path) -> None:
     far = overlay(tmp_path / "far.qcow2", base, "raw")
-    path = Path(notes.put_on(str(base), str(far)))
+    path = Path(notes.put_on(str(base), files.inode(str(base)), str(far)))
     told = json.loads(path.read_text())
     assert (told, path.stat().st_mode & 0o777) == ({"overlay": str(far), "inode": far.stat().st_ino}, 0o644)
     assert files.inode(str(far)) == (far.stat().st_dev, told["inode"])
+    with pytest.raises(FileNotFoundError):
+        notes.put_on(str(base), files.inode(str(far)), str(far))  # its name leads to another file by now

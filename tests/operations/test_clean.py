@@ -20,7 +20,7 @@ from rig.machines import MIB, Content, fill, make_chain, run
 import qmpmerge
 from qmpmerge.errors import CannotRecover, NoSuchStash
 from qmpmerge.folder import Folder
-from qmpmerge.images import dependents, stashed
+from qmpmerge.images import dependents, files, stashed
 from qmpmerge.images.notes import put_on
 from qmpmerge.journal import merged_files, store
 
@@ -236,7 +236,7 @@ async def test_an_overlay_in_another_folder_keeps_them(tmp_path: Path, images: l
     far.parent.mkdir()
     run("qemu-img", "create", "-qf", "qcow2", "-b", images[3], "-F", "qcow2", far)
     await merged(images)
-    noted = Path(put_on(str(images[3]), str(far)))
+    noted = Path(put_on(str(images[3]), files.inode(str(images[3])), str(far)))
     assert (await kept(tmp_path))[STASHED[2]] == f"{far} is built on it"
     far.rename(far.with_name("e.qcow2"))
     told = await kept(tmp_path)

@@ -245,8 +245,8 @@ async def test_no_record_is_kept_where_anybody_could_write_one(place: Place, mon
     """A filesystem without modes: what could not be believed is not written, and that is said."""
     put = Folder.put
 
-    def loose(where: Folder, name: str, data: bytes) -> File:
-        file = put(where, name, data)
+    def loose(where: Folder, name: str, data: bytes, mode: int = 0o600) -> File:
+        file = put(where, name, data, mode)
         file.allow(0o777)
         return file
 

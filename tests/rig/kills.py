@@ -139,7 +139,8 @@ def run(notes: str, victim: str, moment: str, *arguments: str) -> None:
     killer.around(store, "mark")
     for name in ("put_on", "take_away", "merged"):
         killer.around(beside_images, name)
-    sys.argv = ["qmpmerge", *arguments, "--json", "-v"]
+    speaks = [] if arguments[0] in ("clean", "active") else ["-v"]
+    sys.argv = ["qmpmerge", *arguments, "--json", *speaks]
     main()
 
 

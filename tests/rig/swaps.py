@@ -81,7 +81,8 @@ def run(notes: str, moment: str, kind: str, other: str, *arguments: str) -> None
     renderer: Any = JsonOutput
     renderer.trace = lambda output, direction, text: neighbour.trace(output, direction, text)
     folder.before = neighbour.before
-    sys.argv = ["qmpmerge", *arguments, "--json", "-v"]
+    speaks = [] if arguments[0] in ("clean", "active") else ["-v"]
+    sys.argv = ["qmpmerge", *arguments, "--json", *speaks]
     main()
 
 
