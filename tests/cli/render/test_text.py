@@ -281,12 +281,14 @@ def test_an_outcome_is_told_on_stdout_and_its_hints_on_stderr(
 
 
 def test_a_snapshot_is_told_with_a_line_a_disk(screen: Screen) -> None:
-    made = [Overlay("vda", "/vm/c.qcow2", "n1", "/vm/b.qcow2"), Overlay("vdb", "/vm/d.qcow2", "n2", "/b.raw", "a hint")]
+    made = [
+        Overlay("vda", "/vm/c.qcow2", "n1", "/vm/b.qcow2", ask="/vm/base.raw"),
+        Overlay("vdb", "/vm/d.qcow2", "n2", "/b.raw", "a hint"),
+    ]
     screen.output.snapshot(made)
     assert screen.err.getvalue().splitlines() == [
-        "hint: `qmpmerge active /vm/b.qcow2` tells a launch script",
+        "hint: launch scripts: ask `qmpmerge active /vm/base.raw`",
         "hint: a hint",
-        "hint: `qmpmerge active /b.raw` tells a launch script",
     ]
     assert screen.out.getvalue().splitlines() == [
         "vda: /vm/c.qcow2 is the active image now",
