@@ -236,7 +236,9 @@ async def test_an_overlay_in_another_folder_keeps_them(tmp_path: Path, images: l
     far.parent.mkdir()
     run("qemu-img", "create", "-qf", "qcow2", "-b", images[3], "-F", "qcow2", far)
     await merged(images)
+    images[3].touch()  # a note is put beside a file that is there
     noted = Path(put_on(str(images[3]), files.inode(str(images[3])), str(far)))
+    images[3].unlink()
     assert (await kept(tmp_path))[STASHED[2]] == f"{far} is built on it"
     far.rename(far.with_name("e.qcow2"))
     told = await kept(tmp_path)
