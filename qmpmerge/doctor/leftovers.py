@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterator
 
-from qmpmerge.chain.chain import Chain
+from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.state import State
 from qmpmerge.doctor import launch
 from qmpmerge.doctor.findings import Finding, Severity
@@ -172,7 +172,7 @@ def _beyond(chain: Chain, dependent: Dependent, users: tuple[User, ...], roots: 
     if users:
         why = f"{users[0]} has it open: what is written to {image}, by a merge too, changes what that sees"
         return Finding("dependent", "care", file, what, why)
-    if is_live and _holds_nothing(file):
+    if is_live and _holds_nothing(file, chain):
         why = f"it holds nothing, and shows what {image} does: a snapshot that was not carried out has left it"
         left = [file, *(note.path for note in notes.above(image) if note.file == os.path.realpath(file))]
         return Finding("empty-overlay", "care", file, what, why, shlex.join(["rm", "-f", "--", *left]))
@@ -190,9 +190,11 @@ def _beyond(chain: Chain, dependent: Dependent, users: tuple[User, ...], roots: 
     return Finding("other-overlay", "care", file, what, why)
 
 
-def _holds_nothing(file: str) -> bool:
+def _holds_nothing(file: str, chain: Chain) -> bool:
+    """Nor is it needed by an image that is built on it."""
     try:
-        return qcow2.is_empty(file)
+        needed = dependents.look_now([Image(file, "qcow2", 0, inode=files.inode(file))], chain).dependents
+        return qcow2.is_empty(file) and not needed
     except OSError:
         return False
 

@@ -9,8 +9,9 @@ import pytest
 from rig import advice
 from rig.command import invoke
 from rig.disks import Setup, blockdev, drive
-from rig.machines import MIB, Content, make_chain, run
+from rig.machines import MIB, Content, machine, make_chain, run
 
+import qmpmerge
 from qmpmerge.images import files, notes, qcow2
 
 
@@ -147,3 +148,13 @@ def test_what_is_told_is_not_told_twice(base: Path, tmp_path: Path) -> None:
     assert invoke("active", str(base)).code == 3
     (told,) = advice.findings(tmp_path)
     assert "is not there" in told["what"]
+
+
+async def test_an_empty_overlay_on_which_another_is_built_is_needed(base: Path, tmp_path: Path) -> None:
+    empty = overlay(tmp_path / "empty.qcow2", base, "raw")
+    above = overlay(tmp_path / "above.qcow2", empty, "qcow2")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", above)
+    with machine(tmp_path, "-drive", f"file={base},format=raw,if=none,id=vda") as vm:
+        async with qmpmerge.live(vm.target) as target:
+            found = await qmpmerge.examine(target)
+    assert found and not any("rm " in finding.command for finding in found)

@@ -149,7 +149,9 @@ async def found_and_closed(vm: Machine) -> None:
     async with qmpmerge.live(vm.target) as target:
         stale = await qmpmerge.examine(target)
     assert [(finding.name, finding.where[-7:]) for finding in stale] == [
-        ("empty-overlay", f"{name}.qcow2") for name in "abc"
+        ("other-overlay", "a.qcow2"),
+        ("other-overlay", "b.qcow2"),
+        ("empty-overlay", "c.qcow2"),
     ]
 
 

@@ -163,10 +163,13 @@ class New(Old):
                 yield file
 
     def advice(self) -> bool:
-        """What is proved to be merged goes out of reach; the rest is told."""
+        """What is proved to be merged goes out of reach, and what holds nothing goes; the rest is told."""
         is_harm = False
         for file in list(self._dependents(self.running)):
             name = self._name(file)
+            if not file.held and not file.is_merged and all(other.below != name for other in self.files.values()):
+                del self.files[name]
+                continue
             if file.is_merged:
                 self.files[f"stale/{name}.merged"] = self.files.pop(name)
                 file.below = "nothing"
