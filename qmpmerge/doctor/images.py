@@ -36,12 +36,7 @@ async def examine_path(
     search: Collection[str] = (),
     form: str | None = None,
 ) -> tuple[Finding, ...]:
-    """
-    All findings about the chain whose active image is at `path`, or about all chains that lie in the folder `path`.
-
-    `allow`, `form` and `search` are those of `walk.walk` and of `doctor.examine`. Raises ImageUnreadable where there is
-    nothing at `path`, ToolMissing.
-    """
+    """As `operations.examine.examine_path`, without what `active` says of a folder's images."""
     path = os.path.abspath(os.fspath(path))
     if not os.path.exists(path):
         raise ImageUnreadable(file=path, reason="No such file or directory")
