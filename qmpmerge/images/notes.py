@@ -107,7 +107,7 @@ def doubt(image: str) -> Note | None:
 
 
 def _merged(image: str) -> Note | None:
-    """The note that this very image was merged; that about an earlier one of its name counts for nothing."""
+    """The note that an image of this name was merged: another file may be a copy of it, or newer, so nobody knows."""
     path = _path(image, MERGED)
     if not os.path.lexists(path) or not os.path.exists(image):
         return None
@@ -115,7 +115,7 @@ def _merged(image: str) -> Note | None:
     if note.reason:
         return note
     if note.own != os.stat(image).st_ino:
-        return None
+        return replace(note, reason="it is another file than that: a copy, or a newer image")
     if not (note.is_true or _was_merged_on(note)):
         return replace(note, reason=f"{note.file}, into which it was merged, is not there, or another file is")
     return note if note.seen == files.seen(image) else replace(note, reason="it was written to since it was merged")

@@ -180,8 +180,20 @@ class _Search:
         leaves = [image for inode, image in known.images.items() if inode not in parents]
         known.leaves = {image.file: self.format(image) for image in sorted(leaves, key=lambda image: image.file)}
         known.folders = list(self._folders)
-        known.odd += [*self._odd, *_strangers(known)]
+        known.odd += [*self._odd, *_strangers(known), *self._broken()]
         return known
+
+    def _broken(self) -> Iterator[Odd]:
+        """Images that name a file which should lie in one of these folders: what they were built on may be any image of it."""
+        for missing, children in self._dangling.items():
+            if os.path.dirname(missing) in self._folders and stashed.of(missing) is None:
+                for child in children:
+                    if not child.is_aside and self.format(child) not in ("", "raw"):
+                        file = shlex.quote(child.file)
+                        cure = (
+                            f"`qmpmerge recover {file}`, or put back what it names, or move it to a folder of its own"
+                        )
+                        yield Odd(child.file, f"names {missing} in its header, which is not there", cure)
 
 
 def _guest_like(image: Found, below: Found) -> Odd:

@@ -519,3 +519,27 @@ def test_the_notes_are_small_files_of_ours(base: Path, tmp_path: Path) -> None:
     assert files.inode(str(far)) == (far.stat().st_dev, told["inode"])
     with pytest.raises(FileNotFoundError):
         notes.put_on(str(base), files.inode(str(far)), str(far))  # its name leads to another file by now
+
+
+def test_a_chain_with_a_gap_is_a_no_from_below_too(images: list[Path], tmp_path: Path) -> None:
+    """What lies above the gap is newer than what lies below it."""
+    (tmp_path / "elsewhere").mkdir()
+    images[2].rename(tmp_path / "elsewhere" / "b.qcow2")
+    for path in (images[0], images[1], images[3], images[0].parent):
+        with pytest.raises(NoActive) as found:
+            qmpmerge.active(path)
+        assert str(images[2]) in str(found.value)
+
+
+@pytest.mark.parametrize("how", ["-a", "-r"])
+def test_a_copied_folder_with_an_image_that_kept_its_name_is_a_no(how: str, images: list[Path], tmp_path: Path) -> None:
+    assert invoke("commit", str(images[3]), "--merged-files", "keep").code == 0
+    run("qemu-io", "-f", "raw", "-c", "write -P 9 0 64k", images[0])
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for file in images[0].parent.iterdir():
+        if file != copied:
+            run("cp", how, file, copied)
+    for path in (copied / "base.raw", copied / "c.qcow2", copied):
+        with pytest.raises(NoActive):
+            qmpmerge.active(path)
