@@ -18,12 +18,13 @@ Every verdict and its exit code stand in `EXIT_CODES`, here and nowhere else.
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, dataclass_transform
 
 EXIT_CODES = {
     "merged": 0,
     "pivoted": 0,
+    "pulled": 0,
     "kept": 0,
     "ready": 0,
     "planned": 0,
@@ -38,6 +39,15 @@ EXIT_CODES = {
     "cancelled": 130,
 }
 """Verdict to exit code. 1 is a bug of ours (a traceback), 2 is a usage error (click's)."""
+
+WORST = (1, 6, 5, 4, 3, 130, 7, 0)
+"""Exit codes of several outcomes of one command, the worst first. A usage error (2) is found before there is any outcome."""
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The one exit code of several outcomes, which are in `WORST`; 0 where there is none."""
+    return min(codes, key=WORST.index, default=0)
+
 
 FORCEABLE = ("dependents", "in-use", "known-bad", "libvirt", "no-format", "no-space", "not-seen", "would-lose")
 """

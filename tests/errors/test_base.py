@@ -15,6 +15,7 @@ import pytest
 import qmpmerge
 from qmpmerge.errors import (
     EXIT_CODES,
+    WORST,
     BaseIsTop,
     Cancelled,
     Error,
@@ -27,6 +28,7 @@ from qmpmerge.errors import (
     Unknown,
     Unreachable,
     Untouched,
+    worst,
 )
 
 PLACEHOLDER = re.compile(r"\{\w*(:\w*)?\}")
@@ -207,6 +209,7 @@ def test_the_exit_codes_are_those_of_the_design() -> None:
     assert {verdict for verdict, code in EXIT_CODES.items() if code == 0} >= {
         "merged",
         "pivoted",
+        "pulled",
         "kept",
         "ready",
         "planned",
@@ -220,6 +223,11 @@ def test_the_exit_codes_are_those_of_the_design() -> None:
         "running": 7,
         "cancelled": 130,
     }
+
+
+def test_the_worst_of_several_outcomes() -> None:
+    assert set(WORST) == {1, *EXIT_CODES.values()}, "a usage error is found before there is any outcome"
+    assert [worst(codes) for codes in ([], [0, 7], [130, 7], [4, 3], [0, 3, 5, 6], [6, 1])] == [0, 7, 130, 4, 6, 1]
 
 
 def test_a_list_of_facts_is_read_as_words() -> None:
