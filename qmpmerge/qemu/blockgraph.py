@@ -13,12 +13,15 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk
 from qmpmerge.qemu.jobs import Job
+
+if TYPE_CHECKING:
+    from qmpmerge.qemu.details import DiskDetails
 
 JOB_FILTERS = frozenset({"commit_top", "mirror_top", "backup-top"})
 """Filters that jobs put above a disk, for as long as they run."""
@@ -90,7 +93,7 @@ class Disk:
 
     `name` is what users call it: the drive id, else the qdev id, else the node name. `root` is the node under the
     device, filters included: the one that jobs take as their device. `chain` is None for an empty drive. `nodes` are all
-    nodes of the chain's images and filters, top down.
+    nodes of the chain's images and filters, top down. `details` are there where they were asked for.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Disk:
     chain: Chain | None
     nodes: tuple[str, ...]
     job: Job | None = None
+    details: "DiskDetails | None" = None
 
     @property
     def is_chain(self) -> bool:

@@ -50,12 +50,24 @@ BITMAP: Shape = {
     "inconsistent": (bool,),
     "busy": bool,
 }
+OWN: Shape = {
+    "compat": (str,),
+    "compression-type": (str,),
+    "lazy-refcounts": (bool,),
+    "extended-l2": (bool,),
+    "corrupt": (bool,),
+    "encrypt": ({"format": str},),
+}
+"""What a format says of an image; those of qcow2."""
 IMAGE: Shape = {
     "virtual-size": int,
     "actual-size": (int,),
+    "cluster-size": (int,),
+    "dirty-flag": (bool,),
     "backing-filename": (str,),
     "backing-filename-format": (str,),
     "snapshots": ([{"id": str, "name": str}],),
+    "format-specific": ({"data": OWN},),
 }
 NODE: Shape = {
     "node-name": str,
@@ -74,12 +86,13 @@ SHAPES: dict[str, Shape] = {
     "query-migrate": {"status": (str,)},
     "query-jobs": [JOB],
     "query-block-jobs": [BLOCK_JOB],
-    "query-block": [{"device": str, "qdev": (str,), "inserted": (LIMITS,)}],
+    "query-block": [{"device": str, "qdev": (str,), "removable": bool, "tray_open": (bool,), "inserted": (LIMITS,)}],
+    "query-chardev": [{"label": str, "filename": str}],
     "query-block-exports": [None],
     "query-qmp-schema": [{"name": str, "arg-type": (str,), "members": ([{"name": (str,)}],)}],
     "x-debug-query-block-graph": GRAPH,
     "query-named-block-nodes": [NODE],
-    "qom-list": [{"name": str}],
+    "qom-list": [{"name": str, "type": str}],
 }
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
@@ -26,16 +26,21 @@ from qmpmerge.targets import identity
 
 if TYPE_CHECKING:
     from qmpmerge.journal.record import Record
+    from qmpmerge.qemu.details import ImageDetails
 
 
 @dataclass(frozen=True)
 class ChainView:
-    """A disk, its chain with the backing strings as they stand in the headers, problems with it, and the graph."""
+    """
+    A disk, its chain with the backing strings as they stand in the headers, problems with it, and the graph; and of each image
+    the details, base first, where they were asked for.
+    """
 
     disk: Disk
     chain: Chain
     oddities: tuple[Oddity, ...]
     layout: Layout
+    details: "tuple[ImageDetails, ...]" = ()
 
 
 class Target:
@@ -99,21 +104,31 @@ class Target:
         """Disks, jobs and nodes as they are now."""
         return await discovery.discover(self.monitor, self.locate())
 
-    async def disks(self) -> list[Disk]:
-        """All disks, empty drives included."""
-        return list((await self.layout()).disks)
+    async def disks(self, *, details: bool = False) -> list[Disk]:
+        """All disks, empty drives included; with `details` of each the device, and how large its storage is."""
+        layout = await self.layout()
+        if not details:
+            return list(layout.disks)
+        from qmpmerge.qemu.details import of_disks
+
+        return await of_disks(self.monitor, layout)
 
     async def disk(self, name: str | None = None) -> Disk:
         """The disk that `name` means; without one the only disk with a backing chain."""
         return (await self.layout()).find(name, self.name)
 
-    async def chain(self, disk: str | None = None) -> ChainView:
+    async def chain(self, disk: str | None = None, *, details: bool = False) -> ChainView:
         """
-        The chain of a disk: QEMU's graph next to the headers on disk.
+        The chain of a disk: QEMU's graph next to the headers on disk; with `details` what each image is like.
 
         Raises NoSuchDisk, DiskNeeded, NoDisk, ToolMissing.
         """
-        return await self.view(await self.layout(), disk)
+        view = await self.view(await self.layout(), disk)
+        if not details:
+            return view
+        from qmpmerge.qemu.details import of_image
+
+        return replace(view, details=tuple(of_image(view.layout, image) for image in view.chain))
 
     async def view(self, layout: Layout, disk: str | None = None) -> ChainView:
         """The same, of a layout that was asked for already."""

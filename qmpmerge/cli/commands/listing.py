@@ -37,9 +37,12 @@ def vms(options: Options) -> int:
 
 @group.cli.command()
 @options.target
+@click.option(
+    "--details", is_flag=True, help="Of each disk its device, bus, and the size of the file or device it is in."
+)
 @for_images
 @shared
-def disks(target: str, options: Options) -> int:
+def disks(target: str, details: bool, options: Options) -> int:
     """
     List disks and the image each one uses now.
 
@@ -55,7 +58,7 @@ def disks(target: str, options: Options) -> int:
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.targets.target import unfinished
 
-        found = await target.disks()
+        found = await target.disks(details=details)
         output.disks(found, [odd for disk in found for odd in unfinished(disk)])
         return "done"
 
@@ -65,9 +68,12 @@ def disks(target: str, options: Options) -> int:
 @group.cli.command()
 @options.target
 @click.argument("disk", required=False, shell_complete=complete.disks)
+@click.option(
+    "--details", is_flag=True, help="Of each image its features, snapshots, bitmaps, and the size of its file."
+)
 @for_images
 @shared
-def chain(target: str, disk: str | None, options: Options) -> int:
+def chain(target: str, disk: str | None, details: bool, options: Options) -> int:
     """
     Show the chain of a disk, base first.
 
@@ -86,7 +92,7 @@ def chain(target: str, disk: str | None, options: Options) -> int:
     """
 
     async def work(target: "Target", output: "Output") -> str:
-        output.chain(await target.chain(disk))
+        output.chain(await target.chain(disk, details=details))
         return "done"
 
     return run(options, on_target(target, options, work))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
+    from qmpmerge.qemu.details import DiskDetails, ImageDetails
     from qmpmerge.qemu.jobs import Job
     from qmpmerge.targets.target import ChainView
 
@@ -58,6 +59,7 @@ class JsonOutput:
                 "backing": image.backing,
                 "backing_format": image.backing_format,
                 "active": image is view.chain.active,
+                "details": _image_details(view.details[index - 1]) if view.details else None,
             }
             for index, image in enumerate(view.chain, 1)
         ]
@@ -194,6 +196,28 @@ def _disk(disk: "Disk") -> dict[str, object]:
         "actual_size": active.allocated if active else None,
         "read_only": active.read_only if active else None,
         "job": disk.job.id if disk.job else None,
+        "details": _disk_details(disk.details) if disk.details else None,
+    }
+
+
+def _disk_details(found: "DiskDetails") -> dict[str, object]:
+    keys = ("bus", "address", "iothread", "removable", "tray_open")
+    device = found.device
+    return {
+        "device": device and device.kind,
+        **{key: getattr(device, key, None) for key in keys},
+        "physical": found.physical,
+    }
+
+
+def _image_details(found: "ImageDetails") -> dict[str, object]:
+    keys = ("physical", "cluster_size", "compat", "compression", "encryption")
+    flags = ("extended_l2", "lazy_refcounts", "dirty", "corrupt")
+    of_bitmap = ("name", "granularity", "persistent", "recording", "inconsistent", "busy")
+    return {
+        **{key: getattr(found, key) for key in (*keys, *flags)},
+        "snapshots": [{"id": number, "name": name} for number, name in found.snapshots],
+        "bitmaps": [{key: getattr(bitmap, key) for key in of_bitmap} for bitmap in found.bitmaps],
     }
 
 

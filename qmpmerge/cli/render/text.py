@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmpmerge.chain.chain import draw
-from qmpmerge.cli.render import humanize
+from qmpmerge.cli.render import details, humanize
 from qmpmerge.cli.render.visible import visible
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class TextOutput:
             [humanize.disk_row(disk) for disk in found],
             "no disks",
         )
+        for line in details.of_disks(found):
+            self._say(line)
         self._oddities(oddities)
 
     def chain(self, view: "ChainView") -> None:
@@ -98,6 +100,8 @@ class TextOutput:
             of = f", {humanize.size(job.done)} of {humanize.size(job.total)}" if job.total else ""
             self._say(f"job {job.id} ({job.type}): {job.status}{of}; possible now: {', '.join(job.verbs)}")
         self._table(columns, rows, "")
+        for line in details.of_chain(view):
+            self._say(line)
         self._oddities(view.oddities)
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:

@@ -81,6 +81,7 @@ def test_disks(streams: Streams) -> None:
                 "actual_size": GIB,
                 "read_only": False,
                 "job": JOB.id,
+                "details": None,
             },
             {
                 "disk": "cd0",
@@ -93,6 +94,7 @@ def test_disks(streams: Streams) -> None:
                 "actual_size": None,
                 "read_only": None,
                 "job": None,
+                "details": None,
             },
         ],
         "oddities": [{"name": "unfinished", "file": "/vm/a.qcow2", "message": "a merge was not finished"}],
@@ -121,6 +123,7 @@ def test_chain(streams: Streams) -> None:
                 "backing": None,
                 "backing_format": None,
                 "active": False,
+                "details": None,
             },
             {
                 "index": 2,
@@ -134,6 +137,7 @@ def test_chain(streams: Streams) -> None:
                 "backing": "base.raw",
                 "backing_format": "raw",
                 "active": True,
+                "details": None,
             },
         ],
         "oddities": [{"name": "no-format", "file": "/vm/a.qcow2", "message": "its header records no backing format"}],
