@@ -40,10 +40,12 @@ if TYPE_CHECKING:
 
 @contextlib.asynccontextmanager
 async def in_time(patience: Patience) -> AsyncIterator[None]:
-    """What comes before the job's start, within the time limit. Raises TimeUp."""
+    """What comes before the job's start, within the time limit. Raises TimeUp; not for StillRunning, which is of a job."""
     try:
         async with asyncio.timeout(patience.left):
             yield
+    except StillRunning:
+        raise
     except TimeoutError:
         raise TimeUp(seconds=patience.timeout or 0.0) from None
 
@@ -85,7 +87,7 @@ async def _within_limits(run: Run) -> Outcome:
     except LeftDisplaced:
         _leave(run)
         raise
-    except (StillRunning, TimeoutError):
+    except TimeoutError:  # StillRunning too
         return await _stop_waiting(run)
 
 

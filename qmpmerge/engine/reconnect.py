@@ -64,9 +64,10 @@ async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: Unkno
     try:
         await reconnect(run.target, lost)
     except SessionLost as last:
-        if pid is not None and proc.process(pid) is None and run.plan.chain.active.has_path:
-            last.image = run.plan.chain.active.file
-        raise
+        if pid is None or proc.process(pid) is not None or not run.plan.chain.active.has_path:
+            raise
+        image = run.plan.chain.active.file
+        raise SessionLost(target=last.target, command=last.command, reason=last.reason, image=image) from None
     if pid is not None and (before is None or proc.process(run.target.pid or 0) != before):
         await _see_the_new_qemu(run)
     async with run.target.monitor.listening() as doorbell:

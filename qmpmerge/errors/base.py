@@ -62,7 +62,9 @@ may be worthless. The others say that the merge would write wrong data, crash QE
 @dataclass_transform(eq_default=False, kw_only_default=True)
 class Error(Exception):
     """
-    Base of all our errors. What a subclass annotates are its facts, given by keyword, as in a dataclass.
+    Base of all our errors. What a subclass annotates are its facts, given by keyword, as in a dataclass: they are its
+    attributes, `repr` shows them, and they come along where an error is copied, or pickled for another process. The hint is
+    a note of the exception too, so that a traceback ends with it. Two errors are equal only where they are one.
 
     Not real dataclasses: to make fifty of those takes longer than all else that `qmpmerge disks` imports of ours.
     """
@@ -82,6 +84,15 @@ class Error(Exception):
         if unknown or missing:
             raise TypeError(f"{type(self).__name__}: missing {missing}, unexpected {sorted(unknown)}")
         vars(self).update(facts)
+        if self.hint:
+            self.add_note(f"hint: {self.hint}")
+
+    def __reduce__(self) -> "tuple[object, ...]":
+        return _made_again, (type(self),), vars(self)  # an exception would be made of what was given by position
+
+    def __repr__(self) -> str:
+        facts = (f"{name}={getattr(self, name)!r}" for name in self.fact_names)
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     @property
     def name(self) -> str:
@@ -121,6 +132,10 @@ class Error(Exception):
 
     def _words(self) -> dict[str, object]:
         return {name: _in_words(value) for name, value in self.facts.items()}
+
+
+def _made_again(kind: type[Error]) -> Error:
+    return kind.__new__(kind)
 
 
 _TYPED = frozenset({"option", "command"})

@@ -24,7 +24,7 @@ class OutOfQuota(JobFailed):
     advice = "raise the quota there of the user that QEMU runs as, then run the same command again"
 
 
-class TimedOut(Failed):
+class TimedOut(Failed, TimeoutError):
     """Offline nothing goes on without us: the merge was cancelled at the time limit, and the old chain is right."""
 
     job: str
@@ -268,7 +268,7 @@ class Undecided(Unknown):
     )
 
 
-class StillRunning(Error):
+class StillRunning(Error, TimeoutError):
     """We stopped waiting; the job belongs to QEMU and goes on."""
 
     target: str
@@ -313,7 +313,7 @@ class Cancelled(Error):
     advice = "run the same command again when you like"
 
 
-class TimeUp(Cancelled):
+class TimeUp(Cancelled, TimeoutError):
     """The time limit passed before anything was started, or the user wants the job cancelled then."""
 
     seconds: float

@@ -21,7 +21,7 @@ from rig.server import CLIENT, stop
 
 import qmpmerge as library
 from qmpmerge.chain.state import State
-from qmpmerge.engine import reconnect, safeguards
+from qmpmerge.engine import go, reconnect, safeguards
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, LiveOnly, NoReply, SessionLost, StillRunning, TimeUp
 from qmpmerge.qemu import monitor
@@ -201,6 +201,13 @@ async def test_the_time_limit_holds_where_qemu_stands_still(setup: Setup) -> Non
             await library.commit(target, top="[3]", timeout=0.3)
     setup.machine.process.send_signal(signal.SIGCONT)
     assert job_now(setup) == "running"
+
+
+async def test_a_job_that_goes_on_is_not_taken_for_our_own_time_limit() -> None:
+    """Both are a TimeoutError, and only of ours it is known that nothing was switched."""
+    with pytest.raises(StillRunning):
+        async with go.in_time(library.Patience(60)):
+            raise StillRunning(target="vm1", job=JOB)
 
 
 async def test_the_time_limit_holds_for_flush_comparison_and_switch(

@@ -1,10 +1,15 @@
 """The error tree: every error that a user can meet says what happened, what state the disks are in and what to do next."""
 
+import concurrent.futures
+import copy
 import importlib
 import json
+import multiprocessing
+import pickle
 import pkgutil
 import re
 import shlex
+import traceback
 import types
 import typing
 from collections.abc import Iterator
@@ -23,8 +28,11 @@ from qmpmerge.errors import (
     NoSuchLayer,
     Refused,
     SessionLost,
+    SeveralRefusals,
     ShorterLayer,
     StillRunning,
+    TimedOut,
+    TimeUp,
     Unknown,
     Unreachable,
     Untouched,
@@ -180,6 +188,32 @@ def test_braces_in_a_fact_are_left_alone(kind: type[Error]) -> None:
     assert str(error) and error.hint  # a name with braces is no format string
 
 
+@every_error
+def test_an_error_shows_its_facts(kind: type[Error]) -> None:
+    shown = repr(example(kind))
+    assert shown.startswith(f"{kind.__name__}(") and shown.endswith(")")
+    assert all(f"{name}=" in shown for name in kind.fact_names)
+
+
+@every_error
+def test_a_copy_says_the_same(kind: type[Error]) -> None:
+    error = example(kind)
+    error.add_note("seen in a test")
+    for other in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+        assert type(other) is kind and other is not error
+        assert (repr(other), str(other), other.document) == (repr(error), str(error), error.document)
+        assert other.__notes__ == error.__notes__
+    assert copy.copy(error).__notes__[-1] == "seen in a test"
+
+
+@every_error
+def test_a_traceback_ends_with_the_hint_and_what_was_noted_besides(kind: type[Error]) -> None:
+    error = example(kind)
+    error.add_note("seen in a test")
+    *_, hint, noted = "".join(traceback.format_exception(error)).splitlines()
+    assert (hint, noted) == (f"hint: {error.hint}", "seen in a test")
+
+
 # --- all of them --------------------------------------------------------------------------------------------------
 
 
@@ -238,3 +272,26 @@ def test_a_list_of_facts_is_read_as_words() -> None:
 def test_an_error_can_be_raised_again_with_other_facts() -> None:
     error = BaseIsTop(base="/b")
     assert error.facts == {"base": "/b"} and "/b" in str(error)
+
+
+def test_what_a_time_limit_raises_is_a_timeout_error() -> None:
+    limits = {kind for kind in CONCRETE if issubclass(kind, TimeoutError)}
+    assert {StillRunning, TimeUp, TimedOut} <= limits
+    assert all(issubclass(kind, StillRunning | TimeUp | TimedOut) for kind in limits)
+    assert str(example(StillRunning)) == "job the-job goes on in QEMU"  # and no errno is in it
+
+
+def refuse() -> None:
+    raise SeveralRefusals(refusals=[BaseIsTop(base="/one"), ShorterLayer(image="a", size=1, base="b", base_size=2)])
+
+
+def test_an_error_comes_back_from_another_process() -> None:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool, pytest.raises(SeveralRefusals) as error:
+        pool.submit(refuse).result()
+    one, two = error.value.refusals
+    assert (repr(one), repr(two)) == (
+        "BaseIsTop(base='/one')",
+        "ShorterLayer(image='a', size=1, base='b', base_size=2)",
+    )
+    assert "in refuse" in str(error.value.__cause__)  # where it was raised
