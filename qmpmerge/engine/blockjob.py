@@ -24,6 +24,7 @@ async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False)
     monitor = run.target.monitor
     while True:
         await see_names(run, doorbell)
+        run.log("%s, told to end%s", status, " and to keep the overlay" if keeps else "")
         try:
             if status == "pending":
                 await monitor.execute("job-finalize", id=run.job)
@@ -64,6 +65,7 @@ async def take_back(run: Run, doorbell: Doorbell) -> None:
     """
     monitor = run.target.monitor
     await _see_that_it_may_end(run)
+    run.log("taken back")
     with contextlib.suppress(QemuRefused):  # it may have ended by itself
         await monitor.execute("job-cancel", id=run.job)
     try:

@@ -150,6 +150,7 @@ async def _start(run: Run) -> None:
         run.is_sent = False
         raise
     run.is_started = True
+    run.log("started: %s into %s", run.plan.top.label, run.plan.base.label)
 
 
 async def _helped(run: Run, doorbell: Doorbell) -> Outcome:

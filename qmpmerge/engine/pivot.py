@@ -14,6 +14,7 @@ from dataclasses import replace
 from qmpmerge import shield
 from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob, rest, safeguards
+from qmpmerge.engine.log import held
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import ImageUnreadable, LeftDisplaced, RecordFailed
 from qmpmerge.guest.pause import paused
@@ -34,13 +35,16 @@ async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     PauseUnproven; what a lost session raises.
     """
     try:
-        return await _paused(run, doorbell, status)
+        with held():
+            return await _paused(run, doorbell, status)
     except mutex.NoTurn as error:  # so nothing has been done yet
         raise await safeguards.not_paused(run, doorbell, error) from None
 
 
 async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     async with paused(run.target.monitor, run.deadman) as pause:
+        if pause.switch is not None:
+            run.log("the guest is paused")
         since = await rest.begin(run)
         if since is not None and pause.switch is None and run.target.is_live:
             with contextlib.suppress(ImageUnreadable):  # what that means is for the comparison to say
@@ -51,6 +55,8 @@ async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
         rests = await rest.lasts(run, since) and not pause.has_lapsed
         job = await shield.finished(_move(run, doorbell, status, rests))
     run.paused_ms = pause.milliseconds
+    if pause.milliseconds is not None:
+        run.log("the guest runs again, after %.1f ms", pause.milliseconds)
     if pause.is_unguarded:
         run.notes.append(
             "the guest was not paused for the pivot: the process that was to guard the pause did not start"
@@ -152,13 +158,15 @@ def _take_name_away(run: Run) -> None:
     if record is None or record.top not in record.away or record.place(record.top) == record.away[record.top]:
         return
     try:
-        merged_files.take_away(record, record.top)
+        place = merged_files.take_away(record, record.top)
     except FileNotFoundError:
         raise
     except OSError as error:
         away = {index: name for index, name in record.away.items() if index != record.top}
         run.record = store.write(replace(record, away=away))
         run.notes.append(f"{record.chain.active.file} could not be renamed: {error.strerror or error}")
+    else:
+        run.log("%s is called %s now", record.chain.active.file, place)
 
 
 def _give_name_back(run: Run) -> None:

@@ -57,6 +57,7 @@ async def through(run: Run, work: Callable[[Doorbell], Awaitable[T]]) -> T:
 
 async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: Unknown) -> T:
     pid = run.target.pid
+    run.log("%s; another session is made", lost)
     before = None if pid is None else proc.process(pid)
     if run.deadman is not None:  # it has the old connection too, and QEMU serves one at a time
         run.deadman.close()

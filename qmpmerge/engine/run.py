@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 import time
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +11,7 @@ from qmpmerge.chain.outcome import Checked, MergedFile
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import NEXT, RECORDED, State
 from qmpmerge.engine import first_record
+from qmpmerge.engine.log import log
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.pace.rates import Watch
@@ -27,8 +27,6 @@ from qmpmerge.qemu import jobs
 from qmpmerge.qemu.bitmaps import Bitmap
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.targets.target import ChainView, Target
-
-log = logging.getLogger("qmpmerge")
 
 _ORDER = list(State)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -180,8 +178,13 @@ class Run:
         if known is not None and state in RECORDED and _ORDER.index(state) >= _ORDER.index(known.state):
             marked = replace(known, state=state, verified=self.verified, seen=known.seen if seen is None else seen)
             self.record = marked if marked == known else store.mark(marked)
-        log.info("%s: %s to %s", self.job, self.state.value, state.value)
+        if state is not self.state:
+            self.log("%s to %s", self.state.value, state.value)
         self.state = state
+
+    def log(self, step: str, *facts: object) -> None:
+        """Tell the logger of a step, %-formatted as it does that."""
+        log.info(f"%s: {step}", self.job, *facts, stacklevel=2)
 
     def write_down(self) -> None:
         """
@@ -245,7 +248,8 @@ class Run:
             if self.record.place(index) is None:
                 reason = "it is neither there nor under its stashed name"
                 raise CannotRecover(file=self.record.chain[index].file, reason=reason)
-            merged_files.give_back(self.record, index)
+            if merged_files.give_back(self.record, index):
+                self.log("%s has its name back", self.record.chain[index].file)
 
     def finish(self, state: State) -> tuple[MergedFile, ...]:
         """
@@ -290,6 +294,8 @@ class Run:
         known = self.record or first_record.of_run(self, "")
         done, hints = merged_files.finish(replace(known, verified=self.verified))
         self.notes += hints
+        for file in done:
+            self.log("%s: %s, now %s", file.file, file.action, file.now or "gone")
         return done
 
     def _forget_record(self, suspect: str | None) -> None:

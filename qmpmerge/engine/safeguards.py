@@ -73,6 +73,7 @@ async def make_base_durable(run: Run, doorbell: Doorbell) -> None:
     try:
         await flush.flush(run.target.monitor, run.plan.base)
         run.base_is_durable = True
+        run.log("%s is durable", run.plan.base.label)
     except (NotDurable, FlushUnavailable) as error:
         await shield.finished(blockjob.take_back(run, doorbell))
         reason = error.reason
@@ -139,6 +140,7 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
     if not same:
         await shield.finished(blockjob.take_back(run, doorbell))
         raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
+    run.log("%s shows what %s shows", run.plan.base.label, run.plan.top.label)
     run.verified = True
 
 

@@ -18,6 +18,7 @@ from qmpmerge.chain.chain import ELSEWHERE, Chain, Image, told_apart
 from qmpmerge.checks import sight
 from qmpmerge.checks.files import held, led_astray
 from qmpmerge.engine import earlier
+from qmpmerge.engine.log import log
 from qmpmerge.errors import (
     BackingString,
     Busy,
@@ -194,6 +195,8 @@ async def _carry_out(target: Target, layout: Layout, orders: list[Order], agent:
             await _transaction(target, orders)
             undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
     proved = await _prove(target, orders, made)
+    for one in proved:
+        log.info("%s: %s is the active image now, and was %s", one.disk, one.file, one.instead_of)
     return tuple(replace(one, hint=hint) for one, hint in zip(proved, unnoted, strict=True))
 
 
