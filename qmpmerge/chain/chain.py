@@ -6,11 +6,10 @@ the highest index, so ``vda[1]`` is the base whatever is stacked on it.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qmpmerge.errors import NoSuchLayer
+from qmpmerge.chain.layer import LayerName, find
 
 Inode = tuple[int, int]
 """(st_dev, st_ino): which file it is, whatever it is called."""
@@ -93,7 +92,7 @@ class Image:
 
     def is_file(self, path: str) -> bool:
         """Whether `path` leads to the file of this image; symlinks are followed on both sides."""
-        if self.is_renamed:
+        if self.is_renamed or "\0" in path:
             return False
         if not self.has_path:
             return path == self.file
@@ -165,38 +164,13 @@ class Chain:
         """The index of an image of this chain, from 1."""
         return self.images.index(image) + 1
 
-    def find(self, layer: str, disk: str = "") -> Image:
+    def find(self, layer: LayerName, disk: str = "") -> Image:
         """
-        The image that a user means by `layer`: ``[2]``, ``vda[2]``, a node name, a path or a URI.
+        The image that a user means by `layer`: a word, an index from 1 (negative from the active image down) or a path.
 
-        Raises NoSuchLayer, with the whole chain as its fact.
+        Raises NoSuchLayer, AmbiguousLayer.
         """
-        finders = (self._by_node, self._by_file, self._by_header)
-        found = [self._by_index(layer, disk), *(find(layer) for find in finders)]
-        for image in found:
-            if image is not None:
-                return image
-        known = [f"[{number}] {image.label}" for number, image in enumerate(self.images, 1)]
-        raise NoSuchLayer(layer=layer, disk=disk or self.active.file, known=known)
-
-    def _by_index(self, layer: str, disk: str) -> Image | None:
-        match = re.fullmatch(r"(?P<disk>.*)\[(?P<index>\d{1,9})\]", layer, re.DOTALL)
-        if match is None or match["disk"] not in ("", disk):
-            return None
-        index = int(match["index"])
-        return self[index] if 1 <= index <= len(self) else None
-
-    def _by_node(self, layer: str) -> Image | None:
-        return next((image for image in self.images if image.node == layer), None)
-
-    def _by_file(self, layer: str) -> Image | None:
-        found = [image for image in self.images if image.is_file(layer)]
-        return found[0] if len(found) == 1 else None  # a file can have several of them in it
-
-    def _by_header(self, layer: str) -> Image | None:
-        """By the very string with which the image above names it: QEMU spells URIs in a way of its own."""
-        pairs = zip(self.images, self.images[1:], strict=False)
-        return next((below for below, image in pairs if image.backing == layer and not below.has_path), None)
+        return find(self, layer, disk)
 
     def same_files(self, other: "Chain") -> bool:
         """Whether both chains are made of the same files in the same order."""

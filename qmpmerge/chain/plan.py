@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.layer import LayerName
 from qmpmerge.errors import BackingString, BaseAboveTop, BaseIsTop, OptionsConflict, Refused, ShorterLayer
 
 
@@ -51,15 +52,15 @@ def commit(
     chain: Chain,
     *,
     disk: str = "",
-    base: str | None = None,
-    top: str | None = None,
+    base: LayerName | None = None,
+    top: LayerName | None = None,
     shallow: bool = False,
 ) -> CommitPlan:
     """
     Plan the merge of `top` (default: the active image) down into `base` (default: the lowest image).
 
     `shallow` merges top into the image right below it. Layers are addressed as `Chain.find` takes them.
-    Raises NoSuchLayer, BaseAboveTop, BaseIsTop, OptionsConflict.
+    Raises NoSuchLayer, AmbiguousLayer, BaseAboveTop, BaseIsTop, OptionsConflict.
     """
     if shallow and base is not None:
         raise OptionsConflict(options=["--shallow", "--base"])

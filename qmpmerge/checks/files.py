@@ -165,7 +165,7 @@ def _naming(plan: CommitPlan) -> str:
     """How a base is named on the command line, and where to search for others who are built on it."""
     base, active = plan.base.file, plan.chain.active.file
     if not (plan.base.has_path and plan.chain.active.has_path):
-        return f"`--base '[{plan.chain.index(plan.base)}]'`"
+        return f"`--base {plan.chain.index(plan.base)}`"
     place, home = os.path.dirname(os.path.realpath(base)), os.path.dirname(os.path.realpath(active))
     common = os.path.commonpath((place, home))
     folders = [common] if common != "/" else [place, home]

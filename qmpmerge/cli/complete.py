@@ -86,19 +86,17 @@ def assignments(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
 
 
 def layers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The images of the disk's chain: by index where nothing is typed yet, by path after a slash."""
+    """The images of the disk's chain: by index and by file name, by path after a slash."""
 
     async def images(target: "Target") -> list[tuple[str, str]]:
-        disk = await target.disk(_given(ctx, "disk", 1))
-        numbered = list(enumerate(disk.chain or (), 1))
-        return [(f"[{index}]", image.file) for index, image in numbered] + [(image.file, "") for _, image in numbered]
+        chain = (await target.disk(_given(ctx, "disk", 1))).chain or ()
+        if incomplete.startswith("/"):
+            return [(image.file, "") for image in chain]
+        names = Counter(image.name for image in chain)
+        numbered = [(str(index), image.file) for index, image in enumerate(chain, 1)]
+        return numbered + [(image.name, "") for image in chain if names[image.name] == 1]
 
-    by_path = incomplete.startswith("/")
-    return [
-        CompletionItem(name, help=note)
-        for name, note in _ask(ctx, images)
-        if name.startswith(incomplete) and name.startswith("/") == by_path
-    ]
+    return [CompletionItem(name, help=note) for name, note in _ask(ctx, images) if name.startswith(incomplete)]
 
 
 def jobs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

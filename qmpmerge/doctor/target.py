@@ -245,8 +245,8 @@ def _deep(target: Target, disk: Disk) -> Iterator[Finding]:
 def deep(where: str, chain: Chain, arguments: str) -> Finding:
     """A chain of many images; a base that others may use is left out of the merge of what is between."""
     depth = len(chain)
-    base = "--base '[2]' " if is_outside(chain.base, chain.active) else ""
-    command = f"qmpmerge commit {arguments} {base}--top '[{depth - 1}]'"
+    base = "--base 2 " if is_outside(chain.base, chain.active) else ""
+    command = f"qmpmerge commit {arguments} {base}--top {depth - 1}"
     if depth > DEEPEST:
         why = "QEMU 10 and 11 crash at the first read through some 870 images"
         return Finding("deep-chain", "harm", where, f"its chain has {depth} images", why, command)

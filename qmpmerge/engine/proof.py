@@ -107,7 +107,7 @@ def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
     overlay = run.plan.overlay
     if overlay is None or expected is not run.plan.result:
         return True
-    image = found[expected.index(expected.find(overlay.node or overlay.file))]
+    image = found[expected.index(run.plan.base) + 1]
     formats = {run.plan.base.format, run.base_driver}
     return _leads_to_base(run, image) and image.backing_format in formats
 
@@ -131,7 +131,7 @@ async def _spelt_as_planned(run: Run, expected: Chain, found: Chain) -> Chain:
     overlay, name = run.plan.overlay, run.plan.backing_name
     if expected is not run.plan.result or overlay is None or name is None or not _is_shown(run, expected, found):
         return found
-    written = found[expected.index(expected.find(overlay.node or overlay.file))].backing
+    written = found[expected.index(run.plan.base) + 1].backing
     if written == name:
         return found
     base, reason = run.plan.base, ""

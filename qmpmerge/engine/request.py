@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Ending, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine.pace.patience import Patience
@@ -26,8 +27,8 @@ class Request:
     how long we stay.
     """
 
-    base: str | None = None
-    top: str | None = None
+    base: LayerName | None = None
+    top: LayerName | None = None
     shallow: bool = False
     ending: Ending = "pivot"
     speed: int | None = None

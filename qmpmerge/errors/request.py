@@ -1,5 +1,7 @@
 """Errors of what was asked for: no such disk, layer or job, options that conflict."""
 
+import shlex
+
 from qmpmerge.errors.base import Refused
 
 
@@ -11,6 +13,13 @@ class NoSuchDisk(Refused):
     known: list[str]
     sentence = "no disk {disk} on {target}"
     advice = "disks there: {known}"
+
+    @property
+    def hint(self) -> str:
+        """What may have been meant, and the disks."""
+        from qmpmerge.errors.nearest import nearest, question
+
+        return question(nearest(self.disk, self.known)) + super().hint
 
 
 class DiskNeeded(Refused):
@@ -31,13 +40,41 @@ class NoDisk(Refused):
 
 
 class NoSuchLayer(Refused):
-    """--base or --top names no image of the chain."""
+    """--base or --top names no image of the chain, which has `count`; `known` are the nearest of them, base first."""
 
     layer: str
     disk: str
+    count: int
     known: list[str]
+    nearest: str | None = None
     sentence = "no image {layer} in the chain of {disk}"
     advice = "the chain, base first: {known}"
+
+    @property
+    def hint(self) -> str:
+        """What may have been meant, and the layers."""
+        from qmpmerge.errors.nearest import question
+
+        some = f"{len(self.known)} of its {self.count} images, base first: {', '.join(self.known)}"
+        return question(self.nearest) + (some if self.count > len(self.known) else super().hint)
+
+
+class AmbiguousLayer(Refused):
+    """
+    --base or --top names several images of the chain, or one of it and another file that lies here. `known` are the first of
+    the `count`, `words` are such as mean one each.
+    """
+
+    layer: str
+    disk: str
+    count: int
+    known: list[str]
+    words: list[str]
+    sentence = "{layer} can mean {count} images of {disk}: {known}"
+    advice = "name the one that is meant: {choice}"
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "choice": " or ".join(f"`{shlex.quote(word)}`" for word in self.words)}
 
 
 class BaseAboveTop(Refused):
@@ -191,6 +228,13 @@ class NoSuchJob(Refused):
     known: list[str]
     sentence = "no job {job} on {target}"
     advice = "jobs there: {known}"
+
+    @property
+    def hint(self) -> str:
+        """What may have been meant, and the jobs."""
+        from qmpmerge.errors.nearest import nearest, question
+
+        return question(nearest(self.job, self.known)) + super().hint
 
 
 class ToolMissing(Refused):

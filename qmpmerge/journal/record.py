@@ -17,6 +17,7 @@ from functools import cached_property
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image, Inode
+from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.chain.state import State
@@ -67,7 +68,7 @@ class Record:
     @cached_property
     def plan(self) -> CommitPlan:
         """What was to be done."""
-        return plan.commit(self.chain, base=f"[{self.base}]", top=f"[{self.top}]")
+        return plan.commit(self.chain, base=self.base, top=self.top)
 
     @property
     def is_abandoned(self) -> bool:
@@ -111,12 +112,12 @@ class Record:
         """Whether the chain is what this merge was to leave; its headers are looked at when it is proved."""
         return chain.same_files(self.plan.result)
 
-    def is_what(self, *, base: str | None, top: str | None, shallow: bool) -> bool:
-        """Whether these words, said of the chain as it was, mean the very same merge."""
+    def is_what(self, disk: str, *, base: LayerName | None, top: LayerName | None, shallow: bool) -> bool:
+        """Whether these words, said of the chain of this disk as it was, mean the very same merge."""
         # By name, not by inode: a merged file may have been moved away since.
         images = tuple(replace(image, inode=None) for image in self.chain)
         try:
-            meant = plan.commit(Chain(images), base=base, top=top, shallow=shallow)
+            meant = plan.commit(Chain(images), disk=disk, base=base, top=top, shallow=shallow)
         except Refused:
             return False
         return (meant.chain.index(meant.base), meant.chain.index(meant.top)) == (self.base, self.top)
@@ -125,7 +126,7 @@ class Record:
         """The plan with the nodes that `chain` has: the QEMU that has the images now may have been started since."""
         nodes = [next((now.node for now in chain if now.same_as(image)), None) for image in self.chain]
         images = tuple(replace(image, node=node) for image, node in zip(self.chain, nodes, strict=True))
-        return plan.commit(Chain(images), base=f"[{self.base}]", top=f"[{self.top}]")
+        return plan.commit(Chain(images), base=self.base, top=self.top)
 
 
 def looks(chain: Chain, indexes: Iterable[int]) -> dict[int, Seen]:

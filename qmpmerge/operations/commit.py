@@ -126,7 +126,7 @@ class _Beginning:
         view = await earlier.without_concluded(self._target, view, records, self._report)
         request = self._request
         for record in records:
-            meant = record.is_what(base=request.base, top=request.top, shallow=request.shallow)
+            meant = record.is_what(view.disk.name, base=request.base, top=request.top, shallow=request.shallow)
             if meant and record.is_done(view.chain):
                 return await self._ended_unseen(view, record)
         return await (self._settled(view, disk, records) if records else self._begun(view, records))

@@ -2,14 +2,12 @@
 
 import dataclasses
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpmerge.chain.chain import Chain, Image, draw, told_apart
-from qmpmerge.errors import NoSuchLayer
 
 SIZE = 1024**2
 
@@ -129,124 +127,3 @@ def test_an_image_without_a_path_is_drawn_by_its_uri() -> None:
 def test_a_drawing_names_every_image_once(chain: Chain) -> None:
     parts = draw(chain.images).split(" <-- ")
     assert len(set(parts)) == len(parts) == len(chain)
-
-
-# --- which image a user means -------------------------------------------------------------------------------------
-
-
-@given(chains)
-def test_index_path_and_node_name_mean_the_same_image(chain: Chain) -> None:
-    for index, wanted in enumerate(chain, 1):
-        assert wanted.node is not None
-        for layer in (f"[{index}]", f"vda[{index}]", wanted.file, wanted.node):
-            assert chain.find(layer, "vda") is wanted
-
-
-@given(chains, argument)
-def test_anything_else_is_refused_with_the_whole_chain_as_the_answer(chain: Chain, text: str) -> None:
-    layer = f"{text}?"  # no index, node or file of ours ends like this
-    with pytest.raises(NoSuchLayer) as error:
-        chain.find(layer, "vda")
-    expected = [f"[{index}] {image.file}" for index, image in enumerate(chain, 1)]
-    assert error.value.facts == {"layer": layer, "disk": "vda", "known": expected}
-
-
-@pytest.mark.parametrize(
-    "layer", ["[0]", "[4]", "[-1]", "[]", "[a]", "[1", "1", "1]", "[ 1]", "[1] ", "vdb[1]", "vda[0]", "a", "", "/vm"]
-)
-def test_an_index_is_of_this_chain_and_of_this_disk(layer: str) -> None:
-    with pytest.raises(NoSuchLayer):
-        chain_of("/vm/a", "/vm/b", "/vm/c").find(layer, "vda")
-
-
-def test_an_index_with_a_thousand_digits_is_refused_like_any_other() -> None:
-    with pytest.raises(NoSuchLayer):
-        chain_of("/vm/a").find(f"[{'9' * 5000}]")
-
-
-def test_without_a_disk_only_the_bare_index_is_understood() -> None:
-    chain = chain_of("/vm/a", "/vm/b")
-    assert chain.find("[2]") is chain.active
-    with pytest.raises(NoSuchLayer) as error:
-        chain.find("vda[2]")
-    assert error.value.disk == "/vm/b"  # what it is known by
-
-
-def test_a_disk_name_with_brackets_takes_an_index_too() -> None:
-    chain, disk = chain_of("/vm/a", "/vm/b"), "/machine/unattached/device[3]"
-    assert chain.find(f"{disk}[2]", disk) is chain.active
-
-
-def on_disk(folder: Path, *names: str) -> Chain:
-    """A chain of files that are there, known by their inodes as a running QEMU's are."""
-    images = []
-    for name in names:
-        (folder / name).touch()
-        status = (folder / name).stat()
-        images.append(image(str(folder / name), inode=(status.st_dev, status.st_ino)))
-    return Chain(tuple(images))
-
-
-def test_a_symlink_means_the_image_that_it_leads_to(tmp_path: Path) -> None:
-    chain = on_disk(tmp_path, "a", "b")
-    (tmp_path / "current").symlink_to("b")
-    (tmp_path / "again").symlink_to(tmp_path / "current")
-    assert chain.find(str(tmp_path / "current")) is chain.active
-    assert chain.find(str(tmp_path / "again")) is chain.active
-
-
-def test_a_path_through_a_linked_folder_means_the_image_in_it(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "linked").symlink_to("real")
-    chain = on_disk(tmp_path / "real", "a", "b")
-    assert chain.find(str(tmp_path / "linked" / "a")) is chain.base
-    assert chain.find(str(tmp_path / "real" / ".." / "linked" / "b")) is chain.active
-
-
-def test_a_relative_path_means_the_file_that_the_user_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = on_disk(tmp_path, "a", "b")
-    monkeypatch.chdir(tmp_path)
-    assert chain.find("a") is chain.base and chain.find("./b") is chain.active
-
-
-def test_a_hard_link_is_the_file_itself(tmp_path: Path) -> None:
-    chain = on_disk(tmp_path, "a", "b")
-    os.link(tmp_path / "a", tmp_path / "other-name")
-    assert chain.find(str(tmp_path / "other-name")) is chain.base
-
-
-def test_a_path_where_another_file_lies_now_does_not_mean_the_image(tmp_path: Path) -> None:
-    chain = on_disk(tmp_path, "a", "b")
-    (tmp_path / "a").rename(tmp_path / "away")
-    (tmp_path / "a").touch()
-    with pytest.raises(NoSuchLayer):
-        chain.find(str(tmp_path / "a"))
-    assert chain.find(str(tmp_path / "away")) is chain.base
-
-
-def test_a_path_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
-    chain = on_disk(tmp_path, "a", "b")
-    (tmp_path / "loop").symlink_to("loop")
-    for layer in ("missing", "loop", "a/b"):
-        with pytest.raises(NoSuchLayer):
-            chain.find(str(tmp_path / layer))
-
-
-def test_without_an_inode_a_symlink_is_followed_by_name(tmp_path: Path) -> None:
-    (tmp_path / "a").touch()
-    (tmp_path / "link").symlink_to("a")
-    chain = chain_of(str(tmp_path / "a"))
-    assert chain.find(str(tmp_path / "link")) is chain.base
-
-
-def test_a_uri_means_itself_and_nothing_else() -> None:
-    chain = chain_of("nbd://host/base", "/vm/a")
-    assert chain.find("nbd://host/base") is chain.base
-    for layer in ("nbd://host/base/", "host/base", "/host/base"):
-        with pytest.raises(NoSuchLayer):
-            chain.find(layer)
-
-
-def test_a_file_that_is_called_like_an_index_can_be_named_by_its_path(tmp_path: Path) -> None:
-    chain = on_disk(tmp_path, "[2]", "b")
-    assert chain.find(str(tmp_path / "[2]")) is chain.base and chain.find("[2]") is chain.active

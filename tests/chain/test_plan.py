@@ -175,7 +175,13 @@ def test_shallow_and_a_base_cannot_both_be_meant() -> None:
 def test_a_layer_that_is_not_there_is_refused_by_the_name_the_user_gave_it(where: str) -> None:
     with pytest.raises(NoSuchLayer) as error:
         plan.commit(linear(2), disk="vda", **{where: "/vm/9"})  # type: ignore[arg-type]
-    assert error.value.facts == {"layer": "/vm/9", "disk": "vda", "known": ["[1] /vm/1", "[2] /vm/2"]}
+    assert error.value.facts == {
+        "layer": "/vm/9",
+        "disk": "vda",
+        "count": 2,
+        "known": ["1 /vm/1", "2 /vm/2"],
+        "nearest": None,
+    }
 
 
 @given(ranges(grown=False))

@@ -180,7 +180,7 @@ def test_a_failure_is_one_object_too(vm: str) -> None:
     run = command.invoke("commit", vm, "--base", "[7]", "--json")
     error = run.document["error"]
     assert (error["name"], error["facts"]["layer"]) == ("no-such-layer", "[7]")
-    assert "[1]" in error["hint"]
+    assert "1 /" in error["hint"]
     assert run.err == ""
 
 
@@ -391,7 +391,11 @@ def test_commands_disks_layers_and_jobs_are_completed_live(vm: str, images: list
     assert set(completed("qmpmerge", "")) == set(NAMES)
     assert completed("qmpmerge", "chain", vm, "") == ["vda"]
     assert completed("qmpmerge", "snapshot", vm, "v") == ["vda="]
-    assert completed("qmpmerge", "commit", vm, "vda", "--top", "") == ["[1]", "[2]", "[3]", "[4]"]
+    assert completed("qmpmerge", "commit", vm, "vda", "--top", "") == [
+        *("1", "2", "3", "4"),
+        *("base.raw", "a.qcow2", "b.qcow2", "c.qcow2"),
+    ]
+    assert completed("qmpmerge", "commit", vm, "vda", "--top", "b") == ["base.raw", "b.qcow2"]
     assert completed("qmpmerge", "commit", vm, "vda", "--top", "/") == [str(image) for image in images]
     command.invoke("commit", vm, "--wait-ready")
     assert completed("qmpmerge", "job", vm, "") == [JOB]
@@ -481,7 +485,9 @@ print(bool(ssl.create_default_context().cert_store_stats()))
 
 def test_what_help_shows_can_be_typed() -> None:
     """A shell takes [3] for a pattern; and every verb is explained."""
-    assert "--top '[3]'" in invoke("--help").out
+    for words in (["--help"], ["commit", "--help"]):
+        told = invoke(*words).out
+        assert "--top 3" in told and re.search(r"(?<!['a])\[\d\]", told) is None
     told = invoke("job", "--help").out
     assert all(re.search(rf"^  {verb} +\w", told, re.MULTILINE) for verb in VERBS)
 

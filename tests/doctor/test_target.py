@@ -386,7 +386,7 @@ async def test_a_deep_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with machine(tmp_path, "-drive", f"file={images[-1]},format=qcow2,if=none,id=vda") as vm:
         found = await examined(vm)
         assert set(found) == {"deep-chain"}
-        assert found["deep-chain"].command == f"qmpmerge commit {vm.target} vda --top '[{target.DEEP - 1}]'"
+        assert found["deep-chain"].command == f"qmpmerge commit {vm.target} vda --top {target.DEEP - 1}"
     (offline,) = await qmpmerge.examine_path(images[-1])
     assert (offline.name, offline.severity) == ("deep-chain", "care")
 

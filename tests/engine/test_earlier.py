@@ -208,6 +208,18 @@ async def test_a_merge_that_somebody_else_finalized_is_proved_and_made_durable(
     content.check(images[3])
 
 
+@pytest.mark.parametrize("top", ["vda[3]", "-2", "b.qcow2"])
+async def test_whatever_words_the_same_merge_was_asked_for_in_it_is_not_made_of_what_is_left(
+    setup: Setup, top: str
+) -> None:
+    """What index 3 is once the merge is done, is not there, or would be the active image."""
+    await leave(setup, top)
+    end(setup, "job-finalize")
+    outcome, told = await commit(setup, top)
+    assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
+    assert "had ended while nobody looked" in notes(told)[0]
+
+
 async def test_follow_proves_what_the_note_tells_too(setup: Setup) -> None:
     await leave(setup, "[3]")
     end(setup, "job-finalize")

@@ -25,7 +25,7 @@ from qmpmerge.errors import (
     Cancelled,
     Error,
     Failed,
-    NoSuchLayer,
+    NoSuchDisk,
     Refused,
     SessionLost,
     SeveralRefusals,
@@ -265,8 +265,8 @@ def test_the_worst_of_several_outcomes() -> None:
 
 
 def test_a_list_of_facts_is_read_as_words() -> None:
-    assert NoSuchLayer(layer="x", disk="vda", known=["[1] /a", "[2] /b"]).hint.endswith("[1] /a, [2] /b")
-    assert NoSuchLayer(layer="x", disk="vda", known=[]).hint.endswith("none")
+    assert NoSuchDisk(disk="x", target="vm1", known=["vda", "vdb"]).hint.endswith("vda, vdb")
+    assert NoSuchDisk(disk="x", target="vm1", known=[]).hint.endswith("none")
 
 
 def test_an_error_can_be_raised_again_with_other_facts() -> None:

@@ -12,7 +12,7 @@ from rig.disks import device, nodes
 from rig.machines import MIB, SIZE, Content, Machine, fill, machine, make_chain, run
 
 import qmpmerge
-from qmpmerge.errors import DeviceTooSmall, DiskNeeded, NoSuchLayer, NotVerified, QemuRefused
+from qmpmerge.errors import AmbiguousLayer, DeviceTooSmall, DiskNeeded, NotVerified, QemuRefused
 from qmpmerge.journal import store
 
 BEGIN = 4 * MIB
@@ -214,8 +214,9 @@ async def test_two_images_of_a_chain_in_one_file(tmp_path: Path) -> None:
             f"{box} ({half} bytes from {half} on)",
         ]
         assert str(found) == " <-- ".join(image.label for image in found)
-        with pytest.raises(NoSuchLayer):
+        with pytest.raises(AmbiguousLayer) as refused:
             found.find(str(box))
+        assert [found.find(word) for word in refused.value.words] == list(found)
         outcome = await merge(vm.target, merged_files="delete")
         assert (outcome.verdict, [file.action for file in outcome.merged]) == ("pivoted", ["keep"])
         assert len(await chain(vm)) == 1

@@ -87,11 +87,13 @@ def commit(
     speed limit is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all
     that is undone at the end, even if qmpmerge is killed.
 
-    LAYER is a path, an index as `qmpmerge chain` shows it (`vda[2]` or `[2]`, 1 is the base), or a node name.
+    LAYER is an index as `qmpmerge chain` shows it (`3`; 1 is the base, `-1` the active image), a file name as it shows it,
+    a path, or a node name. What means two images is refused. `'[3]'` and `'vda[3]'` need quotes; libvirt counts like that
+    until the VM is started again, and then from the top.
 
     \b
     Examples:
-      qmpmerge commit vm1 vda --top '[3]'                     of four images, 1 and 4 are left
+      qmpmerge commit vm1 vda --top 3                         of four images, 1 and 4 are left
       qmpmerge commit vm1 vda                                 everything into the base
       qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run    look first
       qmpmerge commit vm1 vda --shallow --speed 100M          the top layer only, gently

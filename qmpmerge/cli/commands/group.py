@@ -57,7 +57,7 @@ def cli() -> None:
     qmpmerge disks vm1                            their disks
     qmpmerge snapshot vm1 vda=/vm/c.qcow2         put an overlay on top
     qmpmerge chain vm1 vda                        base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2
-    qmpmerge commit vm1 vda --top '[3]'           base.raw <-- c.qcow2
+    qmpmerge commit vm1 vda --top 3               base.raw <-- c.qcow2
     qmpmerge commit vm1 vda                       base.raw, the guest moved onto it
     qmpmerge active /vm/base.raw                  the image that the VM must be started from
     """

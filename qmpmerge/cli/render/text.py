@@ -84,7 +84,7 @@ class TextOutput:
         self._say(f"{view.disk.name}: {view.chain}")
         rows = [
             (
-                f"[{index}]",
+                str(index),
                 image.format,
                 humanize.size(image.virtual_size),
                 humanize.size(image.allocated),

@@ -290,9 +290,9 @@ def test_a_failure_has_its_name_sentence_hint_and_facts(streams: Streams) -> Non
     [
         (AmbiguousName(target="web", pids=[1, 2]), "unreachable", {"target": "web", "pids": [1, 2]}),
         (
-            NoSuchLayer(layer="[9]", disk="vda", known=["[1] /vm/base.raw"]),
+            NoSuchLayer(layer="9", disk="vda", count=1, known=["1 /vm/base.raw"]),
             "refused",
-            {"layer": "[9]", "disk": "vda", "known": ["[1] /vm/base.raw"]},
+            {"layer": "9", "disk": "vda", "count": 1, "known": ["1 /vm/base.raw"], "nearest": None},
         ),
         (
             NoReply(target="/run/q", command="query-jobs", seconds=0.5),
@@ -385,11 +385,17 @@ EMPTY = Layout((), (), {}, {})
 @given(names)
 def test_any_name_in_a_failure_or_in_progress_comes_back_as_it_was(name: str) -> None:
     failed, told = Streams(), Streams()
-    failed.output.failure(NoSuchLayer(layer=name, disk=name, known=[name]))
+    failed.output.failure(NoSuchLayer(layer=name, disk=name, count=1, known=[name]))
     told.output.progress(dataclasses.replace(COPYING, disk=name))
     told.output.note(name)
     told.output.trace("<-", name)
-    assert failed.document()["error"]["facts"] == {"layer": name, "disk": name, "known": [name]}
+    assert failed.document()["error"]["facts"] == {
+        "layer": name,
+        "disk": name,
+        "count": 1,
+        "known": [name],
+        "nearest": None,
+    }
     assert [line.get("disk", line.get("text")) for line in told.lines()] == [name] * 3
     assert told.err.getvalue().isascii()
 

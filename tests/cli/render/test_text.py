@@ -116,9 +116,9 @@ def test_a_chain_is_drawn_then_listed_base_first_then_its_oddities_follow(screen
     assert screen.says(
         "vda: base.raw <-- a.qcow2 <-- b.qcow2",
         "INDEX  FORMAT  SIZE    ALLOCATED  NODE     FILE (* active)  BACKING AS WRITTEN",
-        "[1]    raw     10 GiB  4 GiB      #block3  /vm/base.raw",
-        "[2]    qcow2   10 GiB  1 GiB      #block2  /vm/a.qcow2      base.raw",
-        "[3]    qcow2   10 GiB  192 KiB    #block1  /vm/b.qcow2 *    a.qcow2",
+        "1      raw     10 GiB  4 GiB      #block3  /vm/base.raw",
+        "2      qcow2   10 GiB  1 GiB      #block2  /vm/a.qcow2      base.raw",
+        "3      qcow2   10 GiB  192 KiB    #block1  /vm/b.qcow2 *    a.qcow2",
         "problem: /vm/b.qcow2: its header records no backing format (no-format)",
     )
 
@@ -128,7 +128,7 @@ def test_a_chain_of_one_is_listed_without_a_backing_column(screen: Screen) -> No
     assert screen.says(
         "vda: base.raw",
         "INDEX  FORMAT  SIZE    ALLOCATED  NODE     FILE (* active)",
-        "[1]    raw     10 GiB  4 GiB      #block3  /vm/base.raw *",
+        "1      raw     10 GiB  4 GiB      #block3  /vm/base.raw *",
     )
 
 
