@@ -132,13 +132,13 @@ def on_target(
         if live and is_image(target):
             raise Offline(path=target)
 
-        patience = GREETING_SECONDS if options.timeout is None else min(GREETING_SECONDS, options.timeout)
+        limit = options.patience.timeout
         trace = output.trace if options.verbose else None
         secret = None if options.secret is None else _read_secret(options.secret)
         given: dict[str, Any] = {
             "write": write,
             "dry_run": dry_run,
-            "timeout": patience,
+            "timeout": GREETING_SECONDS if limit is None else min(GREETING_SECONDS, limit),
             "force": options.force,
             "allow": options.allow,
             "form": options.form,

@@ -93,12 +93,9 @@ async def _within_limits(run: Run) -> Outcome:
 
 async def _stop_waiting(run: Run) -> NoReturn:
     """At the time limit, or where we are to leave at once."""
-    patience = run.request.patience
-    if run.target.is_live and (patience.then == "leave" or patience.detach or run.past_return):
+    if run.target.is_live:
         raise _left(run)
     await _taken_back(run)
-    if run.target.is_live:
-        raise TimeUp(seconds=patience.timeout or 0.0)
     raise TimedOut(job=run.job)
 
 

@@ -314,8 +314,8 @@ class Cancelled(Error):
 
 
 class TimeUp(Cancelled, TimeoutError):
-    """The time limit passed before anything was started, or the user wants the job cancelled then."""
+    """The time limit passed before anything was started."""
 
     seconds: float
-    sentence = "not done within {seconds:g} s; nothing was switched, the disks are as they were"
-    advice = "give it more time (`--timeout`), or let the job go on without us (`--on-timeout leave`)"
+    sentence = "not begun within {seconds:g} s; the disks are as they were"
+    advice = "give it more time (`--timeout`)"

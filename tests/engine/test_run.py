@@ -159,15 +159,19 @@ async def test_offline_nothing_can_be_left(images: list[Path], content: Content)
 
 
 @ALL_TOPS
-def test_at_the_time_limit_the_job_can_be_cancelled(setup: Setup, top: str) -> None:
-    options = ["--top", top, *FOREVER, "--timeout", "3", "--on-timeout", "cancel"]
+def test_timeout_of_coreutils_cancels(setup: Setup, top: str) -> None:
+    """What the README tells to those who want no job to be left."""
+    options = ["--top", top, *FOREVER]
     if top == "[4]":  # so small a disk heeds no limit, so it is paused instead
         options.append("--wait-ready")
         assert invoke("commit", setup.machine.target, "--wait-ready").code == 0
         setup.machine.session.execute("job-pause", id=JOB)
         setup.machine.wait_for_job("standby")
-    run = invoke("commit", setup.machine.target, *options, "--json")
-    assert (run.code, run.document["error"]["name"], job_now(setup)) == (130, "time-up", None)
+    words = [COMMAND, "commit", setup.machine.target, *options, "--json"]
+    run = subprocess.run(
+        ["timeout", "--preserve-status", "-s", "INT", "3", *words], stdout=subprocess.PIPE, check=False
+    )
+    assert (run.returncode, json.loads(run.stdout)["verdict"], job_now(setup)) == (130, "cancelled", None)
     nothing_is_left_behind(setup)
 
 

@@ -27,10 +27,9 @@ def command_lines(word: str) -> Iterator[list[str]]:
         ["chain", "c.qcow2", word],
         ["commit", "c.qcow2", word, "--dry-run"],
     )
-    for option in ("--base", "--top", "--speed", "--timeout", "--force", "--bitmaps", "--merged-files", "--on-timeout"):
+    for option in ("--base", "--top", "--speed", "--timeout", "--force", "--bitmaps", "--merged-files"):
         yield ["commit", "c.qcow2", "--dry-run", option, word]
-    for option in ("--converge-floor", "--converge-pause"):
-        yield ["commit", "c.qcow2", "--dry-run", "--converge", option, word]
+    yield ["commit", "c.qcow2", "--dry-run", "--converge-pause", word]
     yield from (["commit", "c.qcow2", "--dry-run", "--allow", word], ["active", word, "--json"])
     if word != "fifo":  # as of a shell's `<(...)`, whose writer is waited for
         yield ["chain", "c.qcow2", "--secret", word]

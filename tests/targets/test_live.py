@@ -37,7 +37,7 @@ def test_by_name_and_by_pid_the_monitor_that_nobody_holds_is_found(tmp_path: Pat
         said = invoke("disks", name if by == "name" else f"pid:{vm.process.pid}", "--json")
         assert (said.code, len(said.document["disks"])) == (0, 1)
         with held(f"{tmp_path}/two"), held(vm.target):
-            said = invoke("disks", name, "--json", "--timeout", "2")
+            said = invoke("commit", name, "--dry-run", "--json", "--timeout", "2")
             assert (said.code, said.document["error"]["name"]) == (4, "monitor-silent")
             assert f"{tmp_path}/one" in said.document["error"]["message"]
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Duration, Options, basic
+from qmpmerge.cli.options import Options, basic
+from qmpmerge.cli.quantities import Duration
 from qmpmerge.cli.run import run
 
 if TYPE_CHECKING:

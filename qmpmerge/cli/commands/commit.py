@@ -7,8 +7,21 @@ import click
 
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import POLITE_SECONDS, Help, Options, Size, converging, for_images, for_jobs, shared
+from qmpmerge.cli.options import (
+    POLITE_SECONDS,
+    Help,
+    Options,
+    converging,
+    detaching,
+    for_images,
+    forcing,
+    refuse_together,
+    shared,
+    waiting,
+)
+from qmpmerge.cli.quantities import Size
 from qmpmerge.cli.run import on_target, run
+from qmpmerge.errors import FORCEABLE
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Ending, Policy
@@ -32,11 +45,8 @@ if TYPE_CHECKING:
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
 @options.endings
 @click.option("--speed", type=Size(), metavar="SIZE", help="Limit in bytes a second, as in 100M; 0 for none.")
-@click.option(
-    "--verify/--no-verify",
-    default=None,
-    help="Compare base and top before the switch (default: where it is cheap).",
-)
+@click.option("--verify", is_flag=True, help="Compare base and top before the switch (default: where it is cheap).")
+@click.option("--no-verify", is_flag=True, help="Never compare them.")
 @click.option(
     "--bitmaps",
     type=click.Choice(["refuse", "merge", "drop"]),
@@ -44,18 +54,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Dirty bitmaps of merged images: do not merge, carry them over to the base, or let them go.",
 )
-@click.option(
-    "--search",
-    multiple=True,
-    type=click.Path(exists=True, file_okay=False),
-    metavar="FOLDER",
-    help="Look here too, and below, for images that are built on those of the chain.",
-)
+@options.search
 @options.finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
-@for_jobs
+@waiting
+@detaching
 @converging
 @for_images
+@forcing(*FORCEABLE)
 @shared
 def commit(
     target: str,
@@ -65,7 +71,8 @@ def commit(
     shallow: bool,
     ending: "Ending",
     speed: int | None,
-    verify: bool | None,
+    verify: bool,
+    no_verify: bool,
     bitmaps: "Handling",
     search: tuple[str, ...],
     merged_files: "Policy",
@@ -109,11 +116,11 @@ def commit(
       5    the job failed: the old chain is in use and right
       6    unknown: the outcome is not proven
       7    the job goes on in QEMU: --timeout passed, or we have left it
-      130  cancelled by Ctrl-C, or at --timeout: the old chain is in use
+      130  cancelled by Ctrl-C, or not begun before --timeout: the old chain is in use
     """
-
-    if shallow and base is not None:
-        raise click.UsageError("--shallow and --base cannot be used together")
+    refuse_together({"--base": base is not None, "--shallow": shallow})
+    refuse_together({"--verify": verify, "--no-verify": no_verify})
+    refuse_together({"--detach": options.patience.detach, "--converge": converge})
 
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import commit as operation
@@ -126,7 +133,7 @@ def commit(
             shallow=shallow,
             ending=ending,
             speed=speed,
-            verify=verify,
+            verify=True if verify else False if no_verify else None,
             bitmaps=bitmaps,
             force=options.force,
             search=search,

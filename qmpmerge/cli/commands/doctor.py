@@ -3,11 +3,9 @@
 import os
 from typing import TYPE_CHECKING
 
-import click
-
 from qmpmerge.cli import options
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Options, for_images, shared
+from qmpmerge.cli.options import Options, for_headers, forcing, shared
 from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
@@ -17,14 +15,9 @@ if TYPE_CHECKING:
 
 @group.cli.command()
 @options.target
-@click.option(
-    "--search",
-    multiple=True,
-    type=click.Path(exists=True, file_okay=False),
-    metavar="FOLDER",
-    help="Look here too, and below, for images that are built on the chain's.",
-)
-@for_images
+@options.search
+@for_headers
+@forcing("libvirt")
 @shared
 def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
     """

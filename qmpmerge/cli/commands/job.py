@@ -6,7 +6,8 @@ import click
 
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import POLITE_SECONDS, Help, Options, Size, converging, for_jobs, shared
+from qmpmerge.cli.options import POLITE_SECONDS, Help, Options, converging, forcing, shared, waiting
+from qmpmerge.cli.quantities import Size
 from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
@@ -15,18 +16,32 @@ if TYPE_CHECKING:
     from qmpmerge.targets.target import Target
 
 
-VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
+SWITCHING = ("merged_files", "no_pause", "timeout")
+
+VERBS: dict[str, tuple[str, ...]] = {
+    "follow": (*SWITCHING, *("pivot", "keep_overlay", "wait_ready", "polite", "converge", "converge_pause")),
+    "pivot": SWITCHING,
+    "keep": ("timeout",),
+    "cancel": (),
+    "pause": (),
+    "resume": (),
+    "speed": (),
+    "finalize": SWITCHING,
+    "dismiss": (),
+}
+"""What can be done with a job, and which options say how."""
 
 
 @group.cli.command()
 @options.target
 @click.argument("job_id", metavar="ID", shell_complete=complete.jobs)
-@click.argument("verb", type=click.Choice(VERBS), metavar="VERB")
+@click.argument("verb", type=click.Choice([*VERBS]), metavar="VERB")
 @click.argument("speed", type=Size(), required=False, metavar="[SIZE]")
 @options.endings
 @options.finishing
-@for_jobs
+@waiting
 @converging
+@forcing("libvirt")
 @shared
 def job(
     target: str,
@@ -41,20 +56,24 @@ def job(
     options: Options,
 ) -> int:
     """
-    Control a block job, or resume an interrupted merge.
+    Control a block job, or go on with an interrupted merge.
+
+    ID is the job's, as `qmpmerge jobs` shows it. VERB is one of:
 
     \b
-    follow    go on with a commit job as if `commit` had started it, to its proved end
-    pivot     move the guest onto the base, from a job that is ready
-    keep      let the guest keep its overlay, from a job that is ready
+    follow    go on with a merge as if `commit` had started it, to its proved end
+    pivot     move the guest onto the base; the merge must be ready
+    keep      let the guest keep its overlay; the merge must be ready
     cancel    end the job; the old chain stays in use
-    pause     have it stand still, until `resume`
-    resume    let it go on
-    speed     limit it to SIZE bytes a second, 0 for no limit
-    finalize  have a pending job take its last step; a merge is flushed first, as by `follow`
+    pause     let it stand still
+    resume    let a paused job go on
+    speed     limit it to SIZE bytes a second, as in `speed 50M`; 0 for no limit
+    finalize  let a job that waits for it (pending) take its last step; before
+              that a merge is made durable, as by `follow`
     dismiss   take an ended job out of QEMU's list
 
-    What a job's state does not allow is refused, with what it does allow.
+    What the job's state does not allow is refused, and what it does allow is said. The options are for `follow`;
+    --merged-files, --no-pause and --timeout also for `pivot` and `finalize`, --timeout for `keep`.
 
     \b
     Examples:
@@ -62,10 +81,18 @@ def job(
       qmpmerge job vm1 qmpmerge-commit-vda speed 50M
 
     \b
-    Exit codes: as of `commit`.
+    Exit codes:
+      0    done, merged, pivoted, kept, ready
+      3    refused: nothing was changed
+      4    no session with TARGET: nothing was changed
+      5    the job failed: the old chain is in use and right
+      6    unknown: the outcome is not proven
+      7    the job goes on in QEMU: --timeout passed, or we have left it
+      130  cancelled by Ctrl-C: the old chain is in use
     """
     if (verb == "speed") != (speed is not None):
         raise click.UsageError("`speed` takes a SIZE, as in `speed 50M`; the other verbs take none")
+    _refuse_ignored(click.get_current_context(), verb)
 
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.chain.outcome import Outcome
@@ -91,3 +118,10 @@ def job(
         return done.verdict
 
     return run(options, on_target(target, options, work, live=True))
+
+
+def _refuse_ignored(context: click.Context, verb: str) -> None:
+    """An option that the verb would not heed is a mistake of the user's."""
+    for name in sorted({option for heeded in VERBS.values() for option in heeded} - {*VERBS[verb]}):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"`{verb}` has no use for --{name.replace('_', '-')}")

@@ -6,7 +6,7 @@ import click
 
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Options, basic, for_images, shared
+from qmpmerge.cli.options import Options, basic, for_images, forcing, shared
 from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def vms(options: Options) -> int:
     "--details", is_flag=True, help="Of each disk its device, bus, and the size of the file or device it is in."
 )
 @for_images
+@forcing("libvirt")
 @shared
 def disks(target: str, details: bool, options: Options) -> int:
     """
@@ -72,6 +73,7 @@ def disks(target: str, details: bool, options: Options) -> int:
     "--details", is_flag=True, help="Of each image its features, snapshots, bitmaps, and the size of its file."
 )
 @for_images
+@forcing("libvirt")
 @shared
 def chain(target: str, disk: str | None, details: bool, options: Options) -> int:
     """
@@ -100,6 +102,7 @@ def chain(target: str, disk: str | None, details: bool, options: Options) -> int
 
 @group.cli.command()
 @options.target
+@forcing("libvirt")
 @shared
 def jobs(target: str, options: Options) -> int:
     """

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Options, shared
+from qmpmerge.cli.options import Options, allow, shared
 from qmpmerge.cli.run import run
 
 if TYPE_CHECKING:
@@ -20,12 +20,7 @@ if TYPE_CHECKING:
     type=click.Choice(["base", "top"]),
     help="Where the evidence does not decide: you have looked, and this one holds the last writes.",
 )
-@click.option(
-    "--allow",
-    multiple=True,
-    metavar="PATH",
-    help="A folder or file that the record may name, besides what lies in the record's own folder.",
-)
+@allow("A folder or file that the record may name, besides what lies in the record's own folder.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, change nothing.")
 @shared
 def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> int:

@@ -6,7 +6,7 @@ import click
 
 from qmpmerge.cli import complete, options
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Assignment, Options, for_images, shared
+from qmpmerge.cli.options import Assignment, Options, for_images, forcing, shared
 from qmpmerge.cli.run import on_target, run
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--quiesce", is_flag=True, help="Freeze the guest's filesystems for the moment; needs --agent.")
 @click.option("--agent", metavar="SOCKET", help="The socket of the guest agent.")
 @for_images
+@forcing("in-use", "libvirt")
 @shared
 def snapshot(
     target: str,

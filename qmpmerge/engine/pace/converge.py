@@ -6,7 +6,7 @@ A guest that writes faster than the copy is made keeps the job from being ready 
 With `--converge` a ladder is climbed, a rung each time that the last one was not enough:
 
     lift      the job's own speed limit is taken off
-    throttle  the guest's writes are limited to half of the copy's rate, then to a quarter, down to a floor
+    throttle  the guest's writes are limited to half of the copy's rate, then to a quarter, down to `FLOOR`
     pause     the guest is paused, for at most the time that the user gives, where the rest can be copied in it
 
 What was there before comes back whatever happens: by ourselves at the end, and by a dead man's switch where we are killed.
@@ -35,6 +35,8 @@ from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.qemu.monitor import Monitor
 
 MIB = 1024 * 1024
+FLOOR = MIB
+"""What a guest may write at the least, in bytes a second."""
 HANGING_SECONDS = 2.0
 """How much longer than allowed the guest may stand still where our process hangs."""
 
@@ -42,11 +44,10 @@ HANGING_SECONDS = 2.0
 @dataclass(frozen=True)
 class Converge:
     """
-    How far the ladder may be climbed: `floor` is what the guest may write at the least, in bytes a second, `pause` how
-    many seconds it may stand still. `tell` hears of each rung.
+    That the ladder may be climbed. `pause` is how many seconds the guest may stand still, 0 for never; `tell` hears of each
+    rung.
     """
 
-    floor: int = MIB
     pause: float = 0.0
     tell: Callable[[str], None] = lambda text: None
 
@@ -121,12 +122,12 @@ class Ladder:
     def throttling(self) -> "Iterator[Rung]":
         """Down by halves from the copy's rate to the floor; given up where QEMU will not have it."""
         throttle = Throttle(self.monitor, self.disk)
-        while not throttle.refused and throttle.target != self.wanted.floor:
+        while not throttle.refused and throttle.target != FLOOR:
             yield functools.partial(self._throttle, throttle)
 
     async def _throttle(self, throttle: Throttle) -> None:
         copied = self.watch.rates.copy if self.watch.rates is not None else 0
-        target = max(self.wanted.floor, int((throttle.target or copied) / 2))
+        target = max(FLOOR, int((throttle.target or copied) / 2))
         try:
             if not throttle.was:
                 await self._undo.enter_async_context(throttle.undone())

@@ -1,21 +1,19 @@
-"""How long we stay with a job that belongs to QEMU, and what becomes of it when we go."""
+"""How long we stay with a job that belongs to QEMU."""
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
 
 
 @dataclass
 class Patience:
     """
-    `timeout` seconds from now on, None for no limit. When they have passed, the job goes on without us (``leave``) or is
-    cancelled (``cancel``); with `detach` we leave as soon as it has been started.
+    `timeout` seconds from now on, None for no limit; then the job goes on without us. With `detach` we leave as soon as it
+    has been started.
 
     To leave at any other time, call `leave` and cancel the task: without `leave` a cancelled task cancels the job.
     """
 
     timeout: float | None = None
-    then: Literal["leave", "cancel"] = "leave"
     detach: bool = False
     leaving: bool = False
     deadline: float | None = field(init=False)

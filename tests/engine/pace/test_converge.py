@@ -23,7 +23,7 @@ from rig.disks import BACKEND, device, storage_daemon
 from rig.machines import MIB, Content, Machine, machine, make_chain
 
 import qmpmerge
-from qmpmerge.engine.pace import rates
+from qmpmerge.engine.pace import converge, rates
 from qmpmerge.engine.pace.converge import Converge, Ladder
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.pace.rates import Rates, Watch
@@ -206,13 +206,16 @@ async def test_the_guest_is_throttled_and_gets_its_own_limits_back(guest: Guest,
     await pivot(guest, images[0])
 
 
-async def test_the_guest_is_paused_for_the_rest_and_runs_again(guest: Guest, images: list[Path]) -> None:
+async def test_the_guest_is_paused_for_the_rest_and_runs_again(
+    guest: Guest, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The floor leaves it as quick as before, so only a pause helps."""
+    monkeypatch.setattr(converge, "FLOOR", 1024 * MIB)
     guest.stands_still = True
     guest.ask("cont")
     with guest.writing():
         async with qmpmerge.live(guest.vm.target) as target:
-            outcome = await qmpmerge.commit(target, converge=Converge(floor=1024 * MIB, pause=20))
+            outcome = await qmpmerge.commit(target, converge=Converge(pause=20))
         assert guest.ask("query-status")["running"]
     assert outcome.verdict == "pivoted"
     assert outcome.rungs[-1] == "the guest is paused, for 20 s at the most"

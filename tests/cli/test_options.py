@@ -1,0 +1,101 @@
+"""Options: each where it is heeded, and nowhere else."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from rig.command import invoke
+from rig.forks import Forks, forks
+
+from qmpmerge.cli.commands.group import FILES, cli
+from qmpmerge.cli.commands.job import VERBS
+from qmpmerge.errors import FORCEABLE
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Forks]:
+    with forks() as server:
+        yield server
+
+
+def options_of(name: str) -> dict[str, click.Option]:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return {
+        option: parameter
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+    }
+
+
+# --- what each command offers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_what_is_heeded_can_be_forced(name: str) -> None:
+    heeded = {
+        **dict.fromkeys(("disks", "chain", "jobs", "job", "doctor"), ("libvirt",)),
+        "snapshot": ("in-use", "libvirt"),
+        "commit": FORCEABLE,
+    }
+    force = options_of(name).get("--force")
+    offered = None if force is None else tuple(force.type.choices)  # type: ignore[attr-defined]
+    assert offered == heeded.get(name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_who_follows_a_job_has_a_time_limit(name: str) -> None:
+    assert ("--timeout" in options_of(name)) == (name in ("commit", "job"))
+
+
+# --- what does not go together, or is of no use -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--shallow", "--base", "[1]"],
+        ["--pivot", "--keep-overlay"],
+        ["--keep-overlay", "--wait-ready"],
+        ["--verify", "--no-verify"],
+        ["--detach", "--converge"],
+        ["--detach", "--converge-pause", "2s"],
+    ],
+)
+def test_opposites_are_a_usage_error(words: list[str], command: Forks, tmp_path: Path) -> None:
+    told = command.run("commit", "nobody", *words, cwd=tmp_path)
+    assert (told.code, "cannot be used together" in told.err) == (2, True), told.err
+
+
+OF_JOB = {
+    **dict.fromkeys(("pivot", "keep_overlay", "wait_ready", "no_pause", "polite", "converge"), ()),
+    "merged_files": ("delete",),
+    "timeout": ("1m",),
+    "converge_pause": ("2s",),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", OF_JOB)
+def test_an_option_that_a_verb_does_not_heed_is_a_usage_error(
+    verb: str, name: str, command: Forks, tmp_path: Path
+) -> None:
+    """One that it heeds is not: nobody of that name runs."""
+    option = f"--{name.replace('_', '-')}"
+    words = ["job", "nobody", "x", verb, *(["1"] if verb == "speed" else []), option, *OF_JOB[name]]
+    told = command.run(*words, cwd=tmp_path)
+    ignored = f"`{verb}` has no use for {option}" in told.err
+    assert (told.code, ignored) == ((4, False) if name in VERBS[verb] else (2, True)), told.err
+
+
+def test_every_option_of_a_verb_is_there() -> None:
+    assert {option for options in VERBS.values() for option in options} == set(OF_JOB)
+    assert {f"--{name.replace('_', '-')}" for name in OF_JOB} <= set(options_of("job"))
+
+
+@pytest.mark.parametrize("name", ["chain", "commit", "doctor", "recover"])
+def test_a_place_that_is_not_there_is_not_allowed_silently(name: str, images: list[Path]) -> None:
+    told = invoke(name, str(images[3]), "--allow", "/nonexistent")
+    assert (told.code, "/nonexistent" in told.err) == (2, True)
