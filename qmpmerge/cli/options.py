@@ -20,9 +20,9 @@ POLITE_SECONDS = 5.0
 """How long `--polite` releases the monitor."""
 
 ENDINGS: dict[str, str] = {
-    "--pivot": "Active merge: move the guest onto the base (default).",
-    "--keep-overlay": "Active merge: let the guest keep the overlay.",
-    "--wait-ready": "Active merge: stop at ready, mirroring every write.",
+    "--pivot": "Move the guest onto the base (default).",
+    "--keep-overlay": "Let the guest keep its overlay, the base being a copy.",
+    "--wait-ready": "Stop when base and overlay are in sync, and stay so; `qmpmerge job` ends it later.",
 }
 
 
@@ -139,7 +139,7 @@ def search(function: Callable[..., Any]) -> Callable[..., Any]:
         multiple=True,
         type=click.Path(exists=True, file_okay=False),
         metavar="FOLDER",
-        help="Look here too, and below, for images that are built on those of the chain.",
+        help="Look here too, and below, for images that are built on those of the chain, and would be ruined.",
     )(function)
 
 
@@ -238,12 +238,13 @@ def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
         default="stash",
         show_default=True,
         metavar="ACTION",
-        help="stash: rename to NAME.merged; delete: compare, then remove; keep: leave alone.",
+        help="What becomes of merged files: stash renames them to NAME.merged, delete compares and removes them, keep leaves "
+        "them alone.",
     )
     pause = click.option(
         "--no-pause",
         is_flag=True,
-        help="Do not pause the guest for the milliseconds of the pivot: a crash in them may then leave two images of which "
+        help="Do not pause the guest for the milliseconds of the pivot; a crash in them may leave two images of which "
         "nobody can tell which holds the last writes.",
     )
 

@@ -20,19 +20,27 @@ if TYPE_CHECKING:
     "--older-than",
     type=Duration(with_unit=True),
     metavar="TIME",
-    help="Only what was stashed so long ago, as in 7d or 12h.",
+    help="Only what was merged so long ago, as in 12h, 7d or 2w.",
 )
 @basic
 def clean(paths: tuple[str, ...], dry_run: bool, older_than: float | None, options: Options) -> int:
     """
-    Remove merged files that were stashed, once nobody uses or needs them.
+    Remove merged files that nobody uses or needs any more.
 
-    PATH is a folder, or a file called NAME.merged. Removed is what the note that the merge has left beside it, or else a
-    comparison with the image below it, proves to be merged. What a process has open, what another image is built on, and
-    what a merge that was not finished may need, stays.
+    A merge renames the files that it has merged to NAME.merged. PATH is such a file, or a folder of them. Removed is what
+    the note that the merge has left beside it, or else a comparison with the image below it, proves to be merged. What a
+    process has open, what another image is built on, and what a merge that was not finished may need, stays.
 
     \b
-    Exit codes: 0 done, planned, unchanged; 3 refused; 6 a file could not be removed.
+    Examples:
+      qmpmerge clean /vm --dry-run
+      qmpmerge clean /vm --older-than 7d
+
+    \b
+    Exit codes:
+      0    done, planned, unchanged
+      3    refused: nothing was removed, the hint says what to do instead
+      6    a file could not be removed
     """
 
     async def work(output: "Output") -> str:

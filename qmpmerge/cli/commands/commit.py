@@ -44,9 +44,18 @@ if TYPE_CHECKING:
 )
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
 @options.endings
-@click.option("--speed", type=Size(), metavar="SIZE", help="Limit in bytes a second, as in 100M; 0 for none.")
-@click.option("--verify", is_flag=True, help="Compare base and top before the switch (default: where it is cheap).")
-@click.option("--no-verify", is_flag=True, help="Never compare them.")
+@click.option(
+    "--speed",
+    type=Size(),
+    metavar="SIZE",
+    help="Copy at most so much a second, as in 100M or 100 MiB/s (powers of 1024, as QEMU counts); 0 for no limit.",
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare base and top before the switch, whatever it costs (default: where it is cheap).",
+)
+@click.option("--no-verify", is_flag=True, help="Do not compare them.")
 @click.option(
     "--bitmaps",
     type=click.Choice(["refuse", "merge", "drop"]),
@@ -56,7 +65,7 @@ if TYPE_CHECKING:
 )
 @options.search
 @options.finishing
-@click.option("--dry-run", is_flag=True, help="Make all checks, show the plan and the resulting chain, change nothing.")
+@click.option("--dry-run", is_flag=True, help="Make all checks, show the chain that would result, change nothing.")
 @waiting
 @detaching
 @converging
@@ -85,14 +94,16 @@ def commit(
     """
     Merge images of a chain while the guest keeps writing.
 
-    The images above --base up to and including --top go into --base. By default that is the whole chain, and the guest
-    moves onto the base (pivots). A top below the active image makes an intermediate merge: the image above it is linked
-    to the base. A base outside the active image's folder may be of use to others: it must be named by --base, or --search
-    must go through its folder.
+    The images above --base, up to and including --top, go into --base. By default that is the whole chain, and the guest
+    moves onto the base (pivots): start the VM from the base then. --keep-overlay and --wait-ready are other ends of such a
+    merge. With a --top below the active image the guest keeps its image, and the one above the top is linked to the base.
 
-    A guest that writes faster than the job copies keeps an active merge from ever being ready. With --converge the job's
-    speed limit is lifted, then the guest's writes are limited, then it is paused where --converge-pause allows it; all
-    that is undone at the end, even if qmpmerge is killed.
+    A base outside the active image's folder may be of use to others: name it by --base, or let --search go through its
+    folder.
+
+    A guest that writes faster than the job copies keeps a merge of the active image from ever being ready. With --converge
+    the job's own limit is lifted, then the guest's writes are limited, down to 1 MiB/s; with --converge-pause it is paused
+    at last. All that is undone at the end, even if qmpmerge is killed.
 
     LAYER is an index as `qmpmerge chain` shows it (`3`; 1 is the base, `-1` the active image), a file name as it shows it,
     a path, or a node name. What means two images is refused. `'[3]'` and `'vda[3]'` need quotes; libvirt counts like that
@@ -100,23 +111,26 @@ def commit(
 
     \b
     Examples:
-      qmpmerge commit vm1 vda --top 3                         of four images, 1 and 4 are left
-      qmpmerge commit vm1 vda                                 everything into the base
-      qmpmerge commit vm1 vda --base /vm/a.qcow2 --dry-run    look first
-      qmpmerge commit vm1 vda --shallow --speed 100M          the top layer only, gently
+      qmpmerge commit vm1 vda --top 3              of four images, 1 and 4 stay
+      qmpmerge commit vm1 vda                      everything into the base
+      qmpmerge commit vm1 vda --dry-run            look first
+      qmpmerge commit vm1 vda --shallow            the top layer only
+      qmpmerge commit vm1 vda --speed 100M         gently
+      qmpmerge commit /vm/c.qcow2                  images that no VM uses
 
-    A job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
+    The job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
     the same command again goes on from where it stands.
 
     \b
     Exit codes:
-      0    merged, pivoted, kept, ready, planned, unchanged
+      0    merged, pivoted, kept, ready, planned or unchanged, as asked
       3    refused: the disks are untouched, the hint says what to do instead
       4    no session with TARGET: the disks are untouched
       5    the job failed: the old chain is in use and right
       6    unknown: the outcome is not proven
       7    the job goes on in QEMU: --timeout passed, or we have left it
-      130  cancelled by Ctrl-C, or not begun before --timeout: the old chain is in use
+      130  cancelled by Ctrl-C, or not begun before --timeout: the old chain is
+           in use
     """
     refuse_together({"--base": base is not None, "--shallow": shallow})
     refuse_together({"--verify": verify, "--no-verify": no_verify})

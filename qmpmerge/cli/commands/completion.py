@@ -13,12 +13,20 @@ def completion(shell: str) -> int:
     """
     Print the completion script of a shell.
 
-    VMs, disks, layers and jobs are completed live.
+    VMs, disks, layers and jobs are completed live. Put what is printed where your shell looks for it:
 
     \b
-    bash   qmpmerge completion bash > ~/.local/share/bash-completion/completions/qmpmerge
-    zsh    qmpmerge completion zsh > a file _qmpmerge in a folder of $fpath
-    fish   qmpmerge completion fish > ~/.config/fish/completions/qmpmerge.fish
+    bash   ~/.local/share/bash-completion/completions/qmpmerge
+    zsh    _qmpmerge in a folder of $fpath
+    fish   ~/.config/fish/completions/qmpmerge.fish
+
+    \b
+    Example:
+      qmpmerge completion fish > ~/.config/fish/completions/qmpmerge.fish
+
+    \b
+    Exit codes:
+      0    it is printed
     """
     from click.shell_completion import get_completion_class
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @shared
 def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
     """
-    Report problems with the chains and jobs of TARGET, each with the command that fixes it.
+    Find problems with chains and jobs, and what fixes each.
 
     TARGET may also be a folder of images. Nothing is changed. The worst comes first: `harm` is for data or a guest that
     suffer now or at the next start, `care` for what somebody has to decide, `note` for what only takes up room.
@@ -33,7 +33,11 @@ def doctor(target: str, search: tuple[str, ...], options: Options) -> int:
       qmpmerge doctor vm1 --json | jq -e 'all(.findings[]; .severity == "note")'
 
     \b
-    Exit codes: 0 whatever is found, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    Exit codes:
+      0    whatever is found
+      3    refused: the hint says what to do instead
+      4    no session with TARGET
+      6    TARGET has stopped answering
     """
 
     async def work(output: "Output") -> str:

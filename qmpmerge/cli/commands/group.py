@@ -10,6 +10,7 @@ import importlib
 import click
 
 from qmpmerge import __version__
+from qmpmerge.cli.commands.grouped import Grouped
 
 FILES = {
     "vms": "listing",
@@ -31,6 +32,8 @@ FILES = {
 class Lazy(click.Group):
     """A group whose commands are imported when they are asked for; `--help` asks for all of them."""
 
+    command_class = Grouped
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of `FILES`."""
         return list(FILES)
@@ -45,7 +48,8 @@ class Lazy(click.Group):
 @click.group(
     cls=Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, pid:N, or an image file.",
+    epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, pid:N, or an image file. Besides the "
+    "exit codes that its help names, every command can end with 1 (a bug of qmpmerge), 2 (usage) and 130 (Ctrl-C).",
 )
 @click.version_option(__version__, prog_name="qmpmerge", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -53,11 +57,11 @@ def cli() -> None:
     Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
 
     \b
-    qmpmerge vms                                  which VMs run here
-    qmpmerge disks vm1                            their disks
-    qmpmerge snapshot vm1 vda=/vm/c.qcow2         put an overlay on top
-    qmpmerge chain vm1 vda                        base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2
-    qmpmerge commit vm1 vda --top 3               base.raw <-- c.qcow2
-    qmpmerge commit vm1 vda                       base.raw, the guest moved onto it
-    qmpmerge active /vm/base.raw                  the image that the VM must be started from
+    qmpmerge vms                             which VMs run here
+    qmpmerge disks vm1                       their disks
+    qmpmerge snapshot vm1 vda=/vm/c.qcow2    put an overlay on top
+    qmpmerge chain vm1 vda                   base <-- a <-- b <-- c
+    qmpmerge commit vm1 vda --top 3          base <-- c
+    qmpmerge commit vm1 vda                  base, the guest moved onto it
+    qmpmerge active /vm/base.raw             what the VM must be started from
     """

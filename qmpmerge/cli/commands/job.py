@@ -72,8 +72,8 @@ def job(
               that a merge is made durable, as by `follow`
     dismiss   take an ended job out of QEMU's list
 
-    What the job's state does not allow is refused, and what it does allow is said. The options are for `follow`;
-    --merged-files, --no-pause and --timeout also for `pivot` and `finalize`, --timeout for `keep`.
+    What the job's state does not allow is refused, and what it does allow is said. The options below are for `follow`;
+    `pivot` and `finalize` take --merged-files, --no-pause and --timeout, and `keep` takes --timeout.
 
     \b
     Examples:

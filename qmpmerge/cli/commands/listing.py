@@ -20,10 +20,17 @@ def vms(options: Options) -> int:
     """
     List the running QEMUs of this host and their monitors.
 
-    A VM without a QMP monitor is listed as such. VMs of libvirt are marked, and left alone by the other commands.
+    NAME, and pid:N, is what the other commands take as TARGET. A VM without a QMP monitor is listed as such. A VM of
+    libvirt is marked, and left alone by the other commands.
 
     \b
-    Exit codes: 0.
+    Example:
+      qmpmerge vms
+
+    \b
+    Exit codes:
+      0    they are listed
+      3    refused: the limit of open files is too low
     """
 
     async def work(output: "Output") -> str:
@@ -53,7 +60,11 @@ def disks(target: str, details: bool, options: Options) -> int:
       qmpmerge disks /run/vm1.sock --json
 
     \b
-    Exit codes: 0, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    Exit codes:
+      0    they are listed
+      3    refused: the hint says what to do instead
+      4    no session with TARGET
+      6    TARGET has stopped answering
     """
 
     async def work(target: "Target", output: "Output") -> str:
@@ -87,10 +98,15 @@ def chain(target: str, disk: str | None, details: bool, options: Options) -> int
     \b
     Examples:
       qmpmerge chain vm1
+      qmpmerge chain /vm/c.qcow2
       qmpmerge chain /run/vm1.sock vda --json
 
     \b
-    Exit codes: 0, 3 refused, 4 no session with TARGET, 6 it stopped answering.
+    Exit codes:
+      0    it is shown
+      3    refused: the hint says what to do instead
+      4    no session with TARGET
+      6    TARGET has stopped answering
     """
 
     async def work(target: "Target", output: "Output") -> str:
@@ -108,10 +124,18 @@ def jobs(target: str, options: Options) -> int:
     """
     List block jobs and what can be done with each.
 
-    All jobs of TARGET are shown, whoever started them.
+    All jobs of TARGET are shown, whoever started them; `qmpmerge job` controls one.
 
     \b
-    Exit codes: 0, 4 no session with TARGET, 6 it stopped answering.
+    Example:
+      qmpmerge jobs vm1
+
+    \b
+    Exit codes:
+      0    they are listed
+      3    refused: the hint says what to do instead
+      4    no session with TARGET
+      6    TARGET has stopped answering
     """
 
     async def work(target: "Target", output: "Output") -> str:

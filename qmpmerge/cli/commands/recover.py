@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 @shared
 def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> int:
     """
-    Put names and headers right after a merge was left in the middle.
+    Put names and headers right after an interrupted merge.
 
     PATH is the image that the VM is started from, even if it is not there any more, another image of its chain, or a
-    folder. The record that the merge has left, QEMU where it still runs, the headers and the contents tell which image
-    is right; where they do not, nothing is changed and the evidence is shown. Can be run again at any time. Nothing is
-    deleted, and a file outside the record's folder is renamed only with --allow.
+    folder. Which image is right is told by the record that the merge has left beside the image, by QEMU where it still
+    runs, by headers and contents; where they do not decide, nothing is changed and the evidence is shown. Can be run again
+    at any time. Nothing is deleted, and a file outside the record's folder is renamed only with --allow.
 
     \b
     Examples:
@@ -40,8 +40,9 @@ def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> in
     \b
     Exit codes:
       0    done, planned, unchanged
-      3    refused: another qmpmerge or a VM is at work there, or the record names files elsewhere
-      4    no session with the QEMU that carried the merge out, and which still runs
+      3    refused: another qmpmerge or a VM is at work there, or the record
+           names files elsewhere
+      4    no session with the QEMU that carried the merge out and still runs
       6    unknown: the evidence does not decide, see --use
       7    a job is at work: the command to follow it is printed
     """

@@ -48,7 +48,7 @@ def snapshot(
     Examples:
       qmpmerge snapshot vm1 vda=/vm/snap1.qcow2
       qmpmerge snapshot vm1 vda=/vm/a1.qcow2 vdb=/vm/b1.qcow2
-      qmpmerge snapshot vm1 vda=/vm/snap1.qcow2 --quiesce --agent /run/vm1-agent.sock
+      qmpmerge snapshot vm1 vda=/vm/s.qcow2 --quiesce --agent /run/vm1-agent.sock
 
     \b
     Exit codes:
