@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qmpmerge.errors import AmbiguousLayer, NoSuchLayer
+from qmpmerge.errors.nearest import nearest
 
 if TYPE_CHECKING:
     from qmpmerge.chain.chain import Chain, Image
@@ -105,8 +106,6 @@ def _no_such(chain: "Chain", word: str, disk: str, called: str) -> NoSuchLayer:
 
 def _nearest(chain: "Chain", word: str, disk: str) -> tuple[str, int] | None:
     """What is spelt most like it, and its index: a path by a path, and what is no path by a name, a node or ``vda[2]``."""
-    from qmpmerge.errors.nearest import nearest
-
     names = [image.name for image in chain]
     others = [[image.node or "" for image in chain], [f"{disk}[{index}]" for index in range(1, len(chain) + 1)]]
     for known in [names] if "/" in word else [names, *others]:

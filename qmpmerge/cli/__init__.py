@@ -67,14 +67,22 @@ def _wants_json() -> bool:
 
 def _usage(error: "click.ClickException") -> None:
     """A usage error as click shows it; with --json also as the one object on stdout that a program waits for."""
+    from qmpmerge.cli import words
     from qmpmerge.cli.render.visible import visible
 
     shown = io.StringIO()
     error.show(shown)
-    text = "".join(f"{visible(line)}\n" for line in shown.getvalue().expandtabs(4).rstrip("\n").split("\n"))
+    hint = words.hint(error, sys.argv[1:])
+    lines = [*shown.getvalue().expandtabs(4).rstrip("\n").split("\n"), *([f"hint: {hint}"] if hint else [])]
+    text = "".join(f"{visible(line)}\n" for line in lines)
     if not _wants_json():
         streams.complain(text)
         return
     sys.stderr.write(text)
-    document = {"name": "usage", "message": error.format_message(), "hint": "see `qmpmerge --help`", "facts": {}}
+    document = {
+        "name": "usage",
+        "message": error.format_message(),
+        "hint": hint or "see `qmpmerge --help`",
+        "facts": {},
+    }
     sys.stdout.write(json.dumps({"schema": 1, "verdict": "usage", "error": document}) + "\n")

@@ -16,7 +16,7 @@ import click
 from qmpmerge.cli import bug, streams
 from qmpmerge.cli.options import Options
 from qmpmerge.engine.pace.patience import Patience
-from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, Offline, SecretUnreadable
+from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, NoSuchTarget, Offline, SecretUnreadable
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
@@ -54,6 +54,10 @@ def look(options: Options, work: "Callable[[Output], str]") -> int:
 
 def _show(error: Error, options: Options, output: "Output") -> int:
     """Say it, on stdout where stderr does not take what people find there; returns the exit code."""
+    if isinstance(error, NoSuchTarget):
+        from qmpmerge.cli import words
+
+        error = words.explained(error)
     output.failure(error)
     if not options.json and streams.is_failing(sys.stderr):
         options.output(err=sys.stdout).failure(error)

@@ -3,6 +3,7 @@
 import shlex
 
 from qmpmerge.errors.base import Refused
+from qmpmerge.errors.nearest import nearest, question
 
 
 class NoSuchDisk(Refused):
@@ -17,8 +18,6 @@ class NoSuchDisk(Refused):
     @property
     def hint(self) -> str:
         """What may have been meant, and the disks."""
-        from qmpmerge.errors.nearest import nearest, question
-
         return question(nearest(self.disk, self.known)) + super().hint
 
 
@@ -53,8 +52,6 @@ class NoSuchLayer(Refused):
     @property
     def hint(self) -> str:
         """What may have been meant, and the layers."""
-        from qmpmerge.errors.nearest import question
-
         some = f"{len(self.known)} of its {self.count} images, base first: {', '.join(self.known)}"
         return question(self.nearest) + (some if self.count > len(self.known) else super().hint)
 
@@ -232,8 +229,6 @@ class NoSuchJob(Refused):
     @property
     def hint(self) -> str:
         """What may have been meant, and the jobs."""
-        from qmpmerge.errors.nearest import nearest, question
-
         return question(nearest(self.job, self.known)) + super().hint
 
 

@@ -1,19 +1,26 @@
 """Errors of getting a session with QEMU: nothing was changed."""
 
 from qmpmerge.errors.base import Unreachable
+from qmpmerge.errors.nearest import question
 
 
 class NoSuchTarget(Unreachable):
-    """TARGET is neither a path that exists nor a running QEMU."""
+    """TARGET is neither a path that exists nor a running QEMU. `command` is what was meant where words were swapped."""
 
     target: str
+    nearest: str | None = None
+    command: str = ""
     sentence = "{what} {target}"
     advice = "`qmpmerge vms` lists the running QEMUs and their monitors"
 
     @property
     def hint(self) -> str:
-        """As of any error; what has a slash is no VM's name."""
-        return "look at the path; " + super().hint if "/" in self.target else super().hint
+        """What may have been meant; what has a slash is no VM's name."""
+        meant = question(self.nearest)
+        if self.command:
+            return f"{meant}TARGET comes first, as in `{self.command}`"
+        look = "look at the path; " if "/" in self.target and not meant else ""
+        return meant + look + super().hint
 
     def _words(self) -> dict[str, object]:
         is_path = "/" in self.target and not self.target.startswith("tcp:")

@@ -10,7 +10,7 @@ from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.engine import earlier, resume
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
-from qmpmerge.errors import ForeignFile, InUse, JobVerb, Locked, NoSuchJob, Unfinished, VmState, unproven
+from qmpmerge.errors import ForeignFile, InUse, JobVerb, Locked, Unfinished, VmState, unproven
 from qmpmerge.journal import store
 from qmpmerge.journal.record import Record
 from qmpmerge.operations import follow
@@ -41,14 +41,14 @@ async def control(
     """
     Do one of `VERBS`, where the job's state allows it.
 
-    ``follow``, ``pivot`` and ``keep`` bring a commit job to a proved end, and so does ``finalize``: base is flushed and
-    compared first, which a plain `job-finalize` would leave out. They return an Outcome; the others return the job as it
-    is then, None when it is gone. `speed` is for ``speed``, `ending` for ``follow``, `merged_files`, `pause` and
-    `converge` are as for `commit.commit`.
+    `job_id` may also be the disk that the job is on. ``follow``, ``pivot`` and ``keep`` bring a commit job to a proved end,
+    and so does ``finalize``: base is flushed and compared first, which a plain `job-finalize` would leave out. They return an
+    Outcome; the others return the job as it is then, None when it is gone. `speed` is for ``speed``, `ending` for
+    ``follow``, `merged_files`, `pause` and `converge` are as for `commit.commit`.
 
     Raises NoSuchJob, JobVerb, QemuRefused, Replaced, NotProven, and what `follow.follow` raises.
     """
-    job = await _look(target, job_id)
+    job = await target.job(job_id)
     if verb not in job.verbs and not (verb in jobs.FINISHING and job.type == "commit"):
         raise JobVerb(job=job.id, verb=verb, status=job.status, verbs=job.verbs)
     if verb in jobs.FINISHING or (verb == "finalize" and job.type == "commit"):
@@ -56,7 +56,7 @@ async def control(
         ending = "keep" if verb == "keep" else "pivot" if verb == "pivot" else ending
         return await follow.follow(
             target,
-            job_id,
+            job.id,
             ending=ending,
             needs_ready=ready_for,
             merged_files=merged_files,
@@ -68,13 +68,13 @@ async def control(
         )
     if verb == "dismiss":
         await _dismiss(target, job)
-        return await jobs.look(target.monitor, job_id)
+        return await jobs.look(target.monitor, job.id)
     if verb == "cancel" and job.type == "commit":
-        await _see_that_it_may_end(target, job_id)
-    controlled = await jobs.control(target.monitor, job_id, verb, speed)
+        await _see_that_it_may_end(target, job.id)
+    controlled = await jobs.control(target.monitor, job.id, verb, speed)
     if verb == "cancel" and job.ours:
-        with unproven(target.name, f"job {job_id} cancelled, and nothing left of it"):
-            await _settle(target, job_id)
+        with unproven(target.name, f"job {job.id} cancelled, and nothing left of it"):
+            await _settle(target, job.id)
     return controlled
 
 
@@ -105,14 +105,6 @@ async def _settle(target: Target, job_id: str) -> None:
 
 def _records(chain: Chain) -> list[Record]:
     return [found for found in store.about(chain) if isinstance(found, Record)]
-
-
-async def _look(target: Target, job_id: str) -> Job:
-    known = await jobs.query(target.monitor)
-    job = next((job for job in known if job.id == job_id), None)
-    if job is None:
-        raise NoSuchJob(job=job_id, target=target.name, known=[job.id for job in known])
-    return job
 
 
 async def _dismiss(target: Target, job: Job) -> None:

@@ -13,7 +13,7 @@ from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import JobFailed, JobVerb, NoSuchJob, NotProven, refuse
+from qmpmerge.errors import JobFailed, JobVerb, NotProven, refuse
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import bitmaps, jobs, vmstate
@@ -47,6 +47,7 @@ async def follow(
 ) -> Outcome:
     """
     Go on with a commit job that is there already, as if `commit` had started it: the plan is read from the block graph.
+    `job_id` may also be the disk that it is on.
     Dirty bitmaps come along where they can: nobody knows any more what was wanted, and none is lost like that.
 
     `needs_ready` refuses a job that is not ready yet instead of waiting for it. Raises NoSuchJob, JobVerb, VmState, KnownBad
@@ -110,7 +111,7 @@ async def _job_to_follow(
     """The job, and all that was seen together with it."""
     layout, job = await _look(target, job_id)
     if job.status == "aborting":  # it holds no nodes any more, so whose it was is not known before it has ended
-        await jobs.ended(target.monitor, job_id, patience.deadline)
+        await jobs.ended(target.monitor, job.id, patience.deadline)
         layout, job = await _look(target, job_id)
     for _ in range(LOOKS):
         in_standby = job.status == "standby" and ready_for is not None
@@ -126,12 +127,9 @@ async def _job_to_follow(
     return layout, job
 
 
-async def _look(target: Target, job_id: str) -> tuple[Layout, Job]:
+async def _look(target: Target, name: str) -> tuple[Layout, Job]:
     layout = await target.layout()
-    job = next((job for job in layout.jobs if job.id == job_id), None)
-    if job is None:
-        raise NoSuchJob(job=job_id, target=target.name, known=[job.id for job in layout.jobs])
-    return layout, job
+    return layout, layout.find_job(name, target.name)
 
 
 async def _view_of(target: Target, layout: Layout, job: Job) -> ChainView | None:

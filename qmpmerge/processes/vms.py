@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qmpmerge.errors import AmbiguousName, NoMonitor, NoSuchTarget
+from qmpmerge.errors.nearest import nearest
 from qmpmerge.processes import commandline, proc
 from qmpmerge.processes.commandline import CommandLine
 
@@ -78,9 +79,10 @@ def find(name: str) -> Vm:
     A second QEMU started with the same socket path takes that path over, so compare `Vm.pid` with the pid of the
     session. Raises NoSuchTarget, AmbiguousName, NoMonitor.
     """
-    found = [vm for vm in vms() if name and vm.name == name]
+    running = vms()
+    found = [vm for vm in running if name and vm.name == name]
     if not found:
-        raise NoSuchTarget(target=name)
+        raise NoSuchTarget(target=name, nearest=nearest(name, [vm.name for vm in running if vm.name]))
     meant = [vm for vm in found if not vm.is_foreign] if len(found) > 1 else found
     if len(meant) != 1:
         raise AmbiguousName(target=name, pids=[vm.pid for vm in found])

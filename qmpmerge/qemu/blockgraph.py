@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk
-from qmpmerge.qemu.jobs import Job
+from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk, NoSuchJob
+from qmpmerge.qemu.jobs import Job, job_id
 
 if TYPE_CHECKING:
     from qmpmerge.qemu.details import DiskDetails
@@ -170,6 +170,17 @@ class Layout:
         if len(choices) > 1:
             raise DiskNeeded(target=target, known=[disk.name for disk in choices])
         return choices[0]
+
+    def find_job(self, name: str, target: str) -> Job:
+        """The job of this id, or the only one on the disk of this name. Raises NoSuchJob."""
+        found = [job for job in self.jobs if job.id == name]
+        if not found:
+            with contextlib.suppress(NoSuchDisk, DiskNeeded):
+                disk = self.find(name, target).name
+                found = [job for job in self.jobs if job.disk == disk or job.id == job_id(disk)]
+        if len(found) != 1:
+            raise NoSuchJob(job=name, target=target, known=[job.id for job in self.jobs])
+        return found[0]
 
     def reopened(self, image: Image) -> str | None:
         """The file name by which QEMU opens an image of this layout again; None where it is no file."""

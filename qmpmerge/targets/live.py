@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from qmpmerge.errors import LibvirtManaged, MonitorSilent, MonitorTaken, NoSuchTarget, Unreachable
+from qmpmerge.errors.nearest import nearest
 from qmpmerge.qemu import connect, monitor
 from qmpmerge.qemu.monitor import Monitor, Trace
 from qmpmerge.sockets import Address
@@ -96,12 +97,22 @@ def find(target: str) -> "tuple[list[Address], Vm | None]":
     if os.path.lexists(target):
         return [target], None
     if "/" in target:
-        raise NoSuchTarget(target=target)
+        raise NoSuchTarget(target=target, nearest=_beside(target))
     from qmpmerge.processes import vms  # only names need it
 
     by_pid = _PID.fullmatch(target)
     vm = vms.find_pid(int(by_pid[1])) if by_pid else vms.find(target)
     return [_tcp(address) if address.startswith("tcp:") else address for address in vm.monitors], vm
+
+
+def _beside(path: str) -> str | None:
+    """The file there that the path may have been meant to be."""
+    folder, name = os.path.split(path)
+    try:
+        found = nearest(name, os.listdir(folder))
+    except (OSError, ValueError):
+        return None
+    return os.path.join(folder, found) if found is not None else None
 
 
 def _tcp(target: str) -> Address:

@@ -3,6 +3,7 @@ A target: what the user calls by one word, with a QMP session to its disks. `liv
 above talks to a `Target` and does not care which of them did.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.chain.state import State
-from qmpmerge.errors import PauseUnproven, QemuRefused, StreamConcluded
+from qmpmerge.errors import NoSuchJob, PauseUnproven, QemuRefused, StreamConcluded
 from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.journal import store
@@ -116,6 +117,17 @@ class Target:
     async def disk(self, name: str | None = None) -> Disk:
         """The disk that `name` means; without one the only disk with a backing chain."""
         return (await self.layout()).find(name, self.name)
+
+    async def job(self, name: str) -> Job:
+        """The job of this id, or the only one on the disk of this name. Raises NoSuchJob."""
+        known = await query(self.monitor)
+        found = next((job for job in known if job.id == name), None)
+        if found is None and known:
+            with contextlib.suppress(StreamConcluded):
+                return (await self.layout()).find_job(name, self.name)
+        if found is None:
+            raise NoSuchJob(job=name, target=self.name, known=[job.id for job in known])
+        return found
 
     async def chain(self, disk: str | None = None, *, details: bool = False) -> ChainView:
         """

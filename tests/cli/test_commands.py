@@ -446,7 +446,7 @@ os._exit = lambda code: None
 sys.argv = ["qmpmerge", "--version"]
 from qmpmerge.cli import main
 main()
-needless = ("asyncio", "qemu.qmp", "rich", "psutil", "qmpmerge.cli.commands.listing", "qmpmerge.targets")
+needless = ("asyncio", "qmpmerge.cli.words", "qemu.qmp", "rich", "psutil", "qmpmerge.cli.commands.listing", "qmpmerge.targets")
 print(json.dumps([name for name in needless if name in sys.modules]))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -461,7 +461,7 @@ os._exit = lambda code: None
 sys.argv = ["qmpmerge", "chain", {str(images[3])!r}, "--json"]
 from qmpmerge.cli import main
 main()
-needless = ("ssl", "_ssl", "psutil", "qmpmerge.engine.run", "qmpmerge.journal.encoding")
+needless = ("ssl", "_ssl", "psutil", "qmpmerge.cli.words", "qmpmerge.engine.run", "qmpmerge.journal.encoding")
 print(json.dumps([name for name in needless if name in sys.modules]))
 import ssl
 print(bool(ssl.create_default_context().cert_store_stats()))

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     shell_complete=complete.layers,
 )
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
+@click.option("--active", is_flag=True, hidden=True)  # as one types it with virsh, and as it is where top says so
+@click.option("--wait", is_flag=True, hidden=True)
 @options.endings
 @click.option(
     "--speed",
@@ -78,6 +80,8 @@ def commit(
     base: str | None,
     top: str | None,
     shallow: bool,
+    active: bool,
+    wait: bool,
     ending: "Ending",
     speed: int | None,
     verify: bool,
@@ -139,6 +143,8 @@ def commit(
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import commit as operation
 
+        if active and top is not None:
+            await _refuse_below_active(target, disk, top)
         outcome = await operation.commit(
             target,
             disk,
@@ -164,6 +170,16 @@ def commit(
 
     begun = on_target(target, options, work, write=True, dry_run=dry_run)
     return run(options, begun if dry_run else resuming(target, options, begun))
+
+
+async def _refuse_below_active(target: "Target", disk: str | None, top: str) -> None:
+    """What one says with `--active` must be so."""
+    from qmpmerge.errors import ActiveOnly
+
+    view = await target.chain(disk)
+    image = view.chain.find(top, view.disk.name)
+    if image is not view.chain.active:
+        raise ActiveOnly(option="--active", top=image.file, active=view.chain.active.file)
 
 
 def resuming(

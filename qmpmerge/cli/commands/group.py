@@ -38,6 +38,14 @@ class Lazy(click.Group):
         """In the order of `FILES`."""
         return list(FILES)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """``help``, ``help COMMAND`` and ``version`` are the options of these names."""
+        while args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        if args[:1] == ["version"]:
+            args = ["--version"]
+        return super().parse_args(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, which declares itself when its file is imported; None where there is no such command."""
         if cmd_name in FILES:
@@ -51,7 +59,7 @@ class Lazy(click.Group):
     epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, pid:N, or an image file. Besides the "
     "exit codes that its help names, every command can end with 1 (a bug of qmpmerge), 2 (usage) and 130 (Ctrl-C).",
 )
-@click.version_option(__version__, prog_name="qmpmerge", message="%(prog)s %(version)s")
+@click.version_option(__version__, "-V", "--version", prog_name="qmpmerge", message="%(prog)s %(version)s")
 def cli() -> None:
     """
     Merge QEMU disk image chains, while the guest keeps writing, without libvirt.

@@ -58,7 +58,7 @@ def job(
     """
     Control a block job, or go on with an interrupted merge.
 
-    ID is the job's, as `qmpmerge jobs` shows it. VERB is one of:
+    ID is the job's, as `qmpmerge jobs` shows it, or the disk that it is on. VERB is one of:
 
     \b
     follow    go on with a merge as if `commit` had started it, to its proved end
@@ -77,7 +77,7 @@ def job(
 
     \b
     Examples:
-      qmpmerge job vm1 qmpmerge-commit-vda follow
+      qmpmerge job vm1 vda follow
       qmpmerge job vm1 qmpmerge-commit-vda speed 50M
 
     \b
@@ -98,9 +98,10 @@ def job(
         from qmpmerge.chain.outcome import Outcome
         from qmpmerge.operations import control
 
+        job = await target.job(job_id)
         done = await control.control(
             target,
-            job_id,
+            job.id,
             verb,
             speed=speed or 0,
             ending=ending,
@@ -112,7 +113,7 @@ def job(
             polite=POLITE_SECONDS if polite else None,
         )
         if not isinstance(done, Outcome):
-            output.controlled(job_id, done)
+            output.controlled(job.id, done)
             return "done"
         output.commit(done)
         return done.verdict

@@ -1,0 +1,282 @@
+"""Lines that fail, and the lines that are told instead: each is what it says, and does its work when it is typed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rig import nasty
+from rig.command import JOB, Run, invoke
+from rig.disks import Setup, device
+from rig.forks import Forks, forks
+from rig.machines import machine, make_chain
+
+from qmpmerge.cli.commands.group import FILES
+from qmpmerge.cli.commands.job import VERBS
+from qmpmerge.cli.words import ELSEWHERE
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Forks]:
+    with forks() as server:
+        yield server
+
+
+@pytest.fixture
+def vm1(tmp_path: Path, images: list[Path]) -> Iterator[str]:
+    """The name of a VM with a disk vda."""
+    name = f"Web-{os.getpid()}"
+    with machine(tmp_path, "-name", name, "-drive", f"file={images[3]},if=none,id=vda", *device("vda")):
+        yield name
+
+
+def lines(run: Run) -> list[list[str]]:
+    """The lines that the hint tells to type."""
+    (hint,) = re.findall(r"^hint: (.*)$", run.err, re.MULTILINE)
+    return [shlex.split(told)[1:] for told in re.findall(r"`(qmpmerge [^`]*)`", hint)]
+
+
+def typed(run: Run) -> Run:
+    """The line that is told, typed into a shell."""
+    (hint,) = re.findall(r"^hint: (.*)$", run.err, re.MULTILINE)
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    (line,) = re.findall(r"`(qmpmerge [^`]*)`", hint)
+    done = subprocess.run(
+        ["sh", "-c", line], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+# --- help and version ---------------------------------------------------------------------------------------------
+
+
+def test_version_and_help_as_other_tools_have_them() -> None:
+    assert invoke("version").out == invoke("-V").out == invoke("--version").out
+    assert invoke("help").out == invoke("help", "help").out == invoke("--help").out
+    assert (invoke("help", "commit").code, invoke("help", "commit").out) == (0, invoke("commit", "--help").out)
+
+
+# --- other tools' commands ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("list", "vms"),
+        ("list vm1", "disks vm1"),
+        ("domblklist vm1", "disks vm1"),
+        ("info /vm/c.qcow2", "chain /vm/c.qcow2"),
+        ("backing-chain vm1 vda", "chain vm1 vda"),
+        ("status vm1", "jobs vm1"),
+        ("merge vm1 vda --top 3", "commit vm1 vda --top 3"),
+        ("blockcommit vm1 vda", "commit vm1 vda"),
+        ("blockcommit --domain vm1 --path vda --active --wait --verbose --pivot", "commit vm1 vda --pivot"),
+        ("blockcommit vm1 vda --bandwidth=50 --delete", "commit vm1 vda --speed 50M --merged-files delete"),
+        ("blockjob vm1 vda --info", "jobs vm1"),
+        ("blockjob vm1 vda --abort", "job vm1 vda cancel"),
+        ("blockjob vm1 vda --pivot", "job vm1 vda pivot"),
+        ("blockjob vm1 vda --bandwidth 5", "job vm1 vda speed 5M"),
+        ("follow vm1 vda", "job vm1 vda follow"),
+        ("speed vm1 vda 5M", "job vm1 vda speed 5M"),
+        (
+            "snapshot-create-as vm1 --disk-only --diskspec vda,file=/vm/d.qcow2,snapshot=external --atomic",
+            "snapshot vm1 vda=/vm/d.qcow2",
+        ),
+        ("comit vm1 'a b'", "commit vm1 'a b'"),
+        ("Chain vm1", "chain vm1"),
+        ("vm", "vms"),
+        ("blokcommit vm1 vda", "commit vm1 vda"),
+        ("merge", "commit --help"),
+        ("blockcommit vm1 vda --nonsense", "commit --help"),
+        ("help merge", "commit --help"),
+        ("help comit", "commit --help"),
+    ],
+)
+def test_what_is_called_otherwise_elsewhere(line: str, meant: str, command: Forks, tmp_path: Path) -> None:
+    run = command.run(*shlex.split(line), cwd=tmp_path)
+    assert run.code == 2
+    assert lines(run) == [shlex.split(meant)], run.err
+
+
+def test_all_names_of_other_tools_lead_somewhere(command: Forks, tmp_path: Path) -> None:
+    for ours, others in ELSEWHERE.items():
+        assert set(FILES).isdisjoint(others)
+        for other in (*others, *(VERBS if ours == "jobs" else ())):
+            (line,) = lines(command.run(other, cwd=tmp_path))
+            assert command.run(*line, cwd=tmp_path).code == 0, (other, line)
+
+
+def test_pull_is_named_where_it_is_there(command: Forks, tmp_path: Path) -> None:
+    wanted = [["pull", "vm1", "vda"]] if "pull" in FILES else [["commit", "--help"]]
+    assert lines(command.run("blockpull", "vm1", "vda", cwd=tmp_path)) == wanted
+
+
+def test_a_hint_is_in_json_too(command: Forks, tmp_path: Path) -> None:
+    error = command.run("blockcommit", "vm1", "--json", cwd=tmp_path).document["error"]
+    assert error["hint"] == "that is `qmpmerge commit vm1 --json`"
+    assert command.run("zzzzzz", "--json", cwd=tmp_path).document["error"]["hint"] == "see `qmpmerge --help`"
+
+
+# --- habits of virsh --------------------------------------------------------------------------------------------------
+
+
+def test_options_that_are_so_anyway_are_taken(vm1: str) -> None:
+    planned = invoke("commit", vm1, "vda", "--active", "--wait", "--pivot", "--dry-run")
+    assert (planned.code, "planned" in planned.out) == (0, True)
+    for top in ("c.qcow2", "4", "-1"):
+        assert invoke("commit", vm1, "vda", "--active", "--top", top, "--dry-run").code == 0
+    below = invoke("commit", vm1, "vda", "--active", "--top", "b.qcow2", "--dry-run")
+    assert (below.code, "--active is for a merge of the active image" in below.err) == (3, True)
+
+
+def test_options_that_are_called_otherwise_here(command: Forks, tmp_path: Path) -> None:
+    run = command.run("commit", "vm1", "vda", "--bandwidth", "5", "--delete", cwd=tmp_path)
+    assert lines(run) == [["commit", "vm1", "vda", "--speed", "5M", "--merged-files", "delete"]]
+
+
+# --- words in the wrong order -----------------------------------------------------------------------------------------
+
+
+def test_target_and_disk_swapped(vm1: str) -> None:
+    run = invoke("commit", "vda", vm1, "--dry-run", "--base", "vda[1]")
+    assert run.code == 4
+    assert lines(run) == [["commit", vm1, "vda", "--dry-run", "--base", "vda[1]"]]
+    assert "planned" in typed(run).out
+    run = invoke("commit", "--allow", "vda", "vda", vm1, "--dry-run")  # the first vda is no DISK
+    assert lines(run) == [["commit", "--allow", "vda", vm1, "vda", "--dry-run"]]
+    assert "c.qcow2" in typed(invoke("chain", "vda", vm1)).out
+
+
+def test_a_monitor_in_the_place_of_a_disk(setup: Setup) -> None:
+    run = invoke("chain", "vda", setup.machine.target)
+    assert "c.qcow2" in typed(run).out
+    facts = invoke("chain", "vda", setup.machine.target, "--json").document["error"]["facts"]
+    assert facts["command"] == f"qmpmerge chain {setup.machine.target} vda --json"
+
+
+def test_an_image_in_the_place_of_a_disk_may_be_one(images: list[Path]) -> None:
+    assert "TARGET comes first" not in invoke("chain", "nobody", str(images[3])).err
+
+
+def test_job_target_and_verb_in_any_order(setup: Setup) -> None:
+    target = setup.machine.target
+    invoke("commit", target, "--speed", "1", "--detach")
+    for words in ([JOB, target, "pause"], ["resume", target, JOB], [target, "pause", JOB], [JOB, "resume", target]):
+        done = typed(invoke("job", *words))
+        assert (done.code, JOB in done.out) == (0, True), (words, done)
+    assert "at most 7 B/s" in typed(invoke("job", "speed", JOB, target, "7")).out
+
+
+def test_snapshots_in_any_order(command: Forks, tmp_path: Path) -> None:
+    wanted = [["snapshot", "vm1", "vda=/vm/a b"]]
+    assert lines(command.run("snapshot", "vda=/vm/a b", "vm1", cwd=tmp_path)) == wanted
+    assert lines(command.run("snapshot", "vm1", "vda", "/vm/a b", cwd=tmp_path)) == wanted
+
+
+def test_a_target_without_a_command(vm1: str, images: list[Path]) -> None:
+    assert "vda" in typed(invoke(vm1)).out
+    assert "base.raw <-- a.qcow2" in typed(invoke(vm1, "chain")).out
+    assert lines(invoke(str(images[3]))) == [["chain", str(images[3])]]  # which a VM has
+    assert typed(invoke(str(images[3].parent))).code == 0
+    assert lines(invoke("/no/such/image.qcow2")) == [["--help"]]
+
+
+def test_one_disk_or_one_vm_where_all_are_shown(vm1: str) -> None:
+    assert "base.raw <-- a.qcow2" in typed(invoke("disks", vm1, "vda")).out
+    assert "c.qcow2" in typed(invoke("vms", vm1)).out
+
+
+# --- another case, and slips --------------------------------------------------------------------------------------------
+
+
+def test_names_in_another_case_are_told_and_not_taken(vm1: str, images: list[Path]) -> None:
+    cases = [
+        (["chain", vm1.upper()], 4, vm1),
+        (["chain", vm1, "VDA"], 3, "vda"),
+        (["commit", vm1, "--top", "B.QCOW2"], 3, "b.qcow2"),
+        (["commit", vm1, "--top", str(images[2]).replace("b.qcow2", "B.qcow2")], 3, str(images[2])),
+        (["commit", vm1, "--top", "VDA[2]"], 3, "'vda[2]'"),
+        (["chain", vm1.replace("Web", "Wbe")], 4, vm1),
+        (["chain", f"{images[3]}2".replace("c.qcow22", "c.qcow")], 4, str(images[3])),
+    ]
+    for words, code, meant in cases:
+        run = invoke(*words)
+        assert (run.code, f"did you mean `{meant}`?" in run.err) == (code, True), run.err
+    assert len(invoke("chain", vm1, "--json").document["images"]) == 4
+
+
+def test_a_job_is_named_by_its_disk_and_told_in_another_case(setup: Setup) -> None:
+    target = setup.machine.target
+    assert "jobs there: none" in invoke("job", target, "vda", "pause").err
+    invoke("commit", target, "--speed", "1", "--detach")
+    assert f"did you mean `{JOB}`?" in invoke("job", target, JOB.upper(), "pause").err
+    for name in ("vda", "disk0"):
+        said = invoke("job", target, name, "speed", "7").out
+        assert said.startswith(f"{JOB}: ") and "at most 7 B/s" in said
+    assert invoke("job", target, "vda", "cancel").out == f"{JOB}: gone\n"
+
+
+# --- layers -------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_by_every_kind_of_word(vm1: str, tmp_path: Path) -> None:
+    wanted = invoke("commit", vm1, "--top", "3", "--dry-run").out
+    assert "result  base.raw <-- c.qcow2" in wanted
+    (tmp_path / "elsewhere").mkdir()
+    for top in (["--top", "-2"], ["--top=-2"], ["--top", "[3]"], ["--top=vda[-2]"], ["--top", "b.qcow2"]):
+        assert invoke("commit", vm1, *top, "--dry-run", cwd=tmp_path / "elsewhere").out == wanted, top
+
+
+def test_files_that_are_called_like_something_else(tmp_path: Path, command: Forks) -> None:
+    """Never guessed which is meant; what is told to type means one."""
+    names = ["base.raw", "-1", "2", "a[1].qcow2", "b c.qcow2"]
+    for below, name in zip([None, *names], names, strict=False):
+        form = "raw" if name.endswith("raw") else "qcow2"
+        backing = ["-b", f"./{below}", "-F", "raw" if below.endswith("raw") else "qcow2"] if below else []
+        arguments = ["create", "-q", "-f", form, *backing, f"./{name}", *([] if below else ["1M"])]
+        subprocess.run(["qemu-img", *arguments], cwd=tmp_path, check=True)
+    active = str(tmp_path / names[-1])
+    for top in ("-1", "2"):
+        run = command.run("commit", active, "--top", top, "--dry-run", "--json", cwd=tmp_path)
+        assert (run.code, run.document["error"]["name"]) == (3, "ambiguous-layer")
+        results = []
+        for word in run.document["error"]["facts"]["words"]:
+            planned = command.run("commit", active, "--top", word, "--dry-run", "--json", cwd=tmp_path)
+            results.append(len(planned.document["after"]))
+        assert len(set(results)) == 2
+    for top, left in (("a[1].qcow2", 2), ("b c.qcow2", 1), ("./-1", 4), ("4", 2)):
+        run = command.run("commit", active, "--top", top, "--dry-run", "--json", cwd=tmp_path)
+        assert len(run.document["after"]) == left, top
+
+
+def test_of_a_long_chain_ten_are_told(tmp_path: Path) -> None:
+    images = make_chain(tmp_path, ["base.raw", *(f"snap{number}.qcow2" for number in range(1, 40))])
+    run = invoke("commit", str(images[-1]), "--top", "99", "--dry-run")
+    assert (run.code, "10 of its 40 images" in run.err) == (3, True)
+    assert "40 " in run.err and len(run.err.splitlines()) == 2
+
+
+# --- whatever is typed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", range(0, len(nasty.WORDS), 12))
+def test_a_hint_is_found_or_not_and_nothing_breaks(first: int, command: Forks, tmp_path: Path) -> None:
+    make_chain(tmp_path)
+    for word in nasty.WORDS[first : first + 12]:
+        for line in (
+            [word, "chain"],
+            [word, word],
+            ["help", word],
+            ["blockcommit", word, word],
+            ["job", word, "follow", word],
+            ["snapshot", word, word, word],
+            ["chain", "nope", word],
+            ["blockjob", word, f"--diskspec={word}"],
+        ):
+            run = command.run(*line, cwd=tmp_path)
+            assert run.code in (0, 2, 3, 4), (line, run)
+            assert "Traceback" not in run.err
