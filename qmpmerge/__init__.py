@@ -1,10 +1,16 @@
 """
 Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
 
-    async with qmpmerge.live("/run/vm1.sock") as target:
+    async with qmpmerge.open("/run/vm1.sock") as target:
         outcome = await qmpmerge.commit(target, "vda")
+        print(outcome.verdict, outcome.after)
 
-Names are imported when they are first used: the command line starts faster for it.
+To disks       `open`, or by name `live` (a running QEMU) and `offline` (images not in use): each gives a `Target`
+To their chain `snapshot`, `commit`, `follow` and `control` (its jobs)
+After a crash  `recover`, `clean`, `active` (what a VM must be started from), `examine` and `examine_path` (what is wrong)
+Without asyncio the same functions are in `qmpmerge.sync`. What can go wrong is in `qmpmerge.errors`, all of it an `Error`.
+
+Each step is told to the logger `qmpmerge`. Names are imported when they are first used: the command line starts faster for it.
 """
 
 import importlib
@@ -13,9 +19,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qmpmerge import errors
+    from qmpmerge import errors, sync
     from qmpmerge.chain.chain import Chain, Image
-    from qmpmerge.chain.outcome import Outcome
+    from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome
     from qmpmerge.chain.plan import CommitPlan
     from qmpmerge.doctor.findings import Finding
     from qmpmerge.doctor.target import examine
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
+    from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.active import Active, active
     from qmpmerge.operations.clean import Cleaned, clean
     from qmpmerge.operations.commit import commit
@@ -37,21 +44,25 @@ if TYPE_CHECKING:
     from qmpmerge.qemu.jobs import Job
     from qmpmerge.targets.live import live
     from qmpmerge.targets.offline import offline
-    from qmpmerge.targets.open import opened
+    from qmpmerge.targets.open import open
     from qmpmerge.targets.target import ChainView, Target
 
 _HOME = {
     "Active": "operations.active",
     "Chain": "chain.chain",
     "ChainView": "targets.target",
+    "Checked": "chain.outcome",
     "Cleaned": "operations.clean",
     "CommitPlan": "chain.plan",
     "Converge": "engine.pace.converge",
     "Disk": "qemu.blockgraph",
     "Error": "errors",
+    "Estimate": "chain.outcome",
     "Finding": "doctor.findings",
     "Image": "chain.chain",
     "Job": "qemu.jobs",
+    "MergedFile": "chain.outcome",
+    "Oddity": "images.headers",
     "Outcome": "chain.outcome",
     "Overlay": "operations.snapshot",
     "Patience": "engine.pace.patience",
@@ -63,29 +74,36 @@ _HOME = {
     "clean": "operations.clean",
     "commit": "operations.commit",
     "control": "operations.control",
+    "errors": "",
     "examine": "doctor.target",
     "examine_path": "operations.examine",
     "follow": "operations.follow",
     "live": "targets.live",
     "offline": "targets.offline",
-    "opened": "targets.open",
+    "open": "targets.open",
     "recover": "operations.recover",
     "snapshot": "operations.snapshot",
+    "sync": "",
     "vms": "processes.vms",
 }
+"""The file that each public name is in; none for a file that is public as a whole."""
 
 __all__ = [
     "Active",
     "Chain",
     "ChainView",
+    "Checked",
     "Cleaned",
     "CommitPlan",
     "Converge",
     "Disk",
     "Error",
+    "Estimate",
     "Finding",
     "Image",
     "Job",
+    "MergedFile",
+    "Oddity",
     "Outcome",
     "Overlay",
     "Patience",
@@ -103,16 +121,23 @@ __all__ = [
     "follow",
     "live",
     "offline",
-    "opened",
+    "open",
     "recover",
     "snapshot",
+    "sync",
     "vms",
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name == "errors":
-        return importlib.import_module("qmpmerge.errors")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"qmpmerge.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = importlib.import_module(f"{__name__}.{_HOME[name] or name}")
+        globals()[name] = value = getattr(home, name) if _HOME[name] else home
+        return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

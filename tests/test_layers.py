@@ -17,6 +17,7 @@ ROWS = (
     {"checks", "recovery", "doctor"},
     {"engine"},
     {"operations"},
+    {"sync"},
     {"cli"},
     {"__main__"},
 )

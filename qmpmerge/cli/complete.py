@@ -29,10 +29,10 @@ def _ask(ctx: click.Context, question: "Callable[[Target], Awaitable[list[T]]]")
     import asyncio  # the shell's TAB waits for this module, most words of a line do not need a session
 
     async def asking() -> list[T]:
-        from qmpmerge.targets.open import opened
+        from qmpmerge.targets import open as door
 
-        async with asyncio.timeout(2 * SECONDS), opened(target, write=False, timeout=SECONDS) as opened_target:
-            return await question(opened_target)
+        async with asyncio.timeout(2 * SECONDS), door.open(target, write=False, timeout=SECONDS) as opened:
+            return await question(opened)
 
     try:
         return asyncio.run(asking())

@@ -131,9 +131,9 @@ def on_target(
 
     async def with_target(output: "Output") -> str:
         from qmpmerge.qemu.monitor import GREETING_SECONDS
-        from qmpmerge.targets.open import is_image, opened
+        from qmpmerge.targets import open as door
 
-        if live and is_image(target):
+        if live and door.is_image(target):
             raise Offline(path=target)
 
         limit = options.patience.timeout
@@ -149,7 +149,7 @@ def on_target(
             "trace": trace,
         }
         try:
-            async with opened(target, secret=secret, **given) as opened_target:
+            async with door.open(target, secret=secret, **given) as opened_target:
                 opened_target.monitor.tell = output.note
                 for note in opened_target.notes:
                     output.note(note)
@@ -158,7 +158,7 @@ def on_target(
             if secret is not None or not sys.stdin.isatty():
                 raise
             secret = click.prompt(f"passphrase of {error.image}", hide_input=True, err=True)
-        async with opened(target, secret=secret, **given) as opened_target:
+        async with door.open(target, secret=secret, **given) as opened_target:
             opened_target.monitor.tell = output.note
             return await work(opened_target, output)
 

@@ -17,11 +17,21 @@ if TYPE_CHECKING:
 _FILES = ("base", "request", "refused", "unreachable", "ended")
 
 
-def __getattr__(name: str) -> object:
-    if not name.startswith("_"):
-        for file in _FILES:
-            value = vars(importlib.import_module(f"{__name__}.{file}")).get(name)
-            if value is not None:
-                globals()[name] = value
-                return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        if name == "__all__":
+            return [public for public in dir(importlib.import_module(__name__)) if not public.startswith("_")]
+        if not name.startswith("_"):
+            for file in _FILES:
+                value = vars(importlib.import_module(f"{__name__}.{file}")).get(name)
+                if value is not None:
+                    globals()[name] = value
+                    return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    known = [vars(importlib.import_module(f"{__name__}.{file}")) for file in _FILES]
+    errors = {name for names in known for name, value in names.items() if hasattr(value, "verdict")}
+    return [*sorted(errors), "EXIT_CODES", "FORCEABLE", *(name for name in globals() if name.startswith("__"))]

@@ -3,7 +3,7 @@ What can be done with a block job that is there, whoever has started it: one cal
 """
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
@@ -21,13 +21,14 @@ from qmpmerge.targets.target import Target
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Converge
 
-VERBS = ("follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss")
+Verb = Literal["follow", "pivot", "keep", "cancel", "pause", "resume", "speed", "finalize", "dismiss"]
+VERBS: tuple[Verb, ...] = get_args(Verb)
 
 
 async def control(
     target: Target,
     job_id: str,
-    verb: str,
+    verb: Verb,
     *,
     speed: int = 0,
     ending: Ending = "pivot",

@@ -15,7 +15,7 @@ from qmpmerge.targets.target import Target
 
 
 @contextlib.asynccontextmanager
-async def opened(
+async def open(
     target: "str | os.PathLike[str]",
     *,
     write: bool = True,

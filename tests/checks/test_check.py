@@ -91,7 +91,7 @@ def plain(vm: Machine, device: str = "c", **arguments: object) -> dict[str, Any]
 async def refused(vm: Machine | Path, kind: type[R], **options: Any) -> R:
     """What a merge is refused for; nothing else may be wrong, and nothing is left behind."""
     name = vm.target if isinstance(vm, Machine) else vm
-    async with qmpmerge.opened(name) as target:
+    async with qmpmerge.open(name) as target:
         with pytest.raises(kind) as found:
             await qmpmerge.commit(target, **options)
         assert not await target.jobs()
@@ -258,7 +258,7 @@ async def test_a_chain_made_again_beside_what_was_stashed(live: bool, images: li
     """The new images have the names that the stashed ones name as their backing files, and so have theirs in the end."""
     for number in ("", ".2", ".3"):
         with machine(tmp_path, *nodes(images), *device("c")) if live else contextlib.nullcontext() as vm:
-            async with qmpmerge.opened(vm.target if vm is not None else images[3]) as target:
+            async with qmpmerge.open(vm.target if vm is not None else images[3]) as target:
                 outcome = await qmpmerge.commit(target, top="[3]", dry_run=True)
                 assert "dependents" in {check.name for check in outcome.checks if check.result == "passed"}
                 assert (await qmpmerge.commit(target, top="[3]")).verdict == "merged"

@@ -242,7 +242,7 @@ async def test_a_merge_of_a_symlinked_image_is_recovered_by_both_names(
     (stays,) = await qmpmerge.clean([real.parent], dry_run=True)
     assert (stays.file, stays.kept) == (f"{real}.merged", "a merge that was not finished may need it")
     with pytest.raises(Unfinished):
-        async with qmpmerge.opened(images[3]):
+        async with qmpmerge.open(images[3]):
             pass
     (found,) = await qmpmerge.recover(images[3] if name == "link" else real)
     assert (found.verdict, found.right) == ("done", str(images[0]))

@@ -24,6 +24,7 @@ from qmpmerge.journal import store
 from qmpmerge.journal.record import Record
 from qmpmerge.journal.store import Disbelieved, Unlisted
 from qmpmerge.operations.clean import clean
+from qmpmerge.operations.control import Verb
 from qmpmerge.operations.recover import recover
 
 
@@ -135,12 +136,13 @@ async def test_a_job_of_ours_is_not_cancelled_past_what_it_was_begun_with(setup:
             await qmpmerge.commit(target, top="[3]", speed=1, patience=qmpmerge.Patience(detach=True))
         os.truncate(store.path_of(str(images[3])), 300)
         hints = []
-        for verb in ("cancel", "follow"):
+        harmful: tuple[Verb, ...] = ("cancel", "follow")
+        for verb in harmful:
             with pytest.raises(RecordNotBelieved) as refused:
                 await qmpmerge.control(target, JOB, verb)
             hints.append(refused.value.hint)
-        for verb in ("pause", "resume"):
-            await qmpmerge.control(target, JOB, verb)
+        await qmpmerge.control(target, JOB, "pause")
+        await qmpmerge.control(target, JOB, "resume")
         run(*typed(hints[0]))
         await qmpmerge.control(target, JOB, "cancel")
     setup.check()

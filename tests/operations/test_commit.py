@@ -41,6 +41,7 @@ from qmpmerge.errors import (
     StillRunning,
     Temporary,
 )
+from qmpmerge.operations.control import Verb
 from qmpmerge.processes import proc
 from qmpmerge.qemu import flush, jobs
 
@@ -671,7 +672,7 @@ async def test_a_disk_that_no_device_has(tmp_path: Path, images: list[Path], con
 
 @pytest.mark.parametrize("verb", ["follow", "finalize"])
 @pytest.mark.parametrize("base", ["base.raw", "base.qcow2"])
-async def test_a_job_of_somebody_who_did_not_say_how_to_name_the_base(tmp_path: Path, base: str, verb: str) -> None:
+async def test_a_job_of_somebody_who_did_not_say_how_to_name_the_base(tmp_path: Path, base: str, verb: Verb) -> None:
     """QEMU has written an absolute path over a relative one; it is mended where QEMU records the right format with it."""
     images, content = make_chain(tmp_path, (base, "a.qcow2", "b.qcow2", "c.qcow2")), Content()
     fill(images, content)

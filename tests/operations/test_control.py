@@ -28,7 +28,7 @@ from rig.machines import Content, Machine, fill, machine, make_chain, run
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.errors import JobVerb, NoSuchJob, QemuRefused
-from qmpmerge.operations.control import VERBS
+from qmpmerge.operations.control import VERBS, Verb
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 
@@ -113,7 +113,7 @@ LEGAL = {
 }
 
 
-async def control(vm: Machine, verb: str) -> Outcome | Job | None:
+async def control(vm: Machine, verb: Verb) -> Outcome | Job | None:
     async with qmpmerge.live(vm.target) as target:
         return await qmpmerge.control(target, ID, verb, speed=SLOW * 2)
 
@@ -146,7 +146,7 @@ async def test_what_a_state_does_not_allow_is_refused_with_what_it_does(vm: Mach
         ("standby", "speed", "standby"),
     ],
 )
-async def test_a_job_is_controlled(vm: Machine, state: str, verb: str, then: str) -> None:
+async def test_a_job_is_controlled(vm: Machine, state: str, verb: Verb, then: str) -> None:
     STATES[state](vm)
     job = await control(vm, verb)
     assert isinstance(job, Job)
@@ -165,7 +165,7 @@ async def test_a_job_can_be_cancelled_in_every_state(vm: Machine, state: str) ->
 
 
 @pytest.mark.parametrize("verb", ["finalize", "follow"])
-async def test_a_pending_merge_is_flushed_and_compared_before_it_is_finalized(vm: Machine, verb: str) -> None:
+async def test_a_pending_merge_is_flushed_and_compared_before_it_is_finalized(vm: Machine, verb: Verb) -> None:
     """A plain `job-finalize` would rewrite the header before base is durable."""
     pending(vm)
     said: list[str] = []
@@ -178,7 +178,9 @@ async def test_a_pending_merge_is_flushed_and_compared_before_it_is_finalized(vm
 
 
 @pytest.mark.parametrize(("verb", "verdict"), [("pivot", "pivoted"), ("keep", "kept"), ("follow", "pivoted")])
-async def test_a_ready_merge_is_ended_and_its_outcome_told_from_the_graph(vm: Machine, verb: str, verdict: str) -> None:
+async def test_a_ready_merge_is_ended_and_its_outcome_told_from_the_graph(
+    vm: Machine, verb: Verb, verdict: str
+) -> None:
     """QEMU reports a kept overlay exactly like a pivot: completed, without an error."""
     ready(vm)
     outcome = await control(vm, verb)

@@ -422,7 +422,7 @@ def test_a_golden_base_in_another_folder_tells_of_the_merge(tmp_path: Path) -> N
 async def test_an_image_whose_name_was_taken_away_is_no_misspelt_vm(left: Left) -> None:
     left.away(left.merge())
     with pytest.raises(Unfinished, match=r"c\.qcow2\.merged now") as unfinished:
-        async with qmpmerge.opened(left.images[3]):
+        async with qmpmerge.open(left.images[3]):
             pass
     assert unfinished.value.hint == f"run `qmpmerge recover {left.images[3]}`"
 
@@ -431,7 +431,7 @@ async def test_a_stashed_image_is_no_misspelt_vm(left: Left) -> None:
     equal(left)
     await qmpmerge.recover(left.folder)
     with pytest.raises(Stashed, match=r"c\.qcow2\.merged now"):
-        async with qmpmerge.opened(left.images[3]):
+        async with qmpmerge.open(left.images[3]):
             pass
     (told,) = await qmpmerge.recover(left.images[3])
     assert told.verdict == "unchanged" and "base.raw" in told.reasons[0]

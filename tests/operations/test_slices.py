@@ -103,12 +103,12 @@ starts = pytest.mark.parametrize("start", [by_header, by_options, by_nodes])
 
 
 async def merge(target: str | Path, **options: Any) -> qmpmerge.Outcome:
-    async with qmpmerge.opened(target) as opened:
+    async with qmpmerge.open(target) as opened:
         return await qmpmerge.commit(opened, **options)
 
 
 async def chain(vm: Machine) -> qmpmerge.Chain:
-    async with qmpmerge.opened(vm.target) as target:
+    async with qmpmerge.open(vm.target) as target:
         return (await target.chain()).chain
 
 
@@ -159,7 +159,7 @@ async def test_a_part_does_not_grow(tmp_path: Path, images: list[Path], base: Bo
     """Of QEMU a job would fail that has begun."""
     run("qemu-img", "resize", "-q", images[3], "+4M")
     with machine(tmp_path, *by_header(images, base)) as vm:
-        async with qmpmerge.opened(vm.target) as target:
+        async with qmpmerge.open(vm.target) as target:
             with pytest.raises(DeviceTooSmall) as refused:
                 await qmpmerge.commit(target)
         vm.session.execute("block-commit", job_id="plain", device="vda", auto_dismiss=False)
@@ -285,7 +285,7 @@ async def test_an_active_image_in_a_part_is_resumed(tmp_path: Path, images: list
 
 @pytest.mark.parametrize("top", ["[3]", "[4]"])
 async def test_a_base_that_a_header_names_as_a_part(top: str, images: list[Path], base: Box, content: Content) -> None:
-    async with qmpmerge.opened(images[3]) as target:
+    async with qmpmerge.open(images[3]) as target:
         found = (await target.chain()).chain
         outcome = await qmpmerge.commit(target, top=top, merged_files="delete")
     assert found.base.label == f"{base.path} ({SIZE} bytes from {BEGIN} on)"
@@ -339,7 +339,7 @@ async def test_two_disks_in_one_file(tmp_path: Path, images: list[Path], base: B
         for name, offset in (("vda", BEGIN), ("vdb", SIZE + 3 * BEGIN))
     ]
     with machine(tmp_path, "-drive", drives[0], "-drive", drives[1]) as vm:
-        async with qmpmerge.opened(vm.target) as target:
+        async with qmpmerge.open(vm.target) as target:
             layout = await target.layout()
             with pytest.raises(DiskNeeded):
                 layout.find(str(base.path), "")
@@ -350,7 +350,7 @@ async def test_an_overlay_on_a_part_names_the_part(tmp_path: Path, images: list[
     box = boxed(images[0])
     drive = f"file={box.path},format=raw,offset={BEGIN},size={SIZE},if=none,id=vda"
     with machine(tmp_path, "-drive", drive, *device("vda")) as vm:
-        async with qmpmerge.opened(vm.target) as target:
+        async with qmpmerge.open(vm.target) as target:
             await qmpmerge.snapshot(target, {"vda": tmp_path / "top.qcow2"})
             assert not (await target.chain()).oddities
     view = tmp_path / "view"
@@ -362,11 +362,11 @@ async def test_the_doctor_mends_a_header_that_names_the_whole_file(
     tmp_path: Path, images: list[Path], base: Box, content: Content
 ) -> None:
     with machine(tmp_path, *by_nodes(images, base)) as vm:
-        async with qmpmerge.opened(vm.target) as target:
+        async with qmpmerge.open(vm.target) as target:
             found = [one for one in await qmpmerge.examine(target) if one.name == "part-of-file"]
     assert [one.where for one in found] == [str(images[1])]
     subprocess.run(found[0].command, shell=True, check=True)
     content.check(images[3])
     with machine(tmp_path, *by_header(images, base)) as vm:
-        async with qmpmerge.opened(vm.target) as target:
+        async with qmpmerge.open(vm.target) as target:
             assert "part-of-file" not in {one.name for one in await qmpmerge.examine(target)}

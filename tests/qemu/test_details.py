@@ -111,7 +111,7 @@ def see_features(found: Sequence[ImageDetails]) -> None:
 
 async def test_features_of_images(tmp_path: Path) -> None:
     images = featured(tmp_path)
-    async with qmpmerge.opened(images[-1], write=False) as target:
+    async with qmpmerge.open(images[-1], write=False) as target:
         see_features((await target.chain(details=True)).details)
     with machine(tmp_path, *with_data(images)) as vm:
         async with qmpmerge.live(vm.target) as target:
@@ -145,6 +145,6 @@ async def test_encryption(tmp_path: Path) -> None:
     create_encrypted("-f", "luks", "--object", secret, "-o", "key-secret=s", base, str(SIZE))
     options = ["-o", "encrypt.format=luks,encrypt.key-secret=s", "-u", "-b", str(base), "-F", "luks"]
     create_encrypted("-f", "qcow2", "--object", secret, *options, image, str(SIZE))
-    async with qmpmerge.opened(image, write=False, secret="x") as target:
+    async with qmpmerge.open(image, write=False, secret="x") as target:
         found = (await target.chain(details=True)).details
     assert [(one.encryption, one.dirty, one.corrupt) for one in found] == [("luks", None, None), ("luks", False, False)]

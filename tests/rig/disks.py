@@ -26,7 +26,7 @@ class Setup:
 
     def target(self) -> AbstractAsyncContextManager[qmpmerge.Target]:
         """A session with whatever has the disk now."""
-        return qmpmerge.opened(self.machine.target)
+        return qmpmerge.open(self.machine.target)
 
     def moved(self, active: str) -> None:
         """Told when the disk has got another active image."""
@@ -56,7 +56,7 @@ class Images(Setup):
         self.guest = self._io
 
     def target(self) -> AbstractAsyncContextManager[qmpmerge.Target]:
-        return qmpmerge.opened(self.active)
+        return qmpmerge.open(self.active)
 
     def moved(self, active: str) -> None:
         self.active, self.disk = active, Path(active).name

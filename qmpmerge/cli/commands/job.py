@@ -13,6 +13,7 @@ from qmpmerge.cli.run import on_target, run
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Ending, Policy
     from qmpmerge.cli.render.output import Output
+    from qmpmerge.operations.control import Verb
     from qmpmerge.targets.target import Target
 
 
@@ -46,7 +47,7 @@ VERBS: dict[str, tuple[str, ...]] = {
 def job(
     target: str,
     job_id: str,
-    verb: str,
+    verb: "Verb",
     speed: int | None,
     ending: "Ending",
     merged_files: "Policy",

@@ -1,0 +1,64 @@
+"""What `import qmpmerge` shows: the same names to Python, to `help()` and to type checkers, and nothing of the command."""
+
+import ast
+import inspect
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qmpmerge
+
+PUBLIC = qmpmerge.__all__
+FUNCTIONS = [name for name in PUBLIC if inspect.isroutine(getattr(qmpmerge, name))]
+
+
+def test_the_three_lists_of_public_names_agree() -> None:
+    tree = ast.parse(Path(qmpmerge.__file__).read_text())
+    checked = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for block in checked for node in block.body if isinstance(node, ast.ImportFrom)]
+    typed = [alias.name for node in imports for alias in node.names]
+    assert sorted(typed) == sorted(PUBLIC) == sorted(qmpmerge._HOME)
+
+
+def test_dir_shows_the_public_names_and_no_others() -> None:
+    assert {name for name in dir(qmpmerge) if not name.startswith("__")} == set(PUBLIC)
+    assert "__version__" in dir(qmpmerge)
+    assert {"ShorterLayer", "Refused", "StillRunning", "EXIT_CODES"} < set(dir(qmpmerge.errors))
+    assert not {"re", "shlex", "Any", "refuse"} & set(dir(qmpmerge.errors))
+
+
+@pytest.mark.parametrize("module", [qmpmerge, qmpmerge.sync])
+def test_help_shows_each_function_with_its_signature_and_its_docstring(module: object) -> None:
+    shown = pydoc.plain(pydoc.render_doc(module))
+    for name in FUNCTIONS:
+        function = getattr(module, name)
+        first = next(iter(inspect.signature(function).parameters), "")
+        assert f" {name}({first}" in shown, name
+        assert inspect.cleandoc(function.__doc__ or "").splitlines()[0] in shown, name
+
+
+def test_help_shows_the_errors() -> None:
+    shown = pydoc.plain(pydoc.render_doc(qmpmerge.errors))
+    assert "class ShorterLayer(Refused)" in shown or "class ShorterLayer(qmpmerge.errors.base.Refused)" in shown
+
+
+def test_what_is_not_there_is_told_as_of_any_module() -> None:
+    with pytest.raises(AttributeError, match="module 'qmpmerge' has no attribute 'comit'"):
+        _ = qmpmerge.comit  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("program", "unwanted"),
+    [
+        ("import qmpmerge", ["click", "rich", "asyncio", "logging", "psutil"]),
+        ("import qmpmerge.sync; qmpmerge.commit, qmpmerge.open, qmpmerge.errors.Refused", ["click", "rich"]),
+    ],
+)
+def test_the_library_does_not_load_what_only_the_command_needs(program: str, unwanted: list[str]) -> None:
+    program = f"import sys; {program}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "qmpmerge" in loaded
+    assert not set(unwanted) & set(loaded)
