@@ -6,9 +6,12 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qmpmerge.chain.chain import Chain
+
+if TYPE_CHECKING:
+    from qmpmerge.qemu.jobs import Job
 
 ASSUMED_RATE = 200 * 1024 * 1024
 """Bytes a second that a disk of today copies; nobody has measured this one."""
@@ -85,10 +88,12 @@ class Checked:
 @dataclass(frozen=True)
 class Outcome:
     """
-    What a merge came to; only proved outcomes are made into one.
+    What a merge came to; only proved outcomes are made into one, and what is known where the job goes on without us
+    (``running``, see `StillRunning`).
 
-    `before` and `after` are chains as discovered. `copied` is bytes, None where QEMU does not count them (an intermediate
-    merge counts what it walked). `verified` says that base and top were compared before the switch. `paused_ms` is how long
+    `before` and `after` are chains as discovered; of what is ``running`` nobody has looked, and `after` is the old chain.
+    `job` is the one that is at work, as it was seen last, None where there is none any more. `copied` is bytes, None where
+    they are not known. `verified` says that base and top were compared before the switch. `paused_ms` is how long
     the guest stood still for the pivot, None where it was not paused. `hints` are sentences for the user, `rungs` those
     about what was done to a guest that wrote as fast as was copied (`converge`). `checks` are what
     was found out before, none where an earlier qmpmerge has begun; `estimate` is that of a plan that was only looked at.
@@ -98,7 +103,7 @@ class Outcome:
     disk: str
     before: Chain
     after: Chain
-    job: str | None = None
+    job: "Job | None" = None
     merged: tuple[MergedFile, ...] = ()
     copied: int | None = None
     seconds: float = 0.0

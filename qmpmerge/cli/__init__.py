@@ -2,7 +2,6 @@
 
 import gc
 import io
-import json
 import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
@@ -66,23 +65,22 @@ def _wants_json() -> bool:
 
 
 def _usage(error: "click.ClickException") -> None:
-    """A usage error as click shows it; with --json also as the one object on stdout that a program waits for."""
+    """A usage error as click shows it; with --json as the one object on stdout that a program waits for."""
     from qmpmerge.cli import words
+
+    hint = words.hint(error, sys.argv[1:])
+    if _wants_json():
+        from qmpmerge.cli.commands import group
+        from qmpmerge.cli.render.json import JsonOutput
+
+        command = group.typed()
+        advice = hint or (f"see `qmpmerge {command} --help`" if command else "see `qmpmerge --help`")
+        output = JsonOutput(sys.stdout, sys.stderr, command=command)
+        output.mistake("usage", name="usage", message=error.format_message(), hint=advice, facts={})
+        return
     from qmpmerge.cli.render.visible import visible
 
     shown = io.StringIO()
     error.show(shown)
-    hint = words.hint(error, sys.argv[1:])
     lines = [*shown.getvalue().expandtabs(4).rstrip("\n").split("\n"), *([f"hint: {hint}"] if hint else [])]
-    text = "".join(f"{visible(line)}\n" for line in lines)
-    if not _wants_json():
-        streams.complain(text)
-        return
-    sys.stderr.write(text)
-    document = {
-        "name": "usage",
-        "message": error.format_message(),
-        "hint": hint or "see `qmpmerge --help`",
-        "facts": {},
-    }
-    sys.stdout.write(json.dumps({"schema": 1, "verdict": "usage", "error": document}) + "\n")
+    streams.complain("".join(f"{visible(line)}\n" for line in lines))

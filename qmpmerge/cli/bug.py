@@ -1,10 +1,10 @@
 """What nobody foresaw: a bug of ours."""
 
-import json
 import sys
 import traceback
 
 from qmpmerge.cli import streams
+from qmpmerge.cli.commands import group
 from qmpmerge.cli.render.visible import visible
 
 EXIT_CODE = 1
@@ -12,14 +12,14 @@ HINT = "this is a bug, please report it with the traceback; what it may have lef
 
 
 def show(error: BaseException, *, as_json: bool) -> int:
-    """The traceback and a sentence on stderr, with --json one object on stdout too. Returns the exit code."""
+    """The traceback and a sentence on stderr; with --json the one object on stdout has them. Returns the exit code."""
     lines = [visible(line) for line in "".join(traceback.format_exception(error)).rstrip("\n").split("\n")]
     message = visible(traceback.format_exception_only(error)[-1].strip())
-    text = "\n".join([*lines, f"bug: {message}", f"hint: {HINT}"]) + "\n"
-    if not as_json:
-        streams.complain(text)
-        return EXIT_CODE
-    sys.stderr.write(text)
-    document = {"name": "internal", "message": message, "hint": HINT, "facts": {"traceback": lines}}
-    sys.stdout.write(json.dumps({"schema": 1, "verdict": "bug", "error": document}) + "\n")
+    if as_json:
+        from qmpmerge.cli.render.json import JsonOutput
+
+        output = JsonOutput(sys.stdout, sys.stderr, command=group.typed())
+        output.mistake("bug", name="internal", message=message, hint=HINT, facts={"traceback": lines})
+    else:
+        streams.complain("\n".join([*lines, f"bug: {message}", f"hint: {HINT}"]) + "\n")
     return EXIT_CODE

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from qmpmerge.cli import complete
+from qmpmerge.cli.commands import group
 from qmpmerge.cli.quantities import Duration
 from qmpmerge.engine.pace.patience import Patience
 
@@ -46,7 +47,7 @@ class Options:
         if self.json:
             from qmpmerge.cli.render.json import JsonOutput
 
-            return JsonOutput(sys.stdout, err or sys.stderr, quiet=self.quiet)
+            return JsonOutput(sys.stdout, err or sys.stderr, command=group.typed(), quiet=self.quiet)
         from qmpmerge.cli.render.text import TextOutput
 
         return TextOutput(sys.stdout, err or sys.stderr, quiet=self.quiet)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import time
+from dataclasses import replace
 
 from qmpmerge import shield
 from qmpmerge.engine import proof
@@ -128,9 +129,17 @@ async def copy(run: Run, doorbell: Doorbell) -> Job | None:
 
 def tell(run: Run, meter: Meter, job: Job) -> None:
     """Report a sighting of the job."""
-    run.copied = job.done
+    job = see(run, job)
     sighting = meter.read(job, _shortage(run, job))
     run.report(run.watch.read(job, sighting) if run.operation.pivots else sighting)
+
+
+def see(run: Run, job: Job) -> Job:
+    """Note a sighting of the job, and return it with its disk. Of an intermediate merge QEMU counts what it walks."""
+    run.seen = replace(job, disk=run.disk.name)
+    if run.operation.pivots:
+        run.copied = job.done
+    return run.seen
 
 
 def _shortage(run: Run, job: Job) -> Shortage | None:

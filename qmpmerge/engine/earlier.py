@@ -102,7 +102,7 @@ def going_on(view: ChainView, job: Job, record: Record | None, speed: int | None
 
 def _progress(view: ChainView, job: Job, note: str) -> Progress:
     counts = "copied" if job.ready else "found"
-    return Progress(view.disk.name, job.id, job.status, job.done, job.total, counts, note=note)
+    return Progress(view.disk.name, job, counts, note=note)
 
 
 def _since(record: Record | None) -> str:

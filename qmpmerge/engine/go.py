@@ -69,6 +69,9 @@ async def go(run: Run) -> Outcome:
             raise NotProven(target=run.target.name, expected=str(run.plan.result), found=found) from None
         run.undone(error)  # the old chain was proved to be in use
         raise
+    except StillRunning as error:
+        error.outcome = proof.left(run)
+        raise
     finally:
         run.close()
 
@@ -127,6 +130,7 @@ async def _followed(run: Run) -> Outcome:
         if not run.is_sent:
             await _start(run)
         if patience.detach:
+            await _seen_once(run)
             raise _left(run)
         return None if is_polite else await _helped(run, doorbell)
 
@@ -136,6 +140,12 @@ async def _followed(run: Run) -> Outcome:
         await reconnect.follow_politely(run, polite)
         outcome = await reconnect.through(run, lambda doorbell: _helped(run, doorbell))
     return outcome
+
+
+async def _seen_once(run: Run) -> None:
+    job = await jobs.look(run.target.monitor, run.job)
+    if job is not None:
+        blockjob.see(run, job)
 
 
 async def _start(run: Run) -> None:

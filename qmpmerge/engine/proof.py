@@ -219,9 +219,9 @@ def _outcome(
         disk=run.disk.name,
         before=run.plan.chain,
         after=after,
-        job=run.job,
+        job=run.seen if verdict in ("ready", "running") else None,
         merged=merged,
-        copied=run.copied if run.operation.pivots else None,
+        copied=run.copied,
         seconds=time.monotonic() - run.started,
         hints=hints,
         verified=run.verified,
@@ -235,3 +235,8 @@ def ready(run: Run) -> Outcome:
     command = f"qmpmerge job {shlex.quote(run.target.name)} {shlex.quote(run.job)}"
     hints = (f"every write now goes to both images; `{command} pivot`, `{command} keep` or `{command} cancel` ends it",)
     return _outcome(run, "ready", run.plan.chain, hints)
+
+
+def left(run: Run) -> Outcome:
+    """What is known where the job goes on without us."""
+    return _outcome(run, "running", run.plan.chain, tuple(run.notes))

@@ -166,7 +166,7 @@ async def _settled(
         return judged.way, None
     hints = ("an earlier run had merged them; what remained was done now", *recovery.hints)
     after = Chain(tuple(replace(image, inode=files.inode(image.file)) for image in record.plan.result))
-    outcome = Outcome(operation.verdict, record.disk, record.chain, after, record.job, recovery.merged, hints=hints)
+    outcome = Outcome(operation.verdict, record.disk, record.chain, after, merged=recovery.merged, hints=hints)
     return judged.way, outcome
 
 

@@ -26,6 +26,7 @@ from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.bitmaps import Bitmap
 from qmpmerge.qemu.blockgraph import Disk
+from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import ChainView, Target
 
 _ORDER = list(State)
@@ -41,7 +42,7 @@ class Run:
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_sent` says that
     the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
     that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
-    that the operation leaves open, top down. `notes` are sentences for the user.
+    that the operation leaves open, top down. `seen` is the job as it was seen last. `notes` are sentences for the user.
     """
 
     operation: Operation
@@ -69,6 +70,7 @@ class Run:
     base_is_durable: bool = False
     deadman: Switch | None = None
     paused_ms: float | None = None
+    seen: Job | None = None
     copied: int | None = None
     notes: list[str] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)

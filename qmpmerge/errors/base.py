@@ -111,8 +111,8 @@ class Error(Exception):
 
     @property
     def document(self) -> dict[str, object]:
-        """Name, message, hint and facts, as JSON shows them."""
-        return {"name": self.name, "message": str(self), "hint": self.hint, "facts": self.facts}
+        """Name, message, hint (None for none) and facts, as JSON shows them."""
+        return {"name": self.name, "message": str(self), "hint": self.hint or None, "facts": self.facts}
 
     @property
     def facts(self) -> dict[str, object]:

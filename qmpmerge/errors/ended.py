@@ -3,8 +3,12 @@
 import contextlib
 import shlex
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from qmpmerge.errors.base import Error, Failed, Unknown, Untouched
+
+if TYPE_CHECKING:
+    from qmpmerge.chain.outcome import Outcome
 
 
 class JobFailed(Failed):
@@ -269,7 +273,10 @@ class Undecided(Unknown):
 
 
 class StillRunning(Error, TimeoutError):
-    """We stopped waiting; the job belongs to QEMU and goes on."""
+    """
+    We stopped waiting; the job belongs to QEMU and goes on. `outcome` is what is known of the merge by then, None where that
+    is nothing.
+    """
 
     target: str
     job: str
@@ -277,6 +284,10 @@ class StillRunning(Error, TimeoutError):
     verdict = "running"
     sentence = "job {job} goes on in QEMU"
     advice = "`qmpmerge job {target} {job} follow{option}` waits for it and finishes the merge, `cancel` ends it"
+
+    def __init__(self, **facts: Any) -> None:
+        super().__init__(**facts)
+        self.outcome: Outcome | None = None
 
 
 class LeftCancelling(StillRunning):

@@ -481,7 +481,7 @@ async def test_a_mounted_filesystem_is_named(mountable: list[Path], vm: Machine,
         assert in_use.hint.startswith(f"{error['hint']}; ")
         assert {odd.name for odd in (await looked_at(mountable[3])).oddities} == {"in-use"}
         (finding,) = invoke("doctor", str(mountable[3]), "--json").document["findings"]
-        assert (finding["name"], f"`{finding['command']}`") == ("in-use", error["hint"])
+        assert (finding["name"], f"`{finding['fix']}`") == ("in-use", error["hint"])
         assert mountable[0].read_bytes() == before
         run("sh", "-c", error["hint"].strip("`"))
         assert invoke("commit", str(mountable[3])).code == 0
@@ -950,7 +950,7 @@ async def test_bitmaps_come_along_with_a_job_that_was_left(tmp_path: Path, layer
         async with qmpmerge.live(vm.target) as target:
             job = (await qmpmerge.commit(target, bitmaps="merge", ending="ready")).job
             assert job is not None and not bitmaps(vm, "low")
-            assert (await qmpmerge.follow(target, job)).verdict == "pivoted"
+            assert (await qmpmerge.follow(target, job.id)).verdict == "pivoted"
         assert dirty(vm, "low") == before
 
 

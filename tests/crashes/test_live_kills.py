@@ -201,7 +201,7 @@ def recover(case: Case, result: Killed) -> None:
     if again.verdict != "unchanged":
         result.wrong.append(f"a second recover: {again.document}")
     right = Path(
-        told.document["merges"][-1]["right"] or (case.launch if case.launch.exists() else case.images / NAMES[0])
+        told.document["merges"][-1]["start_from"] or (case.launch if case.launch.exists() else case.images / NAMES[0])
     )
     result.right = right.name
     faults = case.wrong(right)

@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig import advice
@@ -31,7 +32,7 @@ def overlay(path: Path, below: Path, form: str) -> Path:
     return path
 
 
-def found(vm: Setup) -> dict[str, dict[str, str]]:
+def found(vm: Setup) -> dict[str, dict[str, Any]]:
     return {finding["name"]: finding for finding in advice.findings(vm.machine.target)}
 
 
@@ -40,7 +41,7 @@ def test_a_start_by_the_same_line_after_a_snapshot_and_after_a_pivot(vm: Setup, 
     invoke("snapshot", vm.machine.target, f"vda={tmp_path}/a.qcow2")
     (one,) = found(vm).values()
     assert (one["name"], one["severity"], one["where"]) == ("launch-path", "note", str(base))
-    assert one["command"] == f"qmpmerge active {base}"
+    assert one["fix"] == f"qmpmerge active {base}"
     assert invoke("commit", vm.machine.target).code == 0
     assert set(found(vm)) == {"stashed"}
 
@@ -56,7 +57,7 @@ def test_a_launch_path_that_was_merged_away(
         told = found(vm)
         assert set(told) == names
         assert told["launch-path"]["where"] == str(images[3])
-        assert invoke(*shlex.split(told["launch-path"]["command"])[1:]).out == f"{images[0]}\n"
+        assert invoke(*shlex.split(told["launch-path"]["fix"])[1:]).out == f"{images[0]}\n"
 
 
 def test_a_chain_that_is_named_node_by_node(images: list[Path], content: Content, tmp_path: Path) -> None:
@@ -75,8 +76,8 @@ def test_a_vm_that_was_started_stale(vm: Setup, base: Path, tmp_path: Path, plac
     run("qemu-io", "-c", f"write -P 1 0 {MIB}", night)
     for _ in range(2):  # and once it has an overlay of its own
         stale = found(vm)["started-stale"]
-        assert (stale["severity"], stale["command"]) == ("harm", "")
-        assert str(night) in stale["what"] and "holds 1." in stale["what"]
+        assert (stale["severity"], stale["fix"]) == ("harm", None)
+        assert str(night) in stale["message"] and "holds 1." in stale["message"]
         invoke("snapshot", vm.machine.target, f"vda={tmp_path}/other.qcow2")
 
 
@@ -107,7 +108,7 @@ def test_what_is_kept_goes_out_of_reach_time_and_again(vm: Setup, base: Path, tm
 
 def test_an_image_that_is_not_the_active_one(images: list[Path]) -> None:
     one = next(finding for finding in advice.findings(images[2]) if finding["name"] == "not-active")
-    assert (one["where"], one["command"]) == (str(images[2]), f"qmpmerge active {images[2]}")
+    assert (one["where"], one["fix"]) == (str(images[2]), f"qmpmerge active {images[2]}")
 
 
 def test_a_note_that_is_not_right(vm: Setup, base: Path, tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_a_note_that_is_not_right(vm: Setup, base: Path, tmp_path: Path) -> None
     path = notes.put_on(str(base), files.inode(str(base)), str(night))
     night.unlink()
     one = found(vm)["odd-note"]
-    assert (one["where"], one["command"], "is not there" in one["what"]) == (path, "", True)
+    assert (one["where"], one["fix"], "is not there" in one["message"]) == (path, None, True)
 
 
 def test_when_an_image_holds_nothing(tmp_path: Path, base: Path) -> None:
@@ -147,7 +148,7 @@ def test_what_is_told_is_not_told_twice(base: Path, tmp_path: Path) -> None:
     far.unlink()
     assert invoke("active", str(base)).code == 3
     (told,) = advice.findings(tmp_path)
-    assert "is not there" in told["what"]
+    assert "is not there" in told["message"]
 
 
 async def test_an_empty_overlay_on_which_another_is_built_is_needed(base: Path, tmp_path: Path) -> None:

@@ -575,9 +575,10 @@ def test_the_command(tmp_path: Path, images: list[Path], content: Content) -> No
 
     with blockdev(tmp_path, images, content) as setup:
         target = setup.machine.target
-        assert json.loads(said(target, "--json")) == {"schema": 1, "verdict": "done", "target": target, "findings": []}
+        found = json.loads(said(target, "--json"))
+        assert (found["command"], found["verdict"], found["findings"]) == ("doctor", "done", [])
         leave(tmp_path)
         assert said(target).startswith(f"harm: {tmp_path}/.c.qcow2.qmpmerge-record (unsettled)\n  what  a merge of ")
     told = json.loads(said(str(tmp_path), "--json"))
     assert "shared-image" in [finding["name"] for finding in told["findings"]]
-    assert set(told["findings"][0]) == {"name", "severity", "where", "what", "why", "command"}
+    assert set(told["findings"][0]) == {"name", "severity", "where", "message", "why", "fix"}

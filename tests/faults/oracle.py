@@ -87,7 +87,7 @@ def right_by_recover(case: Case, found: Judgement) -> list[Path]:
         return [Path(told.document["error"]["facts"][which]) for which in ("base", "top")]
     if told.code not in (0, 6):
         found.wrong.append(f"recover: {told.verdict}, exit code {told.code}, {told.complaints[-500:]}")
-    return [Path(merge["right"]) for merge in told.document.get("merges", []) if merge["right"]][-1:]
+    return [Path(merge["start_from"]) for merge in told.document.get("merges", []) if merge["start_from"]][-1:]
 
 
 def losses_of(case: Case, played: Played, image: Path, at: int | None, found: Judgement) -> int:

@@ -39,9 +39,9 @@ def test_any_image_of_the_chain_and_its_folder_lead_to_the_active_one(images: li
     document = invoke("active", str(images[0]), "--json").document
     assert document == {
         "schema": 1,
+        "command": "active",
         "verdict": "done",
-        "path": str(images[0]),
-        "active": str(images[3]),
+        "file": str(images[3]),
         "format": "qcow2",
         "drive": f"file={images[3]},format=qcow2",
     }
@@ -382,7 +382,7 @@ def test_snapshot_tells_the_launch_path(vm: Setup, base: Path, tmp_path: Path) -
     third = invoke("snapshot", vm.machine.target, f"vda={tmp_path}/c.qcow2")
     assert f"launch scripts: ask `qmpmerge active {base}`" in third.err
     (made,) = invoke("snapshot", vm.machine.target, f"vda={second}", "--json").document["overlays"]
-    assert (made["start_from"], made["instead_of"]) == (str(second), f"{tmp_path}/c.qcow2")
+    assert (made["file"], made["backing_file"]) == (str(second), f"{tmp_path}/c.qcow2")
 
 
 # --- notes --------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ async def test_what_is_only_called_so_stays_however_it_is_named(
     assert await kept(image.parent) == {image.name: reason} and image.exists()
     assert [one.name for one in await qmpmerge.examine_path(tmp_path) if one.name == "stashed"] == []
     told = invoke("clean", str(image), "--json")
-    assert (told.code, told.document["verdict"], told.document["stashed"][0]["kept"]) == (0, "unchanged", reason)
+    assert (told.code, told.document["verdict"], told.document["stashed"][0]["obstacle"]) == (0, "unchanged", reason)
     run(*shlex.split(reason.split("`")[-2]))
     assert not image.exists()
 
@@ -411,8 +411,8 @@ async def test_only_what_was_stashed_so_long_ago(tmp_path: Path, images: list[Pa
     await merged(images, top="[3]")
     note_stashed(tmp_path / STASHED[1], images[0], since=time.time() - 7 * 86400)
     young = invoke("clean", str(tmp_path), "--older-than", "7d", "--json").document["stashed"]
-    assert [one["kept"] is None for one in young] == [False, True]
-    assert "it was stashed at 2" in young[0]["kept"]
+    assert [one["obstacle"] is None for one in young] == [False, True]
+    assert "it was stashed at 2" in young[0]["obstacle"]
     for none in ("soon", "5"):  # is it days or seconds?
         assert invoke("clean", str(tmp_path), "--older-than", none).code == 2
 

@@ -349,7 +349,7 @@ async def test_ready_then_pivot(kind: str, tmp_path: Path, images: list[Path], c
             assert (outcome.verdict, outcome.after.files) == ("ready", [str(image) for image in images])
             setup.write(0x77, 5 * MIB, 64 * 1024)
             assert outcome.job is not None
-            outcome = await qmpmerge.follow(target, outcome.job, needs_ready=True)
+            outcome = await qmpmerge.follow(target, outcome.job.id, needs_ready=True)
             assert (outcome.verdict, str(outcome.after)) == ("pivoted", "base.raw")
         setup.check()
         setup.machine.stop()

@@ -411,7 +411,7 @@ def test_a_golden_base_in_another_folder_tells_of_the_merge(tmp_path: Path) -> N
         begun.end()
         told = invoke("recover", str(images[0]), "--json")
         (merge,) = told.document["merges"]
-        assert (told.document["verdict"], merge["image"]) == ("running", str(images[-1]))
+        assert (told.document["verdict"], merge["file"]) == ("running", str(images[-1]))
         assert invoke("commit", setup.machine.target, "--speed", "1G").code == 0
     assert invoke("recover", str(images[0]), "--json").document["verdict"] == "unchanged"
 

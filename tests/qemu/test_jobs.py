@@ -99,7 +99,7 @@ def test_only_a_job_that_stands_still_has_no_space() -> None:
 
 def test_what_is_told_names_disk_job_and_what_is_counted() -> None:
     told = Bench().see(0, MIB)
-    assert (told.disk, told.job, told.counts, told.done, told.total) == ("vda", "j", "copied", MIB, 100 * MIB)
+    assert (told.disk, told.job.id, told.counts, told.done, told.total) == ("vda", "j", "copied", MIB, 100 * MIB)
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 1000), st.integers(0, 1000)), min_size=1))

@@ -223,7 +223,7 @@ async def test_a_migration_that_begins_during_the_copy(
         def begin(progress: qmpmerge.Progress) -> None:
             if progress.status == "running" and not (tmp_path / "nobody").exists():
                 stack.enter_context(migrations.under_way(vm))
-                vm.session.execute("block-job-set-speed", device=progress.job, speed=0)
+                vm.session.execute("block-job-set-speed", device=progress.job.id, speed=0)
 
         async with qmpmerge.live(vm.target) as target:
             with pytest.raises(MigrationBegan) as began:

@@ -21,7 +21,7 @@ def names(target: str | Path) -> set[str]:
 
 def carry_out(target: str | Path) -> list[str]:
     """Type every command that the doctor names; returns them."""
-    commands = [finding["command"] for finding in findings(target) if finding["command"]]
+    commands = [finding["fix"] for finding in findings(target) if finding["fix"]]
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     for command in commands:
         subprocess.run(["sh", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, check=False)

@@ -301,12 +301,12 @@ async def test_a_base_that_is_displaced_when_the_overlay_is_kept(setup: Setup, i
         renamed(images[0])
         assert job is not None
         with pytest.raises(Replaced):
-            await qmpmerge.control(target, job, "keep")
+            await qmpmerge.control(target, job.id, "keep")
     done = at("block-job-cancel", lambda: renamed(images[0]))
     images[0].with_name("elsewhere.base.raw").rename(images[0])
     async with qmpmerge.live(setup.machine.target, trace=done) as target:
         with pytest.raises(NotUnderItsName) as lost:
-            await qmpmerge.control(target, job, "keep")
+            await qmpmerge.control(target, job.id, "keep")
     do(setup.machine, lost.value.hint)
     setup.check()
     setup.off()

@@ -56,8 +56,8 @@ def test_a_snapshot_and_a_reboot_by_the_old_launch_path(base: Path, tmp_path: Pa
     assert invoke("active", str(base)).out == f"{night}\n"
     with boot(base) as vm:
         found = {finding["name"]: finding for finding in advice.findings(vm.target)}
-        assert (found["started-stale"]["severity"], found["started-stale"]["command"]) == ("harm", "")
-        assert all(word in found["started-stale"]["what"] for word in (str(base), str(night), "last written", "MiB"))
+        assert (found["started-stale"]["severity"], found["started-stale"]["fix"]) == ("harm", None)
+        assert all(word in found["started-stale"]["message"] for word in (str(base), str(night), "last written", "MiB"))
         advice.carry_out(vm.target)
         done("clean", tmp_path)
     for path in (tmp_path, base, night):

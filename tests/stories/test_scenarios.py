@@ -145,7 +145,7 @@ def test_what_is_shown_meanwhile(setup: Setup, top: str) -> None:
     assert files[0] == files[1] and before["job"] is None
     assert during["job"]["id"] == job_id(setup) and "follow" in during["job"]["verbs"]
     assert f"job {job_id(setup)} (commit): " in invoke("chain", setup.machine.target).out
-    assert invoke("disks", setup.machine.target, "--json").document["disks"][0]["job"] == job_id(setup)
+    assert invoke("disks", setup.machine.target, "--json").document["disks"][0]["job"]["id"] == job_id(setup)
     assert len(setup.machine.session.execute("query-named-block-nodes")) > 5
     merged(commit(setup, "--top", top, "--speed", "0"))
 

@@ -45,7 +45,7 @@ def active(path: str, drive: bool, options: Options) -> int:
     def work(output: "Output") -> str:
         from qmpmerge.operations import active as operation
 
-        output.active(path, operation.active(path), drive=drive)
+        output.active(operation.active(path), drive=drive)
         return "failed" if streams.is_failing(sys.stdout) else "done"  # a VM is not to be started from an empty name
 
     return look(options, work)

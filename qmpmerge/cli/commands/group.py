@@ -6,6 +6,7 @@ when the command is asked for, and what only one way through it needs where that
 """
 
 import importlib
+import sys
 
 import click
 
@@ -27,6 +28,12 @@ FILES = {
     "completion": "completion",
 }
 """The commands in the order in which one needs them, and the file of each."""
+
+
+def typed() -> str | None:
+    """The command that was typed, as `FILES` has it; None where there is none."""
+    word = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    return word if word in FILES else None
 
 
 class Lazy(click.Group):

@@ -1,14 +1,19 @@
-"""JSON for programs: exactly one object on stdout, progress as one object a line on stderr. Fields are only ever added."""
+"""
+JSON for programs: exactly one object on stdout, what is said meanwhile as one object a line on stderr.
+
+docs/json.md is the contract, which the tests hold every run against: what is added here is added there.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from qmpmerge.cli.render.humanize import cleaned_verdict
+from qmpmerge.errors import StillRunning
 
 if TYPE_CHECKING:
     from qmpmerge.chain.chain import Image
-    from qmpmerge.chain.outcome import Estimate, MergedFile, Outcome
+    from qmpmerge.chain.outcome import MergedFile, Outcome
     from qmpmerge.doctor.findings import Finding
     from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
@@ -28,21 +33,21 @@ SCHEMA = 1
 
 
 class JsonOutput:
-    """Renders to two streams; `quiet` leaves out progress and notes."""
+    """Renders to two streams; `command` is the one that was typed, None for none; `quiet` leaves out progress and notes."""
 
-    def __init__(self, out: TextIO, err: TextIO, *, quiet: bool = False) -> None:
+    def __init__(self, out: TextIO, err: TextIO, *, command: str | None = None, quiet: bool = False) -> None:
         self._out = out
         self._err = err
+        self._command = command
         self._quiet = quiet
 
     def vms(self, found: "Sequence[Vm]") -> None:
         """The running QEMUs."""
-        keys = ("name", "pid", "user", "monitors", "libvirt")
-        self._print({"verdict": "done", "vms": [{key: getattr(vm, key) for key in keys} for vm in found]})
+        self._print("done", vms=[_keys(vm, "name", "pid", "user", "monitors", "libvirt") for vm in found])
 
     def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
         """The disks; an empty drive has no file."""
-        self._print({"verdict": "done", "disks": [_disk(disk) for disk in found], "oddities": _oddities(oddities)})
+        self._print("done", disks=[_disk(disk) for disk in found], oddities=_oddities(oddities))
 
     def chain(self, view: "ChainView") -> None:
         """The images, base first."""
@@ -63,115 +68,172 @@ class JsonOutput:
             }
             for index, image in enumerate(view.chain, 1)
         ]
-        job = _job(view.disk.job) if view.disk.job else None
-        told = {"disk": view.disk.name, "images": images, "oddities": _oddities(view.oddities), "job": job}
-        self._print({"verdict": "done", **told})
+        told = {"images": images, "oddities": _oddities(view.oddities)}
+        self._print("done", disk=view.disk.name, job=_job(view.disk.job), **told)
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
-        keys = ("disk", "file", "node", "instead_of")
-        made = [{**{key: getattr(overlay, key) for key in keys}, "start_from": overlay.file} for overlay in overlays]
-        hints = [overlay.hint for overlay in overlays if overlay.hint]
-        self._print({"verdict": "created", "overlays": made, "hints": hints})
+        made = [{**_keys(overlay, "disk", "node", "file"), "backing_file": overlay.instead_of} for overlay in overlays]
+        self._print("created", overlays=made, hints=[overlay.hint for overlay in overlays if overlay.hint])
 
-    def active(self, path: str, found: "Active", *, drive: bool) -> None:
-        """The image that a VM must be started from, and the `path` that was given."""
-        told = {"active": found.file, "format": found.format, "drive": found.drive}
-        self._print({"verdict": "done", "path": path, **told})
+    def active(self, found: "Active", *, drive: bool) -> None:
+        """The image that a VM must be started from, both ways to name it."""
+        self._print("done", **_keys(found, "file", "format", "drive"))
 
     def commit(self, outcome: "Outcome") -> None:
-        """What a merge came to; `copied` is null where QEMU does not count it."""
-        self._print(
-            {
-                "verdict": outcome.verdict,
-                "disk": outcome.disk,
-                "job": outcome.job,
-                "before": outcome.before.files,
-                "after": outcome.after.files,
-                "merged": _merged(outcome.merged),
-                "copied": outcome.copied,
-                "seconds": round(outcome.seconds, 3),
-                "verified": outcome.verified,
-                "paused_ms": None if outcome.paused_ms is None else round(outcome.paused_ms, 1),
-                "hints": list(outcome.hints),
-                "checks": [
-                    {key: getattr(check, key) for key in ("name", "result", "reason", "looked_at")}
-                    for check in outcome.checks
-                ],
-                "estimate": _estimate(outcome.estimate) if outcome.estimate is not None else None,
-                "converge": list(outcome.rungs),
-            }
-        )
+        """What a merge came to."""
+        self._print(outcome.verdict, **_merge(outcome))
 
     def recovered(self, found: "Sequence[Recovery]") -> None:
         """One entry for each merge."""
         from qmpmerge.operations.recover import verdict_of  # imported already by who has found something
 
-        keys = ("verdict", "image", "right", "action", "reasons", "hints")
-        merges = [{**{key: getattr(one, key) for key in keys}, "merged": _merged(one.merged)} for one in found]
-        self._print({"verdict": verdict_of(found), "merges": merges})
+        merges = [
+            {
+                "verdict": one.verdict,
+                "file": one.image,
+                "start_from": one.right,
+                "message": one.action,
+                "reasons": list(one.reasons),
+                "merged": _merged(one.merged),
+                "hints": list(one.hints),
+            }
+            for one in found
+        ]
+        self._print(verdict_of(found), merges=merges)
 
     def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
-        """One entry for each stashed file; `kept` is null where it was removed."""
-        stashed = [{"file": one.file, "size": one.size, "kept": one.kept} for one in found]
-        self._print({"verdict": cleaned_verdict(found, dry_run=dry_run), "stashed": stashed})
+        """One entry for each stashed file."""
+        stashed = [
+            {
+                "file": one.file,
+                "allocated": one.size,
+                "action": "delete" if one.kept is None else "keep",
+                "obstacle": one.kept,
+            }
+            for one in found
+        ]
+        self._print(cleaned_verdict(found, dry_run=dry_run), stashed=stashed)
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs."""
-        self._print({"verdict": "done", "jobs": [_job(job) for job in found]})
+        self._print("done", jobs=[_job(job) for job in found])
 
     def controlled(self, job_id: str, job: "Job | None") -> None:
         """The job as it is now, null when it is gone."""
-        self._print({"verdict": "done", "id": job_id, "job": _job(job) if job else None})
+        self._print("done", job=_job(job))
 
     def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
         """The findings, the worst first; an empty list is a clean bill of health."""
-        keys = ("name", "severity", "where", "what", "why", "command")
-        entries = [{key: getattr(finding, key) for key in keys} for finding in findings]
-        self._print({"verdict": "done", "target": target, "findings": entries})
+        entries = [
+            {
+                **_keys(finding, "name", "severity", "where"),
+                "message": finding.what,
+                "why": finding.why,
+                "fix": finding.command or None,
+            }
+            for finding in findings
+        ]
+        self._print("done", target=target, findings=entries)
 
     def failure(self, error: "Error") -> None:
-        """The error with its facts."""
-        self._print({"verdict": error.verdict, "error": error.document})
+        """The error with its facts; with all that is known of a merge whose job goes on without us."""
+        known: Mapping[str, object] = {}
+        if isinstance(error, StillRunning):
+            known = _NOTHING if error.outcome is None else _merge(error.outcome)
+        self._print(error.verdict, **known, error=error.document)
+
+    def mistake(self, verdict: str, *, name: str, message: str, hint: str, facts: Mapping[str, object]) -> None:
+        """What is no `Error`, in the same shape: a usage error, a bug."""
+        self._print(verdict, error={"name": name, "message": message, "hint": hint, "facts": facts})
 
     def progress(self, progress: "Progress") -> None:
-        """One object a line on stderr."""
-        keys = ("disk", "job", "status", "done", "total", "counts", "rate", "eta", "dirty_rate", "converging", "hint")
-        lack = (
-            {"filesystem": progress.shortage.filesystem, "needed": progress.shortage.needed}
-            if progress.shortage
-            else None
+        """One object a line on stderr; sentences are lines of their own."""
+        if self._quiet:
+            return
+        self._line(
+            "progress",
+            disk=progress.disk,
+            job=_job(progress.job),
+            counts=progress.counts,
+            rate=progress.rate,
+            seconds_left=progress.eta,
+            dirty_rate=progress.dirty_rate,
+            converging=progress.converging,
+            shortage=_keys(progress.shortage, "filesystem", "needed") if progress.shortage else None,
         )
-        if not self._quiet:
-            more = {"shortage": lack, "note": progress.note}
-            self._line({"event": "progress", **{key: getattr(progress, key) for key in keys}, **more})
+        if progress.note:
+            self.note(progress.note)
+        if progress.hint:
+            self._line("hint", message=progress.hint)
 
     def note(self, text: str) -> None:
         """One object a line on stderr."""
         if not self._quiet:
-            self._line({"event": "note", "text": text})
+            self._line("note", message=text)
 
     def trace(self, direction: str, text: str) -> None:
         """One object a line on stderr."""
-        self._line({"event": "trace", "direction": direction, "text": text})
+        self._line("trace", direction=direction, message=text)
 
     def close(self) -> None:
         """Nothing is redrawn."""
 
-    def _print(self, document: Mapping[str, object]) -> None:
-        self._out.write(json.dumps({"schema": SCHEMA, **document}) + "\n")
+    def _print(self, verdict: str, **told: object) -> None:
+        document = {"schema": SCHEMA, "command": self._command, "verdict": verdict, **told}
+        self._out.write(json.dumps(document) + "\n")
 
-    def _line(self, document: Mapping[str, object]) -> None:
-        self._err.write(json.dumps(document) + "\n")
+    def _line(self, event: str, **told: object) -> None:
+        self._err.write(json.dumps({"event": event, **told}) + "\n")
+
+
+def _keys(value: object, *names: str) -> dict[str, object]:
+    """These of its fields; an empty string is nothing."""
+    return {name: None if (field := getattr(value, name)) == "" else field for name in names}
+
+
+def _merge(outcome: "Outcome") -> dict[str, object]:
+    """Of what is running nobody knows what it will have come to."""
+    estimate, paused = outcome.estimate, outcome.paused_ms
+    return {
+        "disk": outcome.disk,
+        "job": _job(outcome.job),
+        "before": outcome.before.files,
+        "after": outcome.after.files if outcome.verdict != "running" else None,
+        "merged": _merged(outcome.merged),
+        "copied": outcome.copied,
+        "seconds": round(outcome.seconds, 3),
+        "paused_seconds": None if paused is None else round(paused / 1000, 6),
+        "verified": outcome.verified,
+        "checks": [_keys(check, "name", "result", "reason", "looked_at") for check in outcome.checks],
+        "estimate": _keys(estimate, *_ESTIMATE) if estimate is not None else None,
+        "converge": list(outcome.rungs),
+        "hints": list(outcome.hints),
+    }
+
+
+_NOTHING: Mapping[str, object] = {
+    "disk": None,
+    "job": None,
+    "before": [],
+    "after": None,
+    "merged": [],
+    "copied": None,
+    "seconds": None,
+    "paused_seconds": None,
+    "verified": False,
+    "checks": [],
+    "estimate": None,
+    "converge": [],
+    "hints": [],
+}
+"""The same of a job of which nothing else is known."""
+
+_ESTIMATE = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
 
 
 def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
-    return [{key: getattr(one, key) for key in ("file", "action", "now", "obstacle")} for one in files]
-
-
-def _estimate(estimate: "Estimate") -> dict[str, object]:
-    keys = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
-    return {key: getattr(estimate, key) for key in keys}
+    return [_keys(one, "file", "action", "now", "obstacle") for one in files]
 
 
 def _slice(image: "Image") -> dict[str, int | None] | None:
@@ -180,7 +242,7 @@ def _slice(image: "Image") -> dict[str, int | None] | None:
 
 
 def _oddities(found: "Sequence[Oddity]") -> list[dict[str, object]]:
-    return [{"name": odd.name, "file": odd.file, "message": odd.message} for odd in found]
+    return [_keys(odd, "name", "file", "message") for odd in found]
 
 
 def _disk(disk: "Disk") -> dict[str, object]:
@@ -193,9 +255,9 @@ def _disk(disk: "Disk") -> dict[str, object]:
         "format": active.format if active else None,
         "depth": len(disk.chain) if disk.chain else 0,
         "virtual_size": active.virtual_size if active else None,
-        "actual_size": active.allocated if active else None,
+        "allocated": active.allocated if active else None,
         "read_only": active.read_only if active else None,
-        "job": disk.job.id if disk.job else None,
+        "job": _job(disk.job),
         "details": _disk_details(disk.details) if disk.details else None,
     }
 
@@ -205,7 +267,7 @@ def _disk_details(found: "DiskDetails") -> dict[str, object]:
     device = found.device
     return {
         "device": device and device.kind,
-        **{key: getattr(device, key, None) for key in keys},
+        **(dict.fromkeys(keys) if device is None else _keys(device, *keys)),
         "physical": found.physical,
     }
 
@@ -215,12 +277,15 @@ def _image_details(found: "ImageDetails") -> dict[str, object]:
     flags = ("extended_l2", "lazy_refcounts", "dirty", "corrupt")
     of_bitmap = ("name", "granularity", "persistent", "recording", "inconsistent", "busy")
     return {
-        **{key: getattr(found, key) for key in (*keys, *flags)},
+        **_keys(found, *keys, *flags),
         "snapshots": [{"id": number, "name": name} for number, name in found.snapshots],
-        "bitmaps": [{key: getattr(bitmap, key) for key in of_bitmap} for bitmap in found.bitmaps],
+        "bitmaps": [_keys(bitmap, *of_bitmap) for bitmap in found.bitmaps],
     }
 
 
-def _job(job: "Job") -> dict[str, object]:
-    keys = ("id", "type", "disk", "status", "ready", "done", "total", "speed", "io_status", "error", "ours", "verbs")
-    return {key: getattr(job, key) for key in keys}
+def _job(job: "Job | None") -> dict[str, object] | None:
+    """The same wherever there is a job; null for none."""
+    if job is None:
+        return None
+    keys = ("id", "type", "disk", "status", "ready", "done", "total", "speed", "io_status")
+    return {**_keys(job, *keys), "reason": job.error, "ours": job.ours, "verbs": job.verbs}

@@ -39,7 +39,7 @@ class Output(Protocol):
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""
 
-    def active(self, path: str, found: "Active", *, drive: bool) -> None:
+    def active(self, found: "Active", *, drive: bool) -> None:
         """The image that a VM must be started from; with `drive` as QEMU's option takes it."""
 
     def commit(self, outcome: "Outcome") -> None:

@@ -118,7 +118,7 @@ class TextOutput:
             ):
                 self._hint(hint) if hint else None
 
-    def active(self, path: str, found: "Active", *, drive: bool) -> None:
+    def active(self, found: "Active", *, drive: bool) -> None:
         """The path as it is, byte by byte, for a script; spelled out for people."""
         told = found.drive if drive else found.file
         raw = getattr(self._out, "buffer", None)

@@ -26,9 +26,9 @@ class Shortage:
 @dataclass(frozen=True)
 class Progress:
     """
-    How far a merge is. `counts` says what `done` and `total` (bytes) are: an intermediate merge walks the whole virtual
-    disk (``scanned``), an active one counts what it has to copy (``copied``), and its total grows while the guest
-    writes. `rate` is bytes a second, `eta` seconds; both None while nothing sensible can be said.
+    How far a merge is: its `job` as seen last. `counts` says what `done` and `total` (bytes) are: an intermediate merge
+    walks the whole virtual disk (``scanned``), an active one counts what it has to copy (``copied``), and its total grows
+    while the guest writes. `rate` is bytes a second, `eta` seconds; both None while nothing sensible can be said.
 
     `shortage` is what a job waits for that ran out of space. `note` is a sentence, said once, about a job that was there
     before us.
@@ -37,10 +37,7 @@ class Progress:
     """
 
     disk: str
-    job: str
-    status: str
-    done: int
-    total: int
+    job: "Job"
     counts: str
     rate: float | None = None
     eta: float | None = None
@@ -49,6 +46,21 @@ class Progress:
     dirty_rate: float | None = None
     converging: bool | None = None
     hint: str | None = None
+
+    @property
+    def status(self) -> str:
+        """That of the job."""
+        return self.job.status
+
+    @property
+    def done(self) -> int:
+        """That of the job."""
+        return self.job.done
+
+    @property
+    def total(self) -> int:
+        """That of the job."""
+        return self.job.total
 
     @property
     def percent(self) -> float | None:
@@ -80,10 +92,7 @@ class Meter:
         left = max(0, job.total - job.done)
         return Progress(
             disk=self._disk,
-            job=job.id,
-            status=job.status,
-            done=job.done,
-            total=job.total,
+            job=job,
             counts=self._counts,
             rate=rate,
             eta=left / rate if rate else None,

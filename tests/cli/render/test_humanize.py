@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from qmpmerge.chain.outcome import Checked, Estimate
 from qmpmerge.cli.render import humanize
 from qmpmerge.engine.pace.progress import Progress
+from qmpmerge.qemu.jobs import Job
 
 KIB, MIB, GIB, TIB, PIB = (1024**power for power in range(1, 6))
 
@@ -85,7 +87,12 @@ def test_a_duration_never_says_sixty_of_anything(seconds: float) -> None:
 
 # --- progress -----------------------------------------------------------------------------------------------------
 
-COPYING = Progress("vda", "qmpmerge-commit-vda", "running", 3 * GIB, 10 * GIB, "copied", rate=250 * MIB, eta=28.4)
+JOB = Job("qmpmerge-commit-vda", "commit", "running", 3 * GIB, 10 * GIB)
+COPYING = Progress("vda", JOB, "copied", rate=250 * MIB, eta=28.4)
+
+
+def at(**job: Any) -> Progress:
+    return replace(COPYING, job=replace(JOB, **job))
 
 
 @pytest.mark.parametrize(
@@ -94,12 +101,12 @@ COPYING = Progress("vda", "qmpmerge-commit-vda", "running", 3 * GIB, 10 * GIB, "
         (COPYING, "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, 28 s left"),
         (replace(COPYING, counts="scanned"), "vda: 30 %, scanned 3 GiB of 10 GiB, 250 MiB/s, 28 s left"),
         (replace(COPYING, rate=None, eta=None), "vda: 30 %, copied 3 GiB of 10 GiB"),
-        (replace(COPYING, done=0, total=0, rate=None, eta=None), "vda: copied 0 B of 0 B"),
-        (replace(COPYING, done=10 * GIB, eta=0.0), "vda: 100 %, copied 10 GiB of 10 GiB, 250 MiB/s"),
-        (replace(COPYING, done=11 * GIB, eta=0.0), "vda: 100 %, copied 11 GiB of 10 GiB, 250 MiB/s"),
-        (replace(COPYING, status="created"), "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, 28 s left"),
-        (replace(COPYING, status="ready", eta=None), "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, ready"),
-        (replace(COPYING, status="no space", rate=None, eta=None), "vda: 30 %, copied 3 GiB of 10 GiB, no space"),
+        (replace(at(done=0, total=0), rate=None, eta=None), "vda: copied 0 B of 0 B"),
+        (replace(at(done=10 * GIB), eta=0.0), "vda: 100 %, copied 10 GiB of 10 GiB, 250 MiB/s"),
+        (replace(at(done=11 * GIB), eta=0.0), "vda: 100 %, copied 11 GiB of 10 GiB, 250 MiB/s"),
+        (at(status="created"), "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, 28 s left"),
+        (replace(at(status="ready"), eta=None), "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, ready"),
+        (replace(at(status="no space"), rate=None, eta=None), "vda: 30 %, copied 3 GiB of 10 GiB, no space"),
         (replace(COPYING, disk="v\x1bc", rate=None, eta=None), r"v\x1bc: 30 %, copied 3 GiB of 10 GiB"),
     ],
 )
@@ -109,7 +116,7 @@ def test_a_progress_line_says_exactly_this(told: Progress, line: str) -> None:
 
 @given(done=st.integers(0, PIB), total=st.integers(0, PIB))
 def test_a_percentage_is_never_over_a_hundred(done: int, total: int) -> None:
-    percent = replace(COPYING, done=done, total=total).percent
+    percent = at(done=done, total=total).percent
     assert (percent is None) == (total == 0)
     assert percent is None or 0 <= percent <= 100
 

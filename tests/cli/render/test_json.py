@@ -15,7 +15,7 @@ from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.resume import Recovery
-from qmpmerge.errors import AmbiguousName, Cancelled, NoReply, NoSuchLayer, ShorterLayer
+from qmpmerge.errors import AmbiguousName, Cancelled, NoReply, NoSuchLayer, ShorterLayer, StillRunning
 from qmpmerge.images.headers import Oddity
 from qmpmerge.operations.clean import Cleaned
 from qmpmerge.operations.snapshot import Overlay
@@ -29,7 +29,21 @@ BASE = Image("/vm/base.raw", "raw", 10 * GIB, node="#block2", allocated=4 * GIB)
 TOP = Image("/vm/a.qcow2", "qcow2", 10 * GIB, node="#block1", backing="base.raw", backing_format="raw", allocated=GIB)
 CHAIN, RESULT = Chain((BASE, TOP)), Chain((BASE,))
 JOB = Job("qmpmerge-commit-vda", "commit", "ready", GIB, 4 * GIB, ready=True, speed=1024, disk="vda")
-COPYING = Progress("vda", JOB.id, "running", GIB, 4 * GIB, "copied", rate=1e8, eta=30.0)
+COPYING = Progress("vda", JOB, "copied", rate=1e8, eta=30.0)
+SHOWN = {
+    "id": "qmpmerge-commit-vda",
+    "type": "commit",
+    "disk": "vda",
+    "status": "ready",
+    "ready": True,
+    "done": GIB,
+    "total": 4 * GIB,
+    "speed": 1024,
+    "io_status": "ok",
+    "reason": None,
+    "ours": True,
+    "verbs": ["follow", "pivot", "keep", "pause", "speed", "cancel"],
+}
 
 
 class Streams:
@@ -37,7 +51,7 @@ class Streams:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.out, self.err = io.StringIO(), io.StringIO()
-        self.output = JsonOutput(self.out, self.err, quiet=quiet)
+        self.output = JsonOutput(self.out, self.err, command="commit", quiet=quiet)
 
     def document(self) -> Any:
         """The one object on stdout; stderr is silent."""
@@ -68,6 +82,7 @@ def test_disks(streams: Streams) -> None:
     streams.output.disks([disk(job=JOB), dataclasses.replace(disk("cd0", None), qdev="")], [odd])
     assert streams.document() == {
         "schema": 1,
+        "command": "commit",
         "verdict": "done",
         "disks": [
             {
@@ -78,9 +93,9 @@ def test_disks(streams: Streams) -> None:
                 "format": "qcow2",
                 "depth": 2,
                 "virtual_size": 10 * GIB,
-                "actual_size": GIB,
+                "allocated": GIB,
                 "read_only": False,
-                "job": JOB.id,
+                "job": SHOWN,
                 "details": None,
             },
             {
@@ -91,7 +106,7 @@ def test_disks(streams: Streams) -> None:
                 "format": None,
                 "depth": 0,
                 "virtual_size": None,
-                "actual_size": None,
+                "allocated": None,
                 "read_only": None,
                 "job": None,
                 "details": None,
@@ -108,6 +123,7 @@ def test_chain(streams: Streams) -> None:
     streams.output.chain(ChainView(disk(), chain, (odd,), Layout((), (), {}, {})))
     assert streams.document() == {
         "schema": 1,
+        "command": "commit",
         "verdict": "done",
         "disk": "vda",
         "images": [
@@ -150,16 +166,16 @@ def test_snapshot(streams: Streams) -> None:
     streams.output.snapshot(made)
     assert streams.document() == {
         "schema": 1,
+        "command": "commit",
         "verdict": "created",
         "overlays": [
             {
                 "disk": "vda",
-                "file": "/vm/c.qcow2",
                 "node": "n1",
-                "start_from": "/vm/c.qcow2",
-                "instead_of": "/vm/b.qcow2",
+                "file": "/vm/c.qcow2",
+                "backing_file": "/vm/b.qcow2",
             },
-            {"disk": "vdb", "file": "/vm/d.qcow2", "node": "n2", "start_from": "/vm/d.qcow2", "instead_of": "/b.raw"},
+            {"disk": "vdb", "node": "n2", "file": "/vm/d.qcow2", "backing_file": "/b.raw"},
         ],
         "hints": ["a hint"],
     }
@@ -168,20 +184,23 @@ def test_snapshot(streams: Streams) -> None:
 def test_commit(streams: Streams) -> None:
     merged = (MergedFile("/vm/a.qcow2", action="stash", now="/vm/a.qcow2.merged"),)
     streams.output.commit(
-        Outcome("pivoted", "vda", CHAIN, RESULT, JOB.id, merged, GIB, 1.23456, ("a hint",), rungs=("paused",))
+        Outcome(
+            "pivoted", "vda", CHAIN, RESULT, None, merged, GIB, 1.23456, ("a hint",), paused_ms=7.4, rungs=("paused",)
+        )
     )
     assert streams.document() == {
         "schema": 1,
+        "command": "commit",
         "verdict": "pivoted",
         "disk": "vda",
-        "job": JOB.id,
+        "job": None,
         "before": ["/vm/base.raw", "/vm/a.qcow2"],
         "after": ["/vm/base.raw"],
         "merged": [{"file": "/vm/a.qcow2", "action": "stash", "now": "/vm/a.qcow2.merged", "obstacle": None}],
         "copied": GIB,
         "seconds": 1.235,
-        "verified": False,  # not in DESIGN.md yet
-        "paused_ms": None,
+        "verified": False,
+        "paused_seconds": 0.0074,
         "hints": ["a hint"],
         "checks": [],
         "estimate": None,
@@ -194,8 +213,8 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
     streams.output.commit(Outcome(verdict, "vda", CHAIN, CHAIN))
     document = streams.document()
     assert document.pop("verdict") == verdict
-    shape = {"schema", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
-    shape |= {"checks", "estimate", "paused_ms", "converge"}
+    shape = {"schema", "command", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
+    shape |= {"checks", "estimate", "paused_seconds", "converge"}
     assert set(document) == shape
     assert (document["job"], document["copied"], document["merged"], document["hints"]) == (None, None, [], [])
 
@@ -204,22 +223,10 @@ def test_jobs(streams: Streams) -> None:
     streams.output.jobs([JOB, Job("other", "backup", "concluded", 1, 1, error="No space left on device")])
     assert streams.document() == {
         "schema": 1,
+        "command": "commit",
         "verdict": "done",
         "jobs": [
-            {
-                "id": JOB.id,
-                "type": "commit",
-                "disk": "vda",
-                "status": "ready",
-                "ready": True,
-                "done": GIB,
-                "total": 4 * GIB,
-                "speed": 1024,
-                "io_status": "ok",
-                "error": None,
-                "ours": True,
-                "verbs": ["follow", "pivot", "keep", "pause", "speed", "cancel"],
-            },
+            SHOWN,
             {
                 "id": "other",
                 "type": "backup",
@@ -230,7 +237,7 @@ def test_jobs(streams: Streams) -> None:
                 "total": 1,
                 "speed": 0,
                 "io_status": "ok",
-                "error": "No space left on device",
+                "reason": "No space left on device",
                 "ours": False,
                 "verbs": ["dismiss"],
             },
@@ -244,8 +251,8 @@ def test_a_controlled_job_has_the_shape_of_a_listed_one() -> None:
     controlled.output.controlled(JOB.id, JOB)
     gone.output.controlled(JOB.id, None)
     (entry,) = listed.document()["jobs"]
-    assert controlled.document() == {"schema": 1, "verdict": "done", "id": JOB.id, "job": entry}
-    assert gone.document() == {"schema": 1, "verdict": "done", "id": JOB.id, "job": None}
+    assert controlled.document() == {"schema": 1, "command": "commit", "verdict": "done", "job": entry}
+    assert gone.document() == {"schema": 1, "command": "commit", "verdict": "done", "job": None}
 
 
 def test_vms(streams: Streams) -> None:
@@ -264,7 +271,7 @@ def test_vms(streams: Streams) -> None:
 def test_an_empty_list_is_still_an_object(streams: Streams, kind: str) -> None:
     getattr(streams.output, kind)([])
     also: dict[str, list[object]] = {"oddities": []} if kind == "disks" else {}
-    assert streams.document() == {"schema": 1, "verdict": "done", kind: [], **also}
+    assert streams.document() == {"schema": 1, "command": "commit", "verdict": "done", kind: [], **also}
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -275,6 +282,7 @@ def test_a_failure_has_its_name_sentence_hint_and_facts(streams: Streams) -> Non
     streams.output.failure(error)
     assert streams.document() == {
         "schema": 1,
+        "command": "commit",
         "verdict": "refused",
         "error": {
             "name": "shorter-layer",
@@ -305,9 +313,21 @@ def test_a_failure_has_its_name_sentence_hint_and_facts(streams: Streams) -> Non
 def test_facts_keep_their_types(streams: Streams, error: Any, verdict: str, facts: dict[str, object]) -> None:
     streams.output.failure(error)
     document = streams.document()
-    assert set(document) == {"schema", "verdict", "error"}
+    assert set(document) == {"schema", "command", "verdict", "error"}
     assert set(document["error"]) == {"name", "message", "hint", "facts"}
     assert document["verdict"] == verdict and document["error"]["facts"] == facts
+
+
+def test_a_job_that_goes_on_is_told_as_an_outcome_with_the_error() -> None:
+    known, unknown = Streams(), Streams()
+    error = StillRunning(target="vm1", job=JOB.id)
+    unknown.output.failure(error)
+    error.outcome = Outcome("running", "vda", CHAIN, CHAIN, JOB, copied=GIB)
+    known.output.failure(error)
+    document, nothing = known.document(), unknown.document()
+    assert (document["verdict"], document["job"], document["copied"]) == ("running", SHOWN, GIB)
+    assert (document["before"], document["after"]) == (CHAIN.files, None)
+    assert list(document) == list(nothing) and document["error"] == nothing["error"]
 
 
 # --- what is said meanwhile ---------------------------------------------------------------------------------------
@@ -320,28 +340,31 @@ def test_progress_is_one_object_a_line_on_stderr(streams: Streams) -> None:
     assert second == {
         "event": "progress",
         "disk": "vda",
-        "job": JOB.id,
-        "status": "running",
-        "done": GIB,
-        "total": 4 * GIB,
-        "counts": "copied",  # not in DESIGN.md yet
+        "job": SHOWN,
+        "counts": "copied",
         "rate": 1e8,
-        "eta": 30.0,
-        "shortage": None,
-        "note": None,
+        "seconds_left": 30.0,
         "dirty_rate": None,
         "converging": None,
-        "hint": None,
+        "shortage": None,
     }
-    assert first == {**second, "rate": None, "eta": None}
+    assert first == {**second, "rate": None, "seconds_left": None}
+
+
+def test_what_is_said_once_of_a_job_is_a_line_of_its_own(streams: Streams) -> None:
+    streams.output.progress(dataclasses.replace(COPYING, note="going on", hint="the guest writes too fast"))
+    assert streams.lines()[1:] == [
+        {"event": "note", "message": "going on"},
+        {"event": "hint", "message": "the guest writes too fast"},
+    ]
 
 
 def test_notes_and_the_conversation_are_objects_on_stderr_too(streams: Streams) -> None:
     streams.output.note("cancelling")
     streams.output.trace("->", '{"execute": "query-jobs"}')
     assert streams.lines() == [
-        {"event": "note", "text": "cancelling"},
-        {"event": "trace", "direction": "->", "text": '{"execute": "query-jobs"}'},
+        {"event": "note", "message": "cancelling"},
+        {"event": "trace", "direction": "->", "message": '{"execute": "query-jobs"}'},
     ]
 
 
@@ -396,7 +419,7 @@ def test_any_name_in_a_failure_or_in_progress_comes_back_as_it_was(name: str) ->
         "known": [name],
         "nearest": None,
     }
-    assert [line.get("disk", line.get("text")) for line in told.lines()] == [name] * 3
+    assert [line.get("disk", line.get("message")) for line in told.lines()] == [name] * 3
     assert told.err.getvalue().isascii()
 
 
@@ -412,9 +435,9 @@ def test_recoveries_and_what_was_cleaned() -> None:
     assert document["verdict"] == "done"
     assert document["merges"][1] == {
         "verdict": "done",
-        "image": "/vm/a",
-        "right": "/vm/b",
-        "action": "done",
+        "file": "/vm/a",
+        "start_from": "/vm/b",
+        "message": "done",
         "reasons": ["why"],
         "hints": [],
         "merged": [{"file": "/vm/a.qcow2", "action": "stash", "now": "/vm/a.qcow2.merged", "obstacle": None}],
@@ -423,6 +446,7 @@ def test_recoveries_and_what_was_cleaned() -> None:
     streams.output.cleaned([Cleaned("/vm/a.merged", 1, "in use")], dry_run=False)
     assert streams.document() == {
         "schema": 1,
+        "command": "commit",
         "verdict": "unchanged",
-        "stashed": [{"file": "/vm/a.merged", "size": 1, "kept": "in use"}],
+        "stashed": [{"file": "/vm/a.merged", "allocated": 1, "action": "keep", "obstacle": "in use"}],
     }

@@ -180,13 +180,13 @@ def test_an_empty_list_leaves_stdout_empty_and_says_so_on_stderr(show: Callable[
 # --- outcomes -----------------------------------------------------------------------------------------------------
 
 GONE = (MergedFile("/vm/a.qcow2", now="/vm/a.qcow2"),)
-MERGED = Outcome("merged", "vda", THREE, Chain((BASE, B)), JOB.id, GONE, seconds=1.5, hints=("delete them later",))
+MERGED = Outcome("merged", "vda", THREE, Chain((BASE, B)), None, GONE, seconds=1.5, hints=("delete them later",))
 PIVOTED = Outcome(
     "pivoted",
     "vda",
     THREE,
     ONE,
-    JOB.id,
+    None,
     (*GONE, MergedFile("/vm/b.qcow2", now="/vm/b.qcow2")),
     copied=GIB,
     seconds=12.345,
@@ -229,7 +229,7 @@ PIVOTED = Outcome(
             [],
         ),
         (
-            Outcome("kept", "vda", THREE, THREE, JOB.id, copied=0, seconds=2, hints=("base held all data",)),
+            Outcome("kept", "vda", THREE, THREE, copied=0, seconds=2, hints=("base held all data",)),
             [
                 "vda: kept in 2.00 s, 0 B copied",
                 "  before  base.raw <-- a.qcow2 <-- b.qcow2",
@@ -238,7 +238,7 @@ PIVOTED = Outcome(
             ["hint: base held all data"],
         ),
         (
-            Outcome("ready", "vda", THREE, THREE, JOB.id, copied=GIB, seconds=2, hints=("one", "two")),
+            Outcome("ready", "vda", THREE, THREE, JOB, copied=GIB, seconds=2, hints=("one", "two")),
             [
                 "vda: ready in 2.00 s, 1 GiB copied",
                 "  before  base.raw <-- a.qcow2 <-- b.qcow2",
@@ -262,7 +262,7 @@ PIVOTED = Outcome(
             [],
         ),
         (
-            Outcome("done", "vda", ONE, ONE, JOB.id, hints=("the job had ended",)),
+            Outcome("done", "vda", ONE, ONE, hints=("the job had ended",)),
             ["vda: done", "  before  base.raw", "  after   base.raw"],
             ["hint: the job had ended"],
         ),
@@ -356,7 +356,7 @@ def test_the_conversation_is_shown_on_stderr_even_when_quiet() -> None:
 
 
 def told(percent: int, name: str = "vda") -> Progress:
-    return Progress(name, JOB.id, "running", -(-percent * GIB // 100), GIB, "copied")
+    return Progress(name, dataclasses.replace(JOB, done=-(-percent * GIB // 100), total=GIB), "copied")
 
 
 def test_progress_is_a_plain_line_every_ten_per_cent_where_no_terminal_is(screen: Screen) -> None:
@@ -407,9 +407,9 @@ def test_progress_is_shown_from_half_a_second_on(screen: Screen) -> None:
 
 
 def test_progress_without_a_total_is_silent_where_no_terminal_is(screen: Screen) -> None:
-    screen.output.progress(dataclasses.replace(told(0), total=0))
+    screen.output.progress(dataclasses.replace(told(0), job=dataclasses.replace(JOB, done=0, total=0)))
     screen.clock.now += 1
-    screen.output.progress(dataclasses.replace(told(0), total=0))
+    screen.output.progress(dataclasses.replace(told(0), job=dataclasses.replace(JOB, done=0, total=0)))
     assert screen.complains()
 
 
@@ -528,7 +528,7 @@ def everything(output: TextOutput, name: str) -> None:
     output.chain(view(named, Oddity("no-format", path, name), name=name))
     output.snapshot([Overlay(name, path, name, path)])
     for verdict in ("merged", "planned", "unchanged"):
-        output.commit(Outcome(verdict, name, named, named, name, (MergedFile(path, now=path),), hints=(name,)))
+        output.commit(Outcome(verdict, name, named, named, job, (MergedFile(path, now=path),), hints=(name,)))
     output.jobs([job])
     output.controlled(name, dataclasses.replace(job, status="running"))
     output.failure(NoSuchDisk(disk=name, target=name, known=[name]))
@@ -564,7 +564,7 @@ STASHED = MergedFile("/vm/a.qcow2", "stash", "/vm/a.qcow2.merged")
 def test_a_pivot_tells_the_pause_and_what_became_of_the_files() -> None:
     screen = Screen()
     merged = (STASHED, MergedFile("/vm/b.qcow2", "delete"), MergedFile("/vm/c.qcow2", "gone"))
-    screen.output.commit(Outcome("pivoted", "vda", THREE, THREE, JOB.id, merged, seconds=1, paused_ms=7.4))
+    screen.output.commit(Outcome("pivoted", "vda", THREE, THREE, None, merged, seconds=1, paused_ms=7.4))
     assert screen.says(
         "vda: pivoted in 1.00 s, guest paused for 7 ms",
         "  before  base.raw <-- a.qcow2 <-- b.qcow2",

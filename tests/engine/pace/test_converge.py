@@ -324,7 +324,7 @@ def watched(sightings: Callable[[int], tuple[int, int]], seconds: int) -> tuple[
     """One sighting a second; `sightings` says what is done and what the total is, in MiB."""
     clock = Clock()
     watch = Watch(clock)
-    told = Progress("vda", "j", "running", 0, 0, "copied")
+    told = Progress("vda", Job("j", "commit", "running", 0, 0), "copied")
     for second in range(seconds):
         clock.now = second
         done, total = sightings(second)
