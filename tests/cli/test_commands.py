@@ -422,14 +422,6 @@ def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path, images: list
     assert {(command, 0) for command in NAMES if command != "job"} <= ran  # that needs a job
 
 
-def test_the_library_example_of_the_readme_runs(vm: str, setup: Setup, images: list[Path], tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    program = example.replace("/run/vm1.sock", vm).replace("/vm/c.qcow2", f"{tmp_path}/new.qcow2")
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines()[-1] == "pivoted base.raw"
-
-
 def test_every_command_is_found_in_the_file_that_the_table_names() -> None:
     for name, file in FILES.items():
         command = cli.get_command(click.Context(cli), name)
