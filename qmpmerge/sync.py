@@ -147,6 +147,7 @@ class Target:
     disk = _with_target(target_.Target.disk)
     chain = _with_target(target_.Target.chain)
     jobs = _with_target(target_.Target.jobs)
+    job = _with_target(target_.Target.job)
 
 
 open = _door(open_.open)

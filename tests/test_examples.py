@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig.examples import Example, in_docstrings, on_pages
-from rig.machines import Content, Machine, machine, make_chain
+from rig.examples import ROOT, Example, in_docstrings, on_pages
+from rig.machines import Content, Machine, machine, make_chain, run
 
 EXAMPLES = [*on_pages(), *in_docstrings()]
 every_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.where)
@@ -44,3 +45,46 @@ def test_an_example_does_what_it_says(example: Example, vm: Machine) -> None:
         assert found, (line, printed)
         printed = printed[found[0] + 1 :]
     assert not vm.session.execute("query-jobs")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment that has our wheel, and what it needs of this one."""
+    place = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", place, ROOT)
+    (wheel,) = place.glob("*.whl")
+    run(sys.executable, "-m", "venv", "--without-pip", place / "venv")
+    python = place / "venv/bin/python"
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    (Path(packages) / "others.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def test_the_types_of_the_examples_are_right_where_the_wheel_is_installed(installed: Path, tmp_path: Path) -> None:
+    for number, example in enumerate(EXAMPLES):
+        (tmp_path / f"example{number}.py").write_text(example.program)
+    (tmp_path / "wrong.py").write_text("import qmpmerge\n\nqmpmerge.sync.clean(7)\nqmpmerge.nonsense()\n")
+    mypy = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--python-executable",
+        str(installed),
+        f"--cache-dir={ROOT}/.mypy_cache/wheel",
+    ]
+    done = subprocess.run([*mypy, "."], cwd=tmp_path, capture_output=True, text=True, check=False)
+    *wrong, summary = done.stdout.splitlines()
+    assert [line.partition(": ")[0] for line in wrong] == ["wrong.py:3", "wrong.py:4"], done.stdout + done.stderr
+    assert f"checked {len(EXAMPLES) + 1} source files" in summary
+
+
+def test_the_wheel_is_what_runs_there(installed: Path, vm: Machine) -> None:
+    program = EXAMPLES[0].program.replace("/run/vm1.sock", vm.target).replace("/vm/", f"{vm.folder}/")
+    shown = run(installed, "-c", f"{program}\nprint(qmpmerge.__file__)", cwd=vm.folder)
+    assert EXAMPLES[0].promised[-1] in shown
+    assert shown.splitlines()[-1].startswith(str(installed.parents[1]))
+    version = run(installed.with_name("qmpmerge"), "--version")
+    assert version.startswith("qmpmerge ")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rig.disks import Setup
 
 import qmpmerge
 
@@ -62,3 +63,14 @@ def test_the_library_does_not_load_what_only_the_command_needs(program: str, unw
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "qmpmerge" in loaded
     assert not set(unwanted) & set(loaded)
+
+
+async def test_disks_and_layers_are_named_as_python_names_them(setup: Setup, images: list[Path]) -> None:
+    async with qmpmerge.open(Path(setup.machine.target)) as target:
+        assert (await target.disk(images[3])).name == (await target.chain(images[3])).disk.name == "vda"
+        for top in (3, -2, images[2], "b.qcow2"):
+            plan = await qmpmerge.commit(target, images[3], base=images[1], top=top, dry_run=True)
+            assert str(plan.after) == "base.raw <-- a.qcow2 <-- c.qcow2"
+        outcome = await qmpmerge.commit(target, images[3], base=1, top=-2)
+        assert str(outcome.after) == "base.raw <-- c.qcow2"
+    setup.check()

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain import plan
+from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import check
@@ -28,6 +29,7 @@ from qmpmerge.processes import limits
 from qmpmerge.qemu import bitmaps as dirty
 from qmpmerge.qemu import jobs, vmstate
 from qmpmerge.qemu.bitmaps import Handling
+from qmpmerge.qemu.blockgraph import DiskName
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import ChainView, Target
 
@@ -37,10 +39,10 @@ if TYPE_CHECKING:
 
 async def commit(
     target: Target,
-    disk: str | None = None,
+    disk: DiskName | None = None,
     *,
-    base: str | None = None,
-    top: str | None = None,
+    base: LayerName | None = None,
+    top: LayerName | None = None,
     shallow: bool = False,
     ending: Ending = "pivot",
     speed: int | None = None,
@@ -59,7 +61,8 @@ async def commit(
 ) -> Outcome:
     """
     Merge the images above `base` up to `top` into `base`; by default the whole chain, the guest moving onto its base. One
-    that lies in another folder must be named, or have its folder searched.
+    that lies in another folder must be named, or have its folder searched. Both are what `Chain.find` takes: an index from 1
+    (-1 is the active image), a path, or a word as the command takes it. `disk` can be left out where one disk has layers.
 
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
     where it is cheap, True does so for an active merge while the guest is paused. `merged_files` says what becomes of
@@ -113,7 +116,7 @@ class _Beginning:
         self._report = report
         self._stack = stack
 
-    async def of(self, disk: str | None) -> Run | Outcome:
+    async def of(self, disk: DiskName | None) -> Run | Outcome:
         view = await self._target.chain(disk)
         limits.refuse_few(len(view.chain))
         records = store.believed(store.about(view.chain))
@@ -136,7 +139,7 @@ class _Beginning:
         operation = engine.operation(record.as_called_now(view.chain))
         return await self._resumed(view, operation, self._locked(record.plan), record)
 
-    async def _settled(self, view: ChainView, disk: str | None, records: list[Record]) -> Run | Outcome:
+    async def _settled(self, view: ChainView, disk: DiskName | None, records: list[Record]) -> Run | Outcome:
         """What an earlier merge left is put right first; that may be all there was to do."""
         from qmpmerge.engine import resume  # most chains have no record
 

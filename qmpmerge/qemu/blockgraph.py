@@ -10,6 +10,7 @@ takes QEMU 14 s at 300 layers, with the guest standing still. Where policy forbi
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from qmpmerge.qemu.jobs import Job, job_id
 
 if TYPE_CHECKING:
     from qmpmerge.qemu.details import DiskDetails
+
+DiskName = str | os.PathLike[str]
+"""What users call a disk by: a word, or the path of its active image."""
 
 JOB_FILTERS = frozenset({"commit_top", "mirror_top", "backup-top"})
 """Filters that jobs put above a disk, for as long as they run."""
@@ -147,7 +151,7 @@ class Layout:
     held: frozenset[str] = frozenset()
     parents: Mapping[str, list[Parent]] = field(default_factory=dict)
 
-    def find(self, name: str | None, target: str) -> Disk:
+    def find(self, name: DiskName | None, target: str) -> Disk:
         """
         The disk that a user means; without a name the only one with a backing chain, or the only one at all, of those
         that anybody uses.
@@ -156,6 +160,7 @@ class Layout:
         """
         filled = [disk for disk in self.disks if disk.chain is not None]
         if name is not None:
+            name = os.fspath(name)
             for role in Disk.ROLES:
                 matches = [disk for disk in filled if role(disk, name)]
                 if len({disk.chain.active.identity for disk in matches if disk.chain is not None}) > 1:

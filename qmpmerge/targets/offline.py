@@ -31,7 +31,7 @@ from qmpmerge.images.walk import Layer
 from qmpmerge.processes import holders, limits, proc
 from qmpmerge.processes.holders import User
 from qmpmerge.qemu import discovery, storagedaemon
-from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.qemu.blockgraph import Disk, DiskName, Layout
 from qmpmerge.qemu.monitor import Monitor, Trace
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView, Target
@@ -80,7 +80,7 @@ class OfflineTarget(Target):
         active = replace(disk.chain.active, read_only=not os.access(disk.chain.active.file, os.W_OK))
         return replace(disk, name=self._name, chain=Chain((*disk.chain.images[:-1], active)))
 
-    async def view(self, layout: Layout, disk: str | None = None) -> ChainView:
+    async def view(self, layout: Layout, disk: DiskName | None = None) -> ChainView:
         """As of any target, and who has it in use."""
         view = await super().view(layout, disk)
         odd = [

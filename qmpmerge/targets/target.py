@@ -20,7 +20,7 @@ from qmpmerge.journal import store
 from qmpmerge.journal.store import Disbelieved
 from qmpmerge.processes.openfiles import OpenFiles
 from qmpmerge.qemu import discovery
-from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.qemu.blockgraph import Disk, DiskName, Layout
 from qmpmerge.qemu.jobs import Job, query
 from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.targets import identity
@@ -114,7 +114,7 @@ class Target:
 
         return await of_disks(self.monitor, layout)
 
-    async def disk(self, name: str | None = None) -> Disk:
+    async def disk(self, name: DiskName | None = None) -> Disk:
         """The disk that `name` means; without one the only disk with a backing chain."""
         return (await self.layout()).find(name, self.name)
 
@@ -129,7 +129,7 @@ class Target:
             raise NoSuchJob(job=name, target=self.name, known=[job.id for job in known])
         return found
 
-    async def chain(self, disk: str | None = None, *, details: bool = False) -> ChainView:
+    async def chain(self, disk: DiskName | None = None, *, details: bool = False) -> ChainView:
         """
         The chain of a disk: QEMU's graph next to the headers on disk; with `details` what each image is like.
 
@@ -142,7 +142,7 @@ class Target:
 
         return replace(view, details=tuple(of_image(view.layout, image) for image in view.chain))
 
-    async def view(self, layout: Layout, disk: str | None = None) -> ChainView:
+    async def view(self, layout: Layout, disk: DiskName | None = None) -> ChainView:
         """The same, of a layout that was asked for already."""
         found, chain = self._found(layout, disk)
         if self._is_reminded(chain):
@@ -152,7 +152,7 @@ class Target:
         odd = (*headers.oddities(chain, written), *unfinished(found))
         return ChainView(found, headers.as_written(chain, written), odd, layout)
 
-    def _found(self, layout: Layout, disk: str | None) -> tuple[Disk, Chain]:
+    def _found(self, layout: Layout, disk: DiskName | None) -> tuple[Disk, Chain]:
         found = layout.find(disk, self.name)
         assert found.chain is not None, "find() returns disks with an image only"
         return found, found.chain
