@@ -9,7 +9,7 @@ For callers without asyncio: the functions of `qmpmerge`, which here block until
 
 Each session has an event loop of its own, that runs in whichever thread makes a call, and only while it does. So `report` is
 called in that thread, and Ctrl-C in the main one does what it does to the command: it cancels a merge, waits until the old
-chain is back, and raises KeyboardInterrupt; from the switch to the proof it waits.
+chain is back, and raises KeyboardInterrupt; from the switch to the proof it waits, and the outcome is returned.
 
 Threads can share a target: one call goes on at a time, the others wait for their turn. To merge several disks at once give each
 thread a target of its own, where QEMU has as many monitors, or use asyncio. A forked process must open its own: two readers of

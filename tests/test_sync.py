@@ -76,6 +76,17 @@ def test_ctrl_c_cancels_a_merge_and_waits_until_the_old_chain_is_back(setup: Set
     setup.check()
 
 
+def test_ctrl_c_during_the_switch_waits_for_the_outcome(setup: Setup) -> None:
+    def interrupt(direction: str, text: str) -> None:
+        if direction == "->" and "job-finalize" in text:
+            signal.raise_signal(signal.SIGINT)
+
+    with sync.live(setup.machine.target, trace=interrupt) as target:
+        assert sync.commit(target, top="[3]").verdict == "merged"
+        assert target.jobs() == [] and depth(target) == 2
+    setup.check()
+
+
 def test_a_time_limit_is_a_timeout_error(setup: Setup) -> None:
     with sync.live(setup.machine.target) as target:
         with pytest.raises(TimeoutError) as left:

@@ -5,6 +5,7 @@ What an earlier qmpmerge has begun is gone on with from where it stands.
 """
 
 import contextlib
+import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ async def commit(
     merged_files: Policy = "stash",
     pause: bool = True,
     force: Collection[str] = (),
-    search: Collection[str] = (),
+    search: Collection[str | os.PathLike[str]] = (),
     dry_run: bool = False,
     converge: "Converge | None" = None,
     report: Report = lambda progress: None,
@@ -95,7 +96,7 @@ async def commit(
         merged_files=merged_files,
         pause=pause,
         force=force,
-        search=search,
+        search=[os.fspath(folder) for folder in search],
         dry_run=dry_run,
         converge=converge,
         polite=polite,

@@ -28,7 +28,7 @@ async def recover(
     path: "str | os.PathLike[str]",
     *,
     use: Use | None = None,
-    allow: Collection[str] = (),
+    allow: Collection[str | os.PathLike[str]] = (),
     dry_run: bool = False,
     trace: Trace | None = None,
 ) -> list[Recovery]:
@@ -46,7 +46,8 @@ async def recover(
     records = store.believed(lookup.concerned(path))
     if not records:
         return [_nothing(path)]
-    return [await resume.recover(record, use, allow=allow, dry_run=dry_run, trace=trace) for record in records]
+    allowed = [os.fspath(place) for place in allow]
+    return [await resume.recover(record, use, allow=allowed, dry_run=dry_run, trace=trace) for record in records]
 
 
 def _nothing(path: str) -> Recovery:

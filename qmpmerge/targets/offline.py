@@ -95,7 +95,7 @@ async def offline(
     *,
     write: bool = True,
     dry_run: bool = False,
-    allow: Collection[str] = (),
+    allow: Collection[str | os.PathLike[str]] = (),
     form: str | None = None,
     secret: str | None = None,
     trace: Trace | None = None,
@@ -111,9 +111,9 @@ async def offline(
 
     Raises InUse, NeedsSecret, Replaced, TooFewFiles, what `walk.walk` raises, ToolMissing.
     """
-    image = os.fspath(image)
+    image, allowed = os.fspath(image), tuple(os.fspath(place) for place in allow)
     async with storagedaemon.started() as daemon:
-        layers = walk.walk(image, allow=allow, form=form)
+        layers = walk.walk(image, allow=allowed, form=form)
         limits.refuse_few(len(layers))
         users = await holders.lasting([layer.file for layer in layers])
         if write:
@@ -121,7 +121,7 @@ async def offline(
         async with daemon.session(trace=trace) as session:
             await _open(session, layers, write=write, dry_run=dry_run, secret=secret)
             target = OfflineTarget(session, image, layers, users)
-            target.allowed = tuple(allow)
+            target.allowed = allowed
             yield target
 
 

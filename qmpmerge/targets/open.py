@@ -22,7 +22,7 @@ async def open(
     dry_run: bool = False,
     timeout: float = GREETING_SECONDS,
     force: Collection[str] = (),
-    allow: Collection[str] = (),
+    allow: Collection[str | os.PathLike[str]] = (),
     form: str | None = None,
     secret: str | None = None,
     trace: Trace | None = None,

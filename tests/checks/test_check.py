@@ -355,7 +355,7 @@ def test_a_search_that_comes_to_no_end_protects_nobody(
 ) -> None:
     """It is no look at those who may be built on the base; where that is named, the check is not made."""
     monkeypatch.setattr(dependents, "MOST", 5)
-    cut = asyncio.run(planned(jobs, search=[str(tmp_path)]))
+    cut = asyncio.run(planned(jobs, search=[tmp_path]))
     assert isinstance(cut, SharedBase)
     cut = asyncio.run(planned(jobs, search=[str(tmp_path)], base="[1]"))
     (row,) = [row for row in cut.checks if row.name == "dependents"]
@@ -365,7 +365,7 @@ def test_a_search_that_comes_to_no_end_protects_nobody(
 async def planned(jobs: list[Path], **options: Any) -> Any:
     """The plan of an offline merge, or what it is refused for."""
     try:
-        async with qmpmerge.offline(jobs[1], allow=[str(jobs[0])]) as target:
+        async with qmpmerge.offline(jobs[1], allow=[jobs[0]]) as target:
             return await qmpmerge.commit(target, dry_run=True, **options)
     except Refused as refusal:
         return refusal

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from rig.command import invoke
 
 import qmpmerge
 from qmpmerge.errors import (
@@ -212,6 +213,11 @@ def test_a_traceback_ends_with_the_hint_and_what_was_noted_besides(kind: type[Er
     error.add_note("seen in a test")
     *_, hint, noted = "".join(traceback.format_exception(error)).splitlines()
     assert (hint, noted) == (f"hint: {error.hint}", "seen in a test")
+
+
+def test_the_command_shows_a_hint_once() -> None:
+    said = invoke("disks", "/nowhere/monitor")
+    assert said.code == 4 and said.err.count("hint: ") == 1 and said.err.count("qmpmerge vms") == 1
 
 
 # --- all of them --------------------------------------------------------------------------------------------------

@@ -459,7 +459,7 @@ async def test_what_a_snapshot_has_put_elsewhere_is_found(
 async def test_the_overlay_itself_is_merged_as_ever(images: list[Path], far: Path, content: Content) -> None:
     """It is of the chain, also under another name than the note's."""
     other = far.rename(far.with_name("e.qcow2"))
-    async with qmpmerge.offline(other, allow=[str(images[0].parent)]) as target:
+    async with qmpmerge.offline(other, allow=[images[0].parent]) as target:
         outcome = await qmpmerge.commit(target, base="[4]")
     assert outcome.verdict == "pivoted"
     content.check(images[3])

@@ -154,7 +154,7 @@ async def test_the_user_can_allow_it(place: Place) -> None:
 async def test_a_merge_that_was_to_delete_is_finished_as_one_that_stashes(place: Place) -> None:
     """Whether a file was compared is but the record's word too."""
     store.write(to_be_deleted(place))
-    (done,) = await qmpmerge.recover(place.spool, allow=[str(place.victim)])
+    (done,) = await qmpmerge.recover(place.spool, allow=[place.victim])
     assert [(file.action, file.now) for file in done.merged] == [("stash", f"{place.victim}.merged")]
     assert "nothing is deleted" in done.hints[-1]
 
