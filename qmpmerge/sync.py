@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -89,9 +89,9 @@ def _door(
         _refuse_running_loop()
         with asyncio.Runner() as runner, contextlib.ExitStack() as stack:
             session = contextlib.AsyncExitStack()
-            opened = runner.run(session.enter_async_context(door(*args, **kwargs)))
-            stack.push(lambda *raised: runner.run(session.__aexit__(*raised)))
-            yield Target(opened, runner)
+            target = Target(runner.run(session.enter_async_context(door(*args, **kwargs))), runner)
+            stack.push(lambda *raised: target.run(lambda _: session.__aexit__(*raised)))  # after what threads are at
+            yield target
 
     return blocking
 
@@ -104,6 +104,10 @@ def _refuse_running_loop() -> None:
     raise RuntimeError(
         "qmpmerge.sync blocks, and an event loop runs in this thread: await the function of `qmpmerge` itself"
     )
+
+
+async def _ended(work: Awaitable[T]) -> T:
+    return await work
 
 
 class Target:
@@ -121,7 +125,13 @@ class Target:
         """
         _refuse_running_loop()
         with self._turn:
-            return self._runner.run(work(self._target))
+            task = self._runner.get_loop().create_task(work(self._target))
+            try:
+                return self._runner.run(_ended(task))
+            finally:
+                if not task.done():  # a signal handler has raised past it, the one of a second Ctrl-C too
+                    task.cancel()
+                    self._runner.run(_ended(asyncio.wait({task})))
 
     @property
     def name(self) -> str:

@@ -1,8 +1,10 @@
 """The library without asyncio: the same functions, which block, on a real QEMU."""
 
+import asyncio
 import concurrent.futures
 import inspect
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -76,6 +78,17 @@ def test_ctrl_c_cancels_a_merge_and_waits_until_the_old_chain_is_back(setup: Set
     setup.check()
 
 
+def test_so_does_a_signal_handler_that_raises(setup: Setup) -> None:
+    def leave(progress: qmpmerge.Progress) -> None:
+        asyncio.get_running_loop().call_soon(sys.exit)
+
+    with sync.live(setup.machine.target) as target:
+        with pytest.raises(SystemExit):
+            sync.commit(target, top="[3]", speed=1, report=leave)
+        assert target.jobs() == [] and depth(target) == 4
+    setup.check()
+
+
 def test_ctrl_c_during_the_switch_waits_for_the_outcome(setup: Setup) -> None:
     def interrupt(direction: str, text: str) -> None:
         if direction == "->" and "job-finalize" in text:
@@ -103,6 +116,17 @@ def test_threads_take_turns_at_a_target(setup: Setup) -> None:
         assert {looking.result() for looking in depths} <= {2, 4}
         assert depth(target) == 2
     setup.check()
+
+
+def test_a_target_is_closed_when_the_call_of_another_thread_has_ended(setup: Setup) -> None:
+    begun = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with sync.live(setup.machine.target) as target:
+            merging = threads.submit(sync.commit, target, top="[3]", report=lambda progress: begun.set())
+            assert begun.wait(60)
+        assert merging.result().verdict == "merged"
+    with pytest.raises(RuntimeError, match="closed"):
+        target.jobs()
 
 
 def test_threads_merge_at_once_each_at_a_target_of_its_own(tmp_path: Path) -> None:
