@@ -140,4 +140,4 @@ if not TYPE_CHECKING:  # a checker would take any name for one of ours
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+    return [*__all__, *(name for name, value in globals().items() if name.startswith("__") and not callable(value))]

@@ -12,9 +12,9 @@ called in that thread, and Ctrl-C in the main one does what it does to the comma
 chain is back, and raises KeyboardInterrupt; from the switch to the proof it waits, and the outcome is returned.
 
 Threads can share a target: one call goes on at a time, the others wait for their turn. To merge several disks at once give each
-thread a target of its own, where QEMU has as many monitors, or use asyncio. A forked process must open its own: two readers of
-one session take each other's replies. Where an event loop runs in the calling thread a call raises RuntimeError: `await` the
-function of the same name there.
+thread a target of its own, where QEMU has as many monitors, or use asyncio. A target of images lives no longer than the thread
+that opened it. A forked process must open its own: two readers of one session take each other's replies. Where an event loop
+runs in the calling thread a call raises RuntimeError: `await` the function of the same name there.
 """
 
 import asyncio
@@ -120,8 +120,10 @@ class Target:
 
     def run(self, work: Callable[[target_.Target], Coroutine[Any, Any, T]]) -> T:
         """
-        What `work` returns of the `qmpmerge.Target`, for what blocks nowhere else: ``target.run(lambda target:
-        target.monitor.execute("query-status"))``.
+        What `work` returns of the `qmpmerge.Target`, for what has no function here.
+
+            with qmpmerge.sync.open("/run/vm1.sock") as target:
+                print(target.run(lambda session: session.monitor.execute("query-status")))
         """
         _refuse_running_loop()
         with self._turn:

@@ -34,4 +34,9 @@ if not TYPE_CHECKING:  # a checker would take any name for one of ours
 def __dir__() -> list[str]:
     known = [vars(importlib.import_module(f"{__name__}.{file}")) for file in _FILES]
     errors = {name for names in known for name, value in names.items() if hasattr(value, "verdict")}
-    return [*sorted(errors), "EXIT_CODES", "FORCEABLE", *(name for name in globals() if name.startswith("__"))]
+    return [
+        *sorted(errors),
+        "EXIT_CODES",
+        "FORCEABLE",
+        *(name for name, value in globals().items() if name.startswith("__") and not callable(value)),
+    ]
