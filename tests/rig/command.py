@@ -5,9 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rig import contract
 
 COMMAND = shutil.which("qmpmerge", path=os.path.dirname(sys.executable)) or "qmpmerge"
 
@@ -39,12 +42,25 @@ class Begun:
 
     def end(self) -> Run:
         out, err = self.process.communicate(timeout=60)
-        return Run(self.process.returncode, out.decode(), err.decode())
+        return held(Run(self.process.returncode, out.decode(), err.decode()))
 
 
 def invoke(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> Run:
     done = subprocess.run(
         [COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, check=False
     )
-    assert "Traceback" not in done.stderr, done.stderr
-    return Run(done.returncode, done.stdout, done.stderr)
+    run = Run(done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in run.out + run.err, run
+    return held(run) if prints_json(arguments) else run
+
+
+def prints_json(arguments: Sequence[str]) -> bool:
+    """Whether one object is what is to come of it."""
+    return "--json" in arguments and not {"-h", "--help", "--version"} & set(arguments)
+
+
+def held(run: Run) -> Run:
+    """The same, which is what docs/json.md says; of one that was killed there is nothing to hold."""
+    if run.code >= 0:
+        contract.hold(run.out, run.err)
+    return run

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rig.command import Run
+from rig.command import Run, held, prints_json
 
 SECONDS = 60
 
@@ -38,7 +38,8 @@ class Forks:
         self._process.stdin.write(json.dumps([arguments, str(cwd), seconds]).encode() + b"\n")
         self._process.stdin.flush()
         code, out, err = json.loads(self._process.stdout.readline())
-        return Run(code, out, err)
+        run = Run(code, out, err)
+        return held(run) if prints_json(arguments) and code in CODES else run
 
     def close(self) -> None:
         self._process.communicate()

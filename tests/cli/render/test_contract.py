@@ -1,0 +1,241 @@
+"""
+docs/json.md against real runs: every command with every outcome that the page lists, and every key of its tables with a value.
+
+The runs are made once for all tests, on as few QEMUs as can be; each is held against the page as it ends (`contract.hold`).
+"""
+
+import contextlib
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+from rig import contract
+from rig.command import COMMAND, JOB, Begun, Run
+from rig.faults import injecting
+from rig.forks import forks
+from rig.left import record
+from rig.machines import Content, Machine, fill, machine, make_chain, run
+
+from qmpmerge.chain.chain import Chain, Image, Slice
+from qmpmerge.chain.outcome import MergedFile, Outcome
+from qmpmerge.cli.commands import group
+from qmpmerge.cli.render.json import JsonOutput
+from qmpmerge.engine.pace.progress import Progress, Shortage
+from qmpmerge.errors import EXIT_CODES
+from qmpmerge.journal import store
+from qmpmerge.operations.snapshot import Overlay
+from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.qemu.details import ImageDetails
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.targets.target import ChainView
+
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all runs, some fifty commands
+
+CODES = {**EXIT_CODES, "usage": 2, "bug": 1}
+
+Told = dict[tuple[str, str], Run]
+Say = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """All runs, by command and verdict; of several alike the last."""
+    contract.seen.clear()
+    runs: Told = {}
+    with forks() as command:
+        for story in (looked_at, merged, left, died, offline, failing, mistaken):
+            folder = tmp_path_factory.mktemp(story.__name__)
+
+            def say(*words: str | Path, folder: Path = folder) -> Run:
+                return command.run(*map(str, words), "--json", cwd=folder)
+
+            for one in story(folder, say):
+                runs[one.document["command"], one.document["verdict"]] = one
+    rendered()
+    return runs
+
+
+# --- the runs -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def vm(folder: Path, *more: str) -> Iterator[Machine]:
+    """``base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2`` on a QEMU that has an empty drive too."""
+    images = make_chain(folder)
+    fill(images, Content())
+    disk = ["-drive", f"file={images[3]},if=none,id=vda", "-device", "virtio-blk-pci,drive=vda,id=disk0,iothread=io0"]
+    with machine(folder, *disk, "-object", "iothread,id=io0", "-device", "ide-cd,id=cd0", *more) as started:
+        yield started
+
+
+def looked_at(folder: Path, say: Say) -> Iterator[Run]:
+    with vm(folder, "-name", "contract") as started:
+        yield say("vms")
+        yield say("disks", started.target, "--details")
+        yield say("jobs", started.target)
+        yield say("active", "base.raw")
+        yield say("commit", started.target, "vda", "--nonsense")
+        yield say("disks", folder / "none")
+        yield say("commit", started.target, "vda", "--top", "3", "--dry-run", "--speed", "1M")
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", folder / "other.qcow2")
+        node = say("chain", started.target, "vda").document["images"][-1]["node"]
+        started.session.execute("block-dirty-bitmap-add", node=node, name="daily", persistent=True)
+        yield say("chain", started.target, "vda", "--details", "-v")
+        several = say("commit", started.target, "vda")
+        refusals = several.document["error"]["facts"]["refusals"]
+        assert [contract.of("error", one) for one in refusals] == [[]] * 2
+        yield several
+        yield say("commit", started.target, "vda", "--dry-run", "--force", "dependents", "--bitmaps", "drop")
+
+
+def merged(folder: Path, say: Say) -> Iterator[Run]:
+    with vm(folder) as started:
+        started.session.execute("cont")
+        yield say("commit", started.target, "vda", "--top", "2")
+        yield say("commit", started.target, "vda", "--keep-overlay")
+        yield say("commit", started.target, "vda", "--wait-ready")
+        yield say("job", started.target, JOB, "follow", "--wait-ready")
+        yield say("job", started.target, JOB, "keep")
+        say("commit", started.target, "vda", "--wait-ready")
+        yield say("job", started.target, JOB, "pivot")
+        yield say("commit", started.target, "vda")
+        yield say("snapshot", started.target, f"vda={folder}/d.qcow2")
+        yield say("commit", started.target, "vda")
+    yield say("clean", folder, "--dry-run")
+    with open(folder / "b.qcow2.merged"):
+        yield say("clean", folder)
+    yield say("clean", folder / "b.qcow2.merged", "--older-than", "1d")
+
+
+def left(folder: Path, say: Say) -> Iterator[Run]:
+    with vm(folder) as started:
+        yield say("commit", started.target, "vda", "--top", "2", "--speed", "1", "--detach")
+        yield say("recover", folder)
+        for command in ("disks", "chain", "jobs"):
+            yield say(command, started.target)
+        begun = Begun("job", started.target, JOB, "follow")
+        begun.process.send_signal(signal.SIGHUP)
+        yield begun.end()
+        yield say("job", started.target, JOB, "speed", "0")
+        yield say("job", started.target, JOB, "follow")
+        begun = Begun("commit", started.target, "vda", "--speed", "1")
+        begun.process.send_signal(signal.SIGINT)
+        yield begun.end()
+        begun = Begun("commit", started.target, "vda", "--speed", "1")
+        started.kill()
+        yield begun.end()
+
+
+def died(folder: Path, say: Say) -> Iterator[Run]:
+    """As if qmpmerge had died right after the overlay's header was rewritten."""
+    images = make_chain(folder)
+    store.write(record(images, 3))
+    run("qemu-img", "rebase", "-u", "-b", "base.raw", "-F", "raw", "c.qcow2", cwd=folder)
+    for command in ("disks", "chain"):
+        yield say(command, "c.qcow2")
+    yield say("doctor", ".")
+    yield say("recover", ".", "--dry-run")
+    yield say("recover", ".")
+    yield say("recover", ".")
+
+
+def offline(folder: Path, say: Say) -> Iterator[Run]:
+    for name, features in (("data", "data_file=data.raw"), ("own", "lazy_refcounts=on")):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, f"{name}.qcow2", "8M", cwd=folder)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "data.qcow2", "-F", "qcow2", "top.qcow2", cwd=folder)
+    run("qemu-img", "snapshot", "-c", "before", folder / "own.qcow2")
+    yield say("chain", "top.qcow2")
+    yield say("commit", "top.qcow2", "--dry-run")
+    yield say("chain", "own.qcow2", "--details")
+
+
+def failing(folder: Path, say: Say) -> Iterator[Run]:
+    images = make_chain(folder)
+    fill(images, Content())
+    failing = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=5"
+    with machine(folder, *injecting(images, "base", failing)) as started:
+        yield say("commit", started.target)
+
+
+BUG = """
+import sys
+import qmpmerge.processes.vms
+qmpmerge.processes.vms.vms = None
+sys.argv = ["qmpmerge", "vms", "--json"]
+from qmpmerge.cli import main
+main()
+"""
+
+
+def mistaken(folder: Path, say: Say) -> Iterator[Run]:
+    """A bug, which no other test's run may end in; and a stdout that takes nothing."""
+    done = subprocess.run([sys.executable, "-c", BUG], capture_output=True, text=True, check=False)
+    contract.hold(done.stdout, done.stderr)
+    yield Run(done.returncode, done.stdout, done.stderr)
+    full = ["sh", "-c", f"{COMMAND} active nothing --json >/dev/full"]
+    event = json.loads(subprocess.run(full, capture_output=True, text=True, check=False).stderr)
+    assert contract.problems_of_event(event) == contract.problems(event["result"]) == []
+
+
+def rendered() -> None:
+    """What takes a guest that writes, a disk that is full, or a rare image, is rendered from values."""
+    job = Job(JOB, "commit", "paused", 1, 2, error="No space left on device", disk="vda", io_status="nospace")
+    chain = Chain((Image("/vm/a.raw", "luks", 1, slice=Slice(512, 512)),))
+    disk = Disk("vda", drive="vda", qdev="", root="#block1", chain=chain, nodes=(), job=job)
+    details = ImageDetails(1, None, None, None, "luks", None, None, None, None, (), ())
+    outcome = Outcome("pivoted", "vda", chain, chain, rungs=("limited",))
+    short = Progress("vda", job, "copied", 1e6, 3.0, Shortage("/vm", 4096), "going on", 1e5, True, "it helps to wait")
+    obstacle = MergedFile("/vm/b", "keep", "/vm/b", "it is in use")
+    with rendering("commit") as output:
+        output.progress(short)
+        output.commit(replace(outcome, merged=(obstacle,)))
+    with rendering("chain") as output:
+        output.chain(ChainView(disk, chain, (), Layout((), (), {}, {}), (details,)))
+    with rendering("snapshot") as output:
+        output.snapshot([Overlay("vda", "/vm/b", "n", "/vm/a.raw", hint="it could not be noted")])
+
+
+@contextlib.contextmanager
+def rendering(command: str) -> Iterator[JsonOutput]:
+    out, err = io.StringIO(), io.StringIO()
+    yield JsonOutput(out, err, command=command)
+    contract.hold(out.getvalue(), err.getvalue())
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "verdict"), sorted(contract.PRINTED))
+def test_each_command_with_each_outcome(command: str, verdict: str, told: Told) -> None:
+    runs = [one for (typed, came), one in told.items() if came == verdict and command in (typed, "any")]
+    assert [one.code for one in runs] == [CODES[verdict]] * len(runs) and runs
+
+
+@pytest.mark.parametrize("table", contract.TABLES)
+def test_each_key_was_seen_with_a_value(table: str, told: Told) -> None:
+    assert [key for key in contract.TABLES[table] if (table, key) not in contract.seen] == []
+
+
+def test_every_verdict_stands_on_the_page() -> None:
+    assert {verdict for _, verdict in contract.PRINTED} == set(CODES) - {"pulled"}
+
+
+def test_every_command_with_json_stands_on_the_page() -> None:
+    context = click.Context(group.cli)
+    commands = {name: group.cli.get_command(context, name) for name in group.FILES}
+    has_json = {name for name, one in commands.items() if one and any(part.name == "json" for part in one.params)}
+    assert has_json == {command for command, _ in contract.PRINTED} - {"any"}
+
+
+def test_every_table_is_of_use() -> None:
+    page = contract.DOCUMENT.read_text()
+    linked = {name.replace(" ", "-") for name in re.findall(r"\]\(#([\w-]+)\)", page)} | {*contract.EVENTS}
+    assert {name.replace(" ", "-") for name in contract.TABLES} == linked
