@@ -7,7 +7,7 @@ Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
 
 To disks       `open`, or by name `live` (a running QEMU) and `offline` (images not in use): each gives a `Target`
 To their chain `snapshot`, `commit`, `follow` and `control` (its jobs)
-After a crash  `recover`, `clean`, `active` (what a VM must be started from), `examine` and `examine_path` (what is wrong)
+After a crash  `recover`, `clean`, `active` (what a VM must be started from), `examine_all`, `examine`, `examine_path` (what is wrong)
 Without asyncio the same functions are in `qmpmerge.sync`. What can go wrong is in `qmpmerge.errors`, all of it an `Error`.
 
 Each step is told to the logger `qmpmerge`. Names are imported when they are first used: the command line starts faster for it.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.clean import Cleaned, clean
     from qmpmerge.operations.commit import commit
     from qmpmerge.operations.control import control
-    from qmpmerge.operations.examine import examine_path
+    from qmpmerge.operations.examine import Examined, Report, examine_all, examine_path
     from qmpmerge.operations.follow import follow
     from qmpmerge.operations.recover import recover
     from qmpmerge.operations.snapshot import Overlay, snapshot
@@ -58,6 +58,7 @@ _HOME = {
     "Disk": "qemu.blockgraph",
     "Error": "errors",
     "Estimate": "chain.outcome",
+    "Examined": "operations.examine",
     "Finding": "doctor.findings",
     "Image": "chain.chain",
     "Job": "qemu.jobs",
@@ -68,6 +69,7 @@ _HOME = {
     "Patience": "engine.pace.patience",
     "Progress": "engine.pace.progress",
     "Recovery": "engine.resume",
+    "Report": "operations.examine",
     "Target": "targets.target",
     "Vm": "processes.vms",
     "active": "operations.active",
@@ -76,6 +78,7 @@ _HOME = {
     "control": "operations.control",
     "errors": "",
     "examine": "doctor.target",
+    "examine_all": "operations.examine",
     "examine_path": "operations.examine",
     "follow": "operations.follow",
     "live": "targets.live",
@@ -99,6 +102,7 @@ __all__ = [
     "Disk",
     "Error",
     "Estimate",
+    "Examined",
     "Finding",
     "Image",
     "Job",
@@ -109,6 +113,7 @@ __all__ = [
     "Patience",
     "Progress",
     "Recovery",
+    "Report",
     "Target",
     "Vm",
     "active",
@@ -117,6 +122,7 @@ __all__ = [
     "control",
     "errors",
     "examine",
+    "examine_all",
     "examine_path",
     "follow",
     "live",

@@ -50,6 +50,7 @@ __all__ = [
     "commit",
     "control",
     "examine",
+    "examine_all",
     "examine_path",
     "follow",
     "live",
@@ -172,6 +173,7 @@ follow = _with_target(follow_.follow)
 control = _with_target(control_.control)
 examine = _with_target(doctor.examine)
 
+examine_all = _without_target(examine_.examine_all)
 examine_path = _without_target(examine_.examine_path)
 recover = _without_target(recover_.recover)
 clean = _without_target(clean_.clean)

@@ -220,6 +220,12 @@ def target(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("target", shell_complete=complete.targets)(function)
 
 
+def targets(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare TARGET..."""
+    argument = click.argument("targets", metavar="TARGET...", nargs=-1, shell_complete=complete.targets)
+    return argument(function)
+
+
 def endings(function: Callable[..., Any]) -> Callable[..., Any]:
     """Declare how an active merge may end; the command gets one value, ``ending``."""
     declared = [click.option(flag, is_flag=True, help=meaning) for flag, meaning in ENDINGS.items()]

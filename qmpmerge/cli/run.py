@@ -5,9 +5,10 @@ The first Ctrl-C (or SIGTERM) cancels and waits until the old chain is back; a s
 (SIGHUP), leave at once: the job, which is QEMU's, goes on. From the switch to the proof all of them wait.
 """
 
+import contextlib
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def look(options: Options, work: "Callable[[Output], str]") -> int:
     try:
         code = EXIT_CODES[work(output)]
     except (Error, KeyboardInterrupt) as error:  # the latter until the signals are ours: nothing was begun
-        code = _show(error if isinstance(error, Error) else Cancelled(), options, output)
+        code = show(error if isinstance(error, Error) else Cancelled(), options, output)
     except Exception as error:
         code = bug.show(error, as_json=options.json)
     finally:
@@ -52,7 +53,7 @@ def look(options: Options, work: "Callable[[Output], str]") -> int:
     return code
 
 
-def _show(error: Error, options: Options, output: "Output") -> int:
+def show(error: Error, options: Options, output: "Output") -> int:
     """Say it, on stdout where stderr does not take what people find there; returns the exit code."""
     if isinstance(error, NoSuchTarget):
         from qmpmerge.cli import words
@@ -130,39 +131,45 @@ def on_target(
     """
 
     async def with_target(output: "Output") -> str:
-        from qmpmerge.qemu.monitor import GREETING_SECONDS
-        from qmpmerge.targets import open as door
+        from qmpmerge.targets.open import is_image
 
-        if live and door.is_image(target):
+        if live and is_image(target):
             raise Offline(path=target)
-
-        limit = options.patience.timeout
-        trace = output.trace if options.verbose else None
         secret = None if options.secret is None else _read_secret(options.secret)
-        given: dict[str, Any] = {
-            "write": write,
-            "dry_run": dry_run,
-            "timeout": GREETING_SECONDS if limit is None else min(GREETING_SECONDS, limit),
-            "force": options.force,
-            "allow": options.allow,
-            "form": options.form,
-            "trace": trace,
-        }
+        given = {"write": write, "dry_run": dry_run, "allow": options.allow, "form": options.form}
         try:
-            async with door.open(target, secret=secret, **given) as opened_target:
-                opened_target.monitor.tell = output.note
-                for note in opened_target.notes:
-                    output.note(note)
+            async with door(options, output, secret=secret, **given)(target) as opened_target:
                 return await work(opened_target, output)
         except NeedsSecret as error:
             if secret is not None or not sys.stdin.isatty():
                 raise
             secret = click.prompt(f"passphrase of {error.image}", hide_input=True, err=True)
-        async with door.open(target, secret=secret, **given) as opened_target:
-            opened_target.monitor.tell = output.note
+        async with door(options, output, secret=secret, **given)(target) as opened_target:
             return await work(opened_target, output)
 
     return with_target
+
+
+def door(
+    options: Options, output: "Output", **given: Any
+) -> "Callable[[str], contextlib.AbstractAsyncContextManager[Target]]":
+    """What opens a TARGET as the options say, and tells what there is to know of it; `given` is for it."""
+
+    @contextlib.asynccontextmanager
+    async def opened(target: str) -> "AsyncIterator[Target]":
+        from qmpmerge.qemu.monitor import GREETING_SECONDS
+        from qmpmerge.targets import open as door
+
+        limit = options.patience.timeout
+        patience = GREETING_SECONDS if limit is None else min(GREETING_SECONDS, limit)
+        trace = output.trace if options.verbose else None
+        async with door.open(target, timeout=patience, force=options.force, trace=trace, **given) as opened_target:
+            opened_target.monitor.tell = output.note
+            for note in opened_target.notes:
+                output.note(note)
+            yield opened_target
+
+    return opened
 
 
 LONGEST_SECRET = 65536

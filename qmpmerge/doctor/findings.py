@@ -9,8 +9,11 @@ from typing import Literal
 Severity = Literal["harm", "care", "note"]
 """
 How bad it is. ``harm``: data or the guest suffers, now or at the next start. ``care``: somebody has to decide or tidy up
-before it does. ``note``: it only takes up room.
+before it does. ``note``: nobody has to do anything now.
 """
+
+EXIT_CODES: dict[Severity | None, int] = {"harm": 11, "care": 10, "note": 0, None: 0}
+"""What `doctor --exit-code` makes of the worst finding, None being that there is none."""
 
 SEVERITIES: tuple[Severity, ...] = ("harm", "care", "note")
 
@@ -29,6 +32,14 @@ class Finding:
     what: str
     why: str
     command: str = ""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was found, and the images that were looked at: the file of each, by its inode or else by its name."""
+
+    findings: tuple[Finding, ...]
+    images: frozenset[object]
 
 
 def sort(found: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -83,7 +83,7 @@ _UNSETTLED: tuple[Severity, str] = (
 def _unsettled(found: Found) -> Finding:
     if isinstance(found, Unlisted):
         return Finding(
-            "not-looked-at", "note", found.path, found.reason, f"what a merge left could lie there: {found.cure}"
+            "not-looked-at", "care", found.path, found.reason, f"what a merge left could lie there: {found.cure}"
         )
     if isinstance(found, Disbelieved):
         what = f"the record of a merge of {found.image} that is not believed: {found.reason}"
@@ -144,7 +144,7 @@ def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterato
     look = dependents.look_now(chain.images, chain, search)
     for reason in look.unseen:
         why = "an image that is built on the chain could lie there: a merge would ruin it"
-        yield Finding("not-looked-at", "note", chain.active.file, reason, why)
+        yield Finding("not-looked-at", "care", chain.active.file, reason, why)
     found = [one for one in _above(chain, look, search) if notes.base_of(one.file) is None]
     roots = _started_from(chain, found, pid)
     for dependent in found:

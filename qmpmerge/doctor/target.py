@@ -3,7 +3,7 @@ The doctor: problems with the disks and jobs of a QEMU, and the command that fix
 
 It only looks: nothing that it asks changes anything, and it names no command that it has not thought through for the
 state that it saw. What it finds on disk beside the chains is told by `leftovers`; images not in use are looked at
-by `diskdoctor`.
+by `images`, folders by `folders`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.doctor import jobs, launch, leftovers
-from qmpmerge.doctor.findings import Finding, Severity, sort
+from qmpmerge.doctor.findings import Finding, Looked, Severity, sort
 from qmpmerge.errors import QemuRefused
 from qmpmerge.images import headers, qcow2
 from qmpmerge.images.dependents import is_outside
@@ -41,10 +41,15 @@ async def examine(target: Target, *, search: Collection[str] = ()) -> tuple[Find
     `search` are more folders in which images may be built on those in use. Raises what `Target.layout` raises, but for
     StreamConcluded, which is a finding.
     """
+    return (await look(target, search=search)).findings
+
+
+async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
+    """The same, with the images that were looked at."""
     known = await jobs.settled(target.monitor)
     crashing = jobs.crashing(target, known)
     if crashing:
-        return sort(crashing)
+        return Looked(sort(crashing), frozenset())
     layout = await target.layout()
     at_work = [job.id for job in known]
     findings = [
@@ -60,7 +65,7 @@ async def examine(target: Target, *, search: Collection[str] = ()) -> tuple[Find
         if disk.chain is not None and disk.root in layout.held:
             findings += await _chain(target, disk)
             findings += leftovers.beside(disk.chain, search, pid=target.pid, jobs=at_work)
-    return sort(findings)
+    return Looked(sort(findings), frozenset(image.inode or image.file for chain in chains for image in chain))
 
 
 # --- nodes --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ MOST = 100_000
 LONGEST = 30.0
 """Seconds that a search takes before it is given up."""
 
+AWAY = "stale"
+"""The folder into which images go that are put out of reach."""
+
 A_STEP = 100
 """Files that are looked at until others have their turn, and a signal is heeded."""
 
@@ -302,7 +305,7 @@ def _leads(path: str, written: str | None) -> set[Inode]:
 
 def out_of_reach(file: str) -> str:
     """The command, for a shell, after which no start finds an image by its name, and none is built on what it was."""
-    away = os.path.join(os.path.dirname(file), "stale")
+    away = os.path.join(os.path.dirname(file), AWAY)
     return f"{shlex.join(['mkdir', '-p', away])} && {shlex.join(['mv', '--backup=numbered', '--', file, away])}"
 
 

@@ -39,13 +39,13 @@ class Above:
     odd: list[Odd] = field(default_factory=list)
 
 
-def above(image: str, beside: str) -> Above:
+def above(image: str, beside: str, around: "Around | None" = None) -> Above:
     """
     What is built on the image at `image`, in its folder, in the folder `beside`, in those to which notes lead, and so on.
 
-    Raises OSError where `image` cannot be looked at.
+    `around` is that folder, where it was read already. Raises OSError where `image` cannot be looked at.
     """
-    search = _Search(beside)
+    search = Around(beside) if around is None else around.copy()
     start = formats.read(image)
     while True:
         known = search.climb(start)
@@ -99,8 +99,8 @@ def below(image: str, form: str) -> Odd | None:
     return None
 
 
-class _Search:
-    """The images of all folders that were looked at, by what they are built on."""
+class Around:
+    """The images of a folder, and of others that were looked at since, by what they are built on."""
 
     def __init__(self, beside: str) -> None:
         self._folders: dict[str, None] = {}
@@ -108,6 +108,14 @@ class _Search:
         self._dangling: dict[str, list[Found]] = {}
         self._odd: dict[Odd, None] = {}
         self._read(beside)
+
+    def copy(self) -> "Around":
+        """The same; what is looked at later is known to one of them."""
+        other = Around.__new__(Around)
+        other._folders, other._odd = dict(self._folders), dict(self._odd)
+        other._built_on = {inode: list(images) for inode, images in self._built_on.items()}
+        other._dangling = {name: list(images) for name, images in self._dangling.items()}
+        return other
 
     def look_around(self, images: Iterable[Found]) -> bool:
         """Read all that lies around these images, and where their notes lead; whether any of it was not known before."""

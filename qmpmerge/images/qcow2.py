@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qmpmerge import folder
 from qmpmerge.chain import backing
@@ -29,6 +30,28 @@ _DIRTY = 1 << 0
 _EXTERNAL_DATA = 1 << 2
 # A header with its extensions fits in the smallest cluster that anybody uses; the name may lie behind it.
 _READ = 65536
+_WHOLE = struct.Struct(">4sI8x4xIQIIQQIIQQQQII")
+
+
+class _Whole(NamedTuple):
+    """The fixed part of a header of version 3 but for the backing file's name, in the order of the file."""
+
+    magic: bytes
+    version: int
+    bits: int
+    size: int
+    crypt: int
+    l1_size: int
+    l1_offset: int
+    refcounts_offset: int
+    refcounts_clusters: int
+    snapshots: int
+    snapshots_offset: int
+    features: int
+    compatible: int
+    autoclear: int
+    order: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,33 @@ def is_empty(path: str) -> bool:
         entries, offset = struct.unpack_from(">IQ", start, 36)
         table = file.read(entries * 8, offset) if entries * 8 <= _LARGEST_TABLE and offset < 1 << 62 else b""
     return len(table) == entries * 8 > 0 and not any(table)
+
+
+def is_plain(path: str) -> bool:
+    """
+    Whether QEMU opens a qcow2 image as far as its header tells, and finds no mark in it: it uses nothing but what every image
+    has, and its tables lie in the file. Of all others QEMU has to be asked. Raises OSError.
+    """
+    with folder.reading(path) as file:
+        start, end = file.read(_WHOLE.size + 8), file.status.st_size
+    if len(start) < _WHOLE.size + 8:
+        return False
+    header = _Whole(*_WHOLE.unpack_from(start))
+    cluster = 1 << min(header.bits, 32)
+    covered = cluster * cluster // (16 if header.features & _EXTENDED_ENTRIES else 8)
+    tables = ((header.l1_offset, header.l1_size * 8), (header.refcounts_offset, header.refcounts_clusters * cluster))
+    return (
+        (header.magic, header.version) == (MAGIC, 3)
+        and 9 <= header.bits <= 21
+        and not (header.crypt or header.snapshots or header.snapshots_offset or header.autoclear)
+        and not header.features & ~_EXTENDED_ENTRIES
+        and header.order <= 6
+        and header.length in (_WHOLE.size, _WHOLE.size + 8)  # with room for a compression type, which is the usual one
+        and not (header.length > _WHOLE.size and any(start[_WHOLE.size :]))
+        and header.l1_size * covered >= header.size
+        and all(offset and 0 < size <= _LARGEST_TABLE for offset, size in tables)
+        and all(offset % cluster == 0 and offset + size <= end for offset, size in tables)
+    )
 
 
 def decode(data: bytes) -> Qcow2Header | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
 from qmpmerge.images import files, formats, notes, overlays, stashed
-from qmpmerge.images.overlays import Above
+from qmpmerge.images.overlays import Above, Around
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.store import Disbelieved
@@ -29,14 +29,14 @@ class Active:
         return f"file={self.file.replace(',', ',,')},format={self.format}"
 
 
-def active(path: "str | os.PathLike[str]") -> Active:
+def active(path: "str | os.PathLike[str]", around: Around | None = None) -> Active:
     """
     The one image that a VM must be started from whose chain has the image at `path`, or all of whose images lie in the
     folder `path`.
 
     An image that was merged away and is stashed, or has kept its name, leads to the active image of the base that it was
-    merged into. Nothing is opened but headers and notes, and no program is run. Raises NoActive and SeveralActive;
-    ActiveUnknown where a merge is not finished.
+    merged into. Nothing is opened but headers and notes, and no program is run. `around` is the folder, for those who ask about
+    many images of it. Raises NoActive and SeveralActive; ActiveUnknown where a merge is not finished.
     """
     path = os.path.abspath(os.fspath(path))
     if files.is_device(path):
@@ -48,7 +48,7 @@ def active(path: "str | os.PathLike[str]") -> Active:
     leaves: dict[str, str] = {}
     is_branched = False
     while starts:
-        above = _above(starts[0], path)
+        above = _above(starts[0], path, around)
         leaves |= above.leaves
         is_branched |= len(above.leaves) > 1
         seen = {image.inode for image in above.images.values()}
@@ -83,12 +83,12 @@ def _no_image(file: str, form: str) -> str:
     return ""
 
 
-def _above(image: str, path: str) -> Above:
+def _above(image: str, path: str, around: Around | None) -> Above:
     """What is built on `image`, or on what it was merged into. Raises NoActive, ActiveUnknown."""
     _refuse_unfinished(path, image, [os.path.dirname(image), os.path.dirname(files.real(image))], None)
     start = _merged_into(image, path)
     try:
-        above = overlays.above(start, path if os.path.isdir(path) else os.path.dirname(path))
+        above = overlays.above(start, path if os.path.isdir(path) else os.path.dirname(path), around)
     except OSError as error:
         reason = f"{start} cannot be read: {error.strerror or error}"
         raise NoActive(path=path, reason=reason, cure="name an image of the chain, or its folder") from None

@@ -480,7 +480,7 @@ async def test_what_lies_about_beside_images(whole_folder: bool, tmp_path: Path,
 
 async def test_what_was_not_looked_at_is_told(images: list[Path], tmp_path: Path) -> None:
     (found,) = await qmpmerge.examine_path(images[3], search=[str(tmp_path / "not-there")])
-    assert (found.name, found.severity, "cannot be listed" in found.what) == ("not-looked-at", "note", True)
+    assert (found.name, found.severity, "cannot be listed" in found.what) == ("not-looked-at", "care", True)
 
 
 def test_a_record_that_is_not_believed_is_a_finding_without_a_command_that_would_refuse(tmp_path: Path) -> None:
@@ -575,10 +575,17 @@ def test_the_command(tmp_path: Path, images: list[Path], content: Content) -> No
 
     with blockdev(tmp_path, images, content) as setup:
         target = setup.machine.target
-        found = json.loads(said(target, "--json"))
-        assert (found["command"], found["verdict"], found["findings"]) == ("doctor", "done", [])
+        told = json.loads(said(target, "--json"))
+        assert told == {
+            "schema": 1,
+            "command": "doctor",
+            "verdict": "done",
+            "looked_at": {"vms": 1, "images": 4},
+            "targets": [{"target": target, "verdict": "done", "error": None}],
+            "findings": [],
+        }
         leave(tmp_path)
         assert said(target).startswith(f"harm: {tmp_path}/.c.qcow2.qmpmerge-record (unsettled)\n  what  a merge of ")
     told = json.loads(said(str(tmp_path), "--json"))
     assert "shared-image" in [finding["name"] for finding in told["findings"]]
-    assert set(told["findings"][0]) == {"name", "severity", "where", "message", "why", "fix"}
+    assert set(told["findings"][0]) == {"target", "name", "severity", "where", "message", "why", "fix"}

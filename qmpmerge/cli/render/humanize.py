@@ -1,6 +1,7 @@
 """Numbers and names in words, as people read them on a terminal."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from qmpmerge.engine.pace.progress import Progress
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome
     from qmpmerge.operations.clean import Cleaned
+    from qmpmerge.operations.examine import Report
     from qmpmerge.qemu.blockgraph import Disk
 
 
@@ -87,6 +89,17 @@ def estimate(value: "Estimate") -> str:
     rate = f"{size(value.rate)}/s ({'as given' if value.rate_given else 'assumed'})"
     takes = duration(value.seconds) if value.seconds >= 1 else "less than 1 s"
     return f"copies {'at least ' if value.at_least else ''}{size(value.copy)}{grows}; {takes} at {rate}"
+
+
+def looked_at(report: "Report") -> str:
+    """``looked at 3 VMs, 41 images, not at vm9: 1 harm, 2 care``; that nothing was found is said only of what was looked at."""
+    counts = [
+        f"{count} {word}{'' if count == 1 else 's'}" for count, word in ((report.vms, "VM"), (report.images, "image"))
+    ]
+    missed = [one.target for one in report.targets if one.error is not None]
+    told = f"looked at {', '.join(counts)}" + (f", not at {', '.join(missed)}" if missed else "")
+    found = Counter(finding.severity for _target, finding in report.findings)
+    return f"{told}: {', '.join(f'{count} {severity}' for severity, count in found.items()) or 'no problems found'}"
 
 
 def disk_row(disk: "Disk") -> tuple[str, ...]:

@@ -14,13 +14,13 @@ from qmpmerge.errors import StillRunning
 if TYPE_CHECKING:
     from qmpmerge.chain.chain import Image
     from qmpmerge.chain.outcome import MergedFile, Outcome
-    from qmpmerge.doctor.findings import Finding
     from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
+    from qmpmerge.operations.examine import Report
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -123,18 +123,25 @@ class JsonOutput:
         """The job as it is now, null when it is gone."""
         self._print("done", job=_job(job))
 
-    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
-        """The findings, the worst first; an empty list is a clean bill of health."""
-        entries = [
+    def doctor(self, report: "Report") -> None:
+        """How much was looked at, each target with why it was not, and the findings, the worst first."""
+        findings = [
             {
+                "target": target,
                 **_keys(finding, "name", "severity", "where"),
                 "message": finding.what,
                 "why": finding.why,
                 "fix": finding.command or None,
             }
-            for finding in findings
+            for target, finding in report.findings
         ]
-        self._print("done", target=target, findings=entries)
+        targets = [
+            {**_keys(one, "target", "verdict"), "error": one.error.document if one.error else None}
+            for one in report.targets
+        ]
+        failure = {"error": report.error.document} if report.error else {}
+        looked_at = _keys(report, "vms", "images")
+        self._print(report.verdict, looked_at=looked_at, targets=targets, findings=findings, **failure)
 
     def failure(self, error: "Error") -> None:
         """The error with its facts; with all that is known of a merge whose job goes on without us."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
-    from qmpmerge.doctor.findings import Finding
     from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
+    from qmpmerge.operations.examine import Report
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -57,8 +57,8 @@ class Output(Protocol):
     def controlled(self, job_id: str, job: "Job | None") -> None:
         """A job after a verb was sent to it; None when it is gone."""
 
-    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
-        """Problems with a target, the worst first."""
+    def doctor(self, report: "Report") -> None:
+        """Problems with several targets, the worst first, and how much was looked at."""
 
     def failure(self, error: "Error") -> None:
         """Why a command did not do what was asked."""

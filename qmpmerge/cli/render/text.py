@@ -12,13 +12,13 @@ from qmpmerge.cli.render.visible import visible
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
-    from qmpmerge.doctor.findings import Finding
     from qmpmerge.engine.pace.progress import Progress, Shortage
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
+    from qmpmerge.operations.examine import Report
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -197,15 +197,19 @@ class TextOutput:
         limit = f", at most {humanize.size(job.speed)}/s" if job is not None and job.speed else ""
         self._say(f"{job_id}: {'gone' if job is None else job.status}{limit}")
 
-    def doctor(self, target: str, findings: "Sequence[Finding]") -> None:
-        """Each finding in four lines: how bad and where, what, why, and the command that fixes it."""
-        if not findings:
-            self._say(f"{target}: no problems found")
-        for finding in findings:
-            self._say(f"{finding.severity}: {finding.where} ({finding.name})")
+    def doctor(self, report: "Report") -> None:
+        """Each finding in four lines: how bad and where, what, why, and the command that fixes it; how much was looked at."""
+        for target, finding in report.findings:
+            where = (
+                finding.where
+                if finding.where.startswith("/") or len(report.targets) == 1
+                else f"{target}: {finding.where}"
+            )
+            self._say(f"{finding.severity}: {where} ({finding.name})")
             self._say(f"  what  {finding.what}")
             self._say(f"  why   {finding.why}")
             self._say(f"  fix   {finding.command or 'by hand, as above'}")
+        self._say(humanize.looked_at(report))
 
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
