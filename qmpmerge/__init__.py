@@ -7,7 +7,7 @@ Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
 
 To disks       `open`, or by name `live` (a running QEMU) and `offline` (images not in use): each gives a `Target`
 To their chain `snapshot`, `commit`, `follow` and `control` (its jobs)
-After a crash  `recover`, `clean`, `active` (which image to start from), `examine`, `examine_path`, `examine_all` (what is wrong)
+After a crash  `recover`, `clean`, `active` (what to start from), `examine`, `examine_path`, `examine_all` (what is wrong)
 Without asyncio the same functions are in `qmpmerge.sync`. What can go wrong is in `qmpmerge.errors`, all of it an `Error`.
 
 Each step is told to the logger `qmpmerge`. Names are imported when they are first used: the command line starts faster for it.
