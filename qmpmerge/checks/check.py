@@ -15,8 +15,8 @@ from qmpmerge.checks import files, graph, sight
 from qmpmerge.checks.question import Question, Seen, Unseen, process
 from qmpmerge.errors import FORCEABLE, NotWritable, QemuRefused, Refused, refuse
 from qmpmerge.images import dependents, space
-from qmpmerge.qemu import vmstate
-from qmpmerge.qemu.bitmaps import Bitmap, Handling
+from qmpmerge.qemu import bitmaps, vmstate
+from qmpmerge.qemu.bitmaps import Bitmap
 from qmpmerge.targets.target import ChainView, Target
 
 
@@ -35,7 +35,6 @@ async def check(
     plan: CommitPlan,
     *,
     ending: Ending = "pivot",
-    handling: Handling = "refuse",
     force: Collection[str] = (),
     search: Collection[str] = (),
     speed: int = 0,
@@ -44,9 +43,9 @@ async def check(
     """
     Refuse what would do harm, but for what `force` names (of `errors.FORCEABLE`). Changes nothing that anyone could see.
 
-    `handling` is of the dirty bitmaps of merged images, `search` are more folders below which images may be built on those of
-    the chain, `speed` is for the estimate. With `dry_run` that is made closely (`space.estimate`), and nothing is sent that
-    writes. Raises one of the refusals of `CHECKS`, or SeveralRefusals with all of them.
+    `search` are more folders below which images may be built on those of the chain, `speed` is for the estimate. With
+    `dry_run` that is made closely (`space.estimate`), and nothing is sent that writes. Raises one of the refusals of `CHECKS`,
+    or SeveralRefusals with all of them.
     """
     from qmpmerge.processes import holders
 
@@ -55,7 +54,7 @@ async def check(
     estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=dry_run, version=version)
     below = dependents.folders_above(plan.base, plan.chain.active)
     others = await dependents.look([plan.base, *plan.merged], plan.chain, [*search, *below], holders.qemu_files())
-    question = Question(target, pid, opened, view, plan, ending, handling, others, estimate, dry_run)
+    question = Question(target, pid, opened, view, plan, ending, others, estimate, dry_run)
     checked: list[Checked] = []
     refusals: list[Refused] = []
     for name, ask in CHECKS.items():
@@ -72,8 +71,8 @@ async def check(
         await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))  # once more: all this can take seconds
         await target.open_for_writing(question.written)
         await _rewrite_header(question)  # the last, because it writes, if only what is there already
-    carried = question.bitmaps if handling == "merge" else []
-    return Answer(tuple(checked), estimate, tuple(carried))
+    carried = () if question.keeps else bitmaps.portable(view.layout, plan)
+    return Answer(tuple(checked), estimate, carried)
 
 
 async def _rewrite_header(question: Question) -> None:

@@ -14,7 +14,6 @@ from qmpmerge.checks.question import Question, Unseen
 from qmpmerge.errors import (
     Attached,
     BackingString,
-    BitmapsStay,
     Busy,
     Disagrees,
     FlushUnavailable,
@@ -154,17 +153,16 @@ def _leads(overlay: Image, name: str, plan: CommitPlan) -> bool:
 
 
 async def would_lose(question: Question) -> AsyncIterator[Refused]:
-    """Dirty bitmaps as the user wants it, internal snapshots in any case."""
-    found, layout = question.bitmaps, question.view.layout
-    lost = bitmaps.snapshots(layout, question.plan.merged) if not question.keeps else []
-    if question.handling == "refuse":
-        lost += map(str, found)
+    """Internal snapshots, and the dirty bitmaps that cannot be carried over."""
+    if question.keeps:
+        return
+    plan, layout = question.plan, question.view.layout
+    lost = bitmaps.snapshots(layout, plan.merged)
+    for bitmap in bitmaps.of(layout, plan.merged):
+        reason = bitmaps.obstacle(layout, plan, bitmap)
+        lost += [f"{bitmap} ({reason})"] if reason is not None else []
     if lost:
         yield WouldLose(lost=lost)
-    if question.handling == "merge":
-        obstacles = [bitmaps.obstacle(layout, question.plan, bitmap) for bitmap in found]
-        if any(obstacles):
-            yield BitmapsStay(bitmaps=[obstacle for obstacle in obstacles if obstacle is not None])
 
 
 def known_bad(question: Question) -> AsyncIterator[KnownBad]:

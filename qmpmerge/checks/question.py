@@ -10,7 +10,6 @@ from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.images.dependents import Look
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
-from qmpmerge.qemu.bitmaps import Bitmap, Handling, of
 from qmpmerge.targets.target import ChainView, Target
 
 
@@ -41,7 +40,6 @@ class Question:
     view: ChainView
     plan: CommitPlan
     ending: Ending
-    handling: Handling
     others: Look
     estimate: Estimate
     dry_run: bool
@@ -64,11 +62,6 @@ class Question:
         """
         overlay = self.plan.overlay
         return overlay is not None and overlay.format == self.plan.top.format and overlay.backing is not None
-
-    @property
-    def bitmaps(self) -> list[Bitmap]:
-        """The dirty bitmaps that would be lost."""
-        return [] if self.keeps else of(self.view.layout, self.plan.merged)
 
     @property
     def keeps(self) -> bool:

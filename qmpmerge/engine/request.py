@@ -9,7 +9,6 @@ from qmpmerge.chain.outcome import Ending, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import ActiveOnly, LiveOnly, OptionsConflict
-from qmpmerge.qemu.bitmaps import Handling
 
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Converge
@@ -20,8 +19,8 @@ class Request:
     """
     `base`, `top` and `shallow` say which layers, as `plan.commit` takes them. `ending` is how an active merge ends.
     `speed` is bytes a second, 0 for unlimited; None leaves a job that is at work as fast as it is. `verify` compares what
-    base shows with what top shows before anything is switched; None does so where it is cheap. `bitmaps` says what becomes
-    of the dirty bitmaps of merged images, `merged_files` what becomes of their files; `pause` lets the guest stand still for
+    base shows with what top shows before anything is switched; None does so where it is cheap. `merged_files` says
+    what becomes of the merged files; `pause` lets the guest stand still for
     the pivot. `force` and `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes
     faster than the job copies. With `polite` the monitor is released for so many seconds between two polls. `patience` is
     how long we stay.
@@ -33,7 +32,6 @@ class Request:
     ending: Ending = "pivot"
     speed: int | None = None
     verify: bool | None = None
-    bitmaps: Handling = "refuse"
     merged_files: Policy = "stash"
     pause: bool = True
     force: Collection[str] = ()

@@ -81,13 +81,16 @@ async def make_base_durable(run: Run, doorbell: Doorbell) -> None:
 
 
 async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
-    """The last step before the switch; where it fails the job is taken back."""
+    """The last step before the switch; where it fails the job is taken back, unless they may be lost."""
     if not run.bitmaps:
         return
     base = run.plan.base
     try:
         await bitmaps.carry(run.target.monitor, await run.target.layout(), base, run.bitmaps)
     except QemuRefused as error:
+        if "would-lose" in run.request.force:
+            run.notes.append(f"dirty bitmaps were not carried over: {error.reason}; the next backup must be a full one")
+            return
         await shield.finished(blockjob.take_back(run, doorbell))
         raise BitmapsNotCarried(base=base.file, reason=error.reason) from None
 

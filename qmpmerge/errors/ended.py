@@ -51,7 +51,7 @@ class BitmapsNotCarried(Failed):
     base: str
     reason: str
     sentence = "the dirty bitmaps could not be carried over to {base}: {reason}; nothing was switched"
-    advice = "the old chain is in use and right; `--bitmaps drop` merges without them"
+    advice = "the old chain is in use and right; `--force would-lose` merges without them"
 
 
 class NotVerified(Failed):

@@ -342,22 +342,14 @@ class DeviceTooSmall(Refused):
 
 
 class WouldLose(Refused):
-    """Merged images hold what a merge does not carry over: internal snapshots, dirty bitmaps."""
+    """Merged images hold what cannot be carried over: internal snapshots, and dirty bitmaps for a reason of each."""
 
     lost: list[str]
-    sentence = "the merge would drop {lost}"
+    sentence = "the merge would lose {lost}"
     advice = (
-        "`--bitmaps merge` carries dirty bitmaps over, `--bitmaps drop` lets them go; internal snapshots can be copied out "
-        "with `qemu-img convert -l NAME`, then `--force would-lose` merges"
+        "`--force would-lose` merges without: internal snapshots can be copied out before, with `qemu-img convert -l NAME`, "
+        "and after a lost dirty bitmap the next backup must be a full one"
     )
-
-
-class BitmapsStay(Refused):
-    """Dirty bitmaps that cannot be carried over to the base, for a reason of each."""
-
-    bitmaps: list[str]
-    sentence = "dirty bitmaps cannot be carried over: {bitmaps}"
-    advice = "`--bitmaps drop` merges without them: the next backup must be a full one"
 
 
 class KnownBad(Refused):

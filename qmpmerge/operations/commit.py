@@ -29,7 +29,6 @@ from qmpmerge.journal.record import Record
 from qmpmerge.processes import limits
 from qmpmerge.qemu import bitmaps as dirty
 from qmpmerge.qemu import jobs, vmstate
-from qmpmerge.qemu.bitmaps import Handling
 from qmpmerge.qemu.blockgraph import DiskName
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import ChainView, Target
@@ -48,7 +47,6 @@ async def commit(
     ending: Ending = "pivot",
     speed: int | None = None,
     verify: bool | None = None,
-    bitmaps: Handling = "refuse",
     merged_files: Policy = "stash",
     pause: bool = True,
     force: Collection[str] = (),
@@ -68,12 +66,13 @@ async def commit(
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
     where it is cheap, True does so for an active merge while the guest is paused. `merged_files` says what becomes of
     them; to delete them they must be compared. `pause` lets the guest stand still for the milliseconds of the pivot:
-    without it nobody can tell which image is right if QEMU and we die during it. `bitmaps` says what becomes of the
-    dirty bitmaps of merged images. `force` and `search` are those of `checks.check`. `speed` is bytes a second, 0 for
-    unlimited; without one a job that is at work stays as fast as it is. `timeout` is seconds, after which StillRunning is
-    raised and the job goes on; `patience` says more than that, in its place. `converge` allows to slow down or pause a
-    guest that writes faster than the job copies. With `polite`, the monitor is released for so many seconds between two
-    polls; the two do not go together.
+    without it nobody can tell which image is right if QEMU and we die during it. `force` and `search` are those of
+    `checks.check`. `speed` is bytes a second, 0 for unlimited; without one a job that is at work stays as fast as it is.
+    `timeout` is seconds, after which StillRunning is raised and the job goes on; `patience` says more than that, in its
+    place. `converge` allows to slow down or pause a guest that writes faster than the job copies. With `polite`, the monitor
+    is released for so many seconds between two polls; the two do not go together.
+
+    Dirty bitmaps of merged images are carried over to the base.
 
     A job of an earlier qmpmerge that does this very thing is taken over, and what it has done already is only proved.
 
@@ -92,7 +91,6 @@ async def commit(
         ending=ending,
         speed=speed,
         verify=verify,
-        bitmaps=bitmaps,
         merged_files=merged_files,
         pause=pause,
         force=force,
@@ -187,7 +185,7 @@ class _Beginning:
         if self._request.speed is not None:
             await jobs.set_speed(self._target.monitor, job, self._request.speed)
         # Whoever has started the job was not refused for them, so what can come along does.
-        run.bitmaps = () if self._request.bitmaps == "drop" else dirty.portable(view.layout, run.plan)
+        run.bitmaps = dirty.portable(view.layout, run.plan)
         return run
 
     async def _resumed(self, view: ChainView, operation: Operation, lock: Lock, record: Record | None) -> Run:
@@ -213,7 +211,6 @@ class _Beginning:
             view,
             planned,
             ending=request.ending,
-            handling=request.bitmaps,
             force=request.force,
             search=request.search,
             speed=request.speed or 0,

@@ -8,15 +8,12 @@ would miss what they tell.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.monitor import Monitor
-
-Handling = Literal["refuse", "merge", "drop"]
-"""What to do about the bitmaps of merged images: not merge at all, carry them over to the base, or let them go."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +51,30 @@ def of(layout: Layout, images: Sequence[Image]) -> list[Bitmap]:
 
 
 def obstacle(layout: Layout, plan: CommitPlan, bitmap: Bitmap) -> str | None:
-    """Why a bitmap cannot be carried over to the plan's base, as a clause; None where it can."""
+    """Why a bitmap cannot be carried over to the plan's base, as a clause about it; None where it can."""
     base = plan.base
     other = next((one for one in of(layout, [base]) if one.name == bitmap.name), None)
     if bitmap.inconsistent:
-        return f"{bitmap} is inconsistent, its VM was killed"
+        return "it is inconsistent, its VM was killed"
     if bitmap.busy or (other is not None and (other.busy or other.inconsistent)):
-        return f"{bitmap} or the base's own of that name is in use or inconsistent"
+        return "it, or the base's own of that name, is in use or inconsistent"
     if other is not None and bitmap.persistent and not other.persistent:
-        return f"{bitmap} is persistent, the base's own of that name is not"
+        return "it is persistent, the base's own of that name is not"
     if bitmap.persistent and base.format != "qcow2":
-        return f"{bitmap} is persistent, and {base.file} is {base.format}, which has no room for bitmaps"
+        return f"it is persistent, and {base.file} is {base.format}, which has no room for bitmaps"
     if bitmap.image.virtual_size != max(base.virtual_size, plan.top.virtual_size):
-        return f"{bitmap} is for another size than the merged image will have"
+        return "it is for another size than the merged image will have"
     return None
 
 
 def portable(layout: Layout, plan: CommitPlan) -> tuple[Bitmap, ...]:
-    """The bitmaps of the merged images that can be carried over."""
-    return tuple(bitmap for bitmap in of(layout, plan.merged) if obstacle(layout, plan, bitmap) is None)
+    """
+    The bitmaps of the merged images that can be carried over. Those of one name only together: a part of them would tell
+    the next incremental backup that less has changed than has.
+    """
+    found = of(layout, plan.merged)
+    lost = {bitmap.name for bitmap in found if obstacle(layout, plan, bitmap) is not None}
+    return tuple(bitmap for bitmap in found if bitmap.name not in lost)
 
 
 async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence[Bitmap]) -> None:

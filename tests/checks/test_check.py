@@ -36,7 +36,7 @@ from qmpmerge.errors import (
     FORCEABLE,
     Attached,
     BackingString,
-    BitmapsStay,
+    BitmapsNotCarried,
     Busy,
     Dependents,
     DeviceTooSmall,
@@ -56,7 +56,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.errors import refused as refusals
 from qmpmerge.images import dependents
-from qmpmerge.qemu.bitmaps import Handling, carry, of
+from qmpmerge.qemu.bitmaps import carry, of
 
 R = TypeVar("R", bound=Refused)
 DRIVE = "file={},format=qcow2,if=none,id=vda"
@@ -117,7 +117,7 @@ def overlay(path: Path, backing: Path | str, form: str = "raw", size: int = SIZE
 
 async def test_all_that_says_no_is_told_at_once(vm: Machine, images: list[Path]) -> None:
     other = overlay(images[0].parent / "other.qcow2", "base.raw")
-    vm.session.execute("block-dirty-bitmap-add", node="c", name="daily")
+    vm.session.execute("block-dirty-bitmap-add", node="c", name="daily", persistent=True)
     several = await refused(vm, SeveralRefusals)
     assert [refusal.name for refusal in several.refusals] == ["dependents", "would-lose"]
     assert all(str(refusal) in str(several) and refusal.hint in several.hint for refusal in several.refusals)
@@ -872,17 +872,25 @@ def test_plain_commit_forgets_bitmaps(tmp_path: Path, layers: list[Path]) -> Non
 
 @pytest.mark.parametrize("top", ["[2]", None])
 async def test_what_would_be_lost_is_named(top: str | None, tmp_path: Path, layers: list[Path]) -> None:
+    """An internal snapshot, and a bitmap of a VM that was killed; not those that come along."""
     run("qemu-img", "snapshot", "-c", "before-update", layers[1])
-    lost = [f"internal snapshot before-update of {layers[1]}", f"dirty bitmap daily of {layers[1]}"]
+    with machine(tmp_path, *nodes(layers[:2]), *device("mid")) as vm:
+        vm.kill()
+    run("qemu-img", "bitmap", "--add", layers[1], "whole")
+    run("qemu-img", "bitmap", "--add", layers[2], "daily")
+    lost = [
+        f"internal snapshot before-update of {layers[1]}",
+        f"dirty bitmap daily of {layers[1]} (it is inconsistent, its VM was killed)",
+    ]
     with machine(tmp_path, *nodes(layers), *device("top")) as vm:
         assert (await refused(vm, WouldLose, top=top)).lost == lost
-        assert (await refused(vm, WouldLose, top=top, bitmaps="drop")).lost == lost[:1]
         keeping = invoke("commit", vm.target, "--keep-overlay", "--dry-run", *(["--top", top] if top else []))
         assert keeping.code == (3 if top else 0), "only an overlay that is kept keeps what is in it"
     assert (await refused(layers[2], WouldLose, top=top)).lost == lost
     async with qmpmerge.offline(layers[2]) as target:
-        await qmpmerge.commit(target, top=top, bitmaps="drop", force=["would-lose"])
-    assert "daily" not in run("qemu-img", "info", layers[0])
+        await qmpmerge.commit(target, top=top, force=["would-lose"])
+    told = run("qemu-img", "info", layers[0])
+    assert ("whole" in told, "daily" in told) == (True, False), "a part of a bitmap is worse than none"
 
 
 @pytest.mark.parametrize("live", [True, False])
@@ -894,7 +902,7 @@ async def test_bitmaps_come_along(live: bool, top: str | None, tmp_path: Path, l
         before = dirty(vm, "mid")
         if live:
             async with qmpmerge.live(vm.target) as target:
-                await qmpmerge.commit(target, top=top, bitmaps="merge")
+                await qmpmerge.commit(target, top=top)
             assert set(bitmaps(vm, "low")) == {"daily", "other"}
             assert dirty(vm, "low") == before
             if top is None:
@@ -904,7 +912,7 @@ async def test_bitmaps_come_along(live: bool, top: str | None, tmp_path: Path, l
         vm.stop()
     if not live:
         async with qmpmerge.offline(layers[2]) as target:
-            await qmpmerge.commit(target, top=top, bitmaps="merge")
+            await qmpmerge.commit(target, top=top)
     with machine(tmp_path, *nodes([layers[0]]), *device("low")) as vm:
         assert dirty(vm, "low") == before
         told = bitmaps(vm, "low")["daily"]
@@ -937,7 +945,7 @@ async def test_bitmaps_are_merged_into_those_of_their_names(tmp_path: Path, laye
         vm.session.execute("block-dirty-bitmap-add", node="top", name="daily", granularity=65536)
         vm.io(BACKEND, "write -P 6 4M 64k")
         async with qmpmerge.live(vm.target) as target:
-            await qmpmerge.commit(target, bitmaps="merge")
+            await qmpmerge.commit(target)
         told = bitmaps(vm, "low")["daily"]
         assert (told["recording"], told["count"], told["granularity"]) == (True, (256 + 128) * 1024, 128 * 1024)
         vm.io(BACKEND, "write -P 6 6M 64k")
@@ -948,7 +956,7 @@ async def test_bitmaps_come_along_with_a_job_that_was_left(tmp_path: Path, layer
     with machine(tmp_path, *nodes(layers), *device("top")) as vm:
         before = dirty(vm, "mid")
         async with qmpmerge.live(vm.target) as target:
-            job = (await qmpmerge.commit(target, bitmaps="merge", ending="ready")).job
+            job = (await qmpmerge.commit(target, ending="ready")).job
             assert job is not None and not bitmaps(vm, "low")
             assert (await qmpmerge.follow(target, job.id)).verdict == "pivoted"
         assert dirty(vm, "low") == before
@@ -999,15 +1007,34 @@ def relayed(listener: socket.socket, target: str) -> None:
                 ways[ready].sendall(data)
 
 
-@pytest.mark.parametrize("handling", ["merge", "drop"])
-async def test_bitmaps_that_cannot_come_along(handling: Handling, vm: Machine) -> None:
+async def test_bitmaps_that_cannot_come_along(vm: Machine) -> None:
     """A raw base has no room for them."""
     vm.session.execute("block-dirty-bitmap-add", node="c", name="daily", persistent=True)
-    if handling == "merge":
-        assert "raw" in (await refused(vm, BitmapsStay, bitmaps="merge")).bitmaps[0]
-        return
+    assert "raw" in (await refused(vm, WouldLose)).lost[0]
     async with qmpmerge.live(vm.target) as target:
-        assert (await qmpmerge.commit(target, bitmaps="drop")).verdict == "pivoted"
+        assert (await qmpmerge.commit(target, force=["would-lose"])).verdict == "pivoted"
+
+
+@pytest.mark.parametrize("force", [[], ["would-lose"]])
+async def test_bitmaps_that_qemu_does_not_carry(force: list[str], tmp_path: Path, layers: list[Path]) -> None:
+    """Somebody else takes one away once all was checked."""
+    with machine(tmp_path, *nodes(layers), *device("top")) as holder:
+        session = holder.session
+        session.execute("block-dirty-bitmap-add", node="top", name="hourly")
+
+        def meanwhile(direction: str, text: str) -> None:
+            if direction == "->" and '"block-commit"' in text:
+                session.execute("block-dirty-bitmap-remove", node="top", name="hourly")
+
+        async with qmpmerge.live(holder.target, trace=meanwhile) as target:
+            if force:
+                outcome = await qmpmerge.commit(target, force=force)
+                assert outcome.verdict == "pivoted"
+                assert any("the next backup must be a full one" in hint for hint in outcome.hints)
+                return
+            with pytest.raises(BitmapsNotCarried, match="hourly"):
+                await qmpmerge.commit(target)
+            assert len((await target.chain()).chain) == 3
 
 
 # --- known to be bad ----------------------------------------------------------------------------------------------------

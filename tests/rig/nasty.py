@@ -27,7 +27,7 @@ def command_lines(word: str) -> Iterator[list[str]]:
         ["chain", "c.qcow2", word],
         ["commit", "c.qcow2", word, "--dry-run"],
     )
-    for option in ("--base", "--top", "--speed", "--timeout", "--force", "--bitmaps", "--merged-files"):
+    for option in ("--base", "--top", "--speed", "--timeout", "--force", "--merged-files"):
         yield ["commit", "c.qcow2", "--dry-run", option, word]
     yield ["commit", "c.qcow2", "--dry-run", "--converge-pause", word]
     yield from (["commit", "c.qcow2", "--dry-run", "--allow", word], ["active", word, "--json"])

@@ -26,7 +26,6 @@ from qmpmerge.errors import FORCEABLE
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Ending, Policy
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.qemu.bitmaps import Handling
     from qmpmerge.targets.target import Target
 
 
@@ -58,13 +57,6 @@ if TYPE_CHECKING:
     help="Compare base and top before the switch, whatever it costs (default: where it is cheap).",
 )
 @click.option("--no-verify", is_flag=True, help="Do not compare them.")
-@click.option(
-    "--bitmaps",
-    type=click.Choice(["refuse", "merge", "drop"]),
-    default="refuse",
-    show_default=True,
-    help="Dirty bitmaps of merged images: do not merge, carry them over to the base, or let them go.",
-)
 @options.search
 @options.finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the chain that would result, change nothing.")
@@ -86,7 +78,6 @@ def commit(
     speed: int | None,
     verify: bool,
     no_verify: bool,
-    bitmaps: "Handling",
     search: tuple[str, ...],
     merged_files: "Policy",
     pause: bool,
@@ -154,7 +145,6 @@ def commit(
             ending=ending,
             speed=speed,
             verify=True if verify else False if no_verify else None,
-            bitmaps=bitmaps,
             force=options.force,
             search=search,
             dry_run=dry_run,

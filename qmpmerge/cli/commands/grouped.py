@@ -7,7 +7,7 @@ import click
 GROUPS: dict[str, tuple[str, ...]] = {
     "What is merged": ("--base", "--top", "--shallow"),
     "How it ends": ("--pivot", "--keep-overlay", "--wait-ready", "--merged-files"),
-    "Safety": ("--dry-run", "--yes", "--verify", "--no-verify", "--no-pause", "--bitmaps", "--search", "--force"),
+    "Safety": ("--dry-run", "--yes", "--verify", "--no-verify", "--no-pause", "--search", "--force"),
     "Waiting": ("--speed", "--converge", "--converge-pause", "--timeout", "--detach", "--polite"),
     "Images not in use (TARGET is an image)": ("--allow", "--format", "--secret"),
     "Output": ("--json", "--quiet", "--verbose", "--help"),
