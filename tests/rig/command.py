@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rig import contract
+from rig import contract, exits
 
 COMMAND = shutil.which("qmpmerge", path=os.path.dirname(sys.executable)) or "qmpmerge"
 
@@ -36,12 +36,14 @@ class Begun:
     """A command under way, stopped where it has reported progress for the first time."""
 
     def __init__(self, *arguments: str) -> None:
+        self._arguments = arguments
         self.process = subprocess.Popen([COMMAND, *arguments, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert self.process.stderr is not None
         assert b'"progress"' in self.process.stderr.readline()
 
     def end(self) -> Run:
         out, err = self.process.communicate(timeout=60)
+        exits.see_that_it_is_told(self._arguments, self.process.returncode)
         return held(Run(self.process.returncode, out.decode(), err.decode()))
 
 
@@ -51,6 +53,7 @@ def invoke(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None 
     )
     run = Run(done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in run.out + run.err, run
+    exits.see_that_it_is_told(arguments, done.returncode)
     return held(run) if prints_json(arguments) else run
 
 

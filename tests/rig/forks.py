@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from rig import exits
 from rig.command import Run, held, prints_json
 
 SECONDS = 60
@@ -38,6 +39,7 @@ class Forks:
         self._process.stdin.write(json.dumps([arguments, str(cwd), seconds]).encode() + b"\n")
         self._process.stdin.flush()
         code, out, err = json.loads(self._process.stdout.readline())
+        exits.see_that_it_is_told(arguments, code)
         run = Run(code, out, err)
         return held(run) if prints_json(arguments) and code in CODES else run
 

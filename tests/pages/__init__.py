@@ -1,0 +1,13 @@
+"""The pages of docs/ that are made from the code, by `scripts/docs`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pages import commands
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+PAGES: dict[str, Callable[[], str]] = {
+    "commands.md": commands.page,
+}
+"""Each page by its name, and what makes its text."""

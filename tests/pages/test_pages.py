@@ -1,0 +1,61 @@
+"""What the documents and the help leave out is found here."""
+
+from pathlib import Path
+
+import click
+import pytest
+from rig import exits
+
+from pages import DOCS, PAGES
+from pages.commands import command
+from qmpmerge.cli.commands.group import FILES
+from qmpmerge.errors import EXIT_CODES
+
+HABITS = {
+    "--active": "`virsh blockcommit --active`: so it is where the top is the active image, and it is refused where not",
+    "--wait": "`virsh blockcommit --wait`: we always wait",
+}
+"""Options that no help shows: what people type from habit, and what becomes of it."""
+
+
+def options() -> list[tuple[str, click.Option]]:
+    return [(name, one) for name in FILES for one in command(name).params if isinstance(one, click.Option)]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_what_the_code_says(name: str) -> None:
+    assert (DOCS / name).read_text() == PAGES[name](), f"docs/{name} is not what the code says: run scripts/docs"
+
+
+def test_every_option_has_a_text() -> None:
+    assert [(name, one.opts) for name, one in options() if not one.hidden and not one.help] == []
+
+
+def test_only_habits_are_hidden() -> None:
+    assert {option for _, one in options() if one.hidden for option in one.opts} == set(HABITS)
+
+
+def test_every_option_and_command_is_on_the_page() -> None:
+    page = PAGES["commands.md"]()
+    for name in FILES:
+        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        shown = [option for of, one in options() if of == name and not one.hidden for option in one.opts]
+        assert [option for option in shown if f"{option}" not in section] == []
+        assert all(f"\n{code} " in section for code in exits.of(name))
+
+
+def test_every_exit_code_is_in_some_help() -> None:
+    told = exits.of_all().union(*map(exits.of, FILES))
+    assert told == {*EXIT_CODES.values(), 1, 2}
+
+
+def test_a_code_that_help_does_not_name_is_found() -> None:
+    exits.see_that_it_is_told(["commit", "vm1"], 5)
+    exits.see_that_it_is_told(["vms"], 130)
+    with pytest.raises(AssertionError, match="vms --help"):
+        exits.see_that_it_is_told(["vms"], 5)
+
+
+def test_the_readme_names_the_pages() -> None:
+    readme = (Path(DOCS).parent / "README.md").read_text()
+    assert [name for name in PAGES if f"docs/{name}" not in readme] == []
