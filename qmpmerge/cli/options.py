@@ -175,7 +175,10 @@ class Help:
 
 
 def converging(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare what may be done to a guest that writes faster than the job copies; the command gets one value, ``converge``."""
+    """
+    Declare what may be done to a guest that writes faster than the job copies, over `waiting`; the command gets one value,
+    ``converge``.
+    """
     declared = (
         click.option("--converge", is_flag=True, help="Slow down a guest that writes faster than the job copies."),
         click.option(
@@ -186,9 +189,10 @@ def converging(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
     )
 
-    def gather(*, converge: bool, converge_pause: float | None, **rest: object) -> Any:
+    def gather(*, converge: bool, converge_pause: float | None, polite: bool, **rest: object) -> Any:
         wanted = Help(converge_pause or 0.0) if converge or converge_pause is not None else None
-        return function(converge=wanted, **rest)
+        refuse_together({"--polite": polite, "--converge": wanted})  # who helps a guest must have the monitor at hand
+        return function(converge=wanted, polite=polite, **rest)
 
     return _declared(gather, function, declared)
 

@@ -62,6 +62,7 @@ def test_only_who_follows_a_job_has_a_time_limit(name: str) -> None:
         ["--verify", "--no-verify"],
         ["--detach", "--converge"],
         ["--detach", "--converge-pause", "2s"],
+        ["--polite", "--converge"],
     ],
 )
 def test_opposites_are_a_usage_error(words: list[str], command: Forks, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from rig import exits
 from pages import DOCS, PAGES
 from pages.commands import command
 from qmpmerge.cli.commands.group import FILES
+from qmpmerge.doctor import findings
 from qmpmerge.errors import EXIT_CODES
 
 HABITS = {
@@ -46,7 +47,7 @@ def test_every_option_and_command_is_on_the_page() -> None:
 
 def test_every_exit_code_is_in_some_help() -> None:
     told = exits.of_all().union(*map(exits.of, FILES))
-    assert told == {*EXIT_CODES.values(), 1, 2}
+    assert told == {*EXIT_CODES.values(), *findings.EXIT_CODES.values(), 1, 2}
 
 
 def test_a_code_that_help_does_not_name_is_found() -> None:
