@@ -92,11 +92,12 @@ class Outcome:
     (``running``, see `StillRunning`).
 
     `before` and `after` are chains as discovered; of what is ``running`` nobody has looked, and `after` is the old chain.
-    `job` is the one that is at work, as it was seen last, None where there is none any more. `copied` is bytes, None where
-    they are not known. `verified` says that base and top were compared before the switch. `paused_ms` is how long
-    the guest stood still for the pivot, None where it was not paused. `hints` are sentences for the user, `rungs` those
-    about what was done to a guest that wrote as fast as was copied (`converge`). `checks` are what
-    was found out before, none where an earlier qmpmerge has begun; `estimate` is that of a plan that was only looked at.
+    `job` is the one that is at work, as it was seen last, None where there is none any more. `copied` is bytes: of an active
+    merge what the job has copied, of an intermediate one what the merged images held, None where nobody has counted.
+    `verified` says that base and top were compared before the switch. `paused_ms` is how long the guest stood still for the
+    pivot, None where it was not paused. `hints` are sentences for the user, `rungs` those about what was done to a guest that
+    wrote as fast as was copied (`converge`). `checks` are what was found out before, none where an earlier qmpmerge has begun;
+    `estimate` is that of a plan that was only looked at.
     """
 
     verdict: str

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qmpmerge import shield
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import NEXT, State
-from qmpmerge.engine import blockjob, proof, reconnect
+from qmpmerge.engine import blockjob, proof, reconnect, safeguards
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -197,7 +197,8 @@ def _start_deadman(run: Run) -> None:
 
 async def _copied(run: Run, doorbell: Doorbell) -> Job | None:
     """COPYING: the job where it waits for us; None where it is gone."""
-    job = await blockjob.copy(run, doorbell)
+    async with safeguards.counting(run):
+        job = await blockjob.copy(run, doorbell)
     if job is None and not run.is_started:
         await proof.prove_old_chain(run)
         raise JobFailed(job=run.job, reason="the session was lost before QEMU had started it")

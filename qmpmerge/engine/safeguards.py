@@ -2,6 +2,10 @@
 What must be so before anything is switched: base durable, compared, bitmaps carried. Where it is not, the job is taken back.
 """
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
 from qmpmerge import shield
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine import blockjob, rest
@@ -17,9 +21,11 @@ from qmpmerge.errors import (
     NotProven,
     NotVerified,
     QemuRefused,
+    ToolMissing,
     VmState,
 )
 from qmpmerge.images import compare
+from qmpmerge.images.qemuimg import Extent
 from qmpmerge.qemu import bitmaps, flush, mutex, vmstate
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
@@ -29,6 +35,8 @@ CHEAP_BYTES = 256 * 1024 * 1024
 """Up to this much in the merged images, base and top are compared unless the user says no."""
 CHEAP_LAYERS = 50
 """And up to so many images: what qemu-img takes to open a chain grows with the cube, 0.03 s for 30 and 2 s for 200."""
+COUNT_SECONDS = 1.0
+"""So long is waited, once all is copied, for the figure of how much that was."""
 
 
 async def see_files(run: Run, doorbell: Doorbell) -> None:
@@ -125,9 +133,9 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
     Unless the user says no, a base on the network is compared whatever it costs: where its server was started again and
     QEMU found it again (`reconnect-delay`), what was not flushed is lost without an error.
     """
-    is_remote = not run.plan.base.has_path
-    if run.verify is False or (run.verify is None and not is_remote and not _is_cheap(run.plan)):
+    if not _is_compared(run):
         return
+    is_remote = not run.plan.base.has_path
     try:
         same = await _is_same(run)
     except ImageUnreadable as error:
@@ -152,7 +160,12 @@ async def _is_same(run: Run) -> bool:
     _see_what_is_compared(run)
     if run.operation.pivots and run.target.is_live:
         await write_out_top(run)
-    same = await compare.same(run.plan)
+    if run.operation.pivots:
+        same = await compare.same(run.plan)
+    else:
+        copied = await compare.held(run.plan)
+        run.copied = _length(copied)
+        same = await compare.same(run.plan, copied)
     if not same:
         _see_what_is_compared(run)  # it may have been given to another file meanwhile
     return same
@@ -182,6 +195,42 @@ def _see_what_is_compared(run: Run) -> None:
 def not_compared(planned: CommitPlan, reason: str) -> str:
     """The hint about a base on the network that was taken as it is."""
     return f"{planned.base.file} was not compared ({reason}): what its server lost if it was started again is not seen"
+
+
+@contextlib.asynccontextmanager
+async def counting(run: Run) -> AsyncIterator[None]:
+    """
+    While QEMU copies find out how much an intermediate merge copies, of which QEMU tells only what it has walked. Where base
+    and top are compared that is told on the way, and where many images have to be opened it takes too long.
+    """
+    if run.operation.pivots or _is_compared(run) or len(run.plan.merged) > CHEAP_LAYERS:
+        yield
+        return
+    counted = asyncio.ensure_future(_counted(run))
+    try:
+        yield
+        await asyncio.wait([counted], timeout=COUNT_SECONDS)
+        run.copied = counted.result() if counted.done() else None
+    finally:
+        counted.cancel()
+        await asyncio.wait([counted])
+
+
+async def _counted(run: Run) -> int | None:
+    try:
+        _see_what_is_compared(run)
+        return _length(await compare.held(run.plan))
+    except (ImageUnreadable, ToolMissing, OSError):  # a figure is no reason to fail
+        return None
+
+
+def _length(extents: Sequence[Extent]) -> int:
+    return sum(extent.length for extent in extents)
+
+
+def _is_compared(run: Run) -> bool:
+    """Whether it is to be, as far as the merge itself decides that."""
+    return run.verify is True or (run.verify is None and (not run.plan.base.has_path or _is_cheap(run.plan)))
 
 
 def _is_cheap(planned: CommitPlan) -> bool:

@@ -111,8 +111,9 @@ class Error(Exception):
 
     @property
     def document(self) -> dict[str, object]:
-        """Name, message, hint (None for none) and facts, as JSON shows them."""
-        return {"name": self.name, "message": str(self), "hint": self.hint or None, "facts": self.facts}
+        """Name, message, hint and facts, as JSON shows them: None for what there is nothing of."""
+        facts = {name: None if value == "" else value for name, value in self.facts.items()}
+        return {"name": self.name, "message": str(self), "hint": self.hint or None, "facts": facts}
 
     @property
     def facts(self) -> dict[str, object]:

@@ -21,18 +21,25 @@ DIFFERENT = "they show different data"
 """What is wrong with a base that was compared; all else is a comparison that could not be made."""
 
 
-async def same(planned: CommitPlan) -> bool:
+async def held(planned: CommitPlan) -> list[Extent]:
+    """What the merged images hold between them, in order, which is what a merge copies. Raises ImageUnreadable, ToolMissing."""
+    await nbd.see_that_they_answer(planned.merged)
+    return await qemuimg.held(planned.merged)
+
+
+async def same(planned: CommitPlan, copied: Sequence[Extent] | None = None) -> bool:
     """
     Whether top and base show the same wherever a merged image holds anything; elsewhere top shows base's own data.
 
-    Nobody may write to the merged images meanwhile, and base must be flushed. Raises ImageUnreadable, ToolMissing.
+    `copied` is what `held` says, where that was asked already. Nobody may write to the merged images meanwhile, and base must
+    be flushed. Raises ImageUnreadable, ToolMissing.
     """
     upto = planned.chain.images[: planned.chain.index(planned.top)]
     below = planned.chain.images[: planned.chain.index(planned.base)]
     await nbd.see_that_they_answer(upto)
-    held = await qemuimg.held(planned.merged)
+    copied = await qemuimg.held(planned.merged) if copied is None else copied
     try:
-        for part in parts(held, planned.top.virtual_size):
+        for part in parts(copied, planned.top.virtual_size):
             if not await qemuimg.same(upto, below, part):
                 return False
     except ImageUnreadable:  # a qemu-img that was built without what a part of a disk takes

@@ -6,22 +6,25 @@ Where a test is named `plain_...` it pins the harm itself: the fact that the ste
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from rig import faults, folder
 from rig.command import invoke
-from rig.disks import KINDS, Setup, blockdev, device, drive, filters, nodes, remove
+from rig.disks import KINDS, Setup, blockdev, device, drive, filters, nodes, offline, remove
 from rig.harms import harm
 from rig.machines import MIB, Content, fill, machine, make_chain, run
 
 import qmpmerge
+from qmpmerge.engine import safeguards
 from qmpmerge.engine.pace.progress import Progress, mount_point
 from qmpmerge.errors import (
     BaseIsTop,
@@ -41,11 +44,53 @@ from qmpmerge.errors import (
     StillRunning,
     Temporary,
 )
+from qmpmerge.images import compare
+from qmpmerge.images.qemuimg import Extent
 from qmpmerge.operations.control import Verb
 from qmpmerge.processes import proc
 from qmpmerge.qemu import flush, jobs
 
 JOB = "qmpmerge-commit-vda"
+
+Kind = Callable[[Path, Sequence[Path], Content], AbstractContextManager[Setup]]
+
+
+# --- what was copied ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [drive, offline], ids=["live", "offline"])
+@pytest.mark.parametrize("verify", [None, False], ids=["compared", "not compared"])
+async def test_an_intermediate_merge_tells_what_it_has_copied(
+    way: Kind, verify: bool | None, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """QEMU's own figure is what it has walked."""
+    with way(tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            outcome = await qmpmerge.commit(target, setup.disk, top="[3]", verify=verify)
+    assert (outcome.verdict, outcome.verified) == ("merged", verify is None)
+    # See `fill`: two ranges of 1.125 MiB that overlap, and two of 192 KiB.
+    assert outcome.copied == (2 * MIB + 128 * 1024) + (192 + 64) * 1024
+
+
+async def test_what_was_copied_is_what_an_empty_base_holds_afterwards(tmp_path: Path) -> None:
+    images = make_chain(tmp_path, ("d.qcow2", "e.qcow2", "f.qcow2"))
+    fill(images[1:], Content())
+    async with qmpmerge.offline(images[2]) as target:
+        outcome = await qmpmerge.commit(target, top="[2]")
+    extents = json.loads(run("qemu-img", "map", "--output=json", images[0]))
+    assert outcome.copied == sum(extent["length"] for extent in extents if extent["data"]) == MIB + 320 * 1024
+
+
+async def test_nobody_is_kept_waiting_for_a_figure(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(plan: object) -> list[Extent]:
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(compare, "held", never)
+    monkeypatch.setattr(safeguards, "COUNT_SECONDS", 0.0)
+    async with qmpmerge.live(setup.machine.target) as target:
+        outcome = await qmpmerge.commit(target, top="[3]", verify=False)
+    assert (outcome.verdict, outcome.copied) == ("merged", None)
 
 
 # --- the header of the overlay -----------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ def invoke(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None 
 
 def prints_json(arguments: Sequence[str]) -> bool:
     """Whether one object is what is to come of it."""
-    return "--json" in arguments and not {"-h", "--help", "--version"} & set(arguments)
+    shown = {"-h", "--help", "-V", "--version"} & set(arguments) or arguments[0] in ("help", "version")
+    return "--json" in arguments and not shown
 
 
 def held(run: Run) -> Run:
