@@ -116,7 +116,7 @@ def settle(*, as_json: bool) -> None:
         return
     reason, lost = out.problem.strerror, out.lost.decode()
     if as_json:
-        sys.stderr.write(json.dumps({"event": "not-written", "reason": reason, "result": _parsed(lost)}) + "\n")
+        sys.stderr.write(json.dumps({"event": "not-written", "reason": reason, "document": _parsed(lost)}) + "\n")
     else:
         sys.stderr.write(f"stdout did not take the result ({reason}), which is:\n{lost}")
 

@@ -335,7 +335,7 @@ def test_a_golden_image_is_protected(live: bool, jobs: list[Path], tmp_path: Pat
         merged = asked(jobs, vm, *search)
         (row,) = [row for row in merged["checks"] if row["name"] == "dependents"]
         assert (merged["verdict"], row["result"]) == ("pivoted", "passed")
-        assert row["looked_at"].endswith(f", all below {tmp_path}/ci") and " in 8 folders: " in row["looked_at"]
+        assert row["scope"].endswith(f", all below {tmp_path}/ci") and " in 8 folders: " in row["scope"]
 
 
 @pytest.mark.parametrize("live", [True, False])

@@ -97,7 +97,7 @@ def test_a_result_that_stdout_does_not_take_is_whole_on_stderr(tmp_path: Path) -
     assert "No space left on device" in full.err.splitlines()[0]
     told = json.loads(run(">&-", "chain", active, "--json").err)
     assert (told["event"], told["reason"]) == ("not-written", "Bad file descriptor")
-    assert told["result"] == run("", "chain", active, "--json").document
+    assert told["document"] == run("", "chain", active, "--json").document
 
 
 def test_a_bug_is_said_on_stdout_where_stderr_is_closed() -> None:

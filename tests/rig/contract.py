@@ -27,8 +27,11 @@ TABLES: dict[str, dict[str, str]] = {}
 EVENTS = {"progress", "note", "hint", "trace", "not-written"}
 """Tables of the lines on stderr."""
 
-PRINTED: dict[tuple[str, str], list[str]] = {}
-"""Command (``any`` for every one) and verdict, and the tables whose keys the object on stdout has besides those of `head`."""
+PRINTED: dict[tuple[str, str], list[list[str]]] = {}
+"""
+Command (``any`` for every one) and verdict, and the tables whose keys the object on stdout has besides those of `head`: one
+set of tables, or another.
+"""
 
 
 def _read() -> None:
@@ -40,10 +43,14 @@ def _read() -> None:
         elif len(cells) == 3 and heading == "Which object":
             for command in _words(cells[0]) or [cells[0]]:
                 for verdict in _words(cells[1]):
-                    PRINTED[command, verdict] = re.findall(r"\[([^]]+)\]\(#", cells[2])
+                    PRINTED[command, verdict] = [_linked(part) for part in cells[2].split(";")]
         elif len(cells) == 3 and cells[0].startswith("`"):
             (key,) = _words(cells[0])
             TABLES.setdefault(heading, {})[key] = cells[1]
+
+
+def _linked(cell: str) -> list[str]:
+    return re.findall(r"\[([^]]+)\]\(#", cell)
 
 
 def _words(cell: str) -> list[str]:
@@ -72,10 +79,10 @@ def problems(document: Any) -> list[str]:
     if list(document)[:3] != list(TABLES["head"]):
         return [f"it begins with {list(document)[:3]}"]
     command, verdict = document["command"], document["verdict"]
-    tables = PRINTED.get((command, verdict)) or PRINTED.get(("any", verdict))
-    if tables is None:
+    known = PRINTED.get((command, verdict)) or PRINTED.get(("any", verdict))
+    if known is None:
         return [f"`{command}` has no verdict {verdict!r}"]
-    return list(_of_tables(["head", *tables], document, "it"))
+    return min((list(_of_tables(["head", *tables], document, "it")) for tables in known), key=len)
 
 
 def problems_of_event(document: Any) -> list[str]:
@@ -114,7 +121,7 @@ def _of_kind(kind: str, value: Any, where: str) -> Iterator[str]:
         for number, part in enumerate(value):
             yield from _of_kind(kind.removeprefix("list of "), part, f"{where}[{number}]")
     elif kind.startswith("["):
-        yield from _of_tables(re.findall(r"^\[([^]]+)\]", kind), value, where)
+        yield from _of_tables(_linked(kind), value, where)
     elif kind.startswith("`"):
         if value not in _words(kind):
             yield f"{where} is {value!r}, not one of {kind}"

@@ -13,7 +13,7 @@ from qmpmerge.errors import StillRunning
 
 if TYPE_CHECKING:
     from qmpmerge.chain.chain import Image
-    from qmpmerge.chain.outcome import MergedFile, Outcome
+    from qmpmerge.chain.outcome import Checked, MergedFile, Outcome
     from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
@@ -136,7 +136,7 @@ class JsonOutput:
             for target, finding in report.findings
         ]
         targets = [
-            {**_keys(one, "target", "verdict"), "error": one.error.document if one.error else None}
+            {"target": one.target, "verdict": one.verdict, "error": one.error.document if one.error else None}
             for one in report.targets
         ]
         failure = {"error": report.error.document} if report.error else {}
@@ -212,7 +212,7 @@ def _merge(outcome: "Outcome") -> dict[str, object]:
         "seconds": round(outcome.seconds, 3),
         "paused_seconds": None if paused is None else round(paused / 1000, 6),
         "verified": outcome.verified,
-        "checks": [_keys(check, "name", "result", "reason", "looked_at") for check in outcome.checks],
+        "checks": [_check(check) for check in outcome.checks],
         "estimate": _keys(estimate, *_ESTIMATE) if estimate is not None else None,
         "converge": list(outcome.rungs),
         "hints": list(outcome.hints),
@@ -237,6 +237,10 @@ _NOTHING: Mapping[str, object] = {
 """The same of a job of which nothing else is known."""
 
 _ESTIMATE = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
+
+
+def _check(check: "Checked") -> dict[str, object]:
+    return {**_keys(check, "name", "result", "reason"), "scope": check.looked_at or None}
 
 
 def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:

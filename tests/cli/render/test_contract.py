@@ -5,6 +5,7 @@ The runs are made once for all tests, on as few QEMUs as can be; each is held ag
 """
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -29,8 +30,9 @@ from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress, Shortage
-from qmpmerge.errors import EXIT_CODES
+from qmpmerge.errors import EXIT_CODES, NeedsSecret, NoReply
 from qmpmerge.journal import store
+from qmpmerge.operations.examine import Examined, Report
 from qmpmerge.operations.snapshot import Overlay
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.details import ImageDetails
@@ -51,7 +53,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     contract.seen.clear()
     runs: Told = {}
     with forks() as command:
-        for story in (looked_at, merged, left, died, offline, failing, mistaken):
+        for story in (looked_at, merged, left, died, offline, failing, mistaken, rendered):
             folder = tmp_path_factory.mktemp(story.__name__)
 
             def say(*words: str | Path, folder: Path = folder) -> Run:
@@ -59,7 +61,6 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
             for one in story(folder, say):
                 runs[one.document["command"], one.document["verdict"]] = one
-    rendered()
     return runs
 
 
@@ -142,6 +143,7 @@ def died(folder: Path, say: Say) -> Iterator[Run]:
     for command in ("disks", "chain"):
         yield say(command, "c.qcow2")
     yield say("doctor", ".")
+    yield say("doctor", folder / "none", folder)
     yield say("recover", ".", "--dry-run")
     yield say("recover", ".")
     yield say("recover", ".")
@@ -182,11 +184,11 @@ def mistaken(folder: Path, say: Say) -> Iterator[Run]:
     yield Run(done.returncode, done.stdout, done.stderr)
     full = ["sh", "-c", f"{COMMAND} active nothing --json >/dev/full"]
     event = json.loads(subprocess.run(full, capture_output=True, text=True, check=False).stderr)
-    assert contract.problems_of_event(event) == contract.problems(event["result"]) == []
+    assert contract.problems_of_event(event) == contract.problems(event["document"]) == []
 
 
-def rendered() -> None:
-    """What takes a guest that writes, a disk that is full, or a rare image, is rendered from values."""
+def rendered(folder: Path, say: Say) -> Iterator[Run]:
+    """What takes a guest that writes, a disk that is full, a rare image or a QEMU that hangs, is rendered from values."""
     job = Job(JOB, "commit", "paused", 1, 2, error="No space left on device", disk="vda", io_status="nospace")
     chain = Chain((Image("/vm/a.raw", "luks", 1, slice=Slice(512, 512)),))
     disk = Disk("vda", drive="vda", qdev="", root="#block1", chain=chain, nodes=(), job=job)
@@ -194,20 +196,28 @@ def rendered() -> None:
     outcome = Outcome("pivoted", "vda", chain, chain, rungs=("limited",))
     short = Progress("vda", job, "copied", 1e6, 3.0, Shortage("/vm", 4096), "going on", 1e5, True, "it helps to wait")
     obstacle = MergedFile("/vm/b", "keep", "/vm/b", "it is in use")
-    with rendering("commit") as output:
+    overlay = Overlay("vda", "/vm/b", "n", "/vm/a.raw", hint="it could not be noted")
+
+    def merging(output: JsonOutput) -> None:
         output.progress(short)
         output.commit(replace(outcome, merged=(obstacle,)))
-    with rendering("chain") as output:
-        output.chain(ChainView(disk, chain, (), Layout((), (), {}, {}), (details,)))
-    with rendering("snapshot") as output:
-        output.snapshot([Overlay("vda", "/vm/b", "n", "/vm/a.raw", hint="it could not be noted")])
+
+    yield _rendered("commit", merging)
+    yield _rendered(
+        "chain", lambda output: output.chain(ChainView(disk, chain, (), Layout((), (), {}, {}), (details,)))
+    )
+    yield _rendered("snapshot", lambda output: output.snapshot([overlay]))
+    for error in (NoReply(target="vm1", command="query-jobs", seconds=1.0), NeedsSecret(image="/vm/b")):
+        report = Report((Examined("vm1", error=error),), 1, 0)
+        yield _rendered("doctor", functools.partial(JsonOutput.doctor, report=report))
 
 
-@contextlib.contextmanager
-def rendering(command: str) -> Iterator[JsonOutput]:
+def _rendered(command: str, say: Callable[[JsonOutput], None]) -> Run:
     out, err = io.StringIO(), io.StringIO()
-    yield JsonOutput(out, err, command=command)
+    say(JsonOutput(out, err, command=command))
     contract.hold(out.getvalue(), err.getvalue())
+    run = Run(0, out.getvalue(), err.getvalue())
+    return replace(run, code=CODES[run.document["verdict"]])
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -233,6 +243,16 @@ def test_every_command_with_json_stands_on_the_page() -> None:
     commands = {name: group.cli.get_command(context, name) for name in group.FILES}
     has_json = {name for name, one in commands.items() if one and any(part.name == "json" for part in one.params)}
     assert has_json == {command for command, _ in contract.PRINTED} - {"any"}
+
+
+def test_a_key_is_of_one_type_wherever_it_stands() -> None:
+    types: dict[str, set[str]] = {}
+    for table, keys in contract.TABLES.items():
+        for key, kind in keys.items() if table != "looked at" else ():  # which has numbers of them
+            plain = re.sub("^`.*", "string", kind.removesuffix(" or null").replace("file", "string"))
+            plain = re.sub(r"^\[.*", "object", plain)
+            types.setdefault(key, set()).add(plain)
+    assert {key: found for key, found in types.items() if len(found) > 1} == {}
 
 
 def test_every_table_is_of_use() -> None:
