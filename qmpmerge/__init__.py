@@ -7,7 +7,7 @@ Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
 
 To disks       `open`, or by name `live` (a running QEMU) and `offline` (images not in use): each gives a `Target`
 To their chain `snapshot`, `commit`, `follow` and `control` (its jobs)
-After a crash  `recover`, `clean`, `active` (what to start from), `examine`, `examine_path`, `examine_all` (what is wrong)
+After a crash  `recover`, `clean`, `active` (which image to start from), `examine` and `examine_all` (what is wrong)
 Without asyncio the same functions are in `qmpmerge.sync`. What can go wrong is in `qmpmerge.errors`, all of it an `Error`.
 
 Each step is told to the logger `qmpmerge`. Names are imported when they are first used: the command line starts faster for it.
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome
     from qmpmerge.chain.plan import CommitPlan
     from qmpmerge.doctor.findings import Finding
-    from qmpmerge.doctor.target import examine
     from qmpmerge.engine.pace.converge import Converge
     from qmpmerge.engine.pace.patience import Patience
     from qmpmerge.engine.pace.progress import Progress
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.clean import Cleaned, clean
     from qmpmerge.operations.commit import commit
     from qmpmerge.operations.control import control
-    from qmpmerge.operations.examine import Examined, Report, examine_all, examine_path
+    from qmpmerge.operations.examine import Examination, Examined, examine, examine_all
     from qmpmerge.operations.follow import follow
     from qmpmerge.operations.recover import recover
     from qmpmerge.operations.snapshot import Overlay, snapshot
@@ -58,6 +57,7 @@ _HOME = {
     "Disk": "qemu.blockgraph",
     "Error": "errors",
     "Estimate": "chain.outcome",
+    "Examination": "operations.examine",
     "Examined": "operations.examine",
     "Finding": "doctor.findings",
     "Image": "chain.chain",
@@ -69,7 +69,6 @@ _HOME = {
     "Patience": "engine.pace.patience",
     "Progress": "engine.pace.progress",
     "Recovery": "engine.resume",
-    "Report": "operations.examine",
     "Target": "targets.target",
     "Vm": "processes.vms",
     "active": "operations.active",
@@ -77,9 +76,8 @@ _HOME = {
     "commit": "operations.commit",
     "control": "operations.control",
     "errors": "",
-    "examine": "doctor.target",
+    "examine": "operations.examine",
     "examine_all": "operations.examine",
-    "examine_path": "operations.examine",
     "follow": "operations.follow",
     "live": "targets.live",
     "offline": "targets.offline",
@@ -102,6 +100,7 @@ __all__ = [
     "Disk",
     "Error",
     "Estimate",
+    "Examination",
     "Examined",
     "Finding",
     "Image",
@@ -113,7 +112,6 @@ __all__ = [
     "Patience",
     "Progress",
     "Recovery",
-    "Report",
     "Target",
     "Vm",
     "active",
@@ -123,7 +121,6 @@ __all__ = [
     "errors",
     "examine",
     "examine_all",
-    "examine_path",
     "follow",
     "live",
     "offline",

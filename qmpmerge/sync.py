@@ -20,12 +20,12 @@ runs in the calling thread a call raises RuntimeError: `await` the function of t
 import asyncio
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from qmpmerge.doctor import target as doctor
 from qmpmerge.operations import clean as clean_
 from qmpmerge.operations import commit as commit_
 from qmpmerge.operations import control as control_
@@ -51,7 +51,6 @@ __all__ = [
     "control",
     "examine",
     "examine_all",
-    "examine_path",
     "follow",
     "live",
     "offline",
@@ -77,6 +76,18 @@ def _without_target(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P
     def blocking(*args: P.args, **kwargs: P.kwargs) -> T:
         _refuse_running_loop()
         return asyncio.run(function(*args, **kwargs))
+
+    return blocking
+
+
+def _with_any(
+    function: Callable[Concatenate["target_.Target | str | os.PathLike[str]", P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["Target | str | os.PathLike[str]", P], T]:
+    @functools.wraps(function)
+    def blocking(target: "Target | str | os.PathLike[str]", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if isinstance(target, Target):
+            return target.run(lambda session: function(session, *args, **kwargs))
+        return _without_target(function)(target, *args, **kwargs)
 
     return blocking
 
@@ -171,9 +182,8 @@ snapshot = _with_target(snapshot_.snapshot)
 commit = _with_target(commit_.commit)
 follow = _with_target(follow_.follow)
 control = _with_target(control_.control)
-examine = _with_target(doctor.examine)
 
+examine = _with_any(examine_.examine)
 examine_all = _without_target(examine_.examine_all)
-examine_path = _without_target(examine_.examine_path)
 recover = _without_target(recover_.recover)
 clean = _without_target(clean_.clean)

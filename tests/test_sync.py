@@ -50,6 +50,7 @@ def test_a_vm_is_looked_at_and_merged(setup: Setup, images: list[Path]) -> None:
         assert target.jobs() == []
         assert "launch-path" in {finding.name for finding in sync.examine(target)}
         assert target.run(lambda session: session.monitor.execute("query-status"))["status"] == "prelaunch"
+    assert "launch-path" in {finding.name for finding in sync.examine(setup.machine.target)}
     assert set(told) == {threading.current_thread()}
     setup.check()
 
@@ -61,7 +62,7 @@ def test_images_are_merged_cleaned_and_asked_about(images: list[Path], content: 
     assert sync.active(images[0]).file == str(images[0])
     assert [found.verdict for found in sync.recover(images[0])] == ["unchanged"]
     assert {found.kept for found in sync.clean([images[0].parent])} == {None}
-    assert sync.examine_path(images[0]) == ()
+    assert sync.examine(images[0]) == ()
     content.check(images[0])
 
 

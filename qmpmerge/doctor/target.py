@@ -34,18 +34,13 @@ LEFT_FILTERS = JOB_FILTERS | {"copy-before-write"}
 """Nodes that a job puts above a disk and takes away at its end; who makes backups by hand may insert the last one."""
 
 
-async def examine(target: Target, *, search: Collection[str] = ()) -> tuple[Finding, ...]:
+async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
     """
-    All findings about a running QEMU or qemu-storage-daemon, the worst first; empty where there are none.
+    All findings about a running QEMU or qemu-storage-daemon, the worst first, and the images that were looked at.
 
     `search` are more folders in which images may be built on those in use. Raises what `Target.layout` raises, but for
     StreamConcluded, which is a finding.
     """
-    return (await look(target, search=search)).findings
-
-
-async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
-    """The same, with the images that were looked at."""
     known = await jobs.settled(target.monitor)
     crashing = jobs.crashing(target, known)
     if crashing:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
-from qmpmerge.doctor import folders, images, target
+from qmpmerge.doctor import folders, images
+from qmpmerge.doctor import target as doctor
 from qmpmerge.doctor.findings import SEVERITIES, Finding, Looked, Severity, sort
 from qmpmerge.errors import Error, worst
 from qmpmerge.images import formats, overlays
@@ -38,7 +39,7 @@ class Examined:
 
 
 @dataclass(frozen=True)
-class Report:
+class Examination:
     """All targets, as they were named; how many VMs (and storage daemons) and image files were looked at."""
 
     targets: tuple[Examined, ...]
@@ -73,6 +74,25 @@ class Report:
         return "done" if self.error is None else self.error.verdict
 
 
+async def examine(
+    target: "Target | str | os.PathLike[str]",
+    *,
+    allow: Collection[str] = (),
+    search: Collection[str] = (),
+    form: str | None = None,
+) -> tuple[Finding, ...]:
+    """
+    All findings about one target, the worst first: a session with a running QEMU, or whatever `examine_all` takes. Empty where
+    all of it was looked at and nothing is wrong.
+
+    Raises what a session with a QEMU raises, ImageUnreadable, CannotList, ToolMissing.
+    """
+    if isinstance(target, Target) and target.is_live:
+        return (await doctor.look(target, search=search)).findings
+    name = target.name if isinstance(target, Target) else os.fspath(target)
+    return (await _Run(allow, search, form, doors.open).look_at(name)).findings
+
+
 async def examine_all(
     targets: Sequence["str | os.PathLike[str]"],
     *,
@@ -80,35 +100,20 @@ async def examine_all(
     search: Collection[str] = (),
     form: str | None = None,
     door: Door = doors.open,
-) -> Report:
+) -> Examination:
     """
     All findings about running QEMUs (by whatever names a `Target` has), images and folders, in which all folders below are
     looked at too. An error of one target stops no other. What two targets show is told of one: of a running QEMU rather than
     of its images, since that knows more.
 
-    `allow`, `form` and `search` are those of `walk.walk` and of `doctor.target.examine`. Raises nothing but bugs.
+    `allow`, `form` and `search` are those of `walk.walk` and of `doctor.target.look`. Raises nothing but bugs.
     """
     named = list(dict.fromkeys(os.fspath(target) for target in targets))
     run = _Run(allow, search, form, door)
     done = {
         name: await run.examine(name) for name in sorted(named, key=lambda name: (_is_folder(name), _is_path(name)))
     }
-    return Report(tuple(done[name] for name in named), len(run.vms), len(run.images))
-
-
-async def examine_path(
-    path: "str | os.PathLike[str]",
-    *,
-    allow: Collection[str] = (),
-    search: Collection[str] = (),
-    form: str | None = None,
-) -> tuple[Finding, ...]:
-    """
-    All findings about the chain whose active image is at `path`, or about all chains that lie in the folder `path`, or below.
-
-    As `examine_all`, but raises ImageUnreadable where there is nothing at `path`, CannotList, ToolMissing.
-    """
-    return (await _Run(allow, search, form, doors.open).look_at(os.path.abspath(path))).findings
+    return Examination(tuple(done[name] for name in named), len(run.vms), len(run.images))
 
 
 @dataclass
@@ -128,13 +133,16 @@ class _Run:
     async def examine(self, name: str) -> Examined:
         """One target, or why not."""
         try:
-            looked = await (self.look_at(os.path.abspath(name)) if _is_path(name) else self._look_at_vm(name))
+            looked = await self.look_at(name)
         except Error as error:
             return Examined(name, error=error)
         return Examined(name, tuple(self._news(looked.findings)))
 
-    async def look_at(self, path: str) -> Looked:
-        """An image or a folder."""
+    async def look_at(self, name: str) -> Looked:
+        """A VM, an image or a folder."""
+        if not _is_path(name):
+            return await self._look_at_vm(name)
+        path = os.path.abspath(name)
         if os.path.isdir(path):
             return await self._look_at_folder(path)
         looked = await images.look(path, allow=self.allow, search=self.search, form=self.form, asked=self.vms)
@@ -146,7 +154,7 @@ class _Run:
             identity = session.pid or name
             if identity in self.vms:
                 return Looked((), frozenset())
-            looked = await target.look(session, search=self.search)
+            looked = await doctor.look(session, search=self.search)
         self.vms.add(identity)
         self.images |= looked.images
         return looked

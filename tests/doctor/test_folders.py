@@ -21,7 +21,7 @@ SHORT = ["base.raw", "a.qcow2"]
 
 
 async def found(folder: Path) -> dict[str, Finding]:
-    told = await qmpmerge.examine_path(folder)
+    told = await qmpmerge.examine(folder)
     assert len({finding.name for finding in told}) == len(told), told
     return {finding.name: finding for finding in told}
 
@@ -87,13 +87,13 @@ async def test_a_folder_that_cannot_be_listed_is_said() -> None:
     with public() as folder:
         chain(folder / "open")
         closed = break_chain(folder / "closed").parent
-        await qmpmerge.examine_path(folder)  # nobody may not import what is needed
+        await qmpmerge.examine(folder)  # nobody may not import what is needed
         closed.chmod(0)
         with as_nobody():
             (told,) = (await found(folder)).values()
             assert (told.severity, told.where) == ("care", str(closed)) and "cannot be listed" in told.what
             with pytest.raises(CannotList):
-                await qmpmerge.examine_path(closed)
+                await qmpmerge.examine(closed)
         closed.chmod(0o755)
 
 

@@ -274,7 +274,7 @@ async def test_an_inconsistent_bitmap_live_and_offline(tmp_path: Path, images: l
         setup.off()
     with blockdev(tmp_path, images, content) as setup:
         setup.machine.kill()
-    (found,) = await qmpmerge.examine_path(images[3])
+    (found,) = await qmpmerge.examine(images[3])
     assert (found.name, found.severity, "bits" in found.what) == ("bitmap-inconsistent", "care", True)
     assert found.command == f"qemu-img bitmap --remove -f qcow2 {images[3]} bits"
     with blockdev(tmp_path, images, content) as setup:
@@ -353,7 +353,7 @@ async def test_a_header_without_a_format(tmp_path: Path, images: list[Path], con
     with blockdev(tmp_path, images, content) as setup:
         found = (await examined(setup.machine))["no-format"]
         assert (found.severity, found.where) == ("care", str(images[3]))
-    assert {found.name: found.severity for found in await qmpmerge.examine_path(images[3])} == {"no-format": "care"}
+    assert {found.name: found.severity for found in await qmpmerge.examine(images[3])} == {"no-format": "care"}
 
 
 def forget_format(image: Path) -> None:
@@ -377,7 +377,7 @@ async def test_a_raw_image_that_begins_like_qcow2(tmp_path: Path, images: list[P
     with blockdev(tmp_path, images, content) as setup:
         found = await examined(setup.machine)
         assert (set(found), found["disguised"].where) == ({"disguised"}, str(images[0]))
-    assert [found.name for found in await qmpmerge.examine_path(images[3])] == ["disguised"]
+    assert [found.name for found in await qmpmerge.examine(images[3])] == ["disguised"]
 
 
 async def test_a_deep_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +387,7 @@ async def test_a_deep_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         found = await examined(vm)
         assert set(found) == {"deep-chain"}
         assert found["deep-chain"].command == f"qmpmerge commit {vm.target} vda --top {target.DEEP - 1}"
-    (offline,) = await qmpmerge.examine_path(images[-1])
+    (offline,) = await qmpmerge.examine(images[-1])
     assert (offline.name, offline.severity) == ("deep-chain", "care")
 
 
@@ -465,21 +465,19 @@ async def test_an_image_of_another_vm_on_the_same_base_is_left_alone(
 
 @pytest.mark.parametrize("whole_folder", [False, True])
 async def test_what_lies_about_beside_images(whole_folder: bool, tmp_path: Path, images: list[Path]) -> None:
-    assert await qmpmerge.examine_path(images[3]) == ()
+    assert await qmpmerge.examine(images[3]) == ()
     leave(tmp_path)
     if whole_folder:
         # There the old image is the top of a chain of its own, and no less likely to be wanted than the other.
-        found = {finding.name: finding for finding in await qmpmerge.examine_path(tmp_path)}
+        found = {finding.name: finding for finding in await qmpmerge.examine(tmp_path)}
         assert list(found) == [name.replace(OVERLAY, "shared-image") for name in LEFT]
         assert (found["shared-image"].where, found["shared-image"].command) == (str(images[0]), "")
     else:
-        check_left(
-            {finding.name: finding for finding in await qmpmerge.examine_path(images[3])}, tmp_path, "other-overlay"
-        )
+        check_left({finding.name: finding for finding in await qmpmerge.examine(images[3])}, tmp_path, "other-overlay")
 
 
 async def test_what_was_not_looked_at_is_told(images: list[Path], tmp_path: Path) -> None:
-    (found,) = await qmpmerge.examine_path(images[3], search=[str(tmp_path / "not-there")])
+    (found,) = await qmpmerge.examine(images[3], search=[str(tmp_path / "not-there")])
     assert (found.name, found.severity, "cannot be listed" in found.what) == ("not-looked-at", "care", True)
 
 
@@ -511,11 +509,11 @@ async def test_chains_that_go_round_are_found_in_their_folder(tmp_path: Path) ->
             tmp_path / f"{image}.qcow2",
             "1M",
         )
-    found = await qmpmerge.examine_path(tmp_path)
+    found = await qmpmerge.examine(tmp_path)
     loops = {one.where for one in found if one.name == "backing-loop"}
     assert loops == {str(tmp_path / "itself.qcow2"), str(tmp_path / "on-y.qcow2")}
     (tmp_path / "on-y.qcow2").unlink()
-    found = await qmpmerge.examine_path(tmp_path)
+    found = await qmpmerge.examine(tmp_path)
     assert [one.where for one in found if one.name == "backing-loop"] == [
         str(tmp_path / "itself.qcow2"),
         str(tmp_path / "x.qcow2"),
@@ -550,20 +548,20 @@ def corrupt(images: list[Path]) -> None:
 )
 async def test_chains_that_do_not_open(harm: Callable[[list[Path]], None], name: str, images: list[Path]) -> None:
     harm(images)
-    (found,) = await qmpmerge.examine_path(images[3])
+    (found,) = await qmpmerge.examine(images[3])
     assert (found.name, bool(found.why)) == (name, True)
 
 
 async def test_images_in_use_lead_to_the_vm(tmp_path: Path, images: list[Path], content: Content) -> None:
     with blockdev(tmp_path, images[:3], content) as setup:
-        below, used = await qmpmerge.examine_path(images[3])
+        below, used = await qmpmerge.examine(images[3])
     assert (below.name, below.severity) == ("used-below", "care")
     assert (used.name, used.command) == ("in-use", f"qmpmerge doctor pid:{setup.machine.process.pid}")
 
 
 async def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(qmpmerge.errors.ImageUnreadable):
-        await qmpmerge.examine_path(tmp_path / "nothing")
+    with pytest.raises(qmpmerge.errors.NoSuchTarget):
+        await qmpmerge.examine(tmp_path / "nothing")
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ async def test_what_is_only_called_so_stays_however_it_is_named(
     reason = (await kept(image))[image.name] or ""
     assert reason.startswith(STRANGERS[stranger].format(tmp_path)), reason
     assert await kept(image.parent) == {image.name: reason} and image.exists()
-    assert [one.name for one in await qmpmerge.examine_path(tmp_path) if one.name == "stashed"] == []
+    assert [one.name for one in await qmpmerge.examine(tmp_path) if one.name == "stashed"] == []
     told = invoke("clean", str(image), "--json")
     assert (told.code, told.document["verdict"], told.document["stashed"][0]["obstacle"]) == (0, "unchanged", reason)
     run(*shlex.split(reason.split("`")[-2]))

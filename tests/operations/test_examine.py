@@ -14,7 +14,7 @@ import qmpmerge
 import qmpmerge.images.qemuimg
 from qmpmerge.doctor.findings import EXIT_CODES
 from qmpmerge.errors import NoSuchTarget
-from qmpmerge.operations.examine import Examined, Report
+from qmpmerge.operations.examine import Examination, Examined
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -88,9 +88,9 @@ def test_a_name_that_a_merge_has_taken_away_is_refused_as_everywhere(tmp_path: P
 def test_the_worst_error_is_that_of_all() -> None:
     unreachable = NoSuchTarget(target="x")
     refused = qmpmerge.errors.CannotList(folder="/f", reason="no")
-    report = Report((Examined("/f", error=refused), Examined("vm"), Examined("x", error=unreachable)), 1, 0)
+    report = Examination((Examined("/f", error=refused), Examined("vm"), Examined("x", error=unreachable)), 1, 0)
     assert (report.verdict, report.error) == ("unreachable", unreachable)
-    assert Report((Examined("vm"),), 1, 0).error is None
+    assert Examination((Examined("vm"),), 1, 0).error is None
 
 
 @pytest.fixture
@@ -152,3 +152,19 @@ async def test_a_thousand_images_need_no_process_each(
     report = await qmpmerge.examine_all([tmp_path])
     assert asked == [f"{tmp_path}/a7.qcow2"]
     assert report.images == (200 if reason == "pairs" else 101)
+
+
+async def test_one_target_is_given_in_any_form(tmp_path: Path) -> None:
+    active = broken(tmp_path / "off")
+    async with qmpmerge.open(make_chain(tmp_path)[-1]) as images:
+        assert await qmpmerge.examine(images) == await qmpmerge.examine(images.name) != ()
+    assert "image-unreadable" in {finding.name for finding in await qmpmerge.examine(active)}
+
+
+async def test_a_vm_is_given_as_a_session_or_by_name(setup: Setup) -> None:
+    setup.machine.session.execute("cont")
+    setup.machine.session.execute("stop")
+    async with qmpmerge.live(setup.machine.target) as target:
+        found = await qmpmerge.examine(target)
+    assert [finding.name for finding in found] == ["guest-paused"]
+    assert found == await qmpmerge.examine(setup.machine.target)

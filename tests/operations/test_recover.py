@@ -593,12 +593,12 @@ async def test_what_may_not_be_read_is_not_said_to_be_well(what: str) -> None:
         images = make_chain(folder, ("base.raw", "a.qcow2"))
         path = images[1] if what == "image" else folder
         await qmpmerge.recover(path)  # nobody may not import what is needed
-        await qmpmerge.examine_path(folder)
+        await qmpmerge.examine(folder)
         unread = images[:1] if what == "one of two" else images
         for image in unread:
             image.chmod(0o600)
         with as_nobody():
-            found = await qmpmerge.examine_path(folder)
+            found = await qmpmerge.examine(folder)
             if what == "one of two":
                 (told,) = await qmpmerge.recover(path)
                 assert told.reasons == (f"{images[0]} may not be read, and was not looked at",)

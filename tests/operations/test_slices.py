@@ -301,7 +301,7 @@ async def test_a_base_that_a_header_names_as_a_part(top: str, images: list[Path]
 async def test_a_layer_that_a_header_names_as_a_part(
     top: str, images: list[Path], layer: Box, content: Content
 ) -> None:
-    assert not {one.name for one in await qmpmerge.examine_path(images[3])} - {"other-overlay"}
+    assert not {one.name for one in await qmpmerge.examine(images[3])} - {"other-overlay"}
     outcome = await merge(images[3], top=top, merged_files="delete")
     assert (outcome.verified, [merged.action for merged in outcome.merged][:2]) == (True, ["keep", "delete"])
     content.check(images[3] if top == "[3]" else images[0])

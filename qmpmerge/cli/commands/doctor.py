@@ -11,7 +11,7 @@ from qmpmerge.cli.run import door, run, show
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.operations.examine import Report
+    from qmpmerge.operations.examine import Examination
 
 
 @group.cli.command()
@@ -48,7 +48,7 @@ def doctor(targets: tuple[str, ...], search: tuple[str, ...], exit_code: bool, o
     """
     if not targets:
         raise click.UsageError("name a VM, an image or a folder, as in `qmpmerge doctor vm1`")
-    reports: list[Report] = []
+    reports: list[Examination] = []
 
     async def work(output: "Output") -> str:
         from qmpmerge.operations import examine

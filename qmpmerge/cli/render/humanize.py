@@ -11,7 +11,7 @@ from qmpmerge.engine.pace.progress import Progress
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome
     from qmpmerge.operations.clean import Cleaned
-    from qmpmerge.operations.examine import Report
+    from qmpmerge.operations.examine import Examination
     from qmpmerge.qemu.blockgraph import Disk
 
 
@@ -91,7 +91,7 @@ def estimate(value: "Estimate") -> str:
     return f"copies {'at least ' if value.at_least else ''}{size(value.copy)}{grows}; {takes} at {rate}"
 
 
-def looked_at(report: "Report") -> str:
+def looked_at(report: "Examination") -> str:
     """``looked at 3 VMs, 41 images, not at vm9: 1 harm, 2 care``; that nothing was found is said only of what was looked at."""
     counts = [
         f"{count} {word}{'' if count == 1 else 's'}" for count, word in ((report.vms, "VM"), (report.images, "image"))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
-    from qmpmerge.operations.examine import Report
+    from qmpmerge.operations.examine import Examination
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -123,7 +123,7 @@ class JsonOutput:
         """The job as it is now, null when it is gone."""
         self._print("done", job=_job(job))
 
-    def doctor(self, report: "Report") -> None:
+    def doctor(self, report: "Examination") -> None:
         """How much was looked at, each target with why it was not, and the findings, the worst first."""
         findings = [
             {

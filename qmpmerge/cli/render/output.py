@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
-    from qmpmerge.operations.examine import Report
+    from qmpmerge.operations.examine import Examination
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -57,7 +57,7 @@ class Output(Protocol):
     def controlled(self, job_id: str, job: "Job | None") -> None:
         """A job after a verb was sent to it; None when it is gone."""
 
-    def doctor(self, report: "Report") -> None:
+    def doctor(self, report: "Examination") -> None:
         """Problems with several targets, the worst first, and how much was looked at."""
 
     def failure(self, error: "Error") -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
-    from qmpmerge.operations.examine import Report
+    from qmpmerge.operations.examine import Examination
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -197,7 +197,7 @@ class TextOutput:
         limit = f", at most {humanize.size(job.speed)}/s" if job is not None and job.speed else ""
         self._say(f"{job_id}: {'gone' if job is None else job.status}{limit}")
 
-    def doctor(self, report: "Report") -> None:
+    def doctor(self, report: "Examination") -> None:
         """Each finding in four lines: how bad and where, what, why, and the command that fixes it; how much was looked at."""
         for target, finding in report.findings:
             where = (
