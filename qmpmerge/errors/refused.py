@@ -378,6 +378,30 @@ class Suspect(Refused):
     )
 
 
+class NotAnOverlay(Refused):
+    """What `snapshot --reuse` was given is no overlay of the disk's active image: the next start would show another disk."""
+
+    file: str
+    disk: str
+    reason: str
+    command: str
+    sentence = "{file} cannot be the overlay of {disk}: {reason}"
+    advice = (
+        "name a file that is not there and leave out `--reuse`; an overlay is made by `{command}`, which overwrites what is on "
+        "a device"
+    )
+
+
+class OverlayNotEmpty(Refused):
+    """What `snapshot --reuse` was given holds data of its own, which the guest would see in the place of what it wrote."""
+
+    file: str
+    disk: str
+    held: int
+    sentence = "{file} holds {held} bytes of its own, which the guest would see in the place of what {disk} has there"
+    advice = "take an overlay to which nothing was written, or name a file that is not there and leave out `--reuse`"
+
+
 class LibvirtManaged(Refused):
     """The QEMU belongs to libvirt, which keeps its own idea of the chain."""
 

@@ -153,14 +153,24 @@ class QemuRefused(Refused):
 
 
 class FileExists(Refused):
-    """An overlay's file exists already; QEMU itself would overwrite it."""
+    """
+    An overlay's file exists already; QEMU itself would overwrite it. `option` is what takes it as it is, where it is an empty
+    overlay of the disk.
+    """
 
     file: str
+    option: str = ""
     sentence = "{file} exists already"
     advice = (
         "choose another name; where a VM uses the file leave it in its place, and merge first: `qmpmerge doctor {file}` says "
         "who has it open"
     )
+
+    @property
+    def hint(self) -> str:
+        """As of any error, after the option."""
+        first = f"it is an empty overlay of this disk, which `{self.option}` takes as it is; or " if self.option else ""
+        return first + super().hint
 
 
 class CannotCreate(Refused):
@@ -170,6 +180,18 @@ class CannotCreate(Refused):
     reason: str
     sentence = "cannot create {file}: {reason}"
     advice = "the folder must exist and be writable by you and by QEMU"
+
+
+class NoAgent(Refused):
+    """`--quiesce`, and QEMU does not tell on which socket the guest agent can be asked."""
+
+    target: str
+    reason: str
+    sentence = "no guest agent of {target} can be reached: {reason}"
+    advice = (
+        "name its socket with `--agent SOCKET`, or leave out --quiesce: the snapshot is crash-consistent then; a VM has one by "
+        "a virtserialport of the name org.qemu.guest_agent.0 on a `-chardev socket,server=on`"
+    )
 
 
 class AgentFailed(Refused):

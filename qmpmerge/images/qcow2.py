@@ -27,6 +27,7 @@ _LONGEST_NAME = 1023
 _LARGEST_TABLE = 32 * 1024 * 1024  # QCOW_MAX_L1_SIZE in block/qcow2.h
 _EXTENDED_ENTRIES = 1 << 4
 _DIRTY = 1 << 0
+_CORRUPT = 1 << 1
 _EXTERNAL_DATA = 1 << 2
 # A header with its extensions fits in the smallest cluster that anybody uses; the name may lie behind it.
 _READ = 65536
@@ -60,7 +61,8 @@ class Qcow2Header:
     Names as they are written; sizes in bytes; `encrypted` also for the old AES method.
 
     `entry_size` is that of an entry of the second-level tables, 16 with extended entries. `dirty` says that its reference
-    counts are not to be trusted (`lazy_refcounts`): QEMU counts anew as it opens the image for writing.
+    counts are not to be trusted (`lazy_refcounts`): QEMU counts anew as it opens the image for writing. `corrupt` is QEMU's
+    mark, `snapshots` the number of internal ones.
     """
 
     virtual_size: int
@@ -71,6 +73,8 @@ class Qcow2Header:
     cluster_size: int = field(default=65536, compare=False)
     entry_size: int = field(default=8, compare=False)
     dirty: bool = field(default=False, compare=False)
+    corrupt: bool = field(default=False, compare=False)
+    snapshots: int = field(default=0, compare=False)
 
 
 def read_of(image: Image) -> Qcow2Header | None:
@@ -185,6 +189,8 @@ def decode(data: bytes) -> Qcow2Header | None:
         cluster_size=1 << min(bits, 21),  # 2 MiB is the most that QEMU takes
         entry_size=16 if features & _EXTENDED_ENTRIES else 8,
         dirty=bool(features & _DIRTY),
+        corrupt=bool(features & _CORRUPT),
+        snapshots=struct.unpack_from(">I", data, 60)[0],
     )
 
 

@@ -1,14 +1,17 @@
 """
-One overlay of a snapshot: its file, the note about it and its node, each made, and taken away again where what follows fails.
+One overlay of a snapshot: its file, the note about it and its node, each made, and taken away again where what follows fails;
+a file that was there before stays.
 """
 
 import contextlib
+import errno
 import os
 import shlex
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from qmpmerge import folder
+from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import (
     CannotCreate,
@@ -18,7 +21,7 @@ from qmpmerge.errors import (
     Untouched,
     unproven,
 )
-from qmpmerge.folder import File
+from qmpmerge.folder import File, Folder
 from qmpmerge.images import files, notes, qemuimg
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.targets import identity
@@ -27,13 +30,24 @@ from qmpmerge.targets.target import Target
 
 @dataclass(frozen=True)
 class Order:
-    """One overlay to make: on which disk, where, with which backing string in its header."""
+    """
+    One overlay to make, or to use as it is (`is_reused`): on which disk, where, with which backing string in its header.
+    """
 
     disk: Disk
     below: Image
     file: str
     backing: str
     node: str
+    is_reused: bool = False
+
+
+def see_creatable(order: Order) -> None:
+    """Most of what `made` needs, without making it. Raises CannotCreate."""
+    place = os.path.dirname(order.file)
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        number = errno.EACCES if os.path.isdir(place) else errno.ENOENT
+        raise CannotCreate(file=order.file, reason=os.strerror(number))
 
 
 @contextlib.asynccontextmanager
@@ -44,7 +58,7 @@ async def made(order: Order) -> AsyncIterator[File]:
         await qemuimg.create_overlay(
             file, size=order.below.virtual_size, backing=order.backing, backing_format=order.below.format
         )
-        _make_durable(file)
+        _make_durable(file, file.place)
         yield file
     except Untouched:
         with contextlib.suppress(OSError):
@@ -52,12 +66,23 @@ async def made(order: Order) -> AsyncIterator[File]:
         raise
 
 
-def _make_durable(made: File) -> None:
+@contextlib.asynccontextmanager
+async def found(order: Order) -> AsyncIterator[File]:
+    """The file of an overlay that is there already, and stays however the block ends. Raises CannotCreate."""
+    try:
+        file, (place, _name) = folder.reading(order.file), folder.split(os.path.realpath(order.file))
+    except OSError as error:
+        raise CannotCreate(file=order.file, reason=error.strerror or str(error)) from None
+    with file, place:
+        _make_durable(file, place)
+        yield file
+
+
+def _make_durable(made: File, place: Folder) -> None:
     """What the guest flushes to it is worth nothing if a power cut takes its name."""
-    assert made.folder is not None, "it was made in one"
     try:
         made.sync()
-        made.folder.sync()
+        place.sync()
     except OSError as error:
         raise CannotCreate(file=made.path, reason=error.strerror or str(error)) from None
 
@@ -128,7 +153,7 @@ async def opened(target: Target, layout: Layout, order: Order, file: File) -> As
             cache=cache,
             discard="unmap",
             detect_zeroes=told.get("detect_zeroes", "off"),
-            file={"driver": "file", "filename": order.file, "cache": cache, "discard": "unmap"},
+            file={**backing.storage(order.file), "cache": cache, "discard": "unmap"},
         )
         _see(file)
         if identity.is_open(Image(file.path, "qcow2", 0, inode=file.inode), target.pid) is False:

@@ -26,11 +26,13 @@ from qmpmerge.errors import (
     NotProven,
     NotSeen,
     OptionsConflict,
+    Refused,
     Temporary,
     refuse,
     unproven,
 )
 from qmpmerge.folder import File
+from qmpmerge.images import notes
 from qmpmerge.images.files import is_device
 from qmpmerge.journal import store
 from qmpmerge.operations import overlay
@@ -45,9 +47,10 @@ from qmpmerge.targets.target import Target
 @dataclass(frozen=True)
 class Overlay:
     """
-    An overlay that is now the active image of `disk`: its absolute path and its node. The VM must be started from it from
-    now on, and not from `instead_of`, which is the image below it. `ask` is what a launch script can name to `active` for
-    years: the lowest image of the chain that is a file. `hint` is what the user should know besides.
+    An overlay that is now the active image of `disk`: its absolute path, its node, and the `backing` string in its header. The
+    VM must be started from it from now on, and not from `instead_of`, which is the image below it. `ask` is what a launch
+    script can name to `active` for years: the lowest image of the chain that is a file. `hint` is what else is to be known.
+    After a dry run there is no node, and nothing of it is true yet.
     """
 
     disk: str
@@ -56,35 +59,44 @@ class Overlay:
     instead_of: str
     hint: str = ""
     ask: str = ""
+    backing: str = ""
 
 
 async def snapshot(
     target: Target,
     files: Mapping[str, str | os.PathLike[str]],
     *,
-    relative: bool = False,
-    agent: str | os.PathLike[str] | None = None,
+    reuse: bool = False,
+    dry_run: bool = False,
+    quiesce: bool | str | os.PathLike[str] = False,
     force: Collection[str] = (),
 ) -> tuple[Overlay, ...]:
     """
     Put a new overlay on each disk of `files` (disk to path of the file to be made), on all of them or on none.
 
-    The backing name is written relative where the overlay lies in the folder of the image below it, or where `relative`
-    asks for it. `agent` is the socket of the guest agent: the guest's filesystems are frozen for the moment of the
-    snapshot. `force` can hold ``in-use``: who else has an active image open may see it.
+    The backing name is written relative where the overlay lies in the folder of the image below it. With `reuse` the overlays
+    are there already, files or block devices, with headers that name the image below; they must hold nothing of their own. A
+    `dry_run` checks all that can be checked, and changes nothing. With `quiesce` the guest's filesystems are frozen for the
+    moment of the snapshot: by the guest agent whose socket QEMU's configuration tells, or that is at this path. `force` can
+    hold ``in-use``: who else has an active image open may see it.
 
-    Raises VmState, RecordNotBelieved, FileExists, CannotCreate, Busy, Temporary, Replaced, InUse, BackingString, QemuRefused,
-    AgentFailed; NotProven when a fresh look does not show the overlays.
+    Raises VmState, RecordNotBelieved, FileExists, CannotCreate, NotAnOverlay, OverlayNotEmpty, NotWritable, Busy, Temporary,
+    Replaced, InUse, BackingString, QemuRefused, NoAgent, AgentFailed; NotProven when a fresh look does not show the overlays.
     """
-    layout = await _without_ended_jobs(target, files)
+    layout = await (target.layout() if dry_run else _without_ended_jobs(target, files))
     nodes = [node for disk in files for node in layout.nodes_of(layout.find(disk, target.name))]
     await vmstate.check(target.monitor, nodes)
     _refuse_unknown(target, layout, files)
     await _refuse_used(target, layout, files, force)
-    orders = [_order(target, layout, disk, os.fspath(file), relative) for disk, file in files.items()]
+    orders = [await _order(target, layout, disk, os.fspath(file), reuse) for disk, file in files.items()]
     _refuse_twice(orders)
     _refuse_replaced(target, layout, orders)
-    return await shield.finished(_carry_out(target, layout, orders, os.fspath(agent) if agent is not None else None))
+    socket = await _agent(target, quiesce)
+    if dry_run:
+        for order in orders:
+            overlay.see_creatable(order) if not order.is_reused else None
+        return tuple(map(_planned, orders))
+    return await shield.finished(_carry_out(target, layout, orders, socket))
 
 
 async def _without_ended_jobs(target: Target, disks: Iterable[str]) -> Layout:
@@ -126,7 +138,7 @@ def _refuse_replaced(target: Target, layout: Layout, orders: list[Order]) -> Non
             raise lost
 
 
-def _order(target: Target, layout: Layout, name: str, file: str, relative: bool) -> Order:
+async def _order(target: Target, layout: Layout, name: str, file: str, reuse: bool) -> Order:
     disk = layout.find(name, target.name)
     assert disk.chain is not None, "find() returns disks with an image only"
     if disk.job is not None:
@@ -136,9 +148,27 @@ def _order(target: Target, layout: Layout, name: str, file: str, relative: bool)
         raise Temporary(disk=disk.name, file=below.file)
     path = os.path.abspath(file)
     _refuse_unseen(target, disk.name, below, path)
+    order = Order(disk, below, path, "", f"qmpmerge-{uuid.uuid4().hex[:8]}", is_reused=reuse)
+    if reuse:
+        return replace(order, backing=await _reused(target, layout, order))
     if os.path.lexists(path):
-        raise FileExists(file=path)
-    return Order(disk, below, path, _backing(below, path, relative), f"qmpmerge-{uuid.uuid4().hex[:8]}")
+        raise FileExists(file=path, option=await _option(target, layout, order))
+    return replace(order, backing=_backing(below, path))
+
+
+async def _reused(target: Target, layout: Layout, order: Order) -> str:
+    from qmpmerge.operations import reuse  # only --reuse needs it, and a refusal
+
+    return await reuse.backing_of(layout, order.disk, order.below, order.file, target.pid)
+
+
+async def _option(target: Target, layout: Layout, order: Order) -> str:
+    """The option that takes what has the name already, where there is one."""
+    try:
+        await _reused(target, layout, order)
+    except Refused:
+        return ""
+    return "--reuse"
 
 
 def _refuse_unseen(target: Target, disk: str, below: Image, path: str) -> None:
@@ -157,16 +187,16 @@ def _refuse_unseen(target: Target, disk: str, below: Image, path: str) -> None:
         raise NotSeen(unseen=[folder], reason="QEMU sees another folder under this name", cure=cure)
 
 
-def _backing(below: Image, path: str, relative: bool) -> str:
+def _backing(below: Image, path: str) -> str:
     """The string for the new header; it must lead to the image below from where the overlay will really be."""
     if not below.has_path:
         return below.file
     if below.slice is not None:
         return backing.json_name(below, path)
     folder = os.path.realpath(os.path.dirname(path))
-    if not relative and folder != os.path.dirname(os.path.realpath(below.file)):
+    if folder != os.path.dirname(os.path.realpath(below.file)):
         return below.file
-    name = os.path.relpath(os.path.realpath(below.file), folder)
+    name = os.path.basename(os.path.realpath(below.file))
     if ":" in name.split("/", 1)[0]:
         name = f"./{name}"  # `a:b` would be read as a protocol
     if not backing.leads_from(folder, name, below):
@@ -176,28 +206,58 @@ def _backing(below: Image, path: str, relative: bool) -> str:
 
 def _refuse_twice(orders: list[Order]) -> None:
     roots = [order.disk.root for order in orders]
-    paths = [order.file for order in orders]
+    paths = [proc.identity(order.file) or order.file for order in orders]
     for order in orders:
         if roots.count(order.disk.root) > 1:
             raise OptionsConflict(options=[f"{other.disk.name}={other.file}" for other in orders])
-        if paths.count(order.file) > 1:
+        if paths.count(proc.identity(order.file) or order.file) > 1:
             raise FileExists(file=order.file)
+
+
+async def _agent(target: Target, quiesce: bool | str | os.PathLike[str]) -> str | None:
+    if not isinstance(quiesce, bool):
+        return os.fspath(quiesce)
+    if not quiesce:
+        return None
+    from qmpmerge.guest import agentsocket  # only --quiesce needs it
+
+    return await agentsocket.find(target.monitor)
 
 
 async def _carry_out(target: Target, layout: Layout, orders: list[Order], agent: str | None) -> tuple[Overlay, ...]:
     async with contextlib.AsyncExitStack() as undo:
-        made = [await undo.enter_async_context(overlay.made(order)) for order in orders]
+        files = [overlay.found(order) if order.is_reused else overlay.made(order) for order in orders]
+        made = [await undo.enter_async_context(file) for file in files]
         unnoted = [undo.enter_context(overlay.noted(order, file)) for order, file in zip(orders, made, strict=True)]
         for order, file in zip(orders, made, strict=True):
             await undo.enter_async_context(overlay.opened(target, layout, order, file))
+        await _see_empty(orders)
         async with _quiet(agent):
             _refuse_replaced(target, layout, orders)  # again, as late as can be
             await _transaction(target, orders)
             undo.pop_all()  # from here on the guest writes to the overlays, whatever the agent says
+    _forget(orders)
     proved = await _prove(target, orders, made)
     for one in proved:
         log.info("%s: %s is the active image now, and was %s", one.disk, one.file, one.instead_of)
     return tuple(replace(one, hint=hint) for one, hint in zip(proved, unnoted, strict=True))
+
+
+async def _see_empty(orders: list[Order]) -> None:
+    """Nobody else can write any more to what was there already."""
+    for order in orders:
+        if order.is_reused:
+            from qmpmerge.operations import reuse
+
+            await reuse.see_empty(order.disk.name, order.file)
+
+
+def _forget(orders: list[Order]) -> None:
+    """What was noted about an earlier image of the name, which was merged away; of a new file it is forgotten as it is made."""
+    for order in orders:
+        if order.is_reused:
+            with contextlib.suppress(OSError):
+                notes.forget(order.file)
 
 
 async def _transaction(target: Target, orders: list[Order]) -> None:
@@ -212,7 +272,7 @@ async def _quiet(agent: str | None) -> AsyncIterator[None]:
     if agent is None:
         yield
         return
-    from qmpmerge.guest.freeze import frozen  # only --quiesce needs it
+    from qmpmerge.guest.freeze import frozen
 
     async with frozen(agent):
         yield
@@ -230,9 +290,11 @@ async def _prove(target: Target, orders: list[Order], made: list[File]) -> tuple
         if not view.chain.same_files(expected) or view.chain.active.backing != order.backing or odd:
             words = told_apart(expected, view.chain)
             raise NotProven(target=target.name, expected=words[0], found=words[1])
-    return tuple(
-        Overlay(order.disk.name, order.file, order.node, order.below.label, ask=_lasting(order)) for order in orders
-    )
+    return tuple(replace(_planned(order), node=order.node) for order in orders)
+
+
+def _planned(order: Order) -> Overlay:
+    return Overlay(order.disk.name, order.file, "", order.below.label, ask=_lasting(order), backing=order.backing)
 
 
 def _lasting(order: Order) -> str:

@@ -78,7 +78,7 @@ async def test_the_story_on_three_disks_while_the_guest_writes(iothread: bool, t
         async with qmpmerge.live(vm.monitor) as target:
             for layer in "abc":
                 overlays = {name: str(tmp_path / f"{name}-{layer}.qcow2") for name in PLACES}
-                await qmpmerge.snapshot(target, overlays, agent=vm.agent_socket if layer == "b" else None)
+                await qmpmerge.snapshot(target, overlays, quiesce=layer == "b")
                 await advance(writers)
             # What is below b was frozen, what is below c was not.
             assert not has_a_journal_to_replay(tmp_path / "disk-two-a.qcow2")

@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     type=Assignment(),
     shell_complete=complete.assignments,
 )
-@click.option("--relative", is_flag=True, help="Write a relative backing name even into another folder.")
-@click.option("--quiesce", is_flag=True, help="Freeze the guest's filesystems for the moment; needs --agent.")
-@click.option("--agent", metavar="SOCKET", help="The socket of the guest agent.")
+@click.option("--reuse", is_flag=True, help="FILE is there: an empty overlay, or a device with one.")
+@click.option("--dry-run", is_flag=True, help="Check everything, change nothing.")
+@click.option("--quiesce", is_flag=True, help="Freeze the guest's filesystems for that moment.")
+@click.option("--agent", metavar="SOCKET", help="--quiesce by the guest agent at this socket.")
 @for_images
 @forcing("in-use", "libvirt")
 @shared
 def snapshot(
     target: str,
     overlays: tuple[tuple[str, str], ...],
-    relative: bool,
+    reuse: bool,
+    dry_run: bool,
     quiesce: bool,
     agent: str | None,
     options: Options,
@@ -44,21 +46,23 @@ def snapshot(
     FILE must not exist; it is made with the size of the disk. The image used so far becomes its backing file and is not
     written any more. The backing name is relative where both lie in one folder.
 
+    With --reuse FILE is an overlay that you have made, or a block device with one, whose header names the image used so far;
+    it must hold nothing yet.
+
     \b
     Examples:
       qmpmerge snapshot vm1 vda=/vm/snap1.qcow2
       qmpmerge snapshot vm1 vda=/vm/a1.qcow2 vdb=/vm/b1.qcow2
-      qmpmerge snapshot vm1 vda=/vm/s.qcow2 --quiesce --agent /run/vm1-agent.sock
+      qmpmerge snapshot vm1 vda=/vm/snap1.qcow2 --quiesce
+      qmpmerge snapshot vm1 vda=/dev/vg/snap1 --reuse --dry-run
 
     \b
     Exit codes:
-      0    created
+      0    created, or planned with --dry-run
       3    refused: nothing was changed
       4    no session with TARGET
       6    unknown: the overlay may be in use, or the guest may still be frozen
     """
-    if quiesce != (agent is not None):
-        raise click.UsageError("--quiesce and --agent SOCKET go together")
     doubled = [disk for disk, _ in overlays if [name for name, _ in overlays].count(disk) > 1]
     if doubled:
         raise click.UsageError(f"{doubled[0]} is named twice: a disk gets one overlay at a time")
@@ -66,8 +70,9 @@ def snapshot(
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import snapshot as operation
 
-        made = await operation.snapshot(target, dict(overlays), relative=relative, agent=agent, force=options.force)
+        wanted = {"reuse": reuse, "dry_run": dry_run}
+        made = await operation.snapshot(target, dict(overlays), **wanted, quiesce=agent or quiesce, force=options.force)
         output.snapshot(made)
-        return "created"
+        return "planned" if dry_run else "created"
 
-    return run(options, on_target(target, options, work, write=True))
+    return run(options, on_target(target, options, work, write=True, dry_run=dry_run))

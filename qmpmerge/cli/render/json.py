@@ -72,9 +72,17 @@ class JsonOutput:
         self._print("done", disk=view.disk.name, job=_job(view.disk.job), **told)
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
-        """The overlays that were made."""
-        made = [{**_keys(overlay, "disk", "node", "file"), "backing_file": overlay.instead_of} for overlay in overlays]
-        self._print("created", overlays=made, hints=[overlay.hint for overlay in overlays if overlay.hint])
+        """The overlays that were made; without nodes those that would be."""
+        made = [
+            {
+                **_keys(overlay, "disk", "file", "backing"),
+                "node": overlay.node or None,
+                "backing_file": overlay.instead_of,
+            }
+            for overlay in overlays
+        ]
+        verdict = "created" if all(overlay.node for overlay in overlays) else "planned"
+        self._print(verdict, overlays=made, hints=[overlay.hint for overlay in overlays if overlay.hint])
 
     def active(self, found: "Active", *, drive: bool) -> None:
         """The image that a VM must be started from, both ways to name it."""

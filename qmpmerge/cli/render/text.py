@@ -107,6 +107,9 @@ class TextOutput:
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """A line for each overlay."""
         for overlay in overlays:
+            if not overlay.node:
+                self._say(f"{overlay.disk}: {overlay.file} would be the active image, on {overlay.instead_of}")
+                continue
             self._say(f"{overlay.disk}: {overlay.file} is the active image now")
             stale = overlay.instead_of
             self._say(

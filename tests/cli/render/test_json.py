@@ -162,7 +162,10 @@ def test_chain(streams: Streams) -> None:
 
 
 def test_snapshot(streams: Streams) -> None:
-    made = [Overlay("vda", "/vm/c.qcow2", "n1", "/vm/b.qcow2"), Overlay("vdb", "/vm/d.qcow2", "n2", "/b.raw", "a hint")]
+    made = [
+        Overlay("vda", "/vm/c.qcow2", "n1", "/vm/b.qcow2", backing="b.qcow2"),
+        Overlay("vdb", "/vm/d.qcow2", "n2", "/b.raw", "a hint", backing="d.raw"),
+    ]
     streams.output.snapshot(made)
     assert streams.document() == {
         "schema": 1,
@@ -173,9 +176,10 @@ def test_snapshot(streams: Streams) -> None:
                 "disk": "vda",
                 "node": "n1",
                 "file": "/vm/c.qcow2",
+                "backing": "b.qcow2",
                 "backing_file": "/vm/b.qcow2",
             },
-            {"disk": "vdb", "node": "n2", "file": "/vm/d.qcow2", "backing_file": "/b.raw"},
+            {"disk": "vdb", "node": "n2", "file": "/vm/d.qcow2", "backing": "d.raw", "backing_file": "/b.raw"},
         ],
         "hints": ["a hint"],
     }
