@@ -36,6 +36,7 @@ HABITS: dict[str, Sequence[str]] = {
     "--bandwidth": ("--speed", "{}M"),
     "--delete": ("--merged-files", "delete"),
     "--diskspec": ("{}",),
+    "--reuse-external": ("--reuse",),
 }
 """What virsh's options are here, {} being their value: nothing where it is so anyway, or where the value stands for itself."""
 

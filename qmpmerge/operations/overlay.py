@@ -8,7 +8,6 @@ import errno
 import os
 import shlex
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 
 from qmpmerge import folder
 from qmpmerge.chain import backing
@@ -22,24 +21,11 @@ from qmpmerge.errors import (
     unproven,
 )
 from qmpmerge.folder import File, Folder
-from qmpmerge.images import files, notes, qemuimg
-from qmpmerge.qemu.blockgraph import Disk, Layout
+from qmpmerge.images import dependents, files, notes, qcow2, qemuimg
+from qmpmerge.operations.orders import Order
+from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
-
-
-@dataclass(frozen=True)
-class Order:
-    """
-    One overlay to make, or to use as it is (`is_reused`): on which disk, where, with which backing string in its header.
-    """
-
-    disk: Disk
-    below: Image
-    file: str
-    backing: str
-    node: str
-    is_reused: bool = False
 
 
 def see_creatable(order: Order) -> None:
@@ -85,6 +71,28 @@ def _make_durable(made: File, place: Folder) -> None:
         place.sync()
     except OSError as error:
         raise CannotCreate(file=made.path, reason=error.strerror or str(error)) from None
+
+
+async def rival(target: Target, order: Order) -> str:
+    """
+    Of a running VM a warning where another image, that is not empty, is built on the one that it writes to; else empty.
+
+    Nothing is refused for it: that image is ruined by every write until the overlay is there, and by none after it.
+    """
+    assert order.disk.chain is not None
+    if not target.is_live:
+        return ""
+    look = await dependents.look([order.below], order.disk.chain)
+    rivals = [one.file for one in look.dependents if notes.base_of(one.file) is None and not _is_empty(one.file)]
+    doctor = f"`qmpmerge doctor {shlex.quote(target.name)}` tells more"
+    return f"{', '.join(rivals)} is built on {order.below.file} too, to which the VM wrote: {doctor}" if rivals else ""
+
+
+def _is_empty(file: str) -> bool:
+    try:
+        return qcow2.is_empty(file)
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -7,27 +7,18 @@ writes absolute backing names. Then each is opened as a node, and one `transacti
 
 import contextlib
 import os
-import shlex
-import uuid
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from qmpmerge import shield
-from qmpmerge.chain import backing
-from qmpmerge.chain.chain import ELSEWHERE, Chain, Image, told_apart
-from qmpmerge.checks import sight
+from qmpmerge.chain.chain import Chain, told_apart
 from qmpmerge.checks.files import held, led_astray
 from qmpmerge.engine import earlier
 from qmpmerge.engine.log import log
 from qmpmerge.errors import (
-    BackingString,
-    Busy,
     FileExists,
     NotProven,
-    NotSeen,
     OptionsConflict,
-    Refused,
-    Temporary,
     refuse,
     unproven,
 )
@@ -36,7 +27,7 @@ from qmpmerge.images import notes
 from qmpmerge.images.files import is_device
 from qmpmerge.journal import store
 from qmpmerge.operations import overlay
-from qmpmerge.operations.overlay import Order
+from qmpmerge.operations.orders import Order, of_disk
 from qmpmerge.processes import proc
 from qmpmerge.qemu import vmstate
 from qmpmerge.qemu.blockgraph import Layout
@@ -88,15 +79,20 @@ async def snapshot(
     await vmstate.check(target.monitor, nodes)
     _refuse_unknown(target, layout, files)
     await _refuse_used(target, layout, files, force)
-    orders = [await _order(target, layout, disk, os.fspath(file), reuse) for disk, file in files.items()]
+    orders = [await of_disk(target, layout, disk, os.fspath(file), reuse) for disk, file in files.items()]
     _refuse_twice(orders)
     _refuse_replaced(target, layout, orders)
     socket = await _agent(target, quiesce)
+    rivals = [await overlay.rival(target, order) for order in orders]
     if dry_run:
         for order in orders:
             overlay.see_creatable(order) if not order.is_reused else None
-        return tuple(map(_planned, orders))
-    return await shield.finished(_carry_out(target, layout, orders, socket))
+        made = tuple(map(_planned, orders))
+    else:
+        made = await shield.finished(_carry_out(target, layout, orders, socket))
+    return tuple(
+        replace(one, hint="; ".join(filter(None, (one.hint, rival)))) for one, rival in zip(made, rivals, strict=True)
+    )
 
 
 async def _without_ended_jobs(target: Target, disks: Iterable[str]) -> Layout:
@@ -136,72 +132,6 @@ def _refuse_replaced(target: Target, layout: Layout, orders: list[Order]) -> Non
             raise identity.refusal(astray, target)
         if (lost := led_astray(layout, order.below, target.pid)) is not None:
             raise lost
-
-
-async def _order(target: Target, layout: Layout, name: str, file: str, reuse: bool) -> Order:
-    disk = layout.find(name, target.name)
-    assert disk.chain is not None, "find() returns disks with an image only"
-    if disk.job is not None:
-        raise Busy(disk=disk.name, job=disk.job.id, target=target.name)
-    below = disk.chain.active
-    if identity.is_temporary(below):
-        raise Temporary(disk=disk.name, file=below.file)
-    path = os.path.abspath(file)
-    _refuse_unseen(target, disk.name, below, path)
-    order = Order(disk, below, path, "", f"qmpmerge-{uuid.uuid4().hex[:8]}", is_reused=reuse)
-    if reuse:
-        return replace(order, backing=await _reused(target, layout, order))
-    if os.path.lexists(path):
-        raise FileExists(file=path, option=await _option(target, layout, order))
-    return replace(order, backing=_backing(below, path))
-
-
-async def _reused(target: Target, layout: Layout, order: Order) -> str:
-    from qmpmerge.operations import reuse  # only --reuse needs it, and a refusal
-
-    return await reuse.backing_of(layout, order.disk, order.below, order.file, target.pid)
-
-
-async def _option(target: Target, layout: Layout, order: Order) -> str:
-    """The option that takes what has the name already, where there is one."""
-    try:
-        await _reused(target, layout, order)
-    except Refused:
-        return ""
-    return "--reuse"
-
-
-def _refuse_unseen(target: Target, disk: str, below: Image, path: str) -> None:
-    """The image below must be one that we can name, and the overlay's folder the one that QEMU sees under its name."""
-    again = f"snapshot pid:{target.pid} {shlex.quote(f'{disk}={path}')}"
-    folder = os.path.dirname(path)
-    seen = None if target.pid is None else proc.identity(proc.as_seen_by(target.pid, folder))
-    if below.is_elsewhere:
-        reason, cure = sight.whereabouts(below, target.pid, again)
-        raise NotSeen(unseen=[below.file.removeprefix(ELSEWHERE)], reason=reason, cure=cure)
-    why = sight.doubtful(below, is_seen=target.pid is not None and bool(proc.open_files(target.pid)))
-    if why is not None:
-        raise NotSeen(unseen=[below.file], reason=why[0], cure=why[1])
-    if seen is not None and seen != proc.identity(folder):
-        cure = sight.inside(target.pid or 0, again)
-        raise NotSeen(unseen=[folder], reason="QEMU sees another folder under this name", cure=cure)
-
-
-def _backing(below: Image, path: str) -> str:
-    """The string for the new header; it must lead to the image below from where the overlay will really be."""
-    if not below.has_path:
-        return below.file
-    if below.slice is not None:
-        return backing.json_name(below, path)
-    folder = os.path.realpath(os.path.dirname(path))
-    if folder != os.path.dirname(os.path.realpath(below.file)):
-        return below.file
-    name = os.path.basename(os.path.realpath(below.file))
-    if ":" in name.split("/", 1)[0]:
-        name = f"./{name}"  # `a:b` would be read as a protocol
-    if not backing.leads_from(folder, name, below):
-        raise BackingString(overlay=path, backing=name, reason="it does not lead to the present image")
-    return name
 
 
 def _refuse_twice(orders: list[Order]) -> None:

@@ -86,6 +86,10 @@ def test_version_and_help_as_other_tools_have_them() -> None:
             "snapshot-create-as vm1 --disk-only --diskspec vda,file=/vm/d.qcow2,snapshot=external --atomic",
             "snapshot vm1 vda=/vm/d.qcow2",
         ),
+        (
+            "snapshot-create-as vm1 --disk-only --diskspec vda,file=/vm/d.qcow2 --reuse-external --quiesce",
+            "snapshot vm1 vda=/vm/d.qcow2 --reuse --quiesce",
+        ),
         ("comit vm1 'a b'", "commit vm1 'a b'"),
         ("Chain vm1", "chain vm1"),
         ("vm", "vms"),

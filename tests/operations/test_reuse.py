@@ -16,7 +16,8 @@ from rig.machines import MIB, SIZE, Content, create_encrypted, fill, machine, ma
 import qmpmerge
 from qmpmerge.errors import FileExists, InUse, NotAnOverlay, OverlayNotEmpty, QemuRefused
 from qmpmerge.images import qcow2
-from qmpmerge.operations import overlay, reuse, snapshot
+from qmpmerge.operations import reuse, snapshot
+from qmpmerge.operations.orders import Order
 from qmpmerge.targets.target import Target
 
 
@@ -246,7 +247,7 @@ async def test_a_transaction_that_fails_leaves_the_files(
 ) -> None:
     made = make(tmp_path / "o.qcow2")
 
-    async def failing(target: Target, orders: list[overlay.Order]) -> None:
+    async def failing(target: Target, orders: list[Order]) -> None:
         raise QemuRefused(command="transaction", reason="as if")
 
     monkeypatch.setattr(snapshot, "_transaction", failing)

@@ -24,7 +24,8 @@ from qmpmerge.errors import (
 )
 from qmpmerge.folder import File
 from qmpmerge.images import qemuimg
-from qmpmerge.operations import overlay, snapshot
+from qmpmerge.operations import snapshot
+from qmpmerge.operations.orders import Order
 from qmpmerge.targets.target import Target
 
 
@@ -111,7 +112,7 @@ async def test_a_failing_transaction_leaves_nothing(
     """The second disk is in use by a mirror that QEMU was told to make meanwhile."""
     real = snapshot._transaction
 
-    async def meanwhile(target: Target, orders: list[overlay.Order]) -> None:
+    async def meanwhile(target: Target, orders: list[Order]) -> None:
         root = orders[1].disk.root
         two.session.execute("blockdev-add", driver="null-co", node_name="sink", size=SIZE)
         two.session.execute("blockdev-mirror", job_id="j", device=root, target="sink", sync="full")
@@ -179,7 +180,7 @@ async def test_nothing_is_removed_when_the_outcome_is_unknown(
 ) -> None:
     """The session ends after QEMU got the command: the guest may write to the overlay by now."""
 
-    async def lost(target: Target, orders: list[overlay.Order]) -> None:
+    async def lost(target: Target, orders: list[Order]) -> None:
         raise SessionLost(target=target.name, command="transaction", reason="as if")
 
     monkeypatch.setattr(snapshot, "_transaction", lost)
@@ -267,6 +268,23 @@ async def test_the_overlay_has_owner_mode_size_and_cache_of_the_image_below(tmp_
     assert made.st_uid == base.stat().st_uid
     assert told["image"]["virtual-size"] == SIZE + MIB
     assert (told["cache"]["direct"], told["detect_zeroes"]) == (True, "on")
+
+
+async def test_an_image_of_a_vm_that_was_started_stale(setup: Setup, tmp_path: Path) -> None:
+    """The VM writes to what another image is built on: with the overlay that ends, so it is told and not refused."""
+    newer = tmp_path / "newer.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", "base.raw", "-F", "raw", newer, str(SIZE))
+    empty = invoke("snapshot", setup.machine.target, f"vda={tmp_path}/a.qcow2", "--dry-run", "--json")
+    assert empty.document["hints"] == []
+    blind = f'{{"driver":"qcow2","backing":null,"file":{{"driver":"file","filename":"{newer}"}}}}'
+    run("qemu-io", "-c", "write 0 64k", f"json:{blind}")
+    for options in (["--dry-run"], []):
+        told = invoke("snapshot", setup.machine.target, f"vda={tmp_path}/a.qcow2", *options, "--json")
+        (hint,) = told.document["hints"]
+        assert (told.code, f"{newer} is built on {tmp_path}/base.raw too" in hint) == (0, True)
+        (command,) = hint.split("`")[1::2]
+        found = invoke(*command.split()[1:], "--json").document["findings"]
+        assert "started-stale" in {finding["name"] for finding in found}
 
 
 async def test_an_agent_that_is_not_there_means_no_snapshot(setup: Setup, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ class TextOutput:
         for overlay in overlays:
             if not overlay.node:
                 self._say(f"{overlay.disk}: {overlay.file} would be the active image, on {overlay.instead_of}")
+                self._hint(overlay.hint) if overlay.hint else None
                 continue
             self._say(f"{overlay.disk}: {overlay.file} is the active image now")
             stale = overlay.instead_of
