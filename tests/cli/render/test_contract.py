@@ -32,7 +32,7 @@ from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress, Shortage
 from qmpmerge.errors import EXIT_CODES, NeedsSecret, NoReply
 from qmpmerge.journal import store
-from qmpmerge.operations.examine import Examined, Report
+from qmpmerge.operations.examine import Examination, Examined
 from qmpmerge.operations.snapshot import Overlay
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.details import ImageDetails
@@ -208,7 +208,7 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     )
     yield _rendered("snapshot", lambda output: output.snapshot([overlay]))
     for error in (NoReply(target="vm1", command="query-jobs", seconds=1.0), NeedsSecret(image="/vm/b")):
-        report = Report((Examined("vm1", error=error),), 1, 0)
+        report = Examination((Examined("vm1", error=error),), 1, 0)
         yield _rendered("doctor", functools.partial(JsonOutput.doctor, report=report))
 
 
