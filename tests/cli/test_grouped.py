@@ -26,6 +26,13 @@ def test_help_fits_80_columns(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_no_word_is_broken_at_a_hyphen(name: str, columns: int) -> None:
+    """`in-use` in two lines cannot be searched for, nor pasted."""
+    assert [line for line in shown(name, columns=columns).splitlines() if re.search(r"\w-$", line)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_help_has_an_example_and_exit_codes(name: str) -> None:
     text = shown(name)
     assert re.search(rf"^  Examples?:\n(    .*\n)*    .*qmpmerge {name}", text, re.MULTILINE), text

@@ -1,6 +1,6 @@
 """Help whose options stand in groups, the same ones in the same order for every command."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import click
 
@@ -18,8 +18,34 @@ FEW = 7
 """So many options need no groups, only their order."""
 
 
+_HYPHEN = "\u2011"
+"""One at which no line is broken."""
+
+
+class Formatter(click.HelpFormatter):
+    """Breaks no line at a hyphen: `in-use` and `--dry-run` are typed as they are shown."""
+
+    def write_text(self, text: str) -> None:
+        """As click does."""
+        super().write_text(text.replace("-", _HYPHEN))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """As click does."""
+        super().write_dl([(label, text.replace("-", _HYPHEN)) for label, text in rows], col_max, col_spacing)
+
+    def write(self, string: str) -> None:
+        """All of it comes through here."""
+        super().write(string.replace(_HYPHEN, "-"))
+
+
 class Grouped(click.Command):
     """A command whose `--help` shows its options like that, all descriptions in one column."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """What `--help` prints."""
+        formatter = Formatter(width=ctx.terminal_width, max_width=ctx.max_content_width)
+        self.format_help(ctx, formatter)
+        return formatter.getvalue().rstrip("\n")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """In place of click's one list."""
