@@ -205,7 +205,7 @@ def _noted(chain: Chain) -> tuple[list[str], list[Finding]]:
     odd: list[Finding] = []
     for image in chain:
         found, wrong = overlays.noted(image.file) if image.has_path else ((), ())
-        noted += [os.path.dirname(note.file) for note in found]
+        noted += [os.path.dirname(note.file) for note in found if not files.is_device(note.file)]
         for one in wrong:
             why = f"`qmpmerge active` tells no image of this chain until that is settled: {one.cure}"
             odd.append(Finding("odd-note", "care", one.file, f"it {one.reason}", why))

@@ -25,14 +25,15 @@ _LONGEST = 65536
 _PARENT = re.compile(rb'^parentFileNameHint\s*=\s*"([^"\n]*)"', re.MULTILINE)
 
 
-def read(path: str) -> str | None:
+def read(path: str, *, device: bool = False) -> str | None:
     """
     The backing name in the header of the file at `path`; None where it has none, or is of another format.
 
-    A FIFO or a device is not read. Raises OSError.
+    A FIFO is not read, nor a block device, unless it is known to be one that may be (`device`). Raises OSError.
     """
     with folder.looked_at(path) as seen:
-        return _read(seen) if stat.S_ISREG(seen.status.st_mode) else None
+        mode = seen.status.st_mode
+        return _read(seen) if stat.S_ISREG(mode) or (device and stat.S_ISBLK(mode)) else None
 
 
 def _read(seen: File) -> str | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.images import backing_names, notes, stashed
+from qmpmerge.images import files as files_
 from qmpmerge.mounts import mounts
 
 MOST = 100_000
@@ -188,17 +189,28 @@ class Look:
         """At the overlays in other folders; those of the chain itself are known. Raises OSError."""
         known = {member[1] for member in self._members if member is not None}
         for note in notes.above(image):
-            if note.is_true:
-                self._look_at(note.file)
-            elif note.overlay not in known:
+            if files_.is_device(note.file):
+                is_right = self._is_device_on(note)
+            else:
+                is_right = note.is_true or note.overlay in known
+                self._look_at(note.file) if note.is_true else None
+            if not is_right:
                 self._doubt(note.path, *doubt(note, image))
 
-    def _look_at(self, path: str) -> None:
+    def _is_device_on(self, note: notes.Note) -> bool:
+        """A device is made anew at each boot, and can hold anything: by its header it is the overlay still."""
+        status = _status(note.file)
+        if status is None or (status.st_dev, status.st_ino) in self._members:
+            return status is not None
+        self._look_at(note.file, noted=True)
+        return os.path.realpath(note.file) in self._found
+
+    def _look_at(self, path: str, *, noted: bool = False) -> None:
         status = _status(path)
         if status is None or (status.st_dev, status.st_ino) in self._members:
             return
         try:
-            written = backing_names.read(path)
+            written = backing_names.read(path, device=noted)
         except OSError as error:
             # Without an errno its header is broken: QEMU could not open it either.
             if error.errno is not None and os.path.exists(path):

@@ -56,7 +56,7 @@ def put_on(image: str, meant: Inode | None, overlay: str) -> str:
     Raises OSError, also where `image` does not lead to the file that is `meant`: nothing is noted then.
     """
     number = os.stat(overlay).st_ino
-    told = {"overlay": os.path.realpath(overlay), "inode": number}
+    told = {"overlay": _name_of(overlay), "inode": number}
     return _write(image, meant, f".{number:x}{ABOVE}", told)
 
 
@@ -78,11 +78,18 @@ def is_needed(image: str, overlay: str) -> bool:
     return (is_elsewhere or not overlay.endswith(QCOW2)) and not files.is_device(image)
 
 
+def _name_of(overlay: str) -> str:
+    """A device is called as it was named, for /dev/vg/snap leads to another one after the next boot."""
+    return os.path.abspath(overlay) if files.is_device(overlay) else os.path.realpath(overlay)
+
+
 def tells(image: str, overlay: str) -> bool:
-    """Whether a note says that this very overlay was put on `image`."""
+    """Whether a note says that this very overlay was put on `image`; a device, which is made anew at each boot, by its name."""
+    if files.is_device(overlay):
+        return any(note.file == _name_of(overlay) for note in above(image))
     path = _path(image, f".{os.stat(overlay).st_ino:x}{ABOVE}")
     note = _read(path, "overlay") if os.path.lexists(path) else None
-    return note is not None and note.is_true and note.file == os.path.realpath(overlay)
+    return note is not None and note.is_true and note.file == _name_of(overlay)
 
 
 def above(image: str) -> list[Note]:

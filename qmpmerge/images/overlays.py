@@ -104,6 +104,7 @@ class Around:
 
     def __init__(self, beside: str) -> None:
         self._folders: dict[str, None] = {}
+        self._devices: set[str] = set()
         self._built_on: dict[Inode, list[Found]] = {}
         self._dangling: dict[str, list[Found]] = {}
         self._odd: dict[Odd, None] = {}
@@ -119,15 +120,19 @@ class Around:
 
     def look_around(self, images: Iterable[Found]) -> bool:
         """Read all that lies around these images, and where their notes lead; whether any of it was not known before."""
-        before = len(self._folders)
+        before = len(self._folders), len(self._devices)
         for image in list(images):
             for place in dict.fromkeys((image.file, os.path.realpath(image.file))):
                 self._read(os.path.dirname(place))
             right, wrong = noted(image.file)
             self._odd |= dict.fromkeys(wrong)
             for note in right:
-                self._read(os.path.dirname(note.file))
-        return len(self._folders) > before
+                if not files.is_device(note.file):
+                    self._read(os.path.dirname(note.file))
+                elif note.file not in self._devices:
+                    self._devices.add(note.file)
+                    self._add(note.file)
+        return (len(self._folders), len(self._devices)) > before
 
     def _read(self, folder: str) -> None:
         if folder in self._folders:

@@ -94,6 +94,27 @@ async def test_a_device(setup: Setup, tmp_path: Path, content: Content) -> None:
     content.check(tmp_path / "base.raw")
 
 
+async def test_a_device_is_found_from_the_images_below(
+    setup: Setup, tmp_path: Path, content: Content, images: list[Path]
+) -> None:
+    """By a note, since no folder shows what a device holds; nothing is merged or started past it."""
+    (tmp_path / "store").mkdir()
+    run("qemu-img", "create", "-q", "-f", "raw", tmp_path / "store/volume", str(2 * SIZE))
+    with loop(tmp_path / "store/volume") as device:
+        (tmp_path / "snap1").symlink_to(device)
+        make(tmp_path / "snap1", backing=str(images[1]))
+        async with qmpmerge.live(setup.machine.target) as target:
+            await qmpmerge.snapshot(target, {"vda": tmp_path / "snap1"}, reuse=True)
+        setup.write(0x43, MIB, MIB)
+        setup.off()
+        assert invoke("active", str(images[0]), "--drive").out == f"file={tmp_path}/snap1,format=qcow2\n"
+        error = invoke("commit", str(images[1]), "--json").document["error"]
+        assert (error["name"], error["facts"]["dependents"]) == ("dependents", [f"{tmp_path}/snap1"])
+        run("dd", "if=/dev/zero", f"of={device}", "bs=64k", "count=1")  # as after a boot, when another volume is there
+        assert invoke("active", str(images[0]), "--json").document["error"]["name"] == "no-active"
+        assert invoke("commit", str(images[1]), "--json").document["error"]["name"] == "not-seen"
+
+
 # --- what is none ----------------------------------------------------------------------------------------------------
 
 
