@@ -115,10 +115,10 @@ def _first_that_parses(lines: Iterator[list[str]]) -> list[str] | None:
 
 
 def _parses(line: Sequence[str]) -> bool:
-    """Whether a command takes the words; nothing is done."""
+    """Whether a command takes the words, which all but `vms` need; nothing is done."""
     name, *rest = line
     command = cli.get_command(click.Context(cli), name)
-    if command is None or not {"-h", "--help"}.isdisjoint(rest):
+    if command is None or not {"-h", "--help"}.isdisjoint(rest) or not (rest or name == "vms"):
         return False
     try:
         command.make_context(name, rest)
