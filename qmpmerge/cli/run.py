@@ -6,11 +6,12 @@ The first Ctrl-C (or SIGTERM) cancels and waits until the old chain is back; a s
 """
 
 import contextlib
+import functools
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -24,19 +25,24 @@ if TYPE_CHECKING:
     from qmpmerge.targets.target import Target
 
 
+T = TypeVar("T")
+
+
 def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     """Run `work`, which returns its verdict, and return the exit code; every Error is rendered."""
+    return look(options, lambda output: awaited(options, work, output))
+
+
+def awaited(options: Options, work: "Callable[[Output], Awaitable[T]]", output: "Output") -> T:
+    """What `work` comes to; it is what signals cancel."""
     from qmpmerge.processes import limits
 
-    def begin(output: "Output") -> str:
-        limits.raise_own()
-        limits.refuse_few()
-        import_asyncio()  # `--version` and `--help` need not wait for it
-        import asyncio
+    limits.raise_own()
+    limits.refuse_few()
+    import_asyncio()  # `--version` and `--help` need not wait for it
+    import asyncio
 
-        return asyncio.run(_interruptible(work, output, options.patience))
-
-    return look(options, begin)
+    return asyncio.run(_interruptible(work, output, options.patience))
 
 
 def look(options: Options, work: "Callable[[Output], str]") -> int:
@@ -83,7 +89,7 @@ def import_asyncio() -> None:
     del sys.modules["ssl"]
 
 
-async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Output", patience: Patience) -> str:
+async def _interruptible(work: "Callable[[Output], Awaitable[T]]", output: "Output", patience: Patience) -> T:
     import asyncio
 
     task = asyncio.ensure_future(work(output))
@@ -117,12 +123,12 @@ async def _interruptible(work: "Callable[[Output], Awaitable[str]]", output: "Ou
 def on_target(
     target: str,
     options: Options,
-    work: "Callable[[Target, Output], Awaitable[str]]",
+    work: "Callable[[Target, Output], Awaitable[T]]",
     *,
     write: bool = False,
     dry_run: bool = False,
     live: bool = False,
-) -> "Callable[[Output], Awaitable[str]]":
+) -> "Callable[[Output], Awaitable[T]]":
     """
     The same work with `target` open around it; `write` asks for images to be locked, a `dry_run` leaves
     them as they are, `live` refuses them.
@@ -130,7 +136,7 @@ def on_target(
     The passphrase of encrypted images is asked for on the terminal where the user did not give it.
     """
 
-    async def with_target(output: "Output") -> str:
+    async def with_target(output: "Output") -> T:
         from qmpmerge.targets.open import is_image
 
         if live and is_image(target):
@@ -143,7 +149,7 @@ def on_target(
         except NeedsSecret as error:
             if secret is not None or not sys.stdin.isatty():
                 raise
-            secret = click.prompt(f"passphrase of {error.image}", hide_input=True, err=True)
+            secret = _ask_secret(error.image)
         async with door(options, output, secret=secret, **given)(target) as opened_target:
             return await work(opened_target, output)
 
@@ -170,6 +176,11 @@ def door(
             yield opened_target
 
     return opened
+
+
+@functools.cache  # a plan is looked at first, then carried out
+def _ask_secret(image: str) -> str:
+    return str(click.prompt(f"passphrase of {image}", hide_input=True, err=True))
 
 
 LONGEST_SECRET = 65536

@@ -1,14 +1,14 @@
 """What is asked of an operation, as one value."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.layer import LayerName
-from qmpmerge.chain.outcome import Ending, Policy
+from qmpmerge.chain.outcome import Ending, MergedFile, Outcome, Policy
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine.pace.patience import Patience
-from qmpmerge.errors import ActiveOnly, LiveOnly, OptionsConflict
+from qmpmerge.errors import ActiveOnly, LiveOnly, NotAgreed, OptionsConflict
 
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Converge
@@ -23,7 +23,7 @@ class Request:
     what becomes of the merged files; `pause` lets the guest stand still for
     the pivot. `force` and `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes
     faster than the job copies. With `polite` the monitor is released for so many seconds between two polls. `patience` is
-    how long we stay.
+    how long we stay. `agreed` are the plans of which a merge that pivots must be one, None where it may be any.
     """
 
     base: LayerName | None = None
@@ -40,11 +40,22 @@ class Request:
     converge: "Converge | None" = None
     polite: float | None = None
     patience: Patience = field(default_factory=Patience)
+    agreed: Sequence[Outcome] | None = None
 
     def __post_init__(self) -> None:
         """Whoever helps a guest must have the monitor at hand. Raises OptionsConflict."""
         if self.converge is not None and self.polite is not None:
             raise OptionsConflict(options=["--converge", "--polite"])
+
+    def refuse_not_agreed(self, plan: CommitPlan, merged: tuple[MergedFile, ...]) -> None:
+        """A merge that pivots may need a plan that was agreed to, of the very same files. Raises NotAgreed."""
+        if self.agreed is None or not plan.pivots or self.ending != "pivot":
+            return
+        for one in self.agreed:
+            same = plan.chain.same_files(one.before) and plan.result.same_files(one.after)
+            if same and merged == one.merged:
+                return
+        raise NotAgreed(disk=plan.chain.active.file, chain=str(plan.chain))
 
     @property
     def option(self) -> str:

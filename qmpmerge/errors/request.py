@@ -99,6 +99,18 @@ class OptionsConflict(Refused):
     advice = "leave one of them out"
 
 
+class NotAgreed(Refused):
+    """
+    The merge that would be begun is none of those to which the user has agreed (`commit`): the chain, or what would become
+    of its files, has changed since the plan was made. `chain` is what it is now.
+    """
+
+    disk: str
+    chain: str
+    sentence = "{disk}: what would be merged now is not what was agreed to: the chain is {chain}"
+    advice = "look at the plan again (`--dry-run`)"
+
+
 class ActiveOnly(Refused):
     """An ending of active merges, asked of one whose top is below the active image: that one cannot be left half done."""
 

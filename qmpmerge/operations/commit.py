@@ -6,7 +6,7 @@ What an earlier qmpmerge has begun is gone on with from where it stands.
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain import plan
@@ -52,6 +52,7 @@ async def commit(
     force: Collection[str] = (),
     search: Collection[str | os.PathLike[str]] = (),
     dry_run: bool = False,
+    agreed: Sequence[Outcome] | None = None,
     converge: "Converge | None" = None,
     report: Report = lambda progress: None,
     timeout: float | None = None,
@@ -73,6 +74,9 @@ async def commit(
     is released for so many seconds between two polls; the two do not go together.
 
     Dirty bitmaps of merged images are carried over to the base.
+
+    `agreed` are outcomes of dry runs: a merge by which the guest would move onto its base (a pivot) is begun only if it is
+    what one of them tells, of the very same files; without it any is.
 
     A job of an earlier qmpmerge that does this very thing is taken over, and what it has done already is only proved.
 
@@ -96,6 +100,7 @@ async def commit(
         force=force,
         search=[os.fspath(folder) for folder in search],
         dry_run=dry_run,
+        agreed=agreed,
         converge=converge,
         polite=polite,
         patience=patience or Patience(timeout),
@@ -104,6 +109,24 @@ async def commit(
         async with go.in_time(request.patience):
             begun = await _Beginning(target, request, report, stack).of(disk)
         return begun if isinstance(begun, Outcome) else await go.go(begun)
+
+
+async def would_pivot(
+    target: Target,
+    disk: DiskName | None = None,
+    *,
+    base: LayerName | None = None,
+    top: LayerName | None = None,
+    shallow: bool = False,
+) -> bool:
+    """
+    Whether `commit` would begin a merge by which the guest moves onto its base; not where one is at work already.
+
+    Raises NoSuchDisk, DiskNeeded, NoDisk, ToolMissing, NoSuchLayer, BaseAboveTop, BaseIsTop.
+    """
+    view = await target.chain(disk)
+    planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top, shallow=shallow)
+    return planned.pivots and earlier.under_way(view, planned) is None
 
 
 class _Beginning:
@@ -168,6 +191,8 @@ class _Beginning:
         job = None if request.dry_run else earlier.under_way(view, planned)
         if job is not None:
             return await self._taken_over(view, operation, lock, job, earlier.of_job(records, job))
+        if not request.dry_run:
+            request.refuse_not_agreed(planned, proof.merged_files(planned, request.merged_files))
         answer = await self._checked(view, planned)
         await earlier.refuse_suspect(self._target, operation, lock.note.suspect)
         if request.dry_run:

@@ -1,19 +1,26 @@
-"""The shells that people type in: each runs on a terminal, is typed at, and says which words a command got."""
+"""
+Terminals: the command on one, as people see it; and the shells that people type in, each of which says which words a command
+got.
+"""
 
 import contextlib
+import fcntl
 import os
 import pty
+import re
 import select
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rig.command import invoke
+from rig.command import COMMAND, Run, invoke
 
 PATIENCE = 60.0
 
@@ -46,6 +53,67 @@ from qmpmerge.cli import complete, main
 complete.SECONDS = 60.0
 main()
 """
+
+
+ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"
+
+
+class Seen:
+    """The command on a terminal of its own: what was shown on it until now."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", terminal: int) -> None:
+        self.process = process
+        self._terminal = terminal
+        self._looked_at = 0
+        self.screen = ""
+
+    def wait_for(self, text: str) -> None:
+        """Until it is shown, after what was waited for before."""
+        while (place := self.screen.find(text, self._looked_at)) < 0:
+            assert self._read(), f"ended without {text!r}: {self.screen!r}"
+        self._looked_at = place + len(text)
+
+    def type(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
+
+    def end(self) -> Run:
+        """Wait until it has ended; `out` is all that was shown, as written, colours included."""
+        while self._read():
+            pass
+        return Run(self.process.wait(PATIENCE), self.screen, "")
+
+    def _read(self) -> bool:
+        assert select.select([self._terminal], [], [], PATIENCE)[0], f"silent after {self.screen!r}"
+        try:
+            more = os.read(self._terminal, 65536)
+        except OSError:  # nobody has the other end any more
+            return False
+        self.screen += more.decode(errors="replace").replace("\r\n", "\n")
+        return bool(more)
+
+
+@contextlib.contextmanager
+def on_terminal(
+    *arguments: str, columns: int = 80, env: dict[str, str] | None = None, elsewhere: str = ""
+) -> Iterator[Seen]:
+    """The command on a terminal so wide; `elsewhere` redirects streams that are not on it (``< /dev/null``)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+    command = ["setsid", "--ctty", "--wait", "sh", "-c", f'exec "$0" "$@" {elsewhere}', COMMAND, *arguments]
+    environment = {**clean, "TERM": "xterm", **(env or {})}
+    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        try:
+            yield Seen(process, ours)
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+def plain(shown: str) -> str:
+    """What is read, without colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown)
 
 
 class Terminal:

@@ -1,11 +1,11 @@
 """`commit`: merge layers of a chain."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from qmpmerge.cli import complete, options
+from qmpmerge.cli import ask, complete, options
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import (
     POLITE_SECONDS,
@@ -20,11 +20,11 @@ from qmpmerge.cli.options import (
     waiting,
 )
 from qmpmerge.cli.quantities import Size
-from qmpmerge.cli.run import on_target, run
+from qmpmerge.cli.run import awaited, look, on_target, run
 from qmpmerge.errors import FORCEABLE
 
 if TYPE_CHECKING:
-    from qmpmerge.chain.outcome import Ending, Policy
+    from qmpmerge.chain.outcome import Ending, Outcome, Policy
     from qmpmerge.cli.render.output import Output
     from qmpmerge.targets.target import Target
 
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 @options.search
 @options.finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the chain that would result, change nothing.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before the guest is moved onto the base.")
 @waiting
 @detaching
 @converging
@@ -82,6 +83,7 @@ def commit(
     merged_files: "Policy",
     pause: bool,
     dry_run: bool,
+    yes: bool,
     polite: bool,
     converge: Help | None,
     options: Options,
@@ -113,6 +115,8 @@ def commit(
       qmpmerge commit vm1 vda --speed 100M         gently
       qmpmerge commit /vm/c.qcow2                  images that no VM uses
 
+    On a terminal the plan is shown first, and the guest is moved only if you say yes; --yes does not ask.
+
     The job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
     the same command again goes on from where it stands.
 
@@ -131,12 +135,12 @@ def commit(
     refuse_together({"--verify": verify, "--no-verify": no_verify})
     refuse_together({"--detach": options.patience.detach, "--converge": converge})
 
-    async def work(target: "Target", output: "Output") -> str:
+    async def work(target: "Target", dry_run: bool, agreed: "Sequence[Outcome] | None", output: "Output") -> "Outcome":
         from qmpmerge.operations import commit as operation
 
         if active and top is not None:
             await _refuse_below_active(target, disk, top)
-        outcome = await operation.commit(
+        return await operation.commit(
             target,
             disk,
             base=base,
@@ -148,6 +152,7 @@ def commit(
             force=options.force,
             search=search,
             dry_run=dry_run,
+            agreed=agreed,
             merged_files=merged_files,
             pause=pause,
             converge=converge.reporting_to(output) if converge else None,
@@ -155,11 +160,30 @@ def commit(
             patience=options.patience,
             polite=POLITE_SECONDS if polite else None,
         )
-        output.commit(outcome)
-        return outcome.verdict
 
-    begun = on_target(target, options, work, write=True, dry_run=dry_run)
-    return run(options, begun if dry_run else resuming(target, options, begun))
+    async def plan(target: "Target", output: "Output") -> "Outcome | None":
+        from qmpmerge.operations import commit as operation
+
+        pivots = await operation.would_pivot(target, disk, base=base, top=top, shallow=shallow)
+        return await work(target, True, None, output) if pivots else None
+
+    def merge(agreed: "Sequence[Outcome] | None" = None) -> "Callable[[Output], Awaitable[str]]":
+        async def merged(target: "Target", output: "Output") -> str:
+            outcome = await work(target, dry_run, agreed, output)
+            output.commit(outcome)
+            return outcome.verdict
+
+        begun = on_target(target, options, merged, write=True, dry_run=dry_run)
+        return begun if dry_run else resuming(target, options, begun)
+
+    def carried_out(output: "Output", agreed: "Sequence[Outcome]") -> str:
+        options.patience.begin_again()  # the question took its time
+        return awaited(options, merge(agreed), output)
+
+    if dry_run or yes or options.json or ending != "pivot" or not ask.can_be_asked():
+        return run(options, merge())
+    planned = on_target(target, options, plan, write=True, dry_run=True)
+    return look(options, ask.before(lambda output: awaited(options, planned, output), carried_out))
 
 
 async def _refuse_below_active(target: "Target", disk: str | None, top: str) -> None:

@@ -141,7 +141,7 @@ class TextOutput:
             return
         self._say(f"{disk}: {outcome.verdict}{humanize.cost(outcome)}")
         self._say(f"  before  {draw(outcome.before.images)}")
-        self._say(f"  {'after ' if outcome.verdict != 'planned' else 'result'}  {draw(outcome.after.images)}")
+        self._say(f"  after   {draw(outcome.after.images)}")
         for merged in outcome.merged:
             word = "would be removed from the chain" if outcome.verdict == "planned" else "removed from the chain"
             self._say(f"  {word}: {merged.file}{humanize.fate(merged, planned=outcome.verdict == 'planned')}")

@@ -21,6 +21,10 @@ class Patience:
     def __post_init__(self) -> None:
         self.deadline = None if self.timeout is None else time.monotonic() + self.timeout
 
+    def begin_again(self) -> None:
+        """Count the time from now on: the user was asked something meanwhile."""
+        self.__post_init__()
+
     @property
     def left(self) -> float | None:
         """Seconds until the limit, None where there is none."""

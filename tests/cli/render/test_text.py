@@ -251,7 +251,7 @@ PIVOTED = Outcome(
             [
                 "vda: planned, nothing was changed",
                 "  before  base.raw <-- a.qcow2 <-- b.qcow2",
-                "  result  base.raw <-- b.qcow2",
+                "  after   base.raw <-- b.qcow2",
                 "  would be removed from the chain: /vm/a.qcow2",
             ],
             [],
