@@ -8,7 +8,7 @@ from pathlib import Path
 import qmpmerge
 
 ROWS = (
-    {"errors", "folder", "mounts", "shield", "sockets"},
+    {"errors", "folder", "mounts", "shield", "sockets", "users"},
     {"chain"},
     {"images", "processes"},
     {"qemu"},

@@ -116,15 +116,14 @@ class Outcome:
     rungs: tuple[str, ...] = ()
 
 
-def launch_advice(base: str, old: MergedFile) -> list[str]:
+def launch_advice(base: str, old: MergedFile) -> str:
     """What a pivot means for the next start of the VM."""
-    script = [f"`qmpmerge active {shlex.quote(base)}` tells a launch script"] if base.startswith("/") else []
-    if old.action == "keep":
-        return [f"start the VM from {base} from now on: {old.file} opens without a word and shows older data", *script]
-    if old.action == "gone":
-        moved = f"nothing is called {old.file}, and its file, wherever it is, opens without a word and shows older data"
-        return [f"start the VM from {base} from now on: {moved}", *script]
-    return [f"start the VM from {base} from now on: {old.file} is no more", *script]
+    ask = f" (for scripts: `qmpmerge active {shlex.quote(base)}`)" if base.startswith("/") else ""
+    stale = {
+        "keep": f": {old.file} still opens, and shows older data",
+        "gone": f": nothing is called {old.file}, and its file, wherever it is, still opens and shows older data",
+    }
+    return f"start the VM from {base} from now on{ask}{stale.get(old.action, '')}"
 
 
 def files_advice(merged: Sequence[MergedFile]) -> list[str]:
@@ -132,7 +131,7 @@ def files_advice(merged: Sequence[MergedFile]) -> list[str]:
     folders = dict.fromkeys(os.path.dirname(file.now) for file in merged if file.action == "stash" and file.now)
     if folders:
         command = " ".join(["qmpmerge clean", *map(shlex.quote, folders)])
-        return [f"`{command}` removes what was stashed, once nobody uses or needs it"]
+        return [f"`{command}` deletes what was renamed, once nobody needs it"]
     if any(file.action == "keep" for file in merged):
         return ["the merged files can be deleted once no other image is built on them"]
     return []

@@ -65,7 +65,7 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _json = click.option("--json", is_flag=True, help="One JSON object on stdout, progress as JSON lines on stderr.")
 _verbose = click.option("-v", "--verbose", is_flag=True, help="Show the QMP conversation on stderr.")
-_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no hints.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes, no hints but those of errors.")
 
 
 def forcing(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -198,4 +198,4 @@ class Active(Commit):
 
     def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
         """Which image the VM must be started from now."""
-        return [*launch_advice(self.plan.base.label, merged[-1]), *files_advice(merged)]
+        return [launch_advice(self.plan.base.label, merged[-1]), *files_advice(merged)]

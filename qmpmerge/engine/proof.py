@@ -233,7 +233,7 @@ def _outcome(
 def ready(run: Run) -> Outcome:
     """The outcome of a merge that was to stop at ready."""
     command = f"qmpmerge job {shlex.quote(run.target.name)} {shlex.quote(run.job)}"
-    hints = (f"every write now goes to both images; `{command} pivot`, `{command} keep` or `{command} cancel` ends it",)
+    hints = (f"every write goes to both images until `{command} pivot`, or `keep`, or `cancel`",)
     return _outcome(run, "ready", run.plan.chain, hints)
 
 

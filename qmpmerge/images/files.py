@@ -7,7 +7,7 @@ import re
 import stat
 from dataclasses import dataclass
 
-from qmpmerge import folder
+from qmpmerge import folder, users
 from qmpmerge.chain.chain import Inode
 from qmpmerge.folder import File, Folder, Planted
 
@@ -114,7 +114,7 @@ def open_own(place: Folder, name: str, largest: int) -> File:
 def refuse_untrusted(status: os.stat_result, largest: int) -> None:
     """See `read_own`. Raises Untrusted."""
     if status.st_uid not in (os.geteuid(), 0):
-        raise OfAnother(f"it belongs to another user (uid {status.st_uid})")
+        raise OfAnother(f"it belongs to another user ({users.name(status.st_uid)})")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise Untrusted("others than its owner may write to it")
     if status.st_nlink > 1:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from qmpmerge import users
 from qmpmerge.chain.chain import Inode
 from qmpmerge.images import files, formats, notes, qcow2, stashed
 from qmpmerge.images.formats import Found, format_of
@@ -272,7 +273,7 @@ def _strangers(known: Above) -> Iterator[Odd]:
         owners = {known.images[inode].owner for inode in image.below if inode in known.images}
         if owners and image.owner not in {*owners, os.geteuid(), 0}:
             cure = f"name {image.file} itself if you trust it, or `chown` it"
-            yield Odd(image.file, f"belongs to another user (uid {image.owner}) than what it is built on", cure)
+            yield Odd(image.file, f"belongs to another user ({users.name(image.owner)}) than what it is built on", cure)
 
 
 def _is_file(entry: "os.DirEntry[str]") -> bool:

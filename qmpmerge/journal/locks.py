@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qmpmerge import folder
+from qmpmerge import folder, users
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.errors import CannotLock, Locked
@@ -254,4 +254,4 @@ def _strange(lock: os.stat_result, image: str) -> str | None:
         model = os.stat(image)
         if model.st_mode & 0o020 and model.st_gid == lock.st_gid:
             return None
-    return f"it belongs to another user (uid {lock.st_uid})"
+    return f"it belongs to another user ({users.name(lock.st_uid)})"

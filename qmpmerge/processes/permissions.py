@@ -10,7 +10,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from qmpmerge import folder
+from qmpmerge import folder, users
 from qmpmerge.processes import proc
 
 _DAC_OVERRIDE = 1 << 1
@@ -72,12 +72,13 @@ def _mode(path: str, status: os.stat_result, pid: int | None) -> str | None:
     credentials = _credentials(pid) if pid is not None else None
     if credentials is None or credentials.overrides or _has_access_list(path):
         return None
+    user = users.name(credentials.user)
     if not credentials.may(status, 2):
         mode = stat.filemode(status.st_mode)
-        return f"user {credentials.user}, as whom QEMU runs, may not write it ({mode}, owner {status.st_uid})"
+        return f"user {user}, as whom QEMU runs, may not write it ({mode}, owner {users.name(status.st_uid)})"
     folder = os.path.dirname(os.path.realpath(path))
     if not (credentials.may(os.stat(folder), 1) or _has_access_list(folder)):
-        return f"user {credentials.user}, as whom QEMU runs, may not enter its folder"
+        return f"user {user}, as whom QEMU runs, may not enter its folder"
     return None
 
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import pwd
 import socket
 import stat
 import struct
@@ -14,7 +13,7 @@ from qemu.qmp import QMPClient
 from qemu.qmp.protocol import ConnectError
 from qemu.qmp.qmp_client import NegotiationError
 
-from qmpmerge import sockets
+from qmpmerge import sockets, users
 from qmpmerge.errors import (
     BadReply,
     CannotConnect,
@@ -151,9 +150,8 @@ def _connect_error(error: OSError, address: Address, name: str, timeout: float) 
 
 def _owner(path: str) -> str:
     try:
-        uid = os.stat(path).st_uid
-        return pwd.getpwuid(uid).pw_name
-    except (OSError, KeyError):
+        return users.name(os.stat(path).st_uid)
+    except OSError:
         return "another user"
 
 

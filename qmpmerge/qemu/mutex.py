@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import json
 import os
-import pwd
 import re
 import socket
 import struct
@@ -24,7 +23,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
-from qmpmerge import shield, sockets
+from qmpmerge import shield, sockets, users
 from qmpmerge.errors import NoReply, QemuRefused, SessionLost
 from qmpmerge.processes import proc
 from qmpmerge.qemu.monitor import COMMAND_SECONDS, Monitor
@@ -61,10 +60,8 @@ class _Owner:
     place: str
 
     def __str__(self) -> str:
-        user = str(self.user)
-        with contextlib.suppress(KeyError, OverflowError, TypeError):
-            user = pwd.getpwuid(self.user).pw_name
-        return f"pid {self.pid} of user {user}" + ("" if self.place == _place() else " on another host or network")
+        elsewhere = "" if self.place == _place() else " on another host or network"
+        return f"pid {self.pid} of user {users.name(self.user)}{elsewhere}"
 
 
 @dataclass(frozen=True, order=True)

@@ -437,7 +437,7 @@ os._exit = lambda code: None
 sys.argv = ["qmpmerge", "--version"]
 from qmpmerge.cli import main
 main()
-needless = ("asyncio", "qmpmerge.cli.words", "qemu.qmp", "rich", "psutil", "qmpmerge.cli.commands.listing", "qmpmerge.targets")
+needless = ("asyncio", "qmpmerge.cli.words", "qemu.qmp", "psutil", "qmpmerge.cli.commands.listing", "qmpmerge.targets")
 print(json.dumps([name for name in needless if name in sys.modules]))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -143,7 +143,7 @@ def test_what_is_not_ours_is_not_believed(told: Record, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         store.write(told)
         os.chown(told.path, 12345, -1)
-        assert reason(told) == "it belongs to another user (uid 12345)"
+        assert reason(told) == "it belongs to another user (12345)"
 
 
 def test_what_is_larger_than_any_record_is_neither_read_nor_written(

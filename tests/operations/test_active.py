@@ -380,7 +380,7 @@ def test_snapshot_tells_the_launch_path(vm: Setup, base: Path, tmp_path: Path) -
     assert "start the VM from it from now on" in told.out and str(base) in told.out
     assert f"qmpmerge active {base}" in told.err
     third = invoke("snapshot", vm.machine.target, f"vda={tmp_path}/c.qcow2")
-    assert f"launch scripts: ask `qmpmerge active {base}`" in third.err
+    assert f"for launch scripts: `qmpmerge active {base}`" in third.err
     (made,) = invoke("snapshot", vm.machine.target, f"vda={second}", "--json").document["overlays"]
     assert (made["file"], made["backing_file"]) == (str(second), f"{tmp_path}/c.qcow2")
 

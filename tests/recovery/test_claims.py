@@ -21,6 +21,7 @@ from rig.left import record
 from rig.machines import MIB, Content, fill, make_chain, run
 
 import qmpmerge
+from qmpmerge import users
 from qmpmerge.chain.state import State
 from qmpmerge.errors import ForeignFile, RecordNotBelieved, StillRunning, Unfinished
 from qmpmerge.folder import File, Folder
@@ -176,7 +177,7 @@ def of_another_user(path: Path, elsewhere: Path) -> str:
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
     os.chown(path, 65534, 65534)
-    return "belongs to another user (uid 65534)"
+    return f"belongs to another user ({users.name(65534)})"
 
 
 def linked(path: Path, elsewhere: Path) -> str:

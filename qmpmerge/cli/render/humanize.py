@@ -1,18 +1,18 @@
 """Numbers and names in words, as people read them on a terminal."""
 
-import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from qmpmerge.cli.render.page import Colour, Painted
 from qmpmerge.cli.render.visible import visible
 from qmpmerge.engine.pace.progress import Progress
 
 if TYPE_CHECKING:
-    from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome
+    from qmpmerge.chain.outcome import Estimate, Outcome
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
-    from qmpmerge.qemu.blockgraph import Disk
+    from qmpmerge.qemu.jobs import Job
 
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -67,28 +67,21 @@ def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
     return "planned" if dry_run else "done"
 
 
-def checked(value: "Checked") -> str:
-    """The check's name, why it could not be made, and what was looked at."""
-    more = [*([value.reason] if value.reason else []), *([f"looked at {value.looked_at}"] if value.looked_at else [])]
-    return f"{value.name} ({visible('; '.join(more))})" if more else value.name
-
-
-def is_odd(value: "Checked") -> bool:
-    """Whether there is more to say of it than that it passed."""
-    return value.result != "passed" or bool(value.looked_at)
-
-
-def estimate(value: "Estimate") -> str:
-    """``copies at least 3 GiB, the base grows by up to 2 GiB of 70 GiB free, about 15 s at 200 MiB/s (assumed)``."""
+def estimate(value: "Estimate") -> Iterator[str]:
+    """
+    ``copies  at least 3 GiB, 15 s at 200 MiB/s (assumed)``, and
+    ``space   the base grows by up to 2 GiB, 70 GiB are free``.
+    """
     if value.copy is None or value.seconds is None:
-        return f"what would be copied is not known: {visible(value.reason)}"
-    free = "" if value.free is None else f" of {size(value.free)} free"
-    grows = "" if value.growth is None else f", the base grows by up to {size(value.growth)}{free}"
-    if value.at_least:
-        grows += ", and what the guest writes meanwhile"
+        yield f"copies  not known: {value.reason}"
+        return
     rate = f"{size(value.rate)}/s ({'as given' if value.rate_given else 'assumed'})"
     takes = duration(value.seconds) if value.seconds >= 1 else "less than 1 s"
-    return f"copies {'at least ' if value.at_least else ''}{size(value.copy)}{grows}; {takes} at {rate}"
+    yield f"copies  {'at least ' if value.at_least else ''}{size(value.copy)}, {takes} at {rate}"
+    if value.growth is not None:
+        more = " and what the guest writes meanwhile" if value.at_least else ""
+        free = "" if value.free is None else f"; {size(value.free)} free"
+        yield f"space   the base grows by up to {size(value.growth)}{more}{free}"
 
 
 def looked_at(report: "Examination") -> str:
@@ -102,20 +95,25 @@ def looked_at(report: "Examination") -> str:
     return f"{told}: {', '.join(f'{count} {severity}' for severity, count in found.items()) or 'no problems found'}"
 
 
-def disk_row(disk: "Disk") -> tuple[str, ...]:
-    """The row of a disk in the table of `disks`."""
-    if disk.chain is None:
-        return (disk.name, "", "", "", "", "", "(empty)")
-    active = disk.chain.active
-    return (
-        disk.name,
-        active.format,
-        str(len(disk.chain)),
-        size(active.virtual_size),
-        size(active.allocated),
-        disk.job.id if disk.job else "",
-        active.file + (" (read-only)" if active.read_only else ""),
+def limit(speed: int) -> str:
+    """The speed limit of a job, in bytes a second; 0 is none."""
+    return f"{size(speed)}/s" if speed else "unlimited"
+
+
+def status(found: "Job") -> Painted:
+    """What a job is at, with what it waits for, or has failed at."""
+    trouble = {"ok": "", "nospace": " (no space)", "failed": " (I/O error)"}.get(
+        found.io_status, f" ({found.io_status})"
     )
+    return Painted(f"{found.status}{trouble}", _colour(found, is_well=not trouble))
+
+
+def _colour(found: "Job", *, is_well: bool) -> Colour | None:
+    if found.error:
+        return "red"
+    if not is_well or found.status in ("paused", "standby"):
+        return "yellow"
+    return "green" if found.status == "ready" else None
 
 
 def cost(outcome: "Outcome") -> str:
@@ -127,20 +125,3 @@ def cost(outcome: "Outcome") -> str:
     undeleted = f", {left} of {len(outcome.merged)} merged files not deleted" if left else ""
     paused = f", guest paused for {outcome.paused_ms:.0f} ms" if outcome.paused_ms is not None else ""
     return (f" in {outcome.seconds:.2f} s{copied}{paused}" if outcome.seconds else "") + undeleted
-
-
-def fate(merged: "MergedFile", *, planned: bool) -> str:
-    """What was done with a merged file, or would be."""
-    if planned:
-        plans = {
-            "stash": ", and be renamed to NAME.merged",
-            "delete": ", and be deleted",
-        }
-        return plans.get(merged.action, "")
-    place = os.path.basename(merged.now or "")
-    fates = {
-        "stash": f" (now {place})",
-        "delete": " (deleted)",
-        "gone": " (gone already)",
-    }
-    return fates.get(merged.action, "")

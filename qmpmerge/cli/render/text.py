@@ -3,15 +3,17 @@
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TextIO
 
-from qmpmerge.chain.chain import draw
-from qmpmerge.cli.render import details, humanize
-from qmpmerge.cli.render.visible import visible
+from qmpmerge.cli.render import humanize
+from qmpmerge.cli.render import outcome as merge
+from qmpmerge.cli.render.page import Colour, Page, Painted
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
+    from qmpmerge.cli.render import bar
+    from qmpmerge.cli.render.table import Column
     from qmpmerge.engine.pace.progress import Progress, Shortage
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
@@ -28,10 +30,17 @@ if TYPE_CHECKING:
 
 DRAW_AFTER_SECONDS = 0.5
 
+COLOURS: dict[str, Colour] = {
+    **dict.fromkeys(("merged", "pivoted", "kept", "ready", "created", "done", "pulled"), "green"),
+    **dict.fromkeys(("refused", "unreachable", "failed", "unknown", "harm"), "red"),
+    **dict.fromkeys(("running", "cancelled", "care", "problem"), "yellow"),
+}
+"""Of verdicts and severities; the others have none."""
+
 
 class TextOutput:
     """
-    Renders to two streams, to which it can always be written; `quiet` leaves out progress and notes.
+    Renders to two streams, to which it can always be written; `quiet` leaves out progress, notes and the hints of success.
 
     File names may hold anything, so every line is spelled out as it is written.
     """
@@ -44,62 +53,45 @@ class TextOutput:
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._out = out
-        self._err = err
+        self._out = Page(out)
+        self._err = Page(err)
+        self._bar: bar.Bar | None = None
+        if self._err.can_redraw and not quiet:
+            from qmpmerge.cli.render.bar import Bar  # now: a job may be at work when it is drawn
+
+            self._bar = Bar(self._err)
         self._quiet = quiet
         self._clock = clock
         self._begun: float | None = None
         self._tenth = 0
         self._shortage: Shortage | None = None
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
 
     def vms(self, found: "Sequence[Vm]") -> None:
         """A table; monitors that can be used as TARGET come last."""
-        rows = [
-            (
-                vm.name or "-",
-                str(vm.pid),
-                vm.user,
-                "libvirt" if vm.libvirt else "",
-                ", ".join(vm.monitors) or "no monitor",
-            )
-            for vm in found
-        ]
-        self._table(("NAME", "PID", "USER", "", "MONITOR"), rows, "no running QEMU found")
+        from qmpmerge.cli.render import listing
+
+        self._table(listing.VMS, map(listing.vm, found), "no running QEMU found")
 
     def disks(self, found: "Sequence[Disk]", oddities: "Sequence[Oddity]" = ()) -> None:
         """A table, one disk a line; the oddities."""
-        self._table(
-            ("DISK", "FORMAT", "DEPTH", "SIZE", "ALLOCATED", "JOB", "ACTIVE IMAGE"),
-            [humanize.disk_row(disk) for disk in found],
-            "no disks",
-        )
+        from qmpmerge.cli.render import details, listing
+
+        self._table(listing.DISKS, map(listing.disk, found), "no disks")
         for line in details.of_disks(found):
             self._say(line)
         self._oddities(oddities)
 
     def chain(self, view: "ChainView") -> None:
         """The drawing, the job that is on it, the table base first, the oddities."""
+        from qmpmerge.cli.render import details, listing
+
         self._say(f"{view.disk.name}: {view.chain}")
-        rows = [
-            (
-                str(index),
-                image.format,
-                humanize.size(image.virtual_size),
-                humanize.size(image.allocated),
-                image.node or "-",
-                image.label + (" *" if image is view.chain.active else ""),
-                image.backing or "",
-            )
-            for index, image in enumerate(view.chain, 1)
-        ]
-        columns = ("INDEX", "FORMAT", "SIZE", "ALLOCATED", "NODE", "FILE (* active)", "BACKING AS WRITTEN")
         job = view.disk.job
         if job is not None:
             of = f", {humanize.size(job.done)} of {humanize.size(job.total)}" if job.total else ""
-            self._say(f"job {job.id} ({job.type}): {job.status}{of}; possible now: {', '.join(job.verbs)}")
-        self._table(columns, rows, "")
+            self._say(f"job {job.id} ({job.type}): ", humanize.status(job), of)
+            self._say(f"  possible now: {', '.join(job.verbs)}")
+        self._table(listing.CHAIN, listing.images(view), "")
         for line in details.of_chain(view):
             self._say(line)
         self._oddities(view.oddities)
@@ -112,121 +104,105 @@ class TextOutput:
                 self._hint(overlay.hint) if overlay.hint else None
                 continue
             self._say(f"{overlay.disk}: {overlay.file} is the active image now")
-            stale = overlay.instead_of
-            self._say(
-                f"  start the VM from it from now on: {stale} shows older data, and writing to it ruins the overlay"
-            )
+            self._say("  start the VM from it from now on")
+            self._say(f"  {overlay.instead_of} shows older data, and writing to it ruins the overlay")
             for hint in (
                 overlay.hint,
-                f"launch scripts: ask `qmpmerge active {shlex.quote(overlay.ask)}`" if overlay.ask else "",
+                f"for launch scripts: `qmpmerge active {shlex.quote(overlay.ask)}`" if overlay.ask else "",
             ):
                 self._hint(hint) if hint else None
 
     def active(self, found: "Active", *, drive: bool) -> None:
         """The path as it is, byte by byte, for a script; spelled out for people."""
         told = found.drive if drive else found.file
-        raw = getattr(self._out, "buffer", None)
-        if raw is None or self._out.isatty():
+        raw = getattr(self._out.stream, "buffer", None)
+        if raw is None or self._out.is_terminal:
             self._say(told)
         else:
             raw.write(os.fsencode(told) + b"\n")
 
     def commit(self, outcome: "Outcome") -> None:
         """The verdict, the chain before and after, what is left to do."""
-        disk = outcome.disk
+        verdict = Painted(outcome.verdict, COLOURS.get(outcome.verdict))
         if outcome.verdict == "unchanged":
-            self._say(f"{disk}: unchanged, {outcome.before} has no backing file, so there is nothing to merge")
-            for hint in outcome.hints:
-                self._hint(hint)
-            return
-        self._say(f"{disk}: {outcome.verdict}{humanize.cost(outcome)}")
-        self._say(f"  before  {draw(outcome.before.images)}")
-        self._say(f"  after   {draw(outcome.after.images)}")
-        for merged in outcome.merged:
-            word = "would be removed from the chain" if outcome.verdict == "planned" else "removed from the chain"
-            self._say(f"  {word}: {merged.file}{humanize.fate(merged, planned=outcome.verdict == 'planned')}")
-        if outcome.estimate is not None:
-            self._say(f"  {humanize.estimate(outcome.estimate)}")
-        for result in ("passed", "forced", "not checked"):
-            of_interest = (one for one in outcome.checks if outcome.verdict == "planned" or humanize.is_odd(one))
-            names = [humanize.checked(check) for check in of_interest if check.result == result]
-            if names:
-                self._say(f"  {result}: {', '.join(names)}")
-        for rung in outcome.rungs:
-            self._say(f"  to get it ready: {rung}")
+            self._say(f"{outcome.disk}: nothing to merge, {outcome.before} has no backing file")
+        else:
+            self._say(f"{outcome.disk}: ", verdict, humanize.cost(outcome))
+            for line in merge.lines(outcome):
+                self._say(f"  {line}")
         for hint in outcome.hints:
             self._hint(hint)
 
     def recovered(self, found: "Sequence[Recovery]") -> None:
         """For each merge what was done, why, and from which image the VM is started now."""
         for one in found:
-            self._say(f"{one.image}: {one.verdict}, {one.action}")
+            verdict = "nothing to do" if one.verdict == "unchanged" else one.verdict
+            self._say(f"{one.image}: ", Painted(verdict, COLOURS.get(one.verdict)), f", {one.action}")
             for reason in one.reasons:
                 self._say(f"  because  {reason}")
             if one.right is not None:
-                self._say(f"  right is {one.right}")
-            for merged in one.merged:
-                self._say(f"  removed from the chain: {merged.file}{humanize.fate(merged, planned=False)}")
+                self._say(f"  start the VM from {one.right}")
+            for line in merge.files(one.merged):
+                self._say(f"  {line}")
             for hint in one.hints:
                 self._hint(hint)
 
     def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
-        """A line for each stashed file."""
+        """A line for each stashed file, and one for all."""
+        fate = "would be removed" if dry_run else "removed"
         for one in found:
-            fate = f"stays, {one.kept}" if one.kept else "would be removed" if dry_run else "removed"
-            self._say(f"{one.file}: {fate} ({humanize.size(one.size)})")
+            self._say(
+                f"{one.file}: stays: {one.kept}" if one.kept else f"{one.file}: {fate}, {humanize.size(one.size)}"
+            )
+        gone = [one.size for one in found if one.kept is None]
         if not found:
             self._say("nothing is stashed here")
+        elif len(found) > 1:
+            self._say(f"{len(gone)} of {len(found)} files {fate}, {humanize.size(sum(gone))}")
 
     def jobs(self, found: "Sequence[Job]") -> None:
-        """A table, with what can be done with each job."""
-        rows = [
-            (
-                job.id,
-                job.type,
-                job.disk or "-",
-                job.status if job.io_status == "ok" else f"{job.status} ({job.io_status})",
-                f"{humanize.size(job.done)} of {humanize.size(job.total)}",
-                f"{humanize.size(job.speed)}/s" if job.speed else "unlimited",
-                ", ".join(job.verbs),
-                job.error or "",
-            )
-            for job in found
-        ]
-        columns = ("JOB", "TYPE", "DISK", "STATUS", "DONE", "SPEED", "POSSIBLE NOW", "")
-        self._table(columns, rows, "no block jobs")
+        """A table; then what can be done with each job, and the error that it ended with."""
+        from qmpmerge.cli.render import listing
+
+        self._table(listing.JOBS, map(listing.job, found), "no block jobs")
+        for job in found:
+            if job.error:
+                self._say(f"{job.id}: {job.error}")
+            self._say(f"{job.id}: possible now: {', '.join(job.verbs)}")
 
     def controlled(self, job_id: str, job: "Job | None") -> None:
         """One line."""
-        limit = f", at most {humanize.size(job.speed)}/s" if job is not None and job.speed else ""
-        self._say(f"{job_id}: {'gone' if job is None else job.status}{limit}")
+        if job is None:
+            self._say(f"{job_id}: gone")
+        else:
+            limit = f"at most {humanize.limit(job.speed)}" if job.speed else "no speed limit"
+            self._say(f"{job_id}: ", humanize.status(job), f", {limit}")
 
     def doctor(self, report: "Examination") -> None:
-        """Each finding in four lines: how bad and where, what, why, and the command that fixes it; how much was looked at."""
+        """Each finding: how bad and where, what, why, and the command that fixes it, if one does; how much was looked at."""
         for target, finding in report.findings:
             where = (
                 finding.where
                 if finding.where.startswith("/") or len(report.targets) == 1
                 else f"{target}: {finding.where}"
             )
-            self._say(f"{finding.severity}: {where} ({finding.name})")
+            self._say(Painted(finding.severity, COLOURS.get(finding.severity)), f": {where} ({finding.name})")
             self._say(f"  what  {finding.what}")
             self._say(f"  why   {finding.why}")
-            self._say(f"  fix   {finding.command or 'by hand, as above'}")
+            if finding.command:
+                self._say(f"  fix   {finding.command}")
         self._say(humanize.looked_at(report))
 
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
-        self.close()
         for part in error.parts:
-            self._tell(f"{part.verdict}: {part}")
+            self._tell(Painted(part.verdict, COLOURS.get(part.verdict)), f": {part}")
             if part.hint:
-                self._hint(part.hint)
+                self._advise(part.hint)
 
     def progress(self, progress: "Progress") -> None:
-        """One redrawn line a disk on a terminal, else a line every 10 %; nothing for what is over in a blink."""
-        if progress.hint and not self._quiet:
-            self.close()
+        """One redrawn line on a terminal, else a line every 10 %; nothing for what is over in a blink."""
+        if progress.hint:
             self._hint(f"{progress.disk}: {progress.hint}")
         now = self._clock()
         if progress.note is not None:
@@ -235,8 +211,8 @@ class TextOutput:
             self._begun = now
         if self._quiet or now - self._begun < DRAW_AFTER_SECONDS:
             return
-        if self._err.isatty():
-            self._redraw(progress)
+        if self._bar is not None:
+            self._bar.draw(progress.percent, humanize.progress(progress))
             return
         if (progress.shortage is None) != (self._shortage is None):
             self._shortage = progress.shortage
@@ -249,61 +225,43 @@ class TextOutput:
     def note(self, text: str) -> None:
         """A line on stderr."""
         if not self._quiet:
-            self.close()
             self._tell(text)
 
     def trace(self, direction: str, text: str) -> None:
         """A line on stderr."""
-        self.close()
         self._tell(f"{direction} {text}")
 
     def close(self) -> None:
         """End the redrawn line."""
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-            self._tasks.clear()
-
-    def _redraw(self, progress: "Progress") -> None:
-        if self._bar is None:
-            # rich takes 80 ms to import: only where a bar is drawn
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as Bar
-
-            columns = (BarColumn(bar_width=24), TextColumn("{task.fields[line]}", markup=False))
-            self._bar = Bar(*columns, console=Console(file=self._err), transient=True)
-            self._bar.start()
-        if progress.disk not in self._tasks:
-            self._tasks[progress.disk] = self._bar.add_task("", total=None, line="")
-        self._bar.update(
-            self._tasks[progress.disk],
-            total=progress.total or None,
-            completed=progress.done,
-            line=humanize.progress(progress),
-        )
+            self._bar.erase()
 
     def _oddities(self, oddities: "Sequence[Oddity]") -> None:
         for odd in oddities:
-            self._say(f"problem: {odd.file}: {odd.message} ({odd.name})")
+            self._say(Painted("problem", COLOURS["problem"]), f": {odd.file}: {odd.message} ({odd.name})")
 
-    def _say(self, line: str) -> None:
+    def _say(self, *parts: str) -> None:
         self.close()
-        self._out.write(f"{visible(line)}\n")
+        self._out.line(*parts)
 
-    def _tell(self, line: str) -> None:
-        self._err.write(f"{visible(line)}\n")
+    def _tell(self, *parts: str) -> None:
+        self.close()
+        self._err.line(*parts)
 
     def _hint(self, text: str) -> None:
+        """What may be done next; who wants quiet knows."""
         if not self._quiet:
-            self._tell(f"hint: {text}")
+            self._advise(text)
 
-    def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
-        if not rows:
-            self._tell(empty) if empty and not self._quiet else None
+    def _advise(self, text: str) -> None:
+        self._tell(Painted("hint", "cyan"), f": {text}")
+
+    def _table(self, columns: "Sequence[Column]", rows: Iterable[Sequence[str]], empty: str) -> None:
+        from qmpmerge.cli.render.table import lines
+
+        table = list(rows)
+        if not table:
+            self.note(empty)
             return
-        cells = [columns, *([visible(cell) for cell in row] for row in rows)]
-        used = [index for index in range(len(columns)) if any(row[index] for row in cells[1:])]
-        widths = {index: max(len(row[index]) for row in cells) for index in used}
-        for row in cells:
-            self._say("  ".join(row[index].ljust(widths[index]) for index in used).rstrip())
+        for parts in lines(columns, table, self._out.columns):
+            self._say(*parts)

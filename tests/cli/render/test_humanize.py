@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpmerge.chain.outcome import Checked, Estimate
+from qmpmerge.chain.outcome import Estimate
 from qmpmerge.cli.render import humanize
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.qemu.jobs import Job
@@ -126,12 +126,12 @@ def test_a_percentage_is_never_over_a_hundred(done: int, total: int) -> None:
 
 def test_an_estimate_says_what_is_sure() -> None:
     sure = Estimate(copy=5000 * MIB, growth=2 * MIB, free=3 * MIB, rate=100 * MIB, rate_given=True)
-    assert (
-        humanize.estimate(sure)
-        == "copies 4.9 GiB, the base grows by up to 2 MiB of 3 MiB free; 50 s at 100 MiB/s (as given)"
-    )
-    assert humanize.estimate(Estimate(copy=0, at_least=True)) == (
-        "copies at least 0 B, and what the guest writes meanwhile; less than 1 s at 200 MiB/s (assumed)"
-    )
-    assert humanize.estimate(Estimate(reason="it is\tfar")) == "what would be copied is not known: it is\\x09far"
-    assert humanize.checked(Checked("in-use", "not checked", "unseen")) == "in-use (unseen)"
+    assert list(humanize.estimate(sure)) == [
+        "copies  4.9 GiB, 50 s at 100 MiB/s (as given)",
+        "space   the base grows by up to 2 MiB; 3 MiB free",
+    ]
+    assert list(humanize.estimate(Estimate(copy=0, growth=MIB, at_least=True))) == [
+        "copies  at least 0 B, less than 1 s at 200 MiB/s (assumed)",
+        "space   the base grows by up to 1 MiB and what the guest writes meanwhile",
+    ]
+    assert list(humanize.estimate(Estimate(reason="it is far"))) == ["copies  not known: it is far"]
