@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig.command import COMMAND, Run, invoke
+from rig.command import COMMAND, Run, held, invoke, prints_json
 from rig.disks import device, end, nodes
 from rig.harms import harm
 from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
@@ -53,7 +53,7 @@ def states(document: Any) -> dict[str, str]:
     """Of each check; but for a loop device that somebody else has on this host, on what nobody may see."""
     strange = re.compile(r"/dev/loop\d+ lies on ")
     return {
-        check["name"]: "passed" if strange.match(check.get("reason", "")) else check["result"]
+        check["name"]: "passed" if strange.match(check["reason"] or "") else check["result"]
         for check in document["checks"]
     }
 
@@ -407,7 +407,8 @@ def as_nobody(*arguments: str) -> Run:
     if "Permission denied" in done.stderr and COMMAND in done.stderr:
         pytest.skip(f"nobody may not run {COMMAND}")
     assert "Traceback" not in done.stderr, done.stderr
-    return Run(done.returncode, done.stdout, done.stderr)
+    run = Run(done.returncode, done.stdout, done.stderr)
+    return held(run) if prints_json(arguments) else run
 
 
 @contextlib.contextmanager

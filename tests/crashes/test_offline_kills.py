@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import kills
+from rig import contract, kills
 from rig.folder import beside
 from rig.machines import Content, fill, make_chain, run
 from rig.machines import run as machines_run
@@ -222,9 +222,10 @@ class Run:
         """What no run may do."""
         found = []
         if "Traceback" in self.err or self.code == 1:
-            found.append(f"traceback: {self.err[-2000:]}")
+            found.append(f"traceback: {self.err[-2000:]} {self.document}")
         if self.code != -9 and not self.document:
             found.append(f"no JSON: exit code {self.code}, {self.out!r}, {self.err[-500:]!r}")
+        found += contract.problems(self.document) if self.document else []
         if not self.daemon_gone:
             found.append("a storage daemon is left running")
         return found

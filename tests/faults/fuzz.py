@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rig import nasty
-from rig.command import COMMAND, Run
-from rig.forks import Forks, complaints, forks
+from rig.command import COMMAND, Run, held, prints_json
+from rig.forks import CODES, Forks, complaints, forks
 from rig.machines import have
 from rig.mutations import Case, Findings, Seen, make_stock
 
@@ -139,7 +139,8 @@ def _process(environment: Mapping[str, str], arguments: list[str], folder: Path)
         line, capture_output=True, cwd=folder, env={**os.environ, **environment}, stdin=subprocess.DEVNULL
     )
     said = [stream.decode(errors="surrogateescape") for stream in (done.stdout, done.stderr)]
-    return Run(done.returncode, *said)
+    run = Run(done.returncode, *said)
+    return held(run) if prints_json(arguments) and run.code in CODES else run
 
 
 def _judge(found: Findings, arguments: list[str], run: Run) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rig import contract
 from rig.disks import form
 from rig.machines import run
 
@@ -144,9 +145,10 @@ def judge_words(case: Case, played: Played, found: Judgement) -> None:
     if played.doer != "qmpmerge":
         return
     if "Traceback" in played.complaints or played.code == 1:
-        found.wrong.append(f"a traceback: {played.complaints[-1000:]}")
+        found.wrong.append(f"a traceback: {played.complaints[-1000:]} {played.document}")
     if played.code != -9 and not played.document:
         found.wrong.append(f"no verdict: {played.verdict}, exit code {played.code}, {played.complaints[-500:]}")
+    found.wrong += contract.problems(played.document) if played.document else []
     if played.story.pivots and not case.paths[-1].exists():
         return  # its name is gone, and so is what its header tells
     told = chain(case.paths[-1])

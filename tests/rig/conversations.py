@@ -17,7 +17,7 @@ from typing import Any
 
 from qmpmerge.errors import EXIT_CODES
 from rig import hasty, liar
-from rig.command import COMMAND, Run
+from rig.command import COMMAND, Run, held
 from rig.disks import Setup, device
 from rig.liar import LIES, Liar
 from rig.machines import Content, Machine, fill, machine, make_chain
@@ -203,7 +203,8 @@ class Stage:
         filled = [word.format(target=self.path, folder=self.folder) for word in words]
         line = [*command, *filled, *(["--json"] if as_json else [])]
         done = subprocess.run(line, capture_output=True, text=True, errors="surrogateescape", check=False, timeout=200)
-        return Run(done.returncode, done.stdout, done.stderr)
+        run = Run(done.returncode, done.stdout, done.stderr)
+        return held(run) if as_json and run.code in GOOD else run
 
     # --- what QEMU has now ----------------------------------------------------------------------------------------
 
