@@ -75,9 +75,9 @@ class JsonOutput:
         """The overlays that were made; without nodes those that would be."""
         made = [
             {
-                **_keys(overlay, "disk", "file", "backing"),
-                "node": overlay.node or None,
+                **_keys(overlay, "disk", "node", "file"),
                 "backing_file": overlay.instead_of,
+                "backing": overlay.backing,
             }
             for overlay in overlays
         ]

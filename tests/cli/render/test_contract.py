@@ -108,6 +108,7 @@ def merged(folder: Path, say: Say) -> Iterator[Run]:
         say("commit", started.target, "vda", "--wait-ready")
         yield say("job", started.target, JOB, "pivot")
         yield say("commit", started.target, "vda")
+        yield say("snapshot", started.target, f"vda={folder}/d.qcow2", "--dry-run")
         yield say("snapshot", started.target, f"vda={folder}/d.qcow2")
         yield say("commit", started.target, "vda")
     yield say("clean", folder, "--dry-run")
@@ -196,7 +197,7 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     outcome = Outcome("pivoted", "vda", chain, chain, rungs=("limited",))
     short = Progress("vda", job, "copied", 1e6, 3.0, Shortage("/vm", 4096), "going on", 1e5, True, "it helps to wait")
     obstacle = MergedFile("/vm/b", "keep", "/vm/b", "it is in use")
-    overlay = Overlay("vda", "/vm/b", "n", "/vm/a.raw", hint="it could not be noted")
+    overlay = Overlay("vda", "/vm/b", "n", "/vm/a.raw", hint="it could not be noted", backing="a.raw")
 
     def merging(output: JsonOutput) -> None:
         output.progress(short)
