@@ -77,8 +77,8 @@ class Examination:
 async def examine(
     target: "Target | str | os.PathLike[str]",
     *,
-    allow: Collection[str] = (),
-    search: Collection[str] = (),
+    allow: Collection[str | os.PathLike[str]] = (),
+    search: Collection[str | os.PathLike[str]] = (),
     form: str | None = None,
 ) -> tuple[Finding, ...]:
     """
@@ -88,16 +88,16 @@ async def examine(
     Raises what a session with a QEMU raises, ImageUnreadable, CannotList, ToolMissing.
     """
     if isinstance(target, Target) and target.is_live:
-        return (await doctor.look(target, search=search)).findings
+        return (await doctor.look(target, search=_named(search))).findings
     name = target.name if isinstance(target, Target) else os.fspath(target)
-    return (await _Run(allow, search, form, doors.open).look_at(name)).findings
+    return (await _Run(_named(allow), _named(search), form, doors.open).look_at(name)).findings
 
 
 async def examine_all(
     targets: Sequence["str | os.PathLike[str]"],
     *,
-    allow: Collection[str] = (),
-    search: Collection[str] = (),
+    allow: Collection[str | os.PathLike[str]] = (),
+    search: Collection[str | os.PathLike[str]] = (),
     form: str | None = None,
     door: Door = doors.open,
 ) -> Examination:
@@ -109,7 +109,7 @@ async def examine_all(
     `allow`, `form` and `search` are those of `walk.walk` and of `doctor.target.look`. Raises nothing but bugs.
     """
     named = list(dict.fromkeys(os.fspath(target) for target in targets))
-    run = _Run(allow, search, form, door)
+    run = _Run(_named(allow), _named(search), form, door)
     done = {
         name: await run.examine(name) for name in sorted(named, key=lambda name: (_is_folder(name), _is_path(name)))
     }
@@ -179,6 +179,10 @@ class _Run:
             elif key not in self.told:
                 self.told.add(key)
                 yield finding
+
+
+def _named(places: Collection[str | os.PathLike[str]]) -> list[str]:
+    return [os.fspath(place) for place in places]
 
 
 def _is_path(name: str) -> bool:

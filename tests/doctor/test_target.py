@@ -477,7 +477,7 @@ async def test_what_lies_about_beside_images(whole_folder: bool, tmp_path: Path,
 
 
 async def test_what_was_not_looked_at_is_told(images: list[Path], tmp_path: Path) -> None:
-    (found,) = await qmpmerge.examine(images[3], search=[str(tmp_path / "not-there")])
+    (found,) = await qmpmerge.examine(images[3], search=[tmp_path / "not-there"])
     assert (found.name, found.severity, "cannot be listed" in found.what) == ("not-looked-at", "care", True)
 
 
