@@ -309,10 +309,10 @@ def test_what_cannot_be_read_is_passed_over_and_said(images: list[Path], monkeyp
     sibling(folder / "seen.qcow2", "a.qcow2")
     really = backing_names.read
 
-    def read(path: str) -> str | None:
+    def read(path: str, *, device: bool = False) -> str | None:
         if path.endswith("secret.qcow2"):
             raise PermissionError(13, "Permission denied")  # root, as whom tests may run, is never refused
-        return really(path)
+        return really(path, device=device)
 
     monkeypatch.setattr(backing_names, "read", read)
     assert found(images) == {"seen.qcow2": "a.qcow2"}
