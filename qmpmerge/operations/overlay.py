@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator, Iterator
 from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
+from qmpmerge.checks import sight
 from qmpmerge.errors import (
     CannotCreate,
     FileExists,
     NotProven,
+    NotSeen,
     QemuRefused,
     Untouched,
     unproven,
@@ -164,12 +166,25 @@ async def opened(target: Target, layout: Layout, order: Order, file: File) -> As
             file={**backing.storage(order.file), "cache": cache, "discard": "unmap"},
         )
         _see(file)
-        if identity.is_open(Image(file.path, "qcow2", 0, inode=file.inode), target.pid) is False:
-            raise identity.swapped(file.path)
+        _see_opened(target, order, file)
         yield
     except Untouched:
         await _close(target, order)
         raise
+
+
+def _see_opened(target: Target, order: Order, file: File) -> None:
+    """
+    That it is this very file which QEMU has open. Raises Replaced; NotSeen where it has another under the name, as in a
+    container, and that cannot be seen: what we have made is not there, what somebody else has can be anything.
+    """
+    image = Image(file.path, "qcow2", 0, inode=file.inode)
+    is_open = identity.is_open(image, target.pid)
+    if is_open is False:
+        raise identity.swapped(file.path)
+    doubt = sight.doubtful(image, is_seen=bool(is_open)) if order.is_reused else None
+    if doubt is not None:
+        raise NotSeen(unseen=[file.path], reason=doubt[0], cure=doubt[1])
 
 
 async def _close(target: Target, order: Order) -> None:

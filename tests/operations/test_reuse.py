@@ -1,6 +1,7 @@
 """Overlays that the user has made: taken as they are where they are one and empty, and never removed."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from rig.harms import harm
 from rig.machines import MIB, SIZE, Content, create_encrypted, fill, machine, make_chain, run
 
 import qmpmerge
-from qmpmerge.errors import FileExists, InUse, NotAnOverlay, OverlayNotEmpty, QemuRefused
+from qmpmerge.errors import FileExists, InUse, NotAnOverlay, NotSeen, OverlayNotEmpty, QemuRefused
 from qmpmerge.images import qcow2
 from qmpmerge.operations import reuse, snapshot
 from qmpmerge.operations.orders import Order
@@ -258,6 +259,22 @@ def test_a_plain_snapshot_takes_any_image(setup: Setup, tmp_path: Path) -> None:
     assert told["inserted"]["image"]["virtual-size"] == SIZE // 2
     setup.off()
     run("qemu-io", "-c", f"read -P {0x10} {MIB} 64k", made)  # a.qcow2 has 0x11 there
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a mount namespace")
+async def test_one_that_is_another_where_qemu_is(tmp_path: Path, images: list[Path]) -> None:
+    """By TCP, so that nobody tells where that is: another file lies there under the name."""
+    made, other = make(tmp_path / "o.qcow2"), make(tmp_path / "other.qcow2")
+    run("qemu-io", "-c", "write -P 170 0 64k", blind(other))
+    apart = ["unshare", "--mount", "sh", "-c", f'mount --bind {other} {made} && exec "$@"', "sh"]
+    monitor = ["-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
+    disk = ["-drive", f"file={images[1]},format=qcow2,if=none,id=vda", "-device", "virtio-blk-pci,drive=vda"]
+    with machine(tmp_path, *disk, *monitor, before=apart) as vm:
+        (name,) = [one["filename"] for one in vm.session.execute("query-chardev") if "tcp:" in one["filename"]]
+        async with qmpmerge.live(f"tcp:127.0.0.1:{re.findall('[0-9]+', name)[-1]}") as target:
+            with pytest.raises(NotSeen):
+                await qmpmerge.snapshot(target, {"vda": made}, reuse=True)
+            assert len((await target.chain("vda")).chain) == 2
 
 
 # --- all or none -----------------------------------------------------------------------------------------------------
