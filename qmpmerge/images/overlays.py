@@ -114,7 +114,7 @@ class Around:
     def copy(self) -> "Around":
         """The same; what is looked at later is known to one of them."""
         other = Around.__new__(Around)
-        other._folders, other._odd = dict(self._folders), dict(self._odd)
+        other._folders, other._devices, other._odd = dict(self._folders), set(self._devices), dict(self._odd)
         other._built_on = {inode: list(images) for inode, images in self._built_on.items()}
         other._dangling = {name: list(images) for name, images in self._dangling.items()}
         return other
