@@ -18,7 +18,16 @@ import click
 from qmpmerge.cli import bug, streams
 from qmpmerge.cli.options import Options
 from qmpmerge.engine.pace.patience import Patience
-from qmpmerge.errors import EXIT_CODES, Cancelled, Error, NeedsSecret, NoSuchTarget, Offline, SecretUnreadable
+from qmpmerge.errors import (
+    EXIT_CODES,
+    Cancelled,
+    DiskNeeded,
+    Error,
+    NeedsSecret,
+    NoSuchTarget,
+    Offline,
+    SecretUnreadable,
+)
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
@@ -61,7 +70,7 @@ def look(options: Options, work: "Callable[[Output], str]") -> int:
 
 def show(error: Error, options: Options, output: "Output") -> int:
     """Say it, on stdout where stderr does not take what people find there; returns the exit code."""
-    if isinstance(error, NoSuchTarget):
+    if isinstance(error, NoSuchTarget | DiskNeeded):
         from qmpmerge.cli import words
 
         error = words.explained(error)

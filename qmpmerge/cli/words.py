@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from qmpmerge.cli.commands.group import FILES, cli
-from qmpmerge.errors import NoSuchTarget, Unreachable
+from qmpmerge.errors import DiskNeeded, NoSuchTarget, Unreachable
 from qmpmerge.errors.nearest import nearest
 
 ELSEWHERE = {
@@ -58,14 +58,19 @@ def hint(error: click.ClickException, line: Sequence[str]) -> str | None:
     return _renamed(name, rest) or _misspelt(name, rest) or _without_command(name, rest)
 
 
-def explained(error: NoSuchTarget) -> NoSuchTarget:
-    """The same, with the line that was meant where another argument is what TARGET should be."""
+def explained(error: NoSuchTarget | DiskNeeded) -> NoSuchTarget | DiskNeeded:
+    """The same, with the line that was meant: where another argument is what TARGET should be, or where DISK was left out."""
     context = click.get_current_context(silent=True)
     names = [str(one.name) for one in context.command.params if isinstance(one, click.Argument)] if context else []
     if context is None or len(names) < 2 or names[0] != "target":
         return error
     name, *rest = sys.argv[1:]
     first, second = (_place(context, rest, argument) for argument in names[:2])
+    if isinstance(error, DiskNeeded):
+        if first is None or names[1] != "disk" or second is not None:
+            return error
+        line = [name, *rest[: first + 1], error.known[0], *rest[first + 1 :]]
+        return DiskNeeded(target=error.target, known=error.known, command=_line(line))
     if first is None or second is None or not _is_target(rest[second]):
         return error
     rest[first], rest[second] = rest[second], rest[first]

@@ -22,12 +22,18 @@ class NoSuchDisk(Refused):
 
 
 class DiskNeeded(Refused):
-    """DISK was left out and several disks have a backing chain, or none has."""
+    """DISK was left out and several disks have a backing chain, or none has. `command` is a line that names one."""
 
     target: str
     known: list[str]
+    command: str = ""
     sentence = "{target} has more than one disk that this could mean: {known}"
-    advice = "name the disk, as in `... {target} DISK`"
+    advice = "name one of them"
+
+    @property
+    def hint(self) -> str:
+        """With the line, where one is known."""
+        return super().hint + (f", as in `{self.command}`" if self.command else "")
 
 
 class NoDisk(Refused):

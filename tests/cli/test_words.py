@@ -189,6 +189,17 @@ def test_a_target_without_a_command(vm1: str, images: list[Path]) -> None:
     assert lines(invoke("/no/such/image.qcow2")) == [["--help"]]
 
 
+def test_a_disk_that_was_left_out(tmp_path: Path, images: list[Path]) -> None:
+    (tmp_path / "second").mkdir()
+    other = make_chain(tmp_path / "second")[3]
+    drives = [f"-drive file={images[3]},if=none,id=vda", f"-drive file={other},if=none,id=vdb"]
+    with machine(tmp_path, *" ".join(drives).split()) as vm:
+        run = invoke("commit", vm.target, "--top", "3", "--dry-run")
+        assert run.code == 3
+        assert lines(run) == [["commit", vm.target, "vda", "--top", "3", "--dry-run"]]
+        assert "planned" in typed(run).out
+
+
 def test_one_disk_or_one_vm_where_all_are_shown(vm1: str) -> None:
     assert "base.raw <-- a.qcow2" in typed(invoke("disks", vm1, "vda")).out
     assert "c.qcow2" in typed(invoke("vms", vm1)).out

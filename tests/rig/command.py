@@ -59,7 +59,7 @@ def invoke(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None 
 
 def prints_json(arguments: Sequence[str]) -> bool:
     """Whether one object is what is to come of it."""
-    shown = {"-h", "--help", "-V", "--version"} & set(arguments) or arguments[0] in ("help", "version")
+    shown = {"-h", "--help", "-V", "--version"} & set(arguments) or {"help", "version"} & set(arguments[:1])
     return "--json" in arguments and not shown
 
 
