@@ -224,7 +224,7 @@ async def _prove(target: Target, orders: list[Order], made: list[File]) -> tuple
 
 
 def _planned(order: Order) -> Overlay:
-    return Overlay(order.disk.name, order.file, "", order.below.label, ask=_lasting(order), backing=order.backing)
+    return Overlay(order.disk.name, order.file, "", order.below.file, ask=_lasting(order), backing=order.backing)
 
 
 def _lasting(order: Order) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from rig.command import COMMAND, JOB, Begun, Run
 from rig.faults import injecting
 from rig.forks import forks
 from rig.left import record
-from rig.machines import Content, Machine, fill, machine, make_chain, run
+from rig.machines import Content, Machine, fill, have, machine, make_chain, run
 
 from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.outcome import MergedFile, Outcome
@@ -233,6 +234,37 @@ def test_each_command_with_each_outcome(command: str, verdict: str, told: Told) 
 @pytest.mark.parametrize("table", contract.TABLES)
 def test_each_key_was_seen_with_a_value(table: str, told: Told) -> None:
     assert [key for key in contract.TABLES[table] if (table, key) not in contract.seen] == []
+
+
+def examples() -> Iterator[str]:
+    """Commands with jq, from the page and from what the commands say of themselves."""
+    sources = [*contract.DOCUMENT.parents[1].glob("*.md"), *contract.DOCUMENT.parent.glob("*.md")]
+    sources += Path(group.__file__).parent.glob("*.py")
+    for source in sources:
+        yield from (line.strip() for line in source.read_text().splitlines() if " --json" in line and "| jq " in line)
+
+
+@pytest.mark.skipif(not have("jq"), reason="no jq")
+def test_the_examples_do_what_they_say(tmp_path: Path) -> None:
+    lines = list(dict.fromkeys(examples()))
+    assert len(lines) > 5
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/qmpmerge").symlink_to(COMMAND)
+    with vm(tmp_path) as started:
+        for line in lines:
+            here = line.replace("/tmp/result", "result").replace("/vm", str(tmp_path)).replace("vm1", started.target)
+            path = f"{tmp_path}/bin:{os.environ['PATH']}"
+            done = subprocess.run(
+                ["sh", "-c", here], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True
+            )
+            assert done.returncode == 0 and b"jq: " not in done.stderr, done
+            assert done.stdout or ".fix" in line or "jobs" in line, line
+
+
+def test_the_objects_that_are_shown_are_as_the_page_says() -> None:
+    (shown,) = re.findall(r"```json\n(.*?)```", contract.DOCUMENT.read_text(), re.DOTALL)
+    for line in map(json.loads, shown.splitlines()):
+        assert (contract.problems_of_event if "event" in line else contract.problems)(line) == []
 
 
 def test_every_verdict_stands_on_the_page() -> None:
