@@ -125,9 +125,9 @@ def with_data(images: Sequence[Path]) -> list[str]:
 
 def see_text(vm: Machine, folder: Path) -> None:
     out = invoke("chain", vm.target, "--details").out
-    assert "[1] qcow2 0.10, clusters of 4 KiB" in out
+    assert "1: qcow2 0.10, clusters of 4 KiB" in out
     assert "    internal snapshot before\n" in out
-    assert "[2] qcow2 1.1, clusters of 128 KiB, zstd, extended L2, lazy refcounts; " in out
+    assert "2: qcow2 1.1, clusters of 128 KiB, zstd, extended L2, lazy refcounts; " in out
     assert f"    data file {folder}/data\n" in out
     assert "    bitmap daily: 32 KiB, recording, persistent\n" in out
     assert "    bitmap old: 64 KiB, disabled, persistent\n" in out

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def of_disks(found: "Sequence[Disk]") -> Iterator[str]:
-    """``vda: virtio-blk-pci on pcie.0 at 04.0, iothread io0; in 1.2 GiB of storage``"""
+    """``vda: virtio-blk-pci on pcie.0 at 04.0, iothread io0; 1.2 GiB on its storage``"""
     for disk in found:
         if disk.details is None:
             continue
@@ -30,9 +30,9 @@ def of_disks(found: "Sequence[Disk]") -> Iterator[str]:
 
 
 def of_chain(view: "ChainView") -> Iterator[str]:
-    """``[2] qcow2 1.1, clusters of 64 KiB, zlib; in a file of 1.2 GiB``, its snapshots and bitmaps below."""
+    """``2: qcow2 1.1, clusters of 64 KiB, zlib; 1.2 GiB on its storage``, its snapshots and bitmaps below."""
     for index, (image, found) in enumerate(zip(view.chain, view.details, strict=False), 1):
-        yield f"[{index}] {', '.join(_features(image.format, found))}{_stored(found.physical)}"
+        yield f"{index}: {', '.join(_features(image.format, found))}{_stored(found.physical)}"
         yield from (f"    data file {image.data.file}" for _ in [image.data] if image.data is not None)
         yield from (f"    internal snapshot {name or number}" for number, name in found.snapshots)
         yield from (f"    bitmap {bitmap.name}: {', '.join(_states(bitmap))}" for bitmap in found.bitmaps)
