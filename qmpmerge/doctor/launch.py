@@ -69,6 +69,19 @@ def stale(chain: Chain, dependent: Dependent) -> Finding:
     return Finding("started-stale", "harm", chain.active.file, what, why)
 
 
+def merged_away(chain: Chain) -> Iterator[Finding]:
+    """The VM runs from an image that was merged and has kept its name."""
+    for image in chain:
+        note = notes.of_this(image.file) if image.has_path and files.inode(image.file) == image.inode else None
+        if note is not None:
+            what = f"the VM uses {_told(image.file)}, which was merged into {_told(note.file)}"
+            why = (
+                "it was started from older data, and what it writes is not in the base: shut it down before it writes more, "
+                "keep copies of both, and start it from the base, or from what is built on that"
+            )
+            yield Finding("started-stale", "harm", chain.active.file, what, why)
+
+
 def _told(file: str) -> str:
     """An image with when it was last written to, and how much it holds."""
     try:

@@ -64,6 +64,12 @@ def _is_known(record: Record, jobs: Collection[str]) -> bool:
     return record.job in jobs or any(map(locks.is_held, filter(os.path.exists, locked)))
 
 
+def started_stale(chain: Chain, pid: int | None) -> list[Finding]:
+    """Whether the VM with this pid, which has the chain, was started from older data."""
+    found = (*_built_on(chain, (), pid), *launch.merged_away(chain))
+    return [one for one in found if one.name == "started-stale"]
+
+
 def is_orphan(name: str) -> bool:
     """Whether something of ours (a socket's folder, an export, a throttle group) is of a qmpmerge that is gone."""
     match = _OWNED.match(name)
@@ -180,14 +186,22 @@ def _beyond(chain: Chain, dependent: Dependent, users: tuple[User, ...], roots: 
         return launch.stale(chain, dependent)
     if not is_live and image == chain.active.file:
         why = "a VM that is started from the image below shows older data, and ruins this one"
-        return Finding(
-            "not-active", "care", image, f"{file} is built on it", why, shlex.join(["qmpmerge", "active", image])
-        )
+        command = shlex.join(["qmpmerge", "active", image]) if _has_one_active(image) else ""
+        return Finding("not-active", "care", image, f"{file} is built on it", why, command)
     why = (
         f"it is ruined by every write to {image}, by a merge too; if it is wanted, merge it or copy it elsewhere, and if you "
         "know that it is a leftover, put it out of reach, for it opens without a word"
     )
     return Finding("other-overlay", "care", file, what, why)
+
+
+def _has_one_active(image: str) -> bool:
+    """Whether `qmpmerge active` can name the image that a VM is to be started from."""
+    try:
+        above = overlays.above(image, os.path.dirname(image))
+    except OSError:
+        return False
+    return len(above.leaves) == 1 and not above.odd
 
 
 def _holds_nothing(file: str, chain: Chain) -> bool:

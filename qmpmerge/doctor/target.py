@@ -185,7 +185,13 @@ async def _chain(target: Target, disk: Disk) -> list[Finding]:
     assert disk.chain is not None, "empty drives are left out"
     written = await headers.read(disk.chain)
     odd = [_odd(disk.chain, odd) for odd in headers.oddities(disk.chain, written)]
-    return [*odd, *_replaced(target, disk.chain), *_deep(target, disk), *disguised(disk.chain.images)]
+    return [
+        *odd,
+        *_replaced(target, disk.chain),
+        *_deep(target, disk),
+        *disguised(disk.chain.images),
+        *launch.merged_away(disk.chain),
+    ]
 
 
 _WHY_ODD = {
@@ -246,9 +252,11 @@ def deep(where: str, chain: Chain, arguments: str) -> Finding:
     """A chain of many images; a base that others may use is left out of the merge of what is between."""
     depth = len(chain)
     base = "--base 2 " if is_outside(chain.base, chain.active) else ""
+    if depth > DEEPEST:
+        base = f"--base {depth - 1 - DEEPEST // 2} "
     command = f"qmpmerge commit {arguments} {base}--top {depth - 1}"
     if depth > DEEPEST:
-        why = "QEMU 10 and 11 crash at the first read through some 870 images"
+        why = "QEMU 10 and 11 crash at the first read through some 870 images; no more than 800 are merged at once"
         return Finding("deep-chain", "harm", where, f"its chain has {depth} images", why, command)
     why = "every look at it and every start take longer with each image, and at some 870 QEMU 10 and 11 crash"
     return Finding("deep-chain", "care", where, f"its chain has {depth} images", why, command)

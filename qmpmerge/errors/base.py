@@ -175,7 +175,8 @@ class Unknown(Error):
 
     verdict = "unknown"
     advice = (
-        "run `qmpmerge doctor {target}`: QEMU may have finished the job, and this shows what it did and what is left"
+        "run `qmpmerge doctor {target}`: QEMU may have finished the job, and this shows what it did and what is left; where "
+        "that QEMU is gone, `qmpmerge recover` on the folder of its images, before the VM is started again"
     )
 
 

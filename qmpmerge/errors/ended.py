@@ -244,9 +244,9 @@ class ActiveUnknown(Unknown):
 
     path: str
     reason: str
-    image: str
+    cure: str
     sentence = "which image a VM must be started from is not known for {path}: {reason}"
-    advice = "run `qmpmerge recover {image}`, then ask again"
+    advice = "{cure}; then ask again"
 
 
 class CannotRecover(Unknown):
@@ -259,17 +259,35 @@ class CannotRecover(Unknown):
 
 
 class Undecided(Unknown):
-    """Nobody can tell which of two images holds the last writes: the evidence is shown, nothing was changed."""
+    """
+    Nobody can tell which of two images holds the last writes: the evidence is shown, nothing was changed.
+
+    `choices` are the words that `--use` takes: an image that is not there is none, and some evidence no word outweighs.
+    """
 
     base: str
     top: str
     evidence: list[str]
     path: str
+    choices: list[str]
     sentence = "{base} and {top} both may hold the last writes: {evidence}; nothing was changed"
     advice = (
         "look into both (read-only), then run `qmpmerge recover {path} --use base` to go on from {base}, "
         "or `--use top` to go on from {top}"
     )
+
+    @property
+    def hint(self) -> str:
+        """As of any error; of what can be chosen."""
+        if len(self.choices) > 1:
+            return super().hint
+        again = f"qmpmerge recover {shlex.quote(self.path)}"
+        if not self.choices:
+            return f"keep copies of all that is there, see to what the evidence names, then run `{again}` again"
+        (choice,) = self.choices
+        image = self.base if choice == "base" else self.top
+        other = "the other is gone, or another file has its name"
+        return f"look into {image} (read-only), then run `{again} --use {choice}` to go on from it; {other}"
 
 
 class StillRunning(Error, TimeoutError):

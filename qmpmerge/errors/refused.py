@@ -59,7 +59,10 @@ class Busy(Refused):
     job: str = ""
     holder: str = ""
     sentence = "{disk} is busy: {who} is working on it"
-    advice = "see `qmpmerge jobs {target}`; `qmpmerge job {target} {job} follow` goes on with it, `cancel` ends it"
+    advice = (
+        "`qmpmerge jobs {target}` shows what can be done with it: `qmpmerge job {target} {job} cancel` ends it, `follow` in "
+        "the place of `cancel` goes on with a merge"
+    )
 
     @property
     def hint(self) -> str:

@@ -83,7 +83,10 @@ class NobodyListens(Unreachable):
 
     address: str
     sentence = "nobody listens on {address}: its QEMU is gone"
-    advice = "start the VM again, or see `qmpmerge vms`"
+    advice = (
+        "where a merge was under way run `qmpmerge recover` on the folder of its images before you start the VM again; "
+        "`qmpmerge vms` lists the QEMUs that run"
+    )
 
 
 class NoPermission(Unreachable):

@@ -113,6 +113,12 @@ def doubt(image: str) -> Note | None:
     return note if note is not None and note.reason else None
 
 
+def of_this(image: str) -> Note | None:
+    """The note that this very file was merged, which it has been written to since or not."""
+    note = _merged(image)
+    return note if note is not None and note.own == os.stat(image).st_ino else None
+
+
 def _merged(image: str) -> Note | None:
     """The note that an image of this name was merged: another file may be a copy of it, or newer, so nobody knows."""
     path = _path(image, MERGED)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from qmpmerge import users
 from qmpmerge.chain.chain import Inode
-from qmpmerge.images import files, formats, notes, qcow2, stashed
+from qmpmerge.images import dependents, files, formats, notes, qcow2, stashed
 from qmpmerge.images.formats import Found, format_of
 
 LIKE_RAW = (".raw", ".img")
@@ -91,7 +91,7 @@ def below(image: str, form: str) -> Odd | None:
             return Odd(
                 image,
                 f"names {there.dangling} in its header, which is not there",
-                f"`qmpmerge recover {shlex.quote(image)}`",
+                f"put back what it names, or where a merge was left unfinished, `qmpmerge recover {shlex.quote(image)}`",
             )
         if not there.below or there.inode in seen:
             return None
@@ -178,7 +178,8 @@ class Around:
             if image.inode not in known.images:  # put aside
                 children = children + self._dangling.get(stashed.original_of(image.file) or "", [])
                 children = [child for child in children if self.format(child) != "raw"]
-                known.odd += [_stranded(child, image) for child in children if not child.is_aside]
+                whole = [child for child in children if not child.is_aside and notes.of_this(child.file) is None]
+                known.odd += [_stranded(child, image) for child in whole]
             for child in children:
                 if child.inode not in seen and (form := self.format(child)) != "raw":
                     seen.add(child.inode)
@@ -261,10 +262,19 @@ def _doubtful(image: Found) -> Iterator[Odd]:
     """Whether it was merged away is not sure."""
     note = notes.doubt(image.file)
     if note is not None:
-        yield Odd(image.file, f"was merged, says {note.path}, but {note.reason}", _NOTE.format(shlex.quote(note.path)))
+        yield Odd(image.file, f"was merged, says {note.path}, but {note.reason}", _settled(image, note))
     if stashed.original_of(image.file):
         cure = "find out what it holds, then give it another name, or remove it"
         yield Odd(image.file, "is called like an image that a merge has put aside, and nothing says that one has", cure)
+
+
+def _settled(image: Found, note: notes.Note) -> str:
+    """What to do about an image that may have been merged; removing its note makes it the active one."""
+    away = f"`{dependents.out_of_reach(image.file)}`"
+    if note.own == image.inode[1]:
+        return f"copy what you miss out of it, for it shows older data under what was written since, then {away}"
+    rm = f"`rm -f -- {shlex.quote(note.path)}`"
+    return f"find out which image holds the last writes: {rm} if it is this one, else, once no VM runs from it, {away}"
 
 
 def _strangers(known: Above) -> Iterator[Odd]:

@@ -3,6 +3,8 @@ Which image a VM must be started from: told by headers and notes, as long as no 
 """
 
 import os
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
@@ -59,9 +61,8 @@ def active(path: "str | os.PathLike[str]", around: Around | None = None) -> Acti
         raise SeveralActive(path=path, images=sorted(leaves), are_disks=os.path.isdir(path) and not is_branched)
     ((leaf, form),) = leaves.items()
     form = form or ("raw" if leaf.endswith(formats.RAW) else "")
-    reason = _no_image(leaf, form)
-    if reason:
-        raise NoActive(path=path, reason=f"{leaf} {reason}", cure=_FORMAT)
+    for reason, cure in _no_image(leaf, form):
+        raise NoActive(path=path, reason=f"{leaf} {reason}", cure=cure)
     broken = overlays.below(leaf, form)
     if broken is not None:
         raise NoActive(path=path, reason=f"{broken.file} {broken.reason}", cure=broken.cure)
@@ -72,15 +73,18 @@ _DEVICE = "name the overlay, or the folder of the overlays; where there never wa
 _FORMAT = "give it a name that says what it is: one that ends in .qcow2, or in .raw"
 
 
-def _no_image(file: str, form: str) -> str:
-    """Why no VM can be started from a file of this format, as far as we know; empty for nothing."""
+def _no_image(file: str, form: str) -> Iterator[tuple[str, str]]:
+    """Why no VM can be started from a file of this format, as far as we know, and what to do about it."""
+    name = shlex.quote(file)
     if not form:
-        return "may be a qcow2 image, or a raw one whose guest has written a header: its name does not say"
-    if form not in ("qcow2", "raw"):
-        return f"is a {form} image, which qmpmerge does not handle"
-    if form == "raw" and files.is_regular(file) and os.stat(file).st_size % SECTOR:
-        return f"is no disk image: its size is no multiple of {SECTOR}"
-    return ""
+        yield "may be a qcow2 image, or a raw one whose guest has written a header: its name does not say", _FORMAT
+    elif form not in ("qcow2", "raw"):
+        convert = f"`qemu-img convert -f {form} -O qcow2 {name} {name}.qcow2`"
+        cure = f"start the VM from it without asking, or make a qcow2 image of it: {convert}"
+        yield f"is a {form} image, which qmpmerge does not handle", cure
+    elif form == "raw" and files.is_regular(file) and (size := os.stat(file).st_size) % SECTOR:
+        cure = f"move it out of this folder if it is none; else `truncate -s %{SECTOR} {name}` fills up its last sector"
+        yield f"is no disk image: its size, {size}, is no multiple of {SECTOR}", cure
 
 
 def _above(image: str, path: str, around: Around | None) -> Above:
@@ -109,12 +113,12 @@ def _refuse_unfinished(path: str, image: str, folders: list[str], above: Above |
         for found in store.in_folder(folder):
             if isinstance(found, Disbelieved):
                 if found.concerns(inodes):
-                    raise ActiveUnknown(
-                        path=path, reason=f"{found.path} is not believed ({found.reason})", image=found.image
-                    )
+                    reason = f"{found.path} is not believed ({found.reason})"
+                    raise ActiveUnknown(path=path, reason=reason, cure=found.cure)
             elif found.concerns(inodes) or any(map(found.is_called, names)):
                 reason = f"a merge of {found.chain.active.file} was left or interrupted in state {found.state.value}"
-                raise ActiveUnknown(path=path, reason=reason, image=found.chain.active.file)
+                cure = f"run `qmpmerge recover {shlex.quote(found.chain.active.file)}`"
+                raise ActiveUnknown(path=path, reason=reason, cure=cure)
 
 
 def _merged_into(image: str, path: str) -> str:

@@ -127,8 +127,8 @@ class _Run:
     vms: set[object] = field(default_factory=set)
     """By their pids, where the kernel tells them."""
     images: set[object] = field(default_factory=set)
-    told: set[tuple[str, str]] = field(default_factory=set)
-    """Name and place of the findings about files."""
+    told: set[tuple[str, str, str]] = field(default_factory=set)
+    """Name, place and sentence of the findings about files."""
 
     async def examine(self, name: str) -> Examined:
         """One target, or why not."""
@@ -173,7 +173,7 @@ class _Run:
     def _news(self, findings: Sequence[Finding]) -> Iterator[Finding]:
         """All but those about files that another target has shown."""
         for finding in findings:
-            key = (finding.name, finding.where)
+            key = (finding.name, finding.where, finding.what)
             if not finding.where.startswith("/"):
                 yield finding
             elif key not in self.told:

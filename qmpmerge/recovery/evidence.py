@@ -107,7 +107,8 @@ def _see_names(record: Record, target: Target | None, use: Use | None) -> None:
         if target is not None and astray is not None:
             raise identity.unproven(astray, target, record.plan)
         if target is None and (use is None or files.inode(image.file) is None):
-            raise _undecided(record, f"what lies at {image.file}, if anything, is not the file that was merged into")
+            reason = f"what lies at {image.file}, if anything, is not the file that was merged into"
+            raise _undecided(record, reason, choices=_there(record) if files.inode(image.file) is not None else ())
 
 
 def _back(record: Record, *reasons: str) -> Judgement:
@@ -194,7 +195,7 @@ def _was_changed(record: Record, index: int) -> bool | None:
 
 def _by_user(record: Record, use: Use | None, reasons: Sequence[str]) -> Judgement:
     if use is None:
-        raise _undecided(record, *reasons)
+        raise _undecided(record, *reasons, choices=_there(record))
     said = f"the user says that {use} is right"
     return _finish(record, said) if use == "base" else _back(record, said)
 
@@ -222,7 +223,7 @@ async def by_header(record: Record, moved: bool | None, use: Use | None) -> Judg
     if equal or (equal is None and use == "base"):
         return _finish(record, *reasons)
     if moved or (equal is None and use is None):
-        raise _undecided(record, *reasons)
+        raise _undecided(record, *reasons, choices=() if moved else _there(record))
     return Judgement("repoint", record.chain.active.file, tuple(reasons))
 
 
@@ -281,6 +282,16 @@ def placed(record: Record, index: int) -> Image | None:
     return image if not image.has_path or (image.inode is None and files.inode(image.file) is None) else None
 
 
-def _undecided(record: Record, *reasons: str) -> Undecided:
+def _there(record: Record) -> list[Use]:
+    """Which of the two a user can choose: those that are there, as long as there is what the merge has written to."""
+    if any(image.inode is not None and files.inode(image.file) is None for image in record.plan.written):
+        return []
+    own = files.inode(record.own_name(record.top))
+    is_taken = own is not None and record.place(record.top) != record.own_name(record.top)
+    return ["base"] if placed(record, record.top) is None or is_taken else ["base", "top"]
+
+
+def _undecided(record: Record, *reasons: str, choices: Sequence[Use] = ()) -> Undecided:
     base, top = (record.place(index) or record.chain[index].file for index in (record.base, record.top))
-    return Undecided(base=base, top=top, evidence=list(reasons), path=record.chain.active.file)
+    path = record.chain.active.file
+    return Undecided(base=base, top=top, evidence=list(reasons), path=path, choices=list(choices))

@@ -159,3 +159,36 @@ async def test_an_empty_overlay_on_which_another_is_built_is_needed(base: Path, 
         async with qmpmerge.live(vm.target) as target:
             found = await qmpmerge.examine(target)
     assert found and not any("rm " in finding.command for finding in found)
+
+
+def test_a_vm_that_runs_from_an_image_that_was_merged_and_kept_its_name(
+    images: list[Path], content: Content, tmp_path: Path
+) -> None:
+    with drive(tmp_path, images, content) as vm:
+        assert invoke("commit", vm.machine.target, "--merged-files", "keep").code == 0
+    with drive(tmp_path, images, Content()) as vm:
+        for _ in range(2):  # before the guest has written to it, and since
+            stale = found(vm)["started-stale"]
+            assert (stale["severity"], stale["where"], stale["fix"]) == ("harm", str(images[3]), None)
+            assert f"merged into {images[0]}" in stale["message"]
+            vm.write(9, 0, MIB)
+    written = invoke("active", str(images[0]), "--json").document["error"]
+    assert "it was written to since it was merged" in written["message"]
+    advice.typed(written["hint"].split("`")[1]).check_returncode()
+    assert invoke("active", str(images[0])).code == 0
+
+
+def test_a_snapshot_of_a_vm_that_was_started_stale_is_warned_of(vm: Setup, base: Path, tmp_path: Path) -> None:
+    night = overlay(tmp_path / "night.qcow2", base, "raw")
+    run("qemu-io", "-c", f"write -P 1 0 {MIB}", night)
+    told = invoke("snapshot", vm.machine.target, f"vda={tmp_path}/new.qcow2", "--json").document
+    assert told["verdict"] == "created" and str(night) in told["hints"][0] and "older data" in told["hints"][0]
+
+
+def test_what_an_image_is_below_is_asked_only_where_there_is_one_answer(images: list[Path], tmp_path: Path) -> None:
+    def told() -> list[str | None]:
+        return [one["fix"] for one in advice.findings(images[0]) if one["name"] == "not-active"]
+
+    assert told() == [f"qmpmerge active {images[0]}"]
+    overlay(tmp_path / "other.qcow2", images[0], "raw")
+    assert told() == [None, None]

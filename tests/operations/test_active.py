@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import kills, nobody
+from rig import advice, kills, nobody
 from rig.command import invoke
 from rig.devices import loop
 from rig.disks import Setup, device, drive
@@ -150,6 +150,11 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "passwd").write_text("root:x:0:0")
     assert "vmdk" in refusal(tmp_path / "v.vmdk")
     assert "512" in refusal(tmp_path / "passwd")
+    fill_up = invoke("active", str(tmp_path / "passwd"), "--json").document["error"]["hint"].split("`")[1]
+    assert advice.typed(fill_up).returncode == 0 and (tmp_path / "passwd").stat().st_size == 512
+    assert active(tmp_path / "passwd") == "passwd"
+    (convert,) = invoke("active", str(tmp_path / "v.vmdk"), "--json").document["error"]["hint"].split("`")[1::2]
+    assert advice.typed(convert).returncode == 0 and active(tmp_path / "v.vmdk.qcow2") == "v.vmdk.qcow2"
     assert "regular file" in refusal(Path("/dev/null"))
     for arguments in (("active", ""), ("active", "", "--json")):
         assert invoke(*arguments).code == 2

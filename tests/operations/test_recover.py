@@ -332,6 +332,56 @@ async def test_an_image_that_was_brought_back_is_asked_about(use: Any, left: Lef
     assert names(left.folder) == (["a.qcow2", "b.qcow2", BASE, C] if use == "top" else [*STASHED[:2], BASE, STASHED[2]])
 
 
+def both_written(left: Left) -> None:
+    left.away(left.merge())
+    with moved(left, STASHED[2], C):
+        left.unchecked(C)
+    left.write(BASE, 7)
+
+
+def top_gone(left: Left) -> None:
+    both_written(left)
+    (left.folder / STASHED[2]).unlink()
+
+
+def base_gone(left: Left) -> None:
+    both_written(left)
+    left.images[0].unlink()
+
+
+def other_base(left: Left) -> None:
+    both_written(left)
+    shutil.copy(left.images[0], left.folder / "copy")
+    (left.folder / "copy").rename(left.images[0])
+
+
+def other_top(left: Left) -> None:
+    switched(left)
+    shutil.copy(left.template.images[3], left.images[3])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("leave", "choices"),
+    [
+        (both_written, ["base", "top"]),
+        (top_gone, ["base"]),
+        (base_gone, []),
+        (other_base, ["base", "top"]),
+        (other_top, ["base"]),
+    ],
+)
+def test_only_what_can_be_chosen_is_offered(
+    leave: Callable[[Left], None], choices: list[str], number: int, left: Left
+) -> None:
+    leave(left)
+    error = invoke("recover", str(left.folder), "--json").document["error"]
+    assert (error["name"], error["facts"]["choices"]) == ("undecided", choices)
+    assert all((f"--use {choice}" in error["hint"]) == (choice in choices) for choice in ("base", "top"))
+    for choice in choices[number : number + 1]:
+        assert invoke("recover", str(left.images[3]), "--use", choice).code == 0
+
+
 async def test_after_a_power_cut_the_old_name_is_there_again_by_itself(left: Left) -> None:
     switched(left)
     (told,) = store.believed(store.in_folder(str(left.folder)))

@@ -22,7 +22,13 @@ def names(target: str | Path) -> set[str]:
 def carry_out(target: str | Path) -> list[str]:
     """Type every command that the doctor names; returns them."""
     commands = [finding["fix"] for finding in findings(target) if finding["fix"]]
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     for command in commands:
-        subprocess.run(["sh", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, check=False)
+        typed(command)
     return commands
+
+
+def typed(command: str) -> "subprocess.CompletedProcess[str]":
+    """A command as a shell takes it."""
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path}
+    return subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True, check=False)
