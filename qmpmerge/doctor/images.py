@@ -18,7 +18,7 @@ from qmpmerge.images.walk import Layer
 from qmpmerge.processes import holders
 from qmpmerge.processes.holders import User
 
-_WHY: dict[str, tuple[Severity, str]] = {
+WHY: dict[str, tuple[Severity, str]] = {
     "disguised": ("care", "whoever opens it without a format follows its header to any file of this host"),
     "foreign-name": ("care", "what lies behind that name is not looked at: it could be any file, device or server"),
     "no-format": ("care", "a raw image could make whoever opens the chain read any file of this host"),
@@ -61,7 +61,7 @@ def walked(image: str, allow: Collection[str], form: str | None = None) -> tuple
     try:
         return walk.walk(image, allow=allow, form=form)
     except Refused as error:
-        severity, why = _WHY[error.name]
+        severity, why = WHY[error.name]
         return Finding(error.name, severity, image, str(error), f"{why}: {error.hint}")
 
 
@@ -117,7 +117,7 @@ async def marks(layer: Layer) -> list[Finding]:
             return []
         header = await (qemuimg.info(layer.file, "qcow2") if layer.slice is None else qemuimg.info_of(_image(layer)))
     except ImageUnreadable as error:
-        severity, why = _WHY[error.name]
+        severity, why = WHY[error.name]
         return [Finding(error.name, severity, layer.file, str(error), f"{why}: {error.hint}")]
     findings = []
     if header.corrupt:

@@ -23,7 +23,7 @@ Meaning = tuple[Severity, str, str, str]
 """How bad, what, why it matters, and the verb of `qmpmerge job`."""
 
 _GOES_ON = "it goes on only when somebody resumes it; meanwhile it comes to no end"
-_MEANINGS: dict[str, Meaning] = {
+MEANINGS: dict[str, Meaning] = {
     "no-space": (
         "care",
         "it ran out of space",
@@ -85,7 +85,7 @@ def crashing(target: Target, known: list[Job]) -> list[Finding]:
 def examine(target: Target, layout: Layout, known: list[Job]) -> Iterator[Finding]:
     """One finding for each of `known` that waits, unless a qmpmerge is at work on it."""
     for job in known:
-        meaning = _MEANINGS.get(_state(layout, job))
+        meaning = MEANINGS.get(_state(layout, job))
         if meaning is not None and not _is_watched(layout, job):
             yield _finding(target, job, meaning)
 

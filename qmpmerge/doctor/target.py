@@ -124,7 +124,7 @@ def inconsistent(where: str, bitmap: str, command: str) -> Finding:
 # --- the guest --------------------------------------------------------------------------------------------------------
 
 
-_STANDING: dict[str, tuple[Severity, str, str]] = {
+STANDING: dict[str, tuple[Severity, str, str]] = {
     "io-error": (
         "harm",
         "QEMU has stopped the guest at an I/O error",
@@ -144,8 +144,8 @@ async def _guest(target: Target, layout: Layout) -> list[Finding]:
     findings: list[Finding] = []
     with _guestless():
         status = (await target.monitor.execute("query-status"))["status"]
-        if status in _STANDING:
-            severity, what, why = _STANDING[status]
+        if status in STANDING:
+            severity, what, why = STANDING[status]
             findings.append(
                 Finding(f"guest-{status}", severity, target.name, what, why, typed(target.monitor.name, ("cont", {})))
             )
@@ -194,7 +194,7 @@ async def _chain(target: Target, disk: Disk) -> list[Finding]:
     ]
 
 
-_WHY_ODD = {
+WHY_ODD = {
     "disagrees": "the next start reads the headers and shows another disk than the guest sees now",
     "not-seen": "neither its header nor who is built on it can be looked at: a merge is refused, and says the cure",
     "unreadable": "the next start needs it, and a merge cannot be proved without it",
@@ -209,7 +209,7 @@ def _odd(chain: Chain, odd: Oddity) -> Finding:
     command = ""
     if odd.name in ("disagrees", "no-format", "part-of-file"):
         command = rebase(odd.file, below)
-    why = _WHY_ODD[odd.name] + ("; run the command with the VM off" if command else "")
+    why = WHY_ODD[odd.name] + ("; run the command with the VM off" if command else "")
     severity: Severity = "care" if odd.name in ("no-format", "part-of-file", "not-seen") else "harm"
     return Finding(odd.name, severity, odd.file, odd.message, why, command)
 

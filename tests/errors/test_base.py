@@ -2,23 +2,20 @@
 
 import concurrent.futures
 import copy
-import importlib
 import json
 import multiprocessing
 import pickle
-import pkgutil
 import re
 import shlex
 import traceback
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pages.errors import concrete
 from rig.command import invoke
 
-import qmpmerge
 from qmpmerge.errors import (
     EXIT_CODES,
     WORST,
@@ -41,22 +38,6 @@ from qmpmerge.errors import (
 )
 
 PLACEHOLDER = re.compile(r"\{\w*(:\w*)?\}")
-BRANCHES = (Untouched, Refused, Unreachable, Failed, Unknown)
-
-
-def below(kind: type[Error]) -> Iterator[type[Error]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from below(child)
-
-
-def concrete() -> list[type[Error]]:
-    """The errors of the product that are raised: those at the end of a branch, wherever they are defined."""
-    for module in pkgutil.walk_packages(qmpmerge.__path__, "qmpmerge."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    found = dict.fromkeys(kind for kind in below(Error) if kind.__module__.startswith("qmpmerge."))
-    return [kind for kind in found if kind not in BRANCHES]
 
 
 CONCRETE = concrete()

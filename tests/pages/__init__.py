@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from pages import commands
+from pages import commands, errors
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 PAGES: dict[str, Callable[[], str]] = {
     "commands.md": commands.page,
+    "errors.md": errors.page,
 }
 """Each page by its name, and what makes its text."""

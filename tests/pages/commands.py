@@ -63,13 +63,14 @@ def _section(name: str) -> str:
 
 def _group(title: str, options: list[click.Option], ctx: click.Context) -> str:
     records = [option.get_help_record(ctx) for option in options]
-    rows = [f"| {_code(record[0])} | {_cell(record[1])} |" for record in records if record is not None]
+    rows = [f"| {_code(record[0])} | {cell(record[1])} |" for record in records if record is not None]
     return "\n".join([f"| {title} | |", "|---|---|", *rows])
 
 
 def _code(label: str) -> str:
-    return f"`{_cell(label)}`"
+    return f"`{cell(label)}`"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """As a cell of a table."""
     return text.replace("|", r"\|")
