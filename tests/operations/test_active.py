@@ -197,7 +197,7 @@ def test_a_base_that_is_a_device(tmp_path: Path) -> None:
         with machine(tmp_path, "-drive", f"file={base},format=raw,if=none,id=vda", *device("vda")) as vm:
             told = invoke("snapshot", vm.target, f"vda={far}/a.qcow2")
             assert told.code == 0 and "device" in told.err
-            assert f"ask `qmpmerge active {far}/a.qcow2`" in told.err
+            assert f"for launch scripts: `qmpmerge active {far}/a.qcow2`" in told.err
             assert not set(Path("/dev").glob(f".{base.name}.*qmpmerge-overlay")) - before
             assert "overlay" in refusal(base)
             assert active(far / "a.qcow2") == active(far) == "a.qcow2"
