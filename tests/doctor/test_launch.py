@@ -109,6 +109,7 @@ def test_what_is_kept_goes_out_of_reach_time_and_again(vm: Setup, base: Path, tm
 def test_an_image_that_is_not_the_active_one(images: list[Path]) -> None:
     one = next(finding for finding in advice.findings(images[2]) if finding["name"] == "not-active")
     assert (one["where"], one["fix"]) == (str(images[2]), f"qmpmerge active {images[2]}")
+    assert advice.typed(one["fix"]).stdout == f"{images[3]}\n"
 
 
 def test_a_note_that_is_not_right(vm: Setup, base: Path, tmp_path: Path) -> None:

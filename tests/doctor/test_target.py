@@ -328,6 +328,7 @@ async def test_a_guest_that_was_stopped_at_an_error(tmp_path: Path, images: list
             pass
         found = await examined(vm)
         assert (set(found), found["guest-io-error"].severity) == ({"guest-io-error"}, "harm")
+        mend(vm, found["guest-io-error"])
 
 
 # --- headers and chains -------------------------------------------------------------------------------------------
