@@ -84,6 +84,8 @@ def backing_name(overlay: Image, base: Image, child: Image) -> str:
     else:
         name = base.file
     length = len(os.fsencode(name))
+    if not length:  # to QEMU that is no backing file at all
+        raise BackingString(overlay=overlay.file, backing="''", reason="the base has no name")
     if length > HEADER_LIMIT:
         raise BackingString(
             overlay=overlay.file,

@@ -20,11 +20,12 @@ ASSUMED_RATE = 200 * 1024 * 1024
 @dataclass(frozen=True)
 class Estimate:
     """
-    Bytes that a merge copies and by how much base grows at most, metadata included; None for what is not known.
+    Bytes that a merge copies and by how much the image `file` grows at most that they go into, metadata included; None for what
+    is not known.
 
-    `free` is what QEMU may still use on the base's filesystem, `seconds` what the copy takes at `rate`, bytes a second;
-    `rate_given` says that it is the user's limit, not an assumption. With `at_least` a guest can add to `copy` and
-    `growth` meanwhile. `reason` says why there are no figures.
+    `free` is what QEMU may still use on its filesystem, of which `reserve` is left for a guest that writes there; `seconds`
+    what the copy takes at `rate`, bytes a second; `rate_given` says that it is the user's limit, not an assumption. With
+    `at_least` a guest can add to `copy` and `growth` meanwhile. `reason` says why there are no figures.
     """
 
     copy: int | None = None
@@ -34,6 +35,8 @@ class Estimate:
     rate_given: bool = False
     at_least: bool = False
     reason: str = ""
+    file: str = ""
+    reserve: int = 0
 
     @property
     def seconds(self) -> float | None:
@@ -43,7 +46,7 @@ class Estimate:
     @property
     def is_enough(self) -> bool:
         """Whether there is room, as far as is known."""
-        return self.growth is None or self.free is None or self.growth <= self.free
+        return self.growth is None or self.free is None or self.growth + self.reserve <= self.free
 
 
 Policy = Literal["stash", "delete", "keep"]

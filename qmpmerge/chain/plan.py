@@ -1,36 +1,41 @@
 """
-What a merge will do, as a value. Pure: nothing here asks QEMU or opens a file.
+What a merge or a pull will do, as a value. Pure: nothing here asks QEMU or opens a file.
 
-A `CommitPlan` says which images go, which one is rewritten to what, and which chain must be there afterwards. `--dry-run`
-prints it, and after the job a fresh discovery must equal its `result`.
+A plan says which images go, which one is rewritten to what, and which chain must be there afterwards. `--dry-run` prints it,
+and after the job a fresh discovery must equal its `result`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.errors import BackingString, BaseAboveTop, BaseIsTop, OptionsConflict, Refused, ShorterLayer
 
+Direction = Literal["commit", "pull"]
+"""Where the data of the images goes that leave a chain: into the image below them, or into the one above."""
+
 
 @dataclass(frozen=True)
-class CommitPlan:
+class Plan(ABC):
     """
-    Merge the images above `base` up to and including `top` into `base`.
+    Images leave a chain, and what they hold goes into a neighbour of theirs: the `receiver`.
 
-    `merged` are the images that the chain loses, base first. `pivots` says that top is the active image: then the guest
-    moves onto base and nothing is rewritten. Else `overlay` is the image right above top, and `backing_name` is the
-    string its header will get. `result` is the chain afterwards. A plan with `refusals` (ShorterLayer, BackingString) must
-    not be carried out: `checks.check` raises them together with what else it finds. `base_is_named` says that the user has
-    named the base, and not left it to us.
+    `merged` are those that leave, lowest first, and `top` is the highest of them. `base` lies right below them, None where
+    nothing does, and `overlay` right above, None where the active image leaves. The overlay's header gets the string
+    `backing_name`, None for no backing file. `result` is the chain afterwards. A plan with `refusals` (ShorterLayer,
+    BackingString) must not be carried out: `checks.check` raises them together with what else it finds. `base_is_named` says
+    that the user has named the base, and not left it to us.
     """
 
+    direction: ClassVar[Direction]
     chain: Chain
-    base: Image
+    base: Image | None
     top: Image
     merged: tuple[Image, ...]
-    pivots: bool
     overlay: Image | None
     backing_name: str | None
     result: Chain
@@ -38,14 +43,130 @@ class CommitPlan:
     base_is_named: bool = False
 
     @property
+    @abstractmethod
+    def receiver(self) -> Image:
+        """The image that the data is written to."""
+
+    @property
+    @abstractmethod
     def written(self) -> tuple[Image, ...]:
-        """The images that are written: base, and the overlay whose header is."""
-        return (self.base,) if self.overlay is None else (self.base, self.overlay)
+        """The images that are written to, the receiver first."""
+
+    @property
+    @abstractmethod
+    def views(self) -> tuple[tuple[Image, ...], tuple[Image, ...]]:
+        """
+        Two ways through the images that must show the same before anything is switched, base first: with those that leave, and
+        without.
+        """
+
+    @property
+    @abstractmethod
+    def changed(self) -> tuple[Image, ...]:
+        """The images that show other data afterwards, or are in nobody's chain any more: what is built on one is ruined."""
+
+    @property
+    @abstractmethod
+    def exclusive(self) -> tuple[Image, ...]:
+        """The images that no other process may have open."""
+
+    @property
+    def named(self) -> tuple[Image, ...]:
+        """The images that the next start must find under their names."""
+        return tuple(image for image in (self.base, self.overlay) if image is not None)
+
+    @property
+    def touched(self) -> tuple[Image, ...]:
+        """All images that play a part, base first."""
+        return tuple(image for image in (self.base, *self.merged, self.overlay) if image is not None)
+
+    @property
+    def base_index(self) -> int:
+        """The index of the base in the chain, 0 where there is none."""
+        return 0 if self.base is None else self.chain.index(self.base)
+
+    @property
+    def pivots(self) -> bool:
+        """Whether the active image leaves, and the guest moves onto base: nothing is rewritten then."""
+        return self.overlay is None and bool(self.merged)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to merge: the disk has a single image."""
+        """Whether there is nothing to merge."""
         return not self.merged
+
+
+@dataclass(frozen=True)
+class CommitPlan(Plan):
+    """Merge the images above `base` up to and including `top` into `base`."""
+
+    direction = "commit"
+    base: Image
+
+    @property
+    def receiver(self) -> Image:
+        """Base."""
+        return self.base
+
+    @property
+    def written(self) -> tuple[Image, ...]:
+        """Base, and the overlay for its header."""
+        return self.named
+
+    @property
+    def views(self) -> tuple[tuple[Image, ...], tuple[Image, ...]]:
+        """Through top, and through base."""
+        images = self.chain.images
+        return images[: self.chain.index(self.top)], images[: self.base_index]
+
+    @property
+    def changed(self) -> tuple[Image, ...]:
+        """Base shows what top did, and what was merged is stashed."""
+        return (self.base, *self.merged)
+
+    @property
+    def exclusive(self) -> tuple[Image, ...]:
+        """All."""
+        return self.touched
+
+
+@dataclass(frozen=True)
+class PullPlan(Plan):
+    """Pull what the images below `overlay` hold, down to `base` and without it, into `overlay`: no image shows other data."""
+
+    direction = "pull"
+    overlay: Image
+
+    @property
+    def receiver(self) -> Image:
+        """The overlay."""
+        return self.overlay
+
+    @property
+    def written(self) -> tuple[Image, ...]:
+        """The overlay, with its header."""
+        return (self.overlay,)
+
+    @property
+    def views(self) -> tuple[tuple[Image, ...], tuple[Image, ...]]:
+        """The overlay on all that lies below it, and on base alone."""
+        images = self.chain.images
+        return images[: self.chain.index(self.overlay)], (*images[: self.base_index], self.overlay)
+
+    @property
+    def changed(self) -> tuple[Image, ...]:
+        """None."""
+        return ()
+
+    @property
+    def exclusive(self) -> tuple[Image, ...]:
+        """The overlay: all else is only read."""
+        return (self.overlay,)
+
+    @property
+    def is_in_the_middle(self) -> bool:
+        """Whether it is pulled into another image than the active one, which QEMU has to open for writing."""
+        return self.overlay is not self.chain.active
 
 
 def commit(
@@ -62,8 +183,7 @@ def commit(
     `shallow` merges top into the image right below it. Layers are addressed as `Chain.find` takes them.
     Raises NoSuchLayer, AmbiguousLayer, BaseAboveTop, BaseIsTop, OptionsConflict.
     """
-    if shallow and base is not None:
-        raise OptionsConflict(options=["--shallow", "--base"])
+    _refuse_both(shallow, base)
     top_index = len(chain) if top is None else chain.index(chain.find(top, disk))
     lowest = max(1, top_index - 1) if shallow else 1
     base_index = lowest if base is None else chain.index(chain.find(base, disk))
@@ -71,40 +191,106 @@ def commit(
         raise BaseAboveTop(base=chain[base_index].file, top=chain[top_index].file)
     if base_index == top_index and len(chain) > 1:
         raise BaseIsTop(base=chain[base_index].file)
-    return replace(_plan(chain, base_index, top_index), base_is_named=base is not None)
+    return replace(_commit(chain, base_index, top_index), base_is_named=base is not None)
 
 
-def _plan(chain: Chain, base_index: int, top_index: int) -> CommitPlan:
-    below, merged, above = (
-        chain.images[:base_index],
-        chain.images[base_index:top_index],
-        chain.images[top_index:],
-    )
-    base = below[-1]
-    refusals: list[Refused] = [*_shorter(merged, base)]
-    overlay = above[0] if above else None
-    name = None
-    if overlay is not None:
-        try:
-            name = backing.backing_name(overlay, base, merged[0])
-        except BackingString as refusal:
-            refusals.append(refusal)
-        rewritten = replace(overlay, backing=name, backing_format=base.format)
-        above = (rewritten, *above[1:])
+def pull(
+    chain: Chain,
+    *,
+    disk: str = "",
+    base: LayerName | None = None,
+    top: LayerName | None = None,
+    shallow: bool = False,
+) -> PullPlan:
+    """
+    Plan to pull what lies below `top` (default: the active image), and above `base` (default: all of it), into `top`.
+
+    `shallow` pulls the image right below top only. Raises as `commit`.
+    """
+    _refuse_both(shallow, base)
+    into = len(chain) if top is None else chain.index(chain.find(top, disk))
+    lowest = max(0, into - 2) if shallow else 0
+    base_index = lowest if base is None else chain.index(chain.find(base, disk))
+    if base_index > into:
+        raise BaseAboveTop(base=chain[base_index].file, top=chain[into].file)
+    if base_index == into and len(chain) > 1:
+        raise BaseIsTop(base=chain[base_index].file)
+    return replace(_pull(chain, min(base_index, into - 1), into), base_is_named=base is not None)
+
+
+def planned(
+    direction: Direction, chain: Chain, *, disk: str = "", base: LayerName | None, top: LayerName | None, shallow: bool
+) -> Plan:
+    """What is asked for in these words: `commit` or `pull`."""
+    make = commit if direction == "commit" else pull
+    return make(chain, disk=disk, base=base, top=top, shallow=shallow)
+
+
+def between(direction: Direction, chain: Chain, base: int, top: int) -> Plan:
+    """The plan by which the images above index `base`, up to `top`, leave the chain. Raises IndexError."""
+    return _commit(chain, base, top) if direction == "commit" else _pull(chain, base, top + 1)
+
+
+def _refuse_both(shallow: bool, base: LayerName | None) -> None:
+    if shallow and base is not None:
+        raise OptionsConflict(options=["--shallow", "--base"])
+
+
+def _commit(chain: Chain, base_index: int, top_index: int) -> CommitPlan:
+    base, merged = chain[base_index], chain.images[base_index:top_index]
+    linked, refusals = _linked(chain, base_index, top_index)
     return CommitPlan(
         chain=chain,
         base=base,
         top=chain[top_index],
         merged=merged,
-        pivots=overlay is None and bool(merged),
+        overlay=chain[top_index + 1] if linked else None,
+        backing_name=linked[0].backing if linked else None,
+        result=Chain((*chain.images[:base_index], *linked)),
+        refusals=(*_shorter(merged, base.virtual_size, base), *refusals),
+    )
+
+
+def _pull(chain: Chain, base_index: int, into: int) -> PullPlan:
+    base, merged = chain[base_index] if base_index else None, chain.images[base_index : into - 1]
+    overlay, refusals = chain[into], list[Refused]()
+    linked: Sequence[Image] = chain.images[into - 1 :]
+    if merged:
+        linked, refusals = _linked(chain, base_index, into - 1)
+    if base is not None:
+        refusals = [*_shorter(merged, min(base.virtual_size, overlay.virtual_size), base, pulls=True), *refusals]
+    return PullPlan(
+        chain=chain,
+        base=base,
+        top=merged[-1] if merged else overlay,
+        merged=merged,
         overlay=overlay,
-        backing_name=name,
-        result=Chain((*below, *above)),
+        backing_name=linked[0].backing,
+        result=Chain((*chain.images[:base_index], *linked)),
         refusals=tuple(refusals),
     )
 
 
-def _shorter(merged: Sequence[Image], base: Image) -> Iterator[ShorterLayer]:
+def _linked(chain: Chain, base_index: int, top_index: int) -> tuple[tuple[Image, ...], list[Refused]]:
+    """The images above `top_index`, the lowest of them linked to that at `base_index` (0 for none), and why it cannot be."""
+    above = chain.images[top_index:]
+    if not above:
+        return (), []
+    if not base_index:
+        return (replace(above[0], backing=None, backing_format=None), *above[1:]), []
+    base, name, refusals = chain[base_index], None, list[Refused]()
+    try:
+        name = backing.backing_name(above[0], base, chain[base_index + 1])
+    except BackingString as refusal:
+        refusals.append(refusal)
+    return (replace(above[0], backing=name, backing_format=base.format), *above[1:]), refusals
+
+
+def _shorter(merged: Sequence[Image], size: int, base: Image, *, pulls: bool = False) -> Iterator[ShorterLayer]:
+    """Those behind whose ends zeros are read now, and base would be read afterwards: up to `size` it would show."""
+    more = {"instead": "pull the whole chain (no `--base`)"} if pulls else {}
     for image in merged:
-        if image.virtual_size < base.virtual_size:
-            yield ShorterLayer(image=image.file, size=image.virtual_size, base=base.file, base_size=base.virtual_size)
+        if image.virtual_size < size:
+            yield ShorterLayer(
+                image=image.file, size=image.virtual_size, base=base.file, base_size=base.virtual_size, **more
+            )

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 
 from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import files, graph, sight
 from qmpmerge.checks.question import Question, Seen, Unseen, process
 from qmpmerge.errors import FORCEABLE, NotWritable, QemuRefused, Refused, refuse
@@ -32,7 +32,7 @@ class Answer:
 async def check(
     target: Target,
     view: ChainView,
-    plan: CommitPlan,
+    plan: Plan,
     *,
     ending: Ending = "pivot",
     force: Collection[str] = (),
@@ -52,8 +52,9 @@ async def check(
     pid, opened = process(target, plan)
     version = target.monitor.version
     estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=dry_run, version=version)
-    below = dependents.folders_above(plan.base, plan.chain.active)
-    others = await dependents.look([plan.base, *plan.merged], plan.chain, [*search, *below], holders.qemu_files())
+    below = dependents.folders_above(plan.receiver, plan.chain.active)
+    built_on = graph.fragile(target, plan)
+    others = await dependents.look(built_on, plan.chain, [*search, *below], holders.qemu_files())
     question = Question(target, pid, opened, view, plan, ending, others, estimate, dry_run)
     checked: list[Checked] = []
     refusals: list[Refused] = []

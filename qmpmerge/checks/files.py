@@ -83,7 +83,7 @@ async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
     from qmpmerge.processes import holders, kernel
 
     pid = question.pid
-    files = [image.file for image in question.touched if image.has_path]
+    files = [image.file for image in question.plan.exclusive if image.has_path]
     look = kernel.look(files)
     users = await holders.lasting(files, excluding=[pid]) if pid is not None else holders.of_kernel(look)
     if question.target.is_live:
@@ -146,7 +146,7 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
     yield Seen(question.others.told)
     for blind in sight.unseen_dependents(question):
         yield blind
-    for image in (question.plan.base, *question.plan.merged):
+    for image in question.plan.changed:
         if not (image.has_path or image.is_elsewhere):
             yield Unseen(f"what is built on {image.file} cannot be looked for in folders")
 
@@ -154,6 +154,8 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
 async def shared_base(question: Question) -> AsyncIterator[Refused]:
     """What is built on a golden image lies in folders that nobody but the user knows."""
     plan = question.plan
+    if not isinstance(plan, CommitPlan):
+        return
     base, active = plan.base, plan.chain.active
     if plan.base_is_named or identity.is_temporary(active) or not is_outside(base, active):
         return
@@ -179,12 +181,13 @@ async def no_space(question: Question) -> AsyncIterator[Refused | Unseen]:
     if estimate.reason:
         yield Unseen(estimate.reason)
     elif not estimate.is_enough and estimate.growth is not None and estimate.free is not None:
-        yield NoSpace(base=question.plan.base.file, growth=estimate.growth, free=estimate.free)
+        receiver = question.plan.receiver.file
+        yield NoSpace(base=receiver, growth=estimate.growth, free=estimate.free, reserve=estimate.reserve)
 
 
 async def device_too_small(question: Question) -> AsyncIterator[Refused]:
     """QEMU grows a file, and fails on a device with nothing better than `Invalid argument`; nor does a part of one grow."""
-    base, needed = question.plan.base, question.plan.top.virtual_size
+    base, needed = question.plan.receiver, question.plan.views[0][-1].virtual_size
     if base.has_path and base.format == "raw" and needed > base.virtual_size and (_is_device(base.file) or _ends(base)):
         yield DeviceTooSmall(base=base.label, size=base.virtual_size, needed=needed)
 

@@ -2,12 +2,12 @@
 Checks of what QEMU and the headers say, each an async generator of refusals.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.backing import is_path, leads_from
 from qmpmerge.chain.chain import Image
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import CommitPlan, Plan, PullPlan
 from qmpmerge.checks import sight
 from qmpmerge.checks.known_bad import found
 from qmpmerge.checks.question import Question, Unseen
@@ -59,6 +59,8 @@ async def attached(question: Question) -> AsyncIterator[Refused | Unseen]:
     view, plan = question.view, question.plan
     if view.disk.job is not None:
         return  # it has layers for itself, which is `busy`
+    if not isinstance(plan, CommitPlan):
+        return  # a stream only reads what lies below, and moves whoever uses the image above onto a filter of its own
     base, top = plan.base.node or "", plan.top.node or ""
     nodes = view.disk.nodes
     filters = view.layout.filters_below(view.disk, plan.overlay) if plan.overlay is not None else []
@@ -92,6 +94,20 @@ async def _told(target: Target, layout: Layout, parent: Parent, node: str) -> tu
     return f"device {device}", f"unplug {device} (`{typed(monitor.name, ('device_del', {'id': device}))}`)"
 
 
+def fragile(target: Target, plan: Plan) -> Sequence[Image]:
+    """
+    The images on which nobody else may be built. QEMU 11.1 leaves the image in the middle that was pulled into open for
+    writing, with the lock that keeps others from starting on it, until it ends; `Pull.make_durable` closes it for writing
+    again where it can: not a node that QEMU has named itself.
+    """
+    stays_open = isinstance(plan, PullPlan) and plan.is_in_the_middle and (plan.overlay.node or "").startswith("#")
+    if (
+        stays_open and target.is_live and target.monitor.version > (10, 0, 99)
+    ):  # not so on 10.0.2; what lies between was not tried
+        return plan.written
+    return plan.changed
+
+
 async def temporary(question: Question) -> AsyncIterator[Refused]:
     """The active image of a `snapshot=on` drive."""
     active = question.plan.chain.active
@@ -109,7 +125,7 @@ async def shorter_layer(question: Question) -> AsyncIterator[Refused]:
 async def disagrees(question: Question) -> AsyncIterator[Refused | Unseen]:
     """Of what leaves the chain, and of the overlay: base's own header is not touched."""
     chain = question.plan.chain
-    touched = {image.file for image in question.touched[1:]}
+    touched = {image.file for image in question.relinked}
     for blind in sight.unread(question):
         yield blind
     below = {image.file: beneath.label for beneath, image in zip(chain, chain.images[1:], strict=False)}
@@ -121,10 +137,10 @@ async def disagrees(question: Question) -> AsyncIterator[Refused | Unseen]:
 
 async def no_format(question: Question) -> AsyncIterator[Refused | Unseen]:
     """Only of base: what lies above it are overlays, whose first bytes no guest can write."""
-    child = question.plan.merged[0]
-    if any(odd.name == "no-format" and odd.file == child.file for odd in question.view.oddities):
+    child, base = question.plan.merged[0], question.plan.base
+    if base is not None and any(odd.name == "no-format" and odd.file == child.file for odd in question.view.oddities):
         trusting = "; `--force no-format` trusts what this QEMU has taken it for"
-        yield NoFormat(image=child.file, backing=child.backing or question.plan.base.file, instead=trusting)
+        yield NoFormat(image=child.file, backing=child.backing or base.file, instead=trusting)
     for blind in sight.unread(question):
         yield blind
 
@@ -135,28 +151,28 @@ async def backing_string(question: Question) -> AsyncIterator[Refused | Unseen]:
     for refusal in plan.refusals:
         if isinstance(refusal, BackingString):
             yield refusal
-    overlay, name = plan.overlay, plan.backing_name
+    overlay, base, name = plan.overlay, plan.base, plan.backing_name
     for blind in sight.unseen(question) if overlay is not None else ():
         yield blind
-    if overlay is None or name is None or not (plan.base.has_path and overlay.has_path):
+    if overlay is None or base is None or name is None or not (base.has_path and overlay.has_path):
         return
-    if not _leads(overlay, name, plan):
+    if not _leads(overlay, name, base, plan.top):
         yield BackingString(overlay=overlay.file, backing=name, reason="it would not lead to the base from there")
 
 
-def _leads(overlay: Image, name: str, plan: CommitPlan) -> bool:
+def _leads(overlay: Image, name: str, base: Image, top: Image) -> bool:
     if not is_path(name):  # kept as the base's child has it, or made of what QEMU told
-        return backing.leads_to(overlay, name, plan.base) is True
+        return backing.leads_to(overlay, name, base) is True
     present = overlay.backing
-    known = [folder for folder in backing.folders(overlay) if present and leads_from(folder, present, plan.top)]
-    return all(leads_from(folder, name, plan.base) for folder in known or backing.folders(overlay))
+    known = [folder for folder in backing.folders(overlay) if present and leads_from(folder, present, top)]
+    return all(leads_from(folder, name, base) for folder in known or backing.folders(overlay))
 
 
 async def would_lose(question: Question) -> AsyncIterator[Refused]:
-    """Internal snapshots, and the dirty bitmaps that cannot be carried over."""
-    if question.keeps:
-        return
+    """Internal snapshots, and the dirty bitmaps that cannot be carried over; images that are left alone keep theirs."""
     plan, layout = question.plan, question.view.layout
+    if question.keeps or not isinstance(plan, CommitPlan):
+        return
     lost = bitmaps.snapshots(layout, plan.merged)
     for bitmap in bitmaps.of(layout, plan.merged):
         reason = bitmaps.obstacle(layout, plan, bitmap)
@@ -179,6 +195,6 @@ async def flush_unavailable(question: Question) -> AsyncIterator[Refused | Unsee
         yield Unseen("nothing is tried in this state of the VM")
         return
     try:
-        await flush.check(question.target.monitor, question.plan.base)
+        await flush.check(question.target.monitor, question.plan.receiver)
     except (FlushUnavailable, Busy) as refusal:
         yield refusal

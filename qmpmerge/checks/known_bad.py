@@ -6,7 +6,7 @@ import shlex
 from collections.abc import AsyncIterator, Iterator
 
 from qmpmerge.chain.chain import ELSEWHERE, Image
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.errors import KnownBad, QemuRefused
 from qmpmerge.images import qcow2
 from qmpmerge.processes.openfiles import FDSET
@@ -24,12 +24,12 @@ BACKUP_FILTERS = frozenset({"copy-before-write", "backup-top"})
 """What a backup has above a disk; the latter is the former's name before 6.0."""
 
 
-async def found(monitor: Monitor, view: ChainView, plan: CommitPlan, *, pivots: bool) -> AsyncIterator[KnownBad]:
+async def found(monitor: Monitor, view: ChainView, plan: Plan, *, pivots: bool) -> AsyncIterator[KnownBad]:
     """What speaks against this merge on this QEMU; `pivots` says that the guest would be moved onto base."""
     if monitor.version >= (8, 0, 0) and len(plan.merged) > DEEPEST:
         reason = f"one read through {len(plan.merged)} images can be too much for its stack"
         yield KnownBad(reason=reason, instead="merge parts of it first, with a base further up")
-    if plan.base.file.startswith(f"{ELSEWHERE}{FDSET}"):
+    if plan.receiver.file.startswith(f"{ELSEWHERE}{FDSET}"):
         # Aborted on 7.2.22, 10.0.2 and 11.1.3, when base is opened again; fine with locking=off, which nobody can ask for.
         reason = "it aborts over its own locks where the base was handed to it as a descriptor, but for `locking=off`"
         yield KnownBad(reason=reason, instead="start the VM with the file name of the base, or merge with the VM off")
@@ -40,18 +40,18 @@ async def found(monitor: Monitor, view: ChainView, plan: CommitPlan, *, pivots: 
             yield bad
 
 
-def _dirty(monitor: Monitor, plan: CommitPlan) -> Iterator[KnownBad]:
+def _dirty(monitor: Monitor, plan: Plan) -> Iterator[KnownBad]:
     """Images below the active one that are marked as dirty: nobody has repaired them, since they were opened for reading."""
-    for image in (plan.base, *plan.merged):
+    for image in (plan.receiver, *plan.merged):
         if image is plan.chain.active or not _is_dirty(image):
             continue
         # Aborted on 7.2.22 and 10.0.2, not on 11.1.3: it clears the mark, and has no right to write.
         reason = f"it aborts as it closes {image.file}, which is marked as dirty and was opened for reading"
-        if image is plan.base:
+        if image is plan.receiver:
             reason = (
                 f"{image.file} is marked as dirty, and is not repaired before it is written: what it holds may be lost"
             )
-        if image is plan.base or monitor.version < (11, 1, 0):
+        if image is plan.receiver or monitor.version < (11, 1, 0):
             repair = shlex.join(["qemu-img", "check", "-r", "all", "-f", "qcow2", image.file])
             yield KnownBad(reason=reason, instead=f"with the VM off repair it: `{repair}`")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import Ending, Estimate
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.images.dependents import Look
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
@@ -38,7 +38,7 @@ class Question:
     pid: int | None
     opened: set[Identity]
     view: ChainView
-    plan: CommitPlan
+    plan: Plan
     ending: Ending
     others: Look
     estimate: Estimate
@@ -47,12 +47,17 @@ class Question:
     @property
     def written(self) -> list[Image]:
         """The images that QEMU will write to."""
-        return [self.plan.base, *([self.plan.overlay] if self.plan.overlay is not None else [])]
+        return list(self.plan.written)
 
     @property
     def touched(self) -> list[Image]:
-        """The images that QEMU will write to, or that leave the chain, base first."""
-        return [self.plan.base, *self.plan.merged, *self.written[1:]]
+        """The images that play a part, base first."""
+        return list(self.plan.touched)
+
+    @property
+    def relinked(self) -> list[Image]:
+        """What leaves the chain, and the overlay: those whose headers tell what lies below them."""
+        return [image for image in self.plan.touched if image is not self.plan.base]
 
     @property
     def rewrites(self) -> bool:
@@ -69,7 +74,7 @@ class Question:
         return self.plan.pivots and self.ending == "keep"
 
 
-def process(target: Target, plan: CommitPlan) -> tuple[int | None, set[Identity]]:
+def process(target: Target, plan: Plan) -> tuple[int | None, set[Identity]]:
     """QEMU's pid and what it has open; what answers on the monitor may be a relay, such as ssh, which is not QEMU."""
     from qmpmerge.processes import vms
 

@@ -99,7 +99,7 @@ def unseen(question: Question) -> list[Unseen]:
 
 def unread(question: Question) -> list[Unseen]:
     """For a check that looks at the headers of what leaves the chain, and of the overlay."""
-    touched = {image.file for image in question.touched[1:]}
+    touched = {image.file for image in question.relinked}
     odd = [one for one in question.view.oddities if one.name in ("unreadable", "not-seen") and one.file in touched]
     return [Unseen(f"its header cannot be read: {', '.join(one.file for one in odd)}")] if odd else []
 

@@ -7,11 +7,12 @@ import time
 from dataclasses import replace
 
 from qmpmerge import shield
+from qmpmerge.chain.state import State
 from qmpmerge.engine import proof
 from qmpmerge.engine.pace import progress
 from qmpmerge.engine.pace.progress import Meter, Shortage
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import JobFailed, NotProven, OutOfQuota, QemuRefused, StillRunning
+from qmpmerge.errors import JobFailed, NotProven, OutOfQuota, QemuRefused, RecordFailed, StillRunning
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
@@ -47,12 +48,28 @@ async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False)
         status = job.status
 
 
+async def finalize(run: Run, doorbell: Doorbell, job: Job) -> Job | None:
+    """
+    Past the point of return: written down, then the job rewrites the overlay's header. Returns it as it ended. Raises
+    RecordFailed with the job taken back, and what `see_names` does.
+    """
+    run.past_return = True
+    try:
+        run.enter(State.SWITCHING)
+        run.sync()
+    except OSError as error:
+        await take_back(run, doorbell)
+        path = run.record.path if run.record else ""
+        raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
+    return await end(run, doorbell, job.status)
+
+
 async def see_names(run: Run, doorbell: Doorbell) -> None:
     """
-    The names of the images that are written must lead to them: the last look before QEMU opens some by name again, and a
-    stat of each where all is well. Raises Displaced with the job taken back, LeftDisplaced.
+    The names of the images by which the new chain is linked must lead to them: the last look before QEMU opens some by
+    name again, and a stat of each where all is well. Raises Displaced with the job taken back, LeftDisplaced.
     """
-    for image in run.plan.written:
+    for image in run.plan.named:
         astray = identity.astray(image, run.target.pid)
         if astray is not None:
             await shield.finished(take_back(run, doorbell))
@@ -87,11 +104,13 @@ async def take_back(run: Run, doorbell: Doorbell) -> None:
 
 async def _see_that_it_may_end(run: Run) -> None:
     """
-    However a job ends, QEMU opens base by its name again, to read it only: it takes another file that is there, and where
-    nothing is there, and base has `auto-read-only`, it aborts with its guest (7.2 to 11.1). Raises LeftDisplaced; Displaced
+    However a job ends, QEMU opens what it has written to below the active image by its name again, to read it only: it takes
+    another file that is there, and where nothing is there, and the image has `auto-read-only`, it aborts with its guest (7.2
+    to 11.1). Raises LeftDisplaced; Displaced
     where QEMU is our own, and ends with us.
     """
-    astray = identity.astray(run.plan.base, run.target.pid)
+    receiver = run.plan.receiver
+    astray = identity.astray(receiver, run.target.pid) if receiver is not run.plan.chain.active else None
     if astray is None or not await _is_at_work(run):
         return
     await proof.see_old_chain(run)
@@ -109,7 +128,7 @@ async def _is_at_work(run: Run) -> bool:
 def failure(run: Run, reason: str) -> JobFailed:
     """The error that a job ended with, where the old chain has been seen to be in use."""
     if reason == os.strerror(errno.EDQUOT):
-        filesystem = progress.of(run.plan.base, 0).filesystem
+        filesystem = progress.of(run.plan.receiver, 0).filesystem
         return OutOfQuota(job=run.job, reason=reason, filesystem=filesystem)
     return JobFailed(job=run.job, reason=reason)
 
@@ -148,4 +167,4 @@ def _shortage(run: Run, job: Job) -> Shortage | None:
         return None
     sizes = [image.allocated for image in run.plan.merged]
     left = max(0, job.total - job.done)
-    return progress.of(run.plan.base, left if None in sizes else min(left, sum(size or 0 for size in sizes)))
+    return progress.of(run.plan.receiver, left if None in sizes else min(left, sum(size or 0 for size in sizes)))

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qmpmerge import shield
 from qmpmerge.chain.outcome import MergedFile, files_advice, launch_advice
 from qmpmerge.chain.plan import CommitPlan
-from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob, pivot, safeguards
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.run import Run
@@ -26,7 +25,6 @@ from qmpmerge.errors import (
     NotProven,
     NotWritable,
     QemuRefused,
-    RecordFailed,
     unproven,
 )
 from qmpmerge.journal.record import Record
@@ -53,6 +51,7 @@ class Commit:
     verdict: ClassVar[str]
     counts: ClassVar[str]
     pivots: ClassVar[bool]
+    job_type: ClassVar[str] = "commit"
     decisions: ClassVar[frozenset[str]] = frozenset({"ready", "pending", "concluded"})
 
     async def start(self, run: Run) -> None:
@@ -85,9 +84,18 @@ class Commit:
     async def _more(self, run: Run) -> dict[str, Any]:
         return {}
 
+    async def end_of(self, run: Run, doorbell: Doorbell, job: Job | None) -> Job | None:
+        """It waits to be dismissed."""
+        if job is not None:
+            await jobs.dismiss(run.target.monitor, run.job)
+        return job
+
     def stops_at(self, run: Run, job: Job) -> bool:
         """Not where there is nothing to be left."""
         return False
+
+    async def relink(self, run: Run) -> None:
+        """QEMU does not go on without having written it."""
 
     def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
         """What became of the files."""
@@ -112,7 +120,7 @@ class Intermediate(Commit):
         if job.status != "concluded":
             await safeguards.see_files(run, doorbell)
         if job.status == "pending":
-            await safeguards.make_base_durable(run, doorbell)
+            await safeguards.make_receiver_durable(run, doorbell)
             await safeguards.verify(run, doorbell)
         if job.status != "concluded":
             await safeguards.see_that_it_is_compared(run, doorbell)
@@ -121,18 +129,7 @@ class Intermediate(Commit):
     async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
         """The overlay's header is rewritten, and the graph with it."""
         await safeguards.see_that_it_stays(run, doorbell)
-        return await shield.finished(self._switch(run, doorbell, job))
-
-    async def _switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
-        run.past_return = True
-        try:
-            run.enter(State.SWITCHING)
-            run.sync()
-        except OSError as error:
-            await blockjob.take_back(run, doorbell)
-            path = run.record.path if run.record else ""
-            raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
-        return await blockjob.end(run, doorbell, job.status)
+        return await shield.finished(blockjob.finalize(run, doorbell, job))
 
     async def evidence(
         self, record: Record, target: Target | None, use: "Use | None" = None, *, layout: Layout | None = None
@@ -147,7 +144,7 @@ class Intermediate(Commit):
         """The overlay's header; and base, where somebody else ended the job before we could flush it."""
         assert self.plan.overlay is not None, "it is no active merge"
         try:
-            if not run.base_is_durable:
+            if not run.receiver_is_durable:
                 await flush.flush(run.target.monitor, self.plan.base)
             await flush.flush(run.target.monitor, self.plan.overlay, header_only=True)
             run.log("the header of %s is durable", self.plan.overlay.label)

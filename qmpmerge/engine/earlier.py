@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Image
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.progress import Progress, Report
 from qmpmerge.errors import Busy, CannotRecord, Locked, Suspect, refuse
@@ -22,10 +22,12 @@ from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView, Target
 
 
-def plan_of(view: ChainView, job: Job) -> CommitPlan | None:
-    """The plan that a running commit job carries out, read from the nodes it holds; None when it has just ended."""
+def plan_of(view: ChainView, job: Job) -> Plan | None:
+    """The plan that a running job carries out, read from the nodes it holds; None when it has just ended."""
     edges = view.layout.job_edges.get(job.id, {})
     merged = edges.get("intermediate node", ())
+    if job.type == "stream":
+        return _pull_of(view, edges.get("active node", ()), merged)
     if {"target", "source"} <= edges.keys():
         base, top = edges["target"][0], edges["source"][0]
     elif "base" in edges:
@@ -41,21 +43,36 @@ def plan_of(view: ChainView, job: Job) -> CommitPlan | None:
     return planned
 
 
-def leaves_header(view: ChainView, planned: CommitPlan, job: Job) -> bool:
-    """Whether a job, of somebody else, will not rewrite the overlay's header: see `Layout.filters_below`."""
-    if planned.overlay is None or job.status == "concluded":
+def _pull_of(view: ChainView, into: Sequence[str], merged: Sequence[str]) -> Plan | None:
+    """By the nodes that a stream job pulls into, and from."""
+    indexes = [index for index, image in enumerate(view.chain, 1) if image.node in merged]
+    overlay = next((image for image in view.chain if image.node in into), None)
+    if not indexes or overlay is None:
+        return None
+    planned = plan.between("pull", view.chain, min(indexes) - 1, view.chain.index(overlay) - 1)
+    refuse(planned.refusals)
+    return planned
+
+
+def leaves_header(view: ChainView, planned: Plan, job: Job) -> bool:
+    """Whether a commit job, of somebody else, will not rewrite the overlay's header: see `Layout.filters_below`."""
+    if planned.overlay is None or job.type != "commit" or job.status == "concluded":
         return False
     merged = view.layout.job_edges.get(job.id, {}).get("intermediate node", ())
     return any(node not in merged for node in view.layout.filters_below(view.disk, planned.overlay))
 
 
-def under_way(view: ChainView, planned: CommitPlan) -> Job | None:
+def under_way(view: ChainView, planned: Plan) -> Job | None:
     """The job of ours on this disk that carries out this very plan."""
     job = view.disk.job
-    if job is None or not job.ours or job.type != "commit" or job.status == "concluded":
+    if job is None or not job.ours or not job.can_be_followed or job.status == "concluded":
         return None
     running = plan_of(view, job)
-    same = running is not None and (running.base, running.top) == (planned.base, planned.top)
+    same = running is not None and (running.direction, running.base, running.top) == (
+        planned.direction,
+        planned.base,
+        planned.top,
+    )
     return job if same else None
 
 
@@ -134,6 +151,6 @@ async def refuse_suspect(target: Target, operation: Operation, suspect: str | No
     try:
         guest_runs = await target.guest_runs()
     except mutex.NoTurn as error:
-        raise Busy(disk=operation.plan.base.file, target=target.name, holder=error.holder) from None
+        raise Busy(disk=operation.plan.receiver.file, target=target.name, holder=error.holder) from None
     if guest_runs:
-        raise Suspect(base=operation.plan.base.file, reason=suspect)
+        raise Suspect(base=operation.plan.receiver.file, reason=suspect)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def of_run(run: "Run", path: str) -> Record:
     """The record of this run, to lie at `path`; of one that was begun before, with what its record knows."""
     plan, target = run.plan, run.target
-    base, top = plan.chain.index(plan.base), plan.chain.index(plan.top)
+    policy = run.request.policy(plan)
+    base, top = plan.base_index, plan.chain.index(plan.top)
     new = Record(
         path=path,
         target=_address(target.name),
@@ -25,16 +26,17 @@ def of_run(run: "Run", path: str) -> Record:
         device=run.disk.drive or run.disk.qdev,
         job=run.job,
         chain=plan.chain,
+        direction=plan.direction,
         base=base,
         top=top,
-        policy=run.request.merged_files,
+        policy=policy,
         qemu=proc.process(target.pid) if target.pid is not None else None,
         tool=proc.process(os.getpid()),
         is_live=target.is_live,
         since=time.time(),
         old_nodes=run.old_nodes,
         base_driver=run.base_driver,
-        away={} if run.request.merged_files == "keep" else stash.names_away(plan.chain, base, top),
+        away={} if policy == "keep" else stash.names_away(plan.chain, base, top),
         before=record.looks(plan.chain, range(base + 1, top + (plan.overlay is not None))),
     )
     return new if run.record is None else _continued(new, run.record)

@@ -157,7 +157,7 @@ async def _start(run: Run) -> None:
         run.is_sent = False
         raise
     run.is_started = True
-    run.log("started: %s into %s", run.plan.top.label, run.plan.base.label)
+    run.log("started: %s into %s", run.plan.top.label, run.plan.receiver.label)
 
 
 async def _helped(run: Run, doorbell: Doorbell) -> Outcome:
@@ -179,7 +179,7 @@ async def _to_the_end(run: Run, doorbell: Doorbell, ladder: "Ladder | None" = No
         return proof.ready(run)
     if job is not None:
         job = await _switched(run, doorbell, job)
-    return await shield.finished(_proved(run, job))
+    return await shield.finished(_proved(run, doorbell, job))
 
 
 def _start_deadman(run: Run) -> None:
@@ -215,11 +215,11 @@ async def _switched(run: Run, doorbell: Doorbell, job: Job) -> Job | None:
     return await run.operation.switch(run, doorbell, job)
 
 
-async def _proved(run: Run, job: Job | None) -> Outcome:
+async def _proved(run: Run, doorbell: Doorbell, job: Job | None) -> Outcome:
     """To SWITCHED, PROVED and DONE, or KEPT; for a job that ended without us, the proof."""
     run.past_return = True
+    job = await run.operation.end_of(run, doorbell, job)
     if job is not None:
-        await jobs.dismiss(run.target.monitor, run.job)
         if job.error is not None:
             await proof.prove_old_chain(run)
             raise blockjob.failure(run, job.error)

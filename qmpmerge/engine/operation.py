@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qmpmerge.chain.outcome import MergedFile
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
@@ -19,15 +19,21 @@ class Operation(Protocol):
     """
     One operation: which plan it carries out, and what it does in the states in which operations differ.
 
-    `verdict` is that of an outcome that is proved, `counts` what QEMU counts of its job (see `Progress`), `decisions` are
-    the states of the job in which it waits for us. `pivots` says that the guest moves to another image.
+    `verdict` is that of an outcome that is proved, `job_type` what QEMU calls its jobs, `counts` what it counts of one (see
+    `Progress`), `decisions` are the states of the job in which it waits for us. `pivots` says that the guest moves to another
+    image.
     """
 
-    plan: CommitPlan
     verdict: ClassVar[str]
+    job_type: ClassVar[str]
     counts: ClassVar[str]
     decisions: ClassVar[frozenset[str]]
     pivots: ClassVar[bool]
+
+    @property
+    def plan(self) -> Plan:
+        """What it carries out."""
+        ...
 
     async def start(self, run: "Run") -> None:
         """PLANNED to COPYING: ask for the job. Raises Refused, and what a lost session raises."""
@@ -54,8 +60,16 @@ class Operation(Protocol):
         """
         ...
 
+    async def end_of(self, run: "Run", doorbell: Doorbell, job: Job | None) -> Job | None:
+        """The job as it has ended, where QEMU has it still or what it left tells; else None, and only the proof can tell."""
+        ...
+
     async def make_durable(self, run: "Run") -> None:
         """After the switch, what the proof needs to be durable. Raises HeaderNotDurable."""
+        ...
+
+    async def relink(self, run: "Run") -> None:
+        """After a crash that left the new chain in use: a header that was left behind is written. Raises CannotRecover."""
         ...
 
     async def evidence(

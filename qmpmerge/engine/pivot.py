@@ -67,7 +67,7 @@ async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
 async def _verify(run: Run, doorbell: Doorbell, since: int | None) -> None:
     """Compare base and top where that is asked for and possible; what was not compared is noted."""
     top = run.plan.top
-    if run.verify is None and not run.plan.base.has_path:
+    if run.verify is None and not run.plan.receiver.has_path:
         run.notes.append(safeguards.not_compared(run.plan, "`--verify` does so while the guest is paused"))
     elif run.verify is True and since is None:
         run.notes.append("base and top were not compared: somebody could write to the disk at any time")
@@ -180,6 +180,6 @@ async def _has_moved(run: Run, job: Job | None) -> bool | None:
     if not run.target.is_live:
         return job is not None and job.error is None
     layout = await run.target.layout()
-    moved = layout.has_moved(run.disk.drive or run.disk.qdev, run.plan.top, run.plan.base)
+    moved = layout.has_moved(run.disk.drive or run.disk.qdev, run.plan.top, run.plan.receiver)
     is_used = bool(run.disk.drive or run.disk.qdev or layout.exported)
     return moved if is_used else job is not None and job.error is None

@@ -7,7 +7,7 @@ import time
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, told_apart
 from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchDisk, NotProven, QemuRefused, SeveralImages
@@ -107,14 +107,15 @@ def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
     overlay = run.plan.overlay
     if overlay is None or expected is not run.plan.result:
         return True
-    image = found[expected.index(run.plan.base) + 1]
-    formats = {run.plan.base.format, run.base_driver}
-    return _leads_to_base(run, image) and image.backing_format in formats
+    image, base = found[run.plan.base_index + 1], run.plan.base
+    if base is None:
+        return not image.backing
+    return _leads_to_base(run, image, base) and image.backing_format in (base.format, run.base_driver)
 
 
-def _leads_to_base(run: Run, overlay: Image) -> bool:
+def _leads_to_base(run: Run, overlay: Image, base: Image) -> bool:
     """Whether the header names base, by the string that was planned or by another path to the same file."""
-    name, base = overlay.backing, run.plan.base
+    name = overlay.backing
     if name is None or name == run.plan.backing_name:
         return name is not None
     if not (base.has_path and overlay.has_path and base.inode is not None) or base.slice is not None:
@@ -128,13 +129,15 @@ async def _spelt_as_planned(run: Run, expected: Chain, found: Chain) -> Chain:
     Who starts a job without `backing-file` has QEMU write an absolute path over a relative one. It is mended where QEMU can:
     it records the overlay's own format for base (`change-backing-file`). Raises HeaderNotDurable.
     """
-    overlay, name = run.plan.overlay, run.plan.backing_name
-    if expected is not run.plan.result or overlay is None or name is None or not _is_shown(run, expected, found):
+    overlay, base, name = run.plan.overlay, run.plan.base, run.plan.backing_name
+    if overlay is None or base is None or name is None:
         return found
-    written = found[expected.index(run.plan.base) + 1].backing
+    if expected is not run.plan.result or not _is_shown(run, expected, found):
+        return found
+    written = found[run.plan.base_index + 1].backing
     if written == name:
         return found
-    base, reason = run.plan.base, ""
+    reason = ""
     if overlay.format == base.format == run.base_driver:
         try:
             await run.target.monitor.execute(
@@ -160,23 +163,23 @@ def _not_proven(run: Run, expected: Chain, found: Chain) -> NotProven:
 
 def _see_names(run: Run) -> None:
     """QEMU uses what it has open; the next start opens names. Raises NotUnderItsName."""
-    for image in run.plan.written:
+    for image in run.plan.named:
         astray = identity.astray(image, run.target.pid)
         if astray is not None:
             raise identity.unproven(astray, run.target, run.plan)
 
 
 def _advice(run: Run, verdict: str, merged: tuple[MergedFile, ...]) -> list[str]:
-    base = run.plan.base.file
+    base = run.plan.receiver.file
     if verdict == "kept":
         return [f"{base} held all data at the moment it was let go; the guest writes to the overlay"]
     return run.operation.advice(merged)
 
 
-def merged_files(planned: CommitPlan, policy: Policy) -> tuple[MergedFile, ...]:
+def merged_files(planned: Plan, policy: Policy) -> tuple[MergedFile, ...]:
     """The images that the chain loses, base first, each still in its place, and what is to become of it."""
     chain = planned.chain
-    able = stash.names_away(chain, chain.index(planned.base), chain.index(planned.top))
+    able = stash.names_away(chain, planned.base_index, chain.index(planned.top))
     merged = []
     for image in planned.merged:
         action = policy if chain.index(image) in able else "keep"
@@ -205,7 +208,7 @@ def unchanged(view: ChainView) -> Outcome:
     return Outcome("unchanged", view.disk.name, view.chain, view.chain, hints=tuple(hints))
 
 
-def planned(disk: str, plan: CommitPlan, policy: Policy, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:
+def planned(disk: str, plan: Plan, policy: Policy, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:
     """The outcome of a merge that was only looked at."""
     merged = merged_files(plan, policy)
     return Outcome("planned", disk, plan.chain, plan.result, merged=merged, checks=checked, estimate=estimate)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Ending, MergedFile, Outcome, Policy
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Direction, Plan, planned
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import ActiveOnly, LiveOnly, NotAgreed, OptionsConflict
+from qmpmerge.targets.target import ChainView
 
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Converge
@@ -17,22 +18,23 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Request:
     """
-    `base`, `top` and `shallow` say which layers, as `plan.commit` takes them. `ending` is how an active merge ends.
-    `speed` is bytes a second, 0 for unlimited; None leaves a job that is at work as fast as it is. `verify` compares what
-    base shows with what top shows before anything is switched; None does so where it is cheap. `merged_files` says
-    what becomes of the merged files; `pause` lets the guest stand still for
-    the pivot. `force` and `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes
+    `direction`, `base`, `top` and `shallow` say which layers go where, as `plan.planned` takes them. `ending` is how an active
+    merge ends. `speed` is bytes a second, 0 for unlimited; None leaves a job that is at work as fast as it is. `verify`
+    compares what base shows with what top shows before anything is switched; None does so where it is cheap. `merged_files`
+    says what becomes of the merged files (see `policy`); `pause` lets the guest stand still for the pivot. `force` and
+    `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes
     faster than the job copies. With `polite` the monitor is released for so many seconds between two polls. `patience` is
     how long we stay. `agreed` are the plans of which a merge that pivots must be one, None where it may be any.
     """
 
+    direction: Direction = "commit"
     base: LayerName | None = None
     top: LayerName | None = None
     shallow: bool = False
     ending: Ending = "pivot"
     speed: int | None = None
     verify: bool | None = None
-    merged_files: Policy = "stash"
+    merged_files: Policy | None = None
     pause: bool = True
     force: Collection[str] = ()
     search: Collection[str] = ()
@@ -47,7 +49,7 @@ class Request:
         if self.converge is not None and self.polite is not None:
             raise OptionsConflict(options=["--converge", "--polite"])
 
-    def refuse_not_agreed(self, plan: CommitPlan, merged: tuple[MergedFile, ...]) -> None:
+    def refuse_not_agreed(self, plan: Plan, merged: tuple[MergedFile, ...]) -> None:
         """A merge that pivots may need a plan that was agreed to, of the very same files. Raises NotAgreed."""
         if self.agreed is None or not plan.pivots or self.ending != "pivot":
             return
@@ -67,7 +69,17 @@ class Request:
         """Like `verify`; what is to be deleted must be compared."""
         return True if self.merged_files == "delete" else self.verify
 
-    def refuse_ending_of(self, plan: CommitPlan) -> None:
+    def plan(self, view: ChainView) -> Plan:
+        """What is asked for, of this chain. Raises NoSuchLayer, BaseAboveTop, BaseIsTop, OptionsConflict."""
+        return planned(
+            self.direction, view.chain, disk=view.disk.name, base=self.base, top=self.top, shallow=self.shallow
+        )
+
+    def policy(self, plan: Plan) -> Policy:
+        """What becomes of the files of merged images: those that a pull has only read stay, unless the user says otherwise."""
+        return self.merged_files or ("stash" if plan.direction == "commit" else "keep")
+
+    def refuse_ending_of(self, plan: Plan) -> None:
         """An intermediate merge ends in one way only. Raises ActiveOnly."""
         if self.ending != "pivot" and not plan.pivots:
             raise ActiveOnly(option=self.option.strip(), top=plan.top.file, active=plan.chain.active.file)

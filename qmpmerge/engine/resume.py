@@ -16,7 +16,7 @@ from qmpmerge import folder
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.chain.state import State
-from qmpmerge.engine import commit
+from qmpmerge.engine import directions
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -88,7 +88,7 @@ async def recover(
     """
     async with _carrier(record, trace) as target:
         with locks.taken_for(record.plan) as lock:
-            judged = await commit.operation(record.plan).evidence(record, target, use)
+            judged = await directions.operation(record.plan).evidence(record, target, use)
             if target is None:
                 await see_unused(record, judged, None)
             refuse_foreign(record, [judged.way], Vouched(allow=tuple(allow)))
@@ -158,7 +158,7 @@ async def foresee(target: Target, view: ChainView, records: Sequence[Record]) ->
 async def _settled(
     record: Record, target: Target | None, layout: Layout | None, vouched: Vouched
 ) -> tuple[Way, Outcome | None]:
-    carrier, operation = _carrier_of(record, target), commit.operation(record.plan)
+    carrier, operation = _carrier_of(record, target), directions.operation(record.plan)
     with locks.taken_for(record.plan) as lock:
         judged = await _judged(record, target, layout, vouched)
         recovery = await _ended(record, judged, carrier, lock)
@@ -174,7 +174,7 @@ async def _judged(record: Record, target: Target | None, layout: Layout | None, 
     """What can be ended by itself. Raises Unfinished, ForeignFile, InUse."""
     carrier = _carrier_of(record, target)
     try:
-        judged = await commit.operation(record.plan).evidence(record, carrier, layout=layout)
+        judged = await directions.operation(record.plan).evidence(record, carrier, layout=layout)
         if judged.way == "repoint" or (judged.way != "leave" and carrier is None and _runs(record)):
             raise _unfinished(record, judged.reasons)
         if carrier is None:
@@ -213,7 +213,7 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
         known, ours = (await target.layout()).nodes, {image.node for image in record.chain}
         await vmstate.check(target.monitor, [node for name, node in known.items() if name in ours])
     request = Request(merged_files=record.policy)
-    run = Run.resume(target, commit.operation(record.plan), request, lock, record=record, state=judged.state)
+    run = Run.resume(target, directions.operation(record.plan), request, lock, record=record, state=judged.state)
     merged: tuple[MergedFile, ...] = ()
     try:
         if judged.way == "leave":
@@ -245,12 +245,13 @@ def _action(judged: Judgement, record: Record) -> str:
 
 async def _finished(run: Run) -> tuple[MergedFile, ...]:
     """The new chain is right: make it durable, then deal with the merged files. Raises OSError, CannotRecover."""
+    await run.operation.relink(run)
     for image in run.plan.written:
         try:
             if run.carrier is None and files.is_regular(image.file):
                 files.sync(image.file)
             elif run.carrier is not None and run.plan.overlay is not None:
-                await flush.flush(run.carrier.monitor, image, header_only=image is run.plan.overlay)
+                await flush.flush(run.carrier.monitor, image, header_only=image is not run.plan.receiver)
         except (NotDurable, FlushUnavailable) as error:
             raise CannotRecover(file=image.file, reason=error.reason) from None
     if run.carrier is not None:
@@ -266,7 +267,7 @@ def _left_open(run: Run, layout: Layout) -> list[str]:
     """The nodes of the merged images, where they still are those and no others of the same name, and filters above them."""
     plan = run.plan
     filters = [node for node in run.old_nodes if node in layout.nodes and layout.nodes[node].driver in FILTERS]
-    nodes = layout.between(plan.top.node or "", plan.base.node or "")
+    nodes = layout.between(plan.top.node or "", plan.base.node if plan.base is not None else None)
     files_there = {os.path.basename(str(layout.nodes[node].info.get("file"))) for node in nodes}
     return [*filters, *nodes] if plan.top.name in files_there else []
 

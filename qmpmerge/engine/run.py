@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from qmpmerge import folder
 from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Checked, MergedFile
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import NEXT, RECORDED, State
 from qmpmerge.engine import first_record
 from qmpmerge.engine.log import log
@@ -67,7 +67,7 @@ class Run:
     verify: bool | None = None
     verified: bool = False
     suspect: str | None = None
-    base_is_durable: bool = False
+    receiver_is_durable: bool = False
     deadman: Switch | None = None
     paused_ms: float | None = None
     seen: Job | None = None
@@ -119,10 +119,11 @@ class Run:
             old_nodes = [node for node in record.old_nodes if node not in there]
         else:
             plan, layout = operation.plan, view.layout
-            job = view.disk.job.id if view.disk.job else jobs.job_id(view.disk.name)
-            driver = layout.nodes[plan.base.node or ""].driver
+            job = view.disk.job.id if view.disk.job else jobs.job_id(view.disk.name, plan.direction)
+            below = plan.base.node or "" if plan.base is not None else None
+            driver = layout.nodes[below].driver if below is not None else ""
             filters = layout.filters_below(view.disk, plan.overlay) if plan.overlay is not None else []
-            old_nodes = [*filters, *layout.between(plan.top.node or "", plan.base.node or "")]
+            old_nodes = [*filters, *layout.between(plan.top.node or "", below)]
         suspect = lock.note.suspect
         return cls(
             operation=operation,
@@ -154,7 +155,7 @@ class Run:
         return self.shown
 
     @property
-    def plan(self) -> CommitPlan:
+    def plan(self) -> Plan:
         """What is carried out."""
         return self.operation.plan
 
@@ -276,7 +277,7 @@ class Run:
     def _place(self) -> str:
         """Where the record lies, or is to lie; empty where there is no place for it."""
         chain = self.plan.chain
-        return self.record.path if self.record is not None else store.place_of(chain, chain.index(self.plan.base))
+        return self.record.path if self.record is not None else store.place_of(chain, self.plan.base_index)
 
     def _names_given_back(self) -> bool:
         try:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from qmpmerge import shield
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.engine import blockjob, rest
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -58,7 +58,7 @@ async def see_that_it_is_compared(run: Run, doorbell: Doorbell) -> None:
         return
     await shield.finished(blockjob.take_back(run, doorbell))
     reason = f"the guest writes, so what an earlier failure left cannot be seen ({run.suspect})"
-    raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
+    raise NotVerified(base=run.plan.receiver.file, top=run.plan.top.file, reason=reason)
 
 
 async def not_paused(run: Run, doorbell: Doorbell, error: mutex.NoTurn) -> NotPaused:
@@ -76,23 +76,23 @@ async def see_that_it_stays(run: Run, doorbell: Doorbell) -> None:
         raise MigrationBegan(target=run.target.name, state=refusal.state) from None
 
 
-async def make_base_durable(run: Run, doorbell: Doorbell) -> None:
+async def make_receiver_durable(run: Run, doorbell: Doorbell) -> None:
     """At PENDING, before the overlay's header is rewritten; where it fails the job is taken back."""
     try:
-        await flush.flush(run.target.monitor, run.plan.base)
-        run.base_is_durable = True
-        run.log("%s is durable", run.plan.base.label)
+        await flush.flush(run.target.monitor, run.plan.receiver)
+        run.receiver_is_durable = True
+        run.log("%s is durable", run.plan.receiver.label)
     except (NotDurable, FlushUnavailable) as error:
         await shield.finished(blockjob.take_back(run, doorbell))
         reason = error.reason
-        raise NotDurable(node=run.plan.base.file, reason=reason) from None
+        raise NotDurable(node=run.plan.receiver.file, reason=reason) from None
 
 
 async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
     """The last step before the switch; where it fails the job is taken back, unless they may be lost."""
     if not run.bitmaps:
         return
-    base = run.plan.base
+    base = run.plan.receiver
     try:
         await bitmaps.carry(run.target.monitor, await run.target.layout(), base, run.bitmaps)
     except QemuRefused as error:
@@ -135,7 +135,7 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
     """
     if not _is_compared(run):
         return
-    is_remote = not run.plan.base.has_path
+    is_remote = not run.plan.receiver.has_path
     try:
         same = await _is_same(run)
     except ImageUnreadable as error:
@@ -147,11 +147,11 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
         reason = compare.DIFFERENT
     if since is not None and not await rest.lasts(run, since):
         await shield.finished(blockjob.take_back(run, doorbell))
-        raise NotAtRest(base=run.plan.base.file, top=run.plan.top.file)
+        raise NotAtRest(base=run.plan.receiver.file, top=run.plan.top.file)
     if not same:
         await shield.finished(blockjob.take_back(run, doorbell))
-        raise NotVerified(base=run.plan.base.file, top=run.plan.top.file, reason=reason)
-    run.log("%s shows what %s shows", run.plan.base.label, run.plan.top.label)
+        raise NotVerified(base=run.plan.receiver.file, top=run.plan.top.file, reason=reason)
+    run.log("%s shows what %s shows", run.plan.receiver.label, run.plan.top.label)
     run.verified = True
 
 
@@ -186,15 +186,17 @@ async def write_out_top(run: Run) -> None:
 
 
 def _see_what_is_compared(run: Run) -> None:
-    for image in run.plan.chain.images[: run.plan.chain.index(run.plan.top)]:
+    for image in run.plan.views[0]:
         astray = identity.astray(image, run.target.pid)
         if astray is not None:
             raise ImageUnreadable(file=image.file, reason=f"{image.file} is another file now: {astray.found}")
 
 
-def not_compared(planned: CommitPlan, reason: str) -> str:
+def not_compared(planned: Plan, reason: str) -> str:
     """The hint about a base on the network that was taken as it is."""
-    return f"{planned.base.file} was not compared ({reason}): what its server lost if it was started again is not seen"
+    return (
+        f"{planned.receiver.file} was not compared ({reason}): what its server lost if it was started again is not seen"
+    )
 
 
 @contextlib.asynccontextmanager
@@ -203,7 +205,7 @@ async def counting(run: Run) -> AsyncIterator[None]:
     While QEMU copies find out how much an intermediate merge copies, of which QEMU tells only what it has walked. Where base
     and top are compared that is told on the way, and where many images have to be opened it takes too long.
     """
-    if run.operation.pivots or _is_compared(run) or len(run.plan.merged) > CHEAP_LAYERS:
+    if run.operation.pivots or run.plan.direction == "pull" or _is_compared(run) or len(run.plan.merged) > CHEAP_LAYERS:
         yield
         return
     counted = asyncio.ensure_future(_counted(run))
@@ -230,10 +232,10 @@ def _length(extents: Sequence[Extent]) -> int:
 
 def _is_compared(run: Run) -> bool:
     """Whether it is to be, as far as the merge itself decides that."""
-    return run.verify is True or (run.verify is None and (not run.plan.base.has_path or _is_cheap(run.plan)))
+    return run.verify is True or (run.verify is None and (not run.plan.receiver.has_path or _is_cheap(run.plan)))
 
 
-def _is_cheap(planned: CommitPlan) -> bool:
+def _is_cheap(planned: Plan) -> bool:
     """Whether what the comparison has to open and to read is little."""
     sizes = [image.allocated for image in planned.merged]
     few = len(planned.chain) <= CHEAP_LAYERS

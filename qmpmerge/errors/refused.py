@@ -42,10 +42,11 @@ class ShorterLayer(Refused):
     size: int
     base: str
     base_size: int
+    instead: str = "merge into an image above the short one"
     sentence = (
         "{image} is shorter than {base} ({size} < {base_size} bytes): the merge would uncover the base's stale data"
     )
-    advice = "merge into an image above the short one, or grow it first with `block_resize` or `qemu-img resize`"
+    advice = "{instead}, or grow it first with `block_resize` or `qemu-img resize`"
 
 
 class Busy(Refused):
@@ -319,7 +320,7 @@ class UnsupportedFormat(Refused):
 
 class NoSpace(Refused):
     """
-    The base's filesystem cannot take by how much the base would grow.
+    The filesystem of the image that the data goes into cannot take by how much that would grow.
 
     QEMU pauses the job when it is full, but so do all others who write there: `free` is what QEMU may still use.
     """
@@ -327,8 +328,13 @@ class NoSpace(Refused):
     base: str
     growth: int
     free: int
-    sentence = "{base} would grow by {growth} bytes, its filesystem has {free} left for QEMU"
+    reserve: int = 0
+    """Bytes that must be left for what the guest writes to the same image."""
+    sentence = "{base} would grow by {growth} bytes, its filesystem has {free} left for QEMU{kept}"
     advice = "free space there, or merge fewer images at a time; `--force no-space` lets the job wait for space when it is full"
+
+    def _words(self) -> dict[str, object]:
+        return {**super()._words(), "kept": f", of which {self.reserve} are the guest's" if self.reserve else ""}
 
 
 class DeviceTooSmall(Refused):

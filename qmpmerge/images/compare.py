@@ -5,7 +5,7 @@ Base and top compared while both still exist, for what was copied and not for th
 import itertools
 from collections.abc import Sequence
 
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.errors import ImageUnreadable
 from qmpmerge.images import nbd, qemuimg
 from qmpmerge.images.qemuimg import Extent
@@ -21,25 +21,24 @@ DIFFERENT = "they show different data"
 """What is wrong with a base that was compared; all else is a comparison that could not be made."""
 
 
-async def held(planned: CommitPlan) -> list[Extent]:
+async def held(planned: Plan) -> list[Extent]:
     """What the merged images hold between them, in order, which is what a merge copies. Raises ImageUnreadable, ToolMissing."""
     await nbd.see_that_they_answer(planned.merged)
     return await qemuimg.held(planned.merged)
 
 
-async def same(planned: CommitPlan, copied: Sequence[Extent] | None = None) -> bool:
+async def same(planned: Plan, copied: Sequence[Extent] | None = None) -> bool:
     """
-    Whether top and base show the same wherever a merged image holds anything; elsewhere top shows base's own data.
+    Whether the plan's two views show the same wherever a merged image holds anything; elsewhere both show base's own data.
 
-    `copied` is what `held` says, where that was asked already. Nobody may write to the merged images meanwhile, and base must
-    be flushed. Raises ImageUnreadable, ToolMissing.
+    `copied` is what `held` says, where that was asked already. Nobody may write to the images meanwhile, and what was written
+    must be flushed. Raises ImageUnreadable, ToolMissing.
     """
-    upto = planned.chain.images[: planned.chain.index(planned.top)]
-    below = planned.chain.images[: planned.chain.index(planned.base)]
+    upto, below = planned.views
     await nbd.see_that_they_answer(upto)
     copied = await qemuimg.held(planned.merged) if copied is None else copied
     try:
-        for part in parts(copied, planned.top.virtual_size):
+        for part in parts(copied, upto[-1].virtual_size):
             if not await qemuimg.same(upto, below, part):
                 return False
     except ImageUnreadable:  # a qemu-img that was built without what a part of a disk takes

@@ -1,7 +1,8 @@
 """
-What a merge will copy, by how much its base will grow, and whether there is room for it.
+What a merge or a pull will copy, by how much the image will grow that it goes into, and whether there is room for it.
 
-Exact for images at rest: the union of what the merged images hold, less what base has room for already. Where a guest
+Exact for images at rest: of a merge the union of what the merged images hold, less what base has room for already; of a pull
+what is read from the images that leave, and not from one above them. Where a guest
 writes meanwhile it is a lower bound, and where an image cannot be looked into (network, encryption) nothing is claimed.
 """
 
@@ -9,10 +10,11 @@ import asyncio
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import ASSUMED_RATE, Estimate
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import CommitPlan, Plan
 from qmpmerge.errors import ImageUnreadable
 from qmpmerge.images import qcow2, qemuimg
 from qmpmerge.images.qemuimg import Extent
@@ -33,12 +35,15 @@ _RANGES_IN_BLOCK = 340
 
 _REFCOUNT_BYTES = 2
 
+RESERVE = 256 * 1024 * 1024
+"""What a pull leaves of the filesystem on which the guest's own image grows: there the guest itself runs out of space."""
+
 Range = tuple[int, int]
 """First byte, and the byte behind the last."""
 
 
 async def estimate(
-    plan: CommitPlan,
+    plan: Plan,
     *,
     live: bool = False,
     pid: int | None = None,
@@ -53,23 +58,29 @@ async def estimate(
     `version` is that of the QEMU that copies (see `ZEROS_STAY`).
     Raises ToolMissing.
     """
-    rate, free = speed or ASSUMED_RATE, _free(plan.base, pid)
-    most = _most(plan)
-    if not closely and free is not None and most <= free:  # looking takes some 10 ms an image
-        return Estimate(growth=most, free=free, rate=rate, rate_given=bool(speed))
-    at_least = live and plan.pivots
+    receiver, size = plan.receiver, _size(plan)
+    known = Estimate(
+        free=_free(receiver, pid),
+        rate=speed or ASSUMED_RATE,
+        rate_given=bool(speed),
+        file=receiver.file,
+        reserve=min(RESERVE, size) if live and receiver is plan.chain.active else 0,
+    )
+    most = replace(known, growth=_most(size))
+    if not closely and known.free is not None and most.is_enough:  # looking takes some 10 ms an image
+        return most
     try:
         async with asyncio.timeout(SECONDS):
-            base, *merged = await _looked_into([plan.base, *plan.merged])
-        extents = [extent for layer in merged for extent in layer]
-        zeros_stay = plan.pivots or version >= ZEROS_STAY
-        copied, growth = _length(_union(extents)), _growth(plan, base, extents, zeros_stay=zeros_stay)
+            held, *merged = await _looked_into([receiver, *plan.merged])
+        if isinstance(plan, CommitPlan):
+            copy, growth = _of_commit(plan, held, merged, zeros_stay=plan.pivots or version >= ZEROS_STAY)
+        else:
+            copy, growth = _of_pull(plan, held, merged)
     except TimeoutError:
-        reason = f"looking into the images takes more than {SECONDS:g} s"
-        return Estimate(free=free, rate=rate, rate_given=bool(speed), reason=reason)
+        return replace(known, reason=f"looking into the images takes more than {SECONDS:g} s")
     except (ImageUnreadable, OSError) as error:
-        return Estimate(free=free, rate=rate, rate_given=bool(speed), reason=str(error))
-    return Estimate(copied, growth, free, rate, rate_given=bool(speed), at_least=at_least)
+        return replace(known, reason=str(error))
+    return replace(known, copy=copy, growth=growth, at_least=live and plan.pivots)
 
 
 async def _looked_into(images: Sequence[Image]) -> list[list[Extent]]:
@@ -110,12 +121,54 @@ def _free(base: Image, pid: int | None) -> int | None:
     return room.f_frsize * (room.f_bfree if is_root else room.f_bavail)
 
 
-def _most(plan: CommitPlan) -> int:
-    """What no base outgrows: the whole disk, and a sixteenth more for tables, which are largest with clusters of 512 bytes."""
-    return plan.top.virtual_size * 17 // 16 + 1024 * 1024
+def _size(plan: Plan) -> int:
+    """Of the disk as the images show it that leave."""
+    return plan.views[0][-1].virtual_size
 
 
-# --- by how much base grows ---------------------------------------------------------------------------------------
+def _most(size: int) -> int:
+    """What no image outgrows: the whole disk, and a sixteenth more for tables, largest with clusters of 512 bytes."""
+    return size * 17 // 16 + 1024 * 1024
+
+
+# --- pull -----------------------------------------------------------------------------------------------------------
+
+
+def _of_pull(plan: Plan, held: Sequence[Extent], merged: Sequence[Sequence[Extent]]) -> tuple[int, int | None]:
+    """
+    Copied is what the overlay shows of the images below it that leave; their zeros become zeros, which take tables only. Exact
+    but for data that is all zeros, which QEMU sees as it copies.
+    """
+    header = qcow2.read(plan.receiver.file) if plan.receiver.format == "qcow2" else None
+    if header is None or stat.S_ISBLK(os.stat(plan.receiver.file).st_mode):
+        raise ImageUnreadable(file=plan.receiver.file, reason="how it grows is known of qcow2 files alone")
+    hidden, data, size = _union(held), list[Extent](), _size(plan)
+    shown = [Extent(0, size)] if plan.base is None and plan.top.format == "raw" else []
+    for layer in reversed(merged):
+        for zero in (False, True):
+            ranges = _without(_union(one for one in layer if one.zero is zero), hidden)
+            found = [Extent(start, min(end, size) - start, zero) for start, end in ranges if start < size]
+            data += [] if zero else found
+            shown += found
+        hidden = _joined([*hidden, *_union(layer)])
+    growth = _qcow2_growth(
+        header, _union(one for one in held if not one.zero), [*data, *map(_as_zero, shown)], zeros_stay=True
+    )
+    return _length(_union(data)), growth
+
+
+def _as_zero(extent: Extent) -> Extent:
+    return replace(extent, zero=True)
+
+
+# --- commit: by how much base grows -----------------------------------------------------------------------------------
+
+
+def _of_commit(
+    plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Sequence[Extent]], *, zeros_stay: bool
+) -> tuple[int, int | None]:
+    extents = [extent for layer in merged for extent in layer]
+    return _length(_union(extents)), _growth(plan, base, extents, zeros_stay=zeros_stay)
 
 
 def _growth(plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Extent], *, zeros_stay: bool) -> int | None:

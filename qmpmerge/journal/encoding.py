@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from qmpmerge.chain.chain import Chain, Image, Slice
 from qmpmerge.chain.outcome import Policy
+from qmpmerge.chain.plan import Direction
 from qmpmerge.chain.state import RECORDED, State
 from qmpmerge.errors import Error
 from qmpmerge.images import files
@@ -18,9 +19,11 @@ from qmpmerge.journal import stash
 from qmpmerge.journal.record import Record
 from qmpmerge.processes.proc import Process
 
-SCHEMA = 3
+SCHEMA = 4
 _STATE_BYTES = 256
-_PLAIN = ("policy", "target", "disk", "device", "job", "base", "top", "is_live", "since", "old_nodes", "base_driver")
+_PLAIN = (
+    "direction", "policy", "target", "disk", "device", "job", "base", "top", "is_live", "since", "old_nodes", "base_driver"
+)  # fmt: skip
 _IMAGE = ("file", "format", "virtual_size", "backing", "backing_format", "inode", "node", "is_renamed")
 _SLICE = ("offset", "size")
 
@@ -103,6 +106,7 @@ def _record(path: str, entry: Any) -> Record:
         job=str(entry["job"]),
         device=str(entry["device"]),
         chain=Chain(tuple(map(_image, entry["images"]))),
+        direction=entry["direction"],
         base=int(entry["base"]),
         top=int(entry["top"]),
         policy=entry["policy"],
@@ -122,7 +126,8 @@ def _record(path: str, entry: Any) -> Record:
 
 def _checked(record: Record) -> Record:
     """Nobody can have us rename a file to anything but its own stashed name: it is from that that we take its own."""
-    if record.state not in RECORDED or record.policy not in get_args(Policy) or record.plan.is_empty:
+    is_known = record.policy in get_args(Policy) and record.direction in get_args(Direction)
+    if record.state not in RECORDED or not is_known or record.plan.is_empty:
         raise ValueError(record.state)
     merged = range(record.base + 1, record.top + 1)
     named = [index in merged and record.chain[index].has_path for index in record.away]

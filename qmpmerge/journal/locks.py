@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from qmpmerge import folder, users
 from qmpmerge.chain.chain import Image
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.errors import CannotLock, Locked
 from qmpmerge.folder import File, Folder
 
@@ -104,13 +104,13 @@ def held(image: Image, *others: Image) -> Iterator[Lock]:
         yield lock
 
 
-def taken_for(plan: CommitPlan) -> contextlib.AbstractContextManager[Lock]:
+def taken_for(plan: Plan) -> contextlib.AbstractContextManager[Lock]:
     """
-    Hold the locks of the images that this plan writes; yields base's, or that of the lowest merged image where base has no
-    path. Raises Locked, CannotLock.
+    Hold the locks of the images that this plan writes; yields the receiver's, or that of the lowest merged image where that
+    has no path. Raises Locked, CannotLock.
     """
-    first = next((image for image in (plan.base, *plan.merged) if image.has_path), plan.base)
-    return held(first, *(image for image in plan.written if image is not plan.base))
+    first = next((image for image in (plan.receiver, *plan.merged) if image.has_path), plan.receiver)
+    return held(first, *(image for image in plan.written if image is not plan.receiver))
 
 
 @contextlib.contextmanager

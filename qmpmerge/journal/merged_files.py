@@ -136,7 +136,7 @@ def _remove(record: Record, image: Image, path: str) -> None:
 
 def _note(record: Record, index: int, place: str, hints: list[str]) -> None:
     """Say durably what was stashed: until now the record did. Without a note `clean` has to compare."""
-    image, base = record.chain[index], record.chain[record.base]
+    image, base = record.chain[index], record.plan.receiver
     try:
         if _was_changed(record, index, place):
             raise OSError(errno.EBUSY, "it was changed since it was merged")
@@ -167,7 +167,9 @@ def _was_changed(record: Record, index: int, place: str) -> bool:
 
 def _note_overlays(record: Record) -> Iterator[str]:
     """What lies beside an image tells which overlay in another folder is built on it now; yields why it does not."""
-    base, above = record.chain[record.base], record.chain.images[record.top :]
+    base, above = record.plan.base, record.chain.images[record.top :]
+    if base is None:
+        return
     try:
         if above and base.has_path and above[0].has_path and notes.is_needed(base.file, above[0].file):
             notes.put_on(base.file, _meant(record, base.file, base), above[0].file)
@@ -195,13 +197,13 @@ def _meant(record: Record, name: str, image: Image) -> Inode | None:
 
 def _note_kept(record: Record, done: Sequence[MergedFile]) -> Iterator[str]:
     """An image that keeps its name looks like one to start from; yields why it was not noted that it is none."""
-    base = record.chain[record.base]
+    base = record.plan.receiver
     places = {one.file: one.now for one in done if one.action == "keep"}
     needed, _user = _needed(record, merged_too=False) if places else (0, "")
     for index in range(max(record.base, needed) + 1, record.top + 1):
         image = record.chain[index]
         place = places.get(image.file)
-        if place is None or image.slice is not None or not files.is_regular(place):
+        if place is None or image.slice is not None or not files.is_regular(place) or _is_others(record, image):
             continue
         try:
             notes.merged(place, _meant(record, place, image), base.file)
@@ -210,6 +212,11 @@ def _note_kept(record: Record, done: Sequence[MergedFile]) -> Iterator[str]:
                 f"it could not be noted beside {place} that it was merged ({error.strerror or error}): to `qmpmerge active` "
                 "it looks like an image to start from"
             )
+
+
+def _is_others(record: Record, image: Image) -> bool:
+    """Whether a pull has only read it, where others can use it as a golden image: what is built on that is not all seen."""
+    return record.plan.direction == "pull" and dependents.is_outside(image, record.plan.receiver)
 
 
 def why_not_delete(record: Record, index: int, place: str) -> str | None:

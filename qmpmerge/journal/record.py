@@ -19,7 +19,7 @@ from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Policy
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Direction, Plan
 from qmpmerge.chain.state import State
 from qmpmerge.errors import Refused
 from qmpmerge.folder import File
@@ -33,7 +33,8 @@ from qmpmerge.processes.proc import Process
 @dataclass(frozen=True)
 class Record:
     """
-    One merge. `chain` is the chain before it, `base` and `top` are indexes there, `away` the names that its files get by
+    One merge or pull. `chain` is the chain before it, `base` and `top` are the plan's, by their indexes there (0 for no base),
+    `away` the names that its files get by
     the index (nothing for those that cannot be renamed). `device` is the drive's or device's own id, "" where a disk has
     no name but its nodes'. `since` is in seconds since 1970, `old_nodes` are the nodes that the merge leaves open, top down,
     `base_driver` is what QEMU calls base's format.
@@ -50,6 +51,7 @@ class Record:
     chain: Chain
     base: int
     top: int
+    direction: Direction = "commit"
     device: str = ""
     policy: Policy = "stash"
     state: State = State.COPYING
@@ -66,9 +68,9 @@ class Record:
     file: File | None = field(default=None, compare=False, repr=False)
 
     @cached_property
-    def plan(self) -> CommitPlan:
+    def plan(self) -> Plan:
         """What was to be done."""
-        return plan.commit(self.chain, base=self.base, top=self.top)
+        return plan.between(self.direction, self.chain, self.base, self.top)
 
     @property
     def is_abandoned(self) -> bool:
@@ -106,27 +108,33 @@ class Record:
 
     def concerns(self, inodes: "set[Inode]") -> bool:
         """Whether one of these files is part of the merge; what lies below its base may be shared by many."""
-        return any(image.inode in inodes for image in self.chain.images[self.base - 1 :] if image.inode is not None)
+        return any(
+            image.inode in inodes for image in self.chain.images[max(0, self.base - 1) :] if image.inode is not None
+        )
 
     def is_done(self, chain: Chain) -> bool:
         """Whether the chain is what this merge was to leave; its headers are looked at when it is proved."""
         return chain.same_files(self.plan.result)
 
-    def is_what(self, disk: str, *, base: LayerName | None, top: LayerName | None, shallow: bool) -> bool:
+    def is_what(
+        self, direction: Direction, disk: str, *, base: LayerName | None, top: LayerName | None, shallow: bool
+    ) -> bool:
         """Whether these words, said of the chain of this disk as it was, mean the very same merge."""
+        if direction != self.direction:
+            return False
         # By name, not by inode: a merged file may have been moved away since.
         images = tuple(replace(image, inode=None) for image in self.chain)
         try:
-            meant = plan.commit(Chain(images), disk=disk, base=base, top=top, shallow=shallow)
+            meant = plan.planned(direction, Chain(images), disk=disk, base=base, top=top, shallow=shallow)
         except Refused:
             return False
-        return (meant.chain.index(meant.base), meant.chain.index(meant.top)) == (self.base, self.top)
+        return (meant.base_index, meant.chain.index(meant.top)) == (self.base, self.top)
 
-    def as_called_now(self, chain: Chain) -> CommitPlan:
+    def as_called_now(self, chain: Chain) -> Plan:
         """The plan with the nodes that `chain` has: the QEMU that has the images now may have been started since."""
         nodes = [next((now.node for now in chain if now.same_as(image)), None) for image in self.chain]
         images = tuple(replace(image, node=node) for image, node in zip(self.chain, nodes, strict=True))
-        return plan.commit(Chain(images), base=self.base, top=self.top)
+        return plan.between(self.direction, Chain(images), self.base, self.top)
 
 
 def looks(chain: Chain, indexes: Iterable[int]) -> dict[int, Seen]:

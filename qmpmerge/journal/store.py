@@ -63,10 +63,10 @@ def path_of(image: str) -> str:
 
 def place_of(chain: Chain, base: int) -> str:
     """
-    Where a record about this chain can lie: beside the active image, else beside base (by its index) or the lowest image
-    above it; empty where none of them is a regular file.
+    Where a record about this chain can lie: beside the active image, else beside base (by its index, 0 for none)
+    or the lowest image above it; empty where none of them is a regular file.
     """
-    candidates = [chain.active, *chain.images[base - 1 :]]
+    candidates = [chain.active, *chain.images[max(0, base - 1) :]]
     return next((path_of(image.file) for image in candidates if image.has_path and files.is_regular(image.file)), "")
 
 

@@ -9,14 +9,12 @@ import os
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from qmpmerge.chain import plan
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
-from qmpmerge.engine import commit as engine
-from qmpmerge.engine import earlier, go, proof
+from qmpmerge.engine import directions, earlier, go, proof
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
@@ -105,6 +103,11 @@ async def commit(
         polite=polite,
         patience=patience or Patience(timeout),
     )
+    return await carry_out(target, disk, request, report)
+
+
+async def carry_out(target: Target, disk: DiskName | None, request: Request, report: Report) -> Outcome:
+    """Do what is asked for, a commit or a pull: see there."""
     with contextlib.ExitStack() as stack:
         async with go.in_time(request.patience):
             begun = await _Beginning(target, request, report, stack).of(disk)
@@ -125,7 +128,7 @@ async def would_pivot(
     Raises NoSuchDisk, DiskNeeded, NoDisk, ToolMissing, NoSuchLayer, BaseAboveTop, BaseIsTop.
     """
     view = await target.chain(disk)
-    planned = plan.commit(view.chain, disk=view.disk.name, base=base, top=top, shallow=shallow)
+    planned = Request(base=base, top=top, shallow=shallow).plan(view)
     return planned.pivots and earlier.under_way(view, planned) is None
 
 
@@ -151,14 +154,16 @@ class _Beginning:
         view = await earlier.without_concluded(self._target, view, records, self._report)
         request = self._request
         for record in records:
-            meant = record.is_what(view.disk.name, base=request.base, top=request.top, shallow=request.shallow)
+            meant = record.is_what(
+                request.direction, view.disk.name, base=request.base, top=request.top, shallow=request.shallow
+            )
             if meant and record.is_done(view.chain):
                 return await self._ended_unseen(view, record)
         return await (self._settled(view, disk, records) if records else self._begun(view, records))
 
     async def _ended_unseen(self, view: ChainView, record: Record) -> Run:
         """The very merge that is asked for was made by an earlier qmpmerge, and nobody has proved it yet."""
-        operation = engine.operation(record.as_called_now(view.chain))
+        operation = directions.operation(record.as_called_now(view.chain))
         return await self._resumed(view, operation, self._locked(record.plan), record)
 
     async def _settled(self, view: ChainView, disk: DiskName | None, records: list[Record]) -> Run | Outcome:
@@ -180,23 +185,21 @@ class _Beginning:
     async def _begun(self, view: ChainView, records: list[Record]) -> Run | Outcome:
         """The merge that is asked for: resumed where its job is at work, else checked; an outcome where that is all."""
         request = self._request
-        planned = plan.commit(
-            view.chain, disk=view.disk.name, base=request.base, top=request.top, shallow=request.shallow
-        )
+        planned = request.plan(view)
         if planned.is_empty:
             return proof.unchanged(view)
-        operation = engine.operation(planned)
+        operation = directions.operation(planned)
         self._refuse_what_does_not_go_together(operation)
         lock = self._locked(planned)
         job = None if request.dry_run else earlier.under_way(view, planned)
         if job is not None:
             return await self._taken_over(view, operation, lock, job, earlier.of_job(records, job))
         if not request.dry_run:
-            request.refuse_not_agreed(planned, proof.merged_files(planned, request.merged_files))
+            request.refuse_not_agreed(planned, proof.merged_files(planned, request.policy(planned)))
         answer = await self._checked(view, planned)
         await earlier.refuse_suspect(self._target, operation, lock.note.suspect)
         if request.dry_run:
-            return proof.planned(view.disk.name, planned, request.merged_files, answer.checks, answer.estimate)
+            return proof.planned(view.disk.name, planned, request.policy(planned), answer.checks, answer.estimate)
         run = Run.begin(self._target, operation, request, lock, view=view, report=self._report)
         run.bitmaps, run.checks = answer.bitmaps, answer.checks
         return run
@@ -204,7 +207,7 @@ class _Beginning:
     async def _taken_over(
         self, view: ChainView, operation: Operation, lock: Lock, job: Job, record: Record | None
     ) -> Run:
-        earlier.refuse_astray(self._target, view, record, *operation.plan.written)
+        earlier.refuse_astray(self._target, view, record, *operation.plan.named)
         run = await self._resumed(view, operation, lock, record)
         self._report(earlier.going_on(view, job, record, self._request.speed))
         if self._request.speed is not None:
@@ -218,7 +221,7 @@ class _Beginning:
         await vmstate.check(self._target.monitor, view.layout.nodes_of(view.disk))
         return Run.resume(self._target, operation, self._request, lock, view=view, record=record, report=self._report)
 
-    def _locked(self, planned: CommitPlan) -> Lock:
+    def _locked(self, planned: Plan) -> Lock:
         return self._stack.enter_context(locks.taken_for(planned))
 
     def _refuse_what_does_not_go_together(self, operation: Operation) -> None:
@@ -229,7 +232,7 @@ class _Beginning:
         elif request.verify is True and not request.pause and operation.pivots:
             raise OptionsConflict(options=["--verify", "--no-pause"])
 
-    async def _checked(self, view: ChainView, planned: CommitPlan) -> Answer:
+    async def _checked(self, view: ChainView, planned: Plan) -> Answer:
         request = self._request
         return await check.check(
             self._target,

@@ -32,7 +32,7 @@ async def control(
     *,
     speed: int = 0,
     ending: Ending = "pivot",
-    merged_files: Policy = "stash",
+    merged_files: Policy | None = None,
     pause: bool = True,
     converge: "Converge | None" = None,
     report: Report = lambda progress: None,
@@ -42,17 +42,17 @@ async def control(
     """
     Do one of `VERBS`, where the job's state allows it.
 
-    `job_id` may also be the disk that the job is on. ``follow``, ``pivot`` and ``keep`` bring a commit job to a proved end,
-    and so does ``finalize``: base is flushed and compared first, which a plain `job-finalize` would leave out. They return an
-    Outcome; the others return the job as it is then, None when it is gone. `speed` is for ``speed``, `ending` for
-    ``follow``, `merged_files`, `pause` and `converge` are as for `commit.commit`.
+    `job_id` may also be the disk that the job is on. ``follow``, ``pivot`` and ``keep`` bring a commit job, or a pull of ours,
+    to a proved end, and so does ``finalize``: it is flushed and compared first, which a plain `job-finalize` would leave out.
+    They return an Outcome; the others return the job as it is then, None when it is gone. `speed` is for ``speed``, `ending`
+    for ``follow``, `merged_files`, `pause` and `converge` are as for `commit.commit`.
 
     Raises NoSuchJob, JobVerb, QemuRefused, Replaced, NotProven, and what `follow.follow` raises.
     """
     job = await target.job(job_id)
-    if verb not in job.verbs and not (verb in jobs.FINISHING and job.type == "commit"):
+    if verb not in job.verbs and not (verb in jobs.FINISHING and job.can_be_followed):
         raise JobVerb(job=job.id, verb=verb, status=job.status, verbs=job.verbs)
-    if verb in jobs.FINISHING or (verb == "finalize" and job.type == "commit"):
+    if verb in jobs.FINISHING or (verb == "finalize" and job.can_be_followed):
         ready_for = verb in ("pivot", "keep")
         ending = "keep" if verb == "keep" else "pivot" if verb == "pivot" else ending
         return await follow.follow(
@@ -70,7 +70,7 @@ async def control(
     if verb == "dismiss":
         await _dismiss(target, job)
         return await jobs.look(target.monitor, job.id)
-    if verb == "cancel" and job.type == "commit":
+    if verb == "cancel" and job.can_be_followed:
         await _see_that_it_may_end(target, job.id)
     controlled = await jobs.control(target.monitor, job.id, verb, speed)
     if verb == "cancel" and job.ours:
@@ -81,14 +81,15 @@ async def control(
 
 async def _see_that_it_may_end(target: Target, job_id: str) -> None:
     """
-    QEMU opens base by its name again when a job ends (see `LeftDisplaced`), and names that a merge of ours took away come back.
-    Raises Replaced, RecordNotBelieved.
+    QEMU opens what it has written to below the active image by its name again when a job ends (see `LeftDisplaced`), and
+    names that a merge of ours took away come back. Raises Replaced, RecordNotBelieved.
     """
     layout = await target.layout()
     edges = layout.job_edges.get(job_id, {})
     for disk in layout.disks:
         if disk.chain is not None and disk.job is not None and disk.job.id == job_id:
-            base = [image for image in disk.chain if image.node in edges.get("base", edges.get("target", []))]
+            written = edges.get("base", edges.get("target", edges.get("active node", [])))
+            base = [image for image in disk.chain.images[:-1] if image.node in written]
             records = store.believed(store.about(disk.chain)) if disk.job.ours else []
             record = earlier.of_job(records, disk.job)
             earlier.refuse_astray(target, await target.view(layout, disk.name), record, *base)

@@ -1,14 +1,13 @@
-"""Follow a commit job that is there already."""
+"""Follow a job that is there already."""
 
 import asyncio
 import contextlib
 from typing import TYPE_CHECKING, NoReturn
 
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import known_bad
-from qmpmerge.engine import commit as engine
-from qmpmerge.engine import earlier, go
+from qmpmerge.engine import directions, earlier, go
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
@@ -37,7 +36,7 @@ async def follow(
     *,
     ending: Ending = "pivot",
     needs_ready: bool = False,
-    merged_files: Policy = "stash",
+    merged_files: Policy | None = None,
     pause: bool = True,
     converge: "Converge | None" = None,
     report: Report = lambda progress: None,
@@ -46,7 +45,7 @@ async def follow(
     polite: float | None = None,
 ) -> Outcome:
     """
-    Go on with a commit job that is there already, as if `commit` had started it: the plan is read from the block graph.
+    Go on with a job that is there already, as if `commit` or `pull` had started it: the plan is read from the block graph.
     `job_id` may also be the disk that it is on.
     Dirty bitmaps come along where they can: nobody knows any more what was wanted, and none is lost like that.
 
@@ -87,16 +86,16 @@ async def _begun(
     await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))
     if job.status != "concluded":
         request.refuse_ending_of(planned)
-        earlier.refuse_astray(target, view, record, *planned.written)
+        earlier.refuse_astray(target, view, record, *planned.named)
     if planned.pivots and request.ending == "pivot" and job.status != "concluded":
         refuse([bad async for bad in known_bad.of_pivot(target.monitor, view)])
     lock = stack.enter_context(locks.taken_for(planned))
-    run = Run.resume(target, engine.operation(planned), request, lock, view=view, record=record, report=report)
+    run = Run.resume(target, directions.operation(planned), request, lock, view=view, record=record, report=report)
     run.bitmaps = () if job.status == "concluded" else bitmaps.portable(view.layout, planned)
     return run
 
 
-async def _planned(target: Target, view: ChainView | None, job: Job, record: Record | None) -> CommitPlan | None:
+async def _planned(target: Target, view: ChainView | None, job: Job, record: Record | None) -> Plan | None:
     """What the job does, or has done; None where it is on its way to another state."""
     if job.status == "concluded":
         if view is None or record is None or not record.is_done(view.chain):
@@ -120,7 +119,7 @@ async def _job_to_follow(
             break
         await asyncio.sleep(LOOK_AGAIN_SECONDS / LOOKS)
         layout, job = await _look(target, job_id)
-    if job.type != "commit" or (ready_for is not None and job.status != "ready"):
+    if not job.can_be_followed or (ready_for is not None and job.status != "ready"):
         raise JobVerb(job=job.id, verb=ready_for or "follow", status=f"{job.status} ({job.type})", verbs=job.verbs)
     if job.disk is None and job.status != "concluded":
         raise JobVerb(job=job.id, verb="follow", status="on a disk that QEMU does not tell", verbs=["cancel"])

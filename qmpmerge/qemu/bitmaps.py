@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from qmpmerge.chain.chain import Image
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import CommitPlan, Plan
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.monitor import Monitor
 
@@ -67,11 +67,13 @@ def obstacle(layout: Layout, plan: CommitPlan, bitmap: Bitmap) -> str | None:
     return None
 
 
-def portable(layout: Layout, plan: CommitPlan) -> tuple[Bitmap, ...]:
+def portable(layout: Layout, plan: Plan) -> tuple[Bitmap, ...]:
     """
     The bitmaps of the merged images that can be carried over. Those of one name only together: a part of them would tell
-    the next incremental backup that less has changed than has.
+    the next incremental backup that less has changed than has. Of a pull none, whose images keep them.
     """
+    if not isinstance(plan, CommitPlan):
+        return ()
     found = of(layout, plan.merged)
     lost = {bitmap.name for bitmap in found if obstacle(layout, plan, bitmap) is not None}
     return tuple(bitmap for bitmap in found if bitmap.name not in lost)

@@ -244,9 +244,9 @@ class Layout:
                 found.append(name)
         return found
 
-    def between(self, top: str, base: str) -> list[str]:
-        """The names of the nodes from `top` down that are not part of `base`, every parent before its children."""
-        below = set(self.subtree(base))
+    def between(self, top: str, base: str | None) -> list[str]:
+        """The names of the nodes from `top` down that are not part of `base`, if any, every parent before its children."""
+        below = set(self.subtree(base)) if base is not None else set()
         return [node for node in self.subtree(top) if node not in below]
 
 

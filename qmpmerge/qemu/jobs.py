@@ -66,22 +66,27 @@ class Job:
         return self.id.startswith(PREFIX)
 
     @property
+    def can_be_followed(self) -> bool:
+        """Whether we know how to bring it to a proved end: a commit, or a stream that we have started ourselves."""
+        return self.type == "commit" or (self.type == "stream" and self.ours)
+
+    @property
     def has_no_space(self) -> bool:
         """Whether it stands still because the storage of its target is full."""
         return self.io_status == "nospace" and self.status in ("paused", "standby")
 
     @property
     def verbs(self) -> list[str]:
-        """The verbs of `qmpmerge job` that are legal now; only commit jobs can be followed to a proved end."""
-        return [verb for verb in VERBS.get(self.status, ()) if verb not in FINISHING or self.type == "commit"]
+        """The verbs of `qmpmerge job` that are legal now."""
+        return [verb for verb in VERBS.get(self.status, ()) if verb not in FINISHING or self.can_be_followed]
 
 
-def job_id(disk: str) -> str:
-    """The id of our commit job on `disk`: letters, digits and ``-._`` only, as QEMU wants it; one for each disk."""
+def job_id(disk: str, direction: str = "commit") -> str:
+    """The id of our job on `disk`: letters, digits and ``-._`` only, as QEMU wants it; one for each disk and direction."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", disk)
     if name != disk:
         name = f"{name}-{zlib.crc32(disk.encode(errors='surrogatepass')):08x}"
-    return f"{PREFIX}commit-{name}"
+    return f"{PREFIX}{direction}-{name}"
 
 
 async def query(monitor: Monitor) -> list[Job]:

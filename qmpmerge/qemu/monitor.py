@@ -188,6 +188,8 @@ class Doorbell(EventListener):
     def __init__(self, trace: Trace | None) -> None:
         super().__init__(WAKING_EVENTS)
         self._trace = trace
+        self.heard: dict[str, str] = {}
+        """The errors with which jobs were said to end, by their ids: a reason to be told, no proof of anything."""
         self._rung = asyncio.Event()
         self._events = 0
         self._heard: deque[str] = deque(maxlen=TRACED_EVENTS)
@@ -197,6 +199,9 @@ class Doorbell(EventListener):
         if not self.accept(event):
             return
         self._rung.set()
+        data = event.get("data")
+        if event["event"] == "BLOCK_JOB_COMPLETED" and isinstance(data, dict) and "error" in data:
+            self.heard = {str(data.get("device")): str(data["error"])}
         if self._trace is not None:
             self._events += 1
             self._heard.append(str(event)[:TRACED_LETTERS])

@@ -100,7 +100,7 @@ def _see_names(record: Record, target: Target | None, use: Use | None) -> None:
     What stays must be under its name, or be taken for right by a user who has looked. Raises NotUnderItsName where QEMU
     still has it open, Undecided.
     """
-    for image in record.plan.written:
+    for image in record.plan.named:
         if image.inode is None or record.place(record.chain.index(image)) is not None:
             continue
         astray = identity.astray(image, target.pid) if target is not None else None
@@ -204,21 +204,21 @@ def _by_user(record: Record, use: Use | None, reasons: Sequence[str]) -> Judgeme
 
 
 async def by_header(record: Record, moved: bool | None, use: Use | None) -> Judgement:
-    """`Decide` for an intermediate merge: what the overlay's header names, and whether base was complete by then."""
-    overlay = record.plan.overlay
+    """`Decide` where a header is rewritten: what the overlay's names, and whether what that shows was complete by then."""
+    plan, overlay = record.plan, record.plan.overlay
     assert overlay is not None
-    points = _points_to(record, overlay, use)
+    points, named = _points_to(record, overlay, use), plan.base.name if plan.base is not None else "no backing file"
     if points == "old":
+        if moved and plan.direction == "pull":  # the header could not be written: see `Pull.relink`
+            return _finish(record, f"QEMU uses {overlay.name} on {named}, the header is the old one")
         if moved or record.state is State.PROVED:
             raise _undecided(record, f"the merge was seen to be done, and the header of {overlay.name} is the old one")
         return _back(record, f"the header of {overlay.name} is the old one")
     if points is None:
         raise _undecided(record, f"the header of {overlay.name} names neither its old backing file nor the new one")
     if record.state is not State.COPYING:
-        return _finish(
-            record, f"{record.chain[record.base].name} was durable before the header of {overlay.name} named it"
-        )
-    reasons = [f"the header of {overlay.name} names {record.chain[record.base].name}, which nobody had made durable"]
+        return _finish(record, f"{plan.receiver.name} was durable before the header of {overlay.name} named {named}")
+    reasons = [f"the header of {overlay.name} names {named}, and nobody had made {plan.receiver.name} durable"]
     equal = await same(record, reasons)
     if equal or (equal is None and use == "base"):
         return _finish(record, *reasons)
@@ -233,12 +233,12 @@ def _points_to(record: Record, overlay: Image, use: Use | None) -> Literal["base
         header = qcow2.read_of(replace(overlay, file=place)) if place is not None else None
     except OSError:
         header = None
-    if header is None or header.backing is None:
+    if header is None or (header.backing is None and record.base):
         return None
-    folder = os.path.dirname(overlay.file)
-    if header.backing == record.plan.backing_name or backing.leads_from(
-        folder, header.backing, record.chain[record.base]
-    ):
+    folder, base = os.path.dirname(overlay.file), record.plan.base
+    if header.backing == record.plan.backing_name or not header.backing:
+        return "base"
+    if base is not None and backing.leads_from(folder, header.backing, base):
         return "base"
     is_old = header.backing == overlay.backing or backing.leads_from(folder, header.backing, record.plan.top)
     return "old" if is_old else None
@@ -248,28 +248,30 @@ def _points_to(record: Record, overlay: Image, use: Use | None) -> Literal["base
 
 
 async def same(record: Record, reasons: list[str]) -> bool | None:
-    """Whether top and base show the same data; None where that cannot be seen. The reason is added to `reasons`."""
-    base, top = record.chain[record.base], record.plan.top
-    images = [placed(record, index) for index in range(1, record.top + 1)]
-    known = [image for image in images if image is not None]
-    if len(known) < len(images):
+    """Whether the plan's two views show the same data; None where that cannot be seen. The reason is added to `reasons`."""
+    upto, without = ([placed(record, record.chain.index(image)) for image in view] for view in record.plan.views)
+    images = [image for image in upto if image is not None]
+    others = [image for image in without if image is not None]
+    if len(images) < len(upto) or len(others) < len(without):
         reasons.append("not all images are there to compare")
         return None
-    equal = await compared(known, record.base)
+    equal = await compared(images, others)
+    base, top = record.plan.receiver.name, record.plan.top.name
+    told = f"{base} and {top}" if record.plan.direction == "commit" else f"{base} with {top} and without"
     if isinstance(equal, str):
-        reasons.append(f"{base.name} and {top.name} cannot be compared: {equal}")
+        reasons.append(f"{told} cannot be compared: {equal}")
         return None
-    reasons.append(f"{base.name} and {top.name} show {'the same' if equal else 'different'} data")
+    reasons.append(f"{told} show {'the same' if equal else 'different'} data")
     return equal
 
 
-async def compared(images: Sequence[Image], base: int) -> bool | str:
-    """Whether the last of these images, and the one at index `base`, show the same data; else why that cannot be seen."""
+async def compared(images: Sequence[Image], others: Sequence[Image]) -> bool | str:
+    """Whether these images and those others, base first, show the same data; else why that cannot be seen."""
     user = next((used for image in images if (used := merged_files.in_use(image.file)) is not None), None)
     if user is not None:
         return user
     try:
-        return await qemuimg.same(images, images[:base])
+        return await qemuimg.same(images, others)
     except ImageUnreadable as error:
         return str(error)
 
@@ -292,6 +294,7 @@ def _there(record: Record) -> list[Use]:
 
 
 def _undecided(record: Record, *reasons: str, choices: Sequence[Use] = ()) -> Undecided:
-    base, top = (record.place(index) or record.chain[index].file for index in (record.base, record.top))
+    indexes = record.chain.index(record.plan.receiver), record.top
+    base, top = (record.place(index) or record.chain[index].file for index in indexes)
     path = record.chain.active.file
     return Undecided(base=base, top=top, evidence=list(reasons), path=path, choices=list(choices))

@@ -47,7 +47,7 @@ async def _why_not(top: str) -> str | None:
     if base == 0:
         return "there is no image below it that it could have been merged into"
     below = images[base - 1].file
-    equal = await evidence.compared(images, base)
+    equal = await evidence.compared(images, images[:base])
     if isinstance(equal, str):
         return f"it cannot be compared with {below}: {equal}"
     return None if equal else f"{below} does not show what it shows"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image, Inode
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.errors import Displaced, LeftDisplaced, NotUnderItsName, Replaced
 from qmpmerge.images import stashed
 from qmpmerge.processes import proc
@@ -183,7 +183,7 @@ def _anew(active: str | None = None) -> str:
     return f"{forget}start the VM as before, and {AGAIN}"
 
 
-def unproven(astray: Astray, target: "Target", plan: CommitPlan) -> NotUnderItsName:
+def unproven(astray: Astray, target: "Target", plan: Plan) -> NotUnderItsName:
     """An image of the new chain is astray."""
     recover = f"qmpmerge recover {shlex.quote(plan.chain.active.file)}"
     saved = f"`{recover} --use base`, and start the VM from {plan.result.active.file}"

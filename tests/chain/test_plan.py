@@ -191,7 +191,13 @@ def test_exactly_those_ranges_are_refused_that_hold_an_image_shorter_than_the_ba
     assert asked.planned().merged == merged
     refusals = [refusal for refusal in asked.planned().refusals if isinstance(refusal, ShorterLayer)]
     assert [refusal.facts for refusal in refusals] == [
-        {"image": image.file, "size": image.virtual_size, "base": base.file, "base_size": base.virtual_size}
+        {
+            "image": image.file,
+            "size": image.virtual_size,
+            "base": base.file,
+            "base_size": base.virtual_size,
+            "instead": "merge into an image above the short one",
+        }
         for image in shorter
     ]
 

@@ -289,7 +289,7 @@ async def test_after_a_note_that_makes_no_sense_base_is_compared(setup: Setup, i
         lambda record: record.write_bytes(record.read_bytes()[:300]),
         lambda record: record.write_bytes(b"garbage"),
         lambda record: record.write_bytes(b""),
-        lambda record: record.write_bytes(record.read_bytes().replace(b'"schema": 3', b'"schema": 1')),
+        lambda record: record.write_bytes(record.read_bytes().replace(b'"schema": 4', b'"schema": 1')),
         lambda record: os.truncate(record, store.LARGEST + 1),
         lambda record: os.chown(record, 12345, -1),
     ],

@@ -221,7 +221,7 @@ async def test_the_time_limit_holds_for_flush_comparison_and_switch(
         await asyncio.sleep(60)
 
     async with library.live(setup.machine.target) as target:
-        for place, name in ((safeguards, "make_base_durable"), (safeguards, "verify")):
+        for place, name in ((safeguards, "make_receiver_durable"), (safeguards, "verify")):
             with monkeypatch.context() as patch:
                 patch.setattr(place, name, for_ever)
                 with pytest.raises(StillRunning):

@@ -125,7 +125,7 @@ def test_another_schema_is_named(told: Record) -> None:
     store.write(told)
     state, _, rest = Path(told.path).read_bytes().partition(b"\n")
     Path(told.path).write_bytes(state + b"\n" + json.dumps({**json.loads(rest), "schema": 1}).encode() + b"\n")
-    assert reason(told) == "it is of schema 1, this qmpmerge reads schema 3"
+    assert reason(told) == "it is of schema 1, this qmpmerge reads schema 4"
 
 
 def test_what_is_not_ours_is_not_believed(told: Record, tmp_path: Path) -> None:

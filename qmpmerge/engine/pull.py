@@ -1,0 +1,207 @@
+"""
+Pull: what lies below an image goes up into it, down to a base or all of it (`block-stream`).
+
+    COPYING -> PENDING -> flush the overlay, compare -> SAFE -> job-finalize -> flush the overlay
+
+No image shows other data at any time, so others may use whatever lies below. A plain `block-stream` is not safe: it says that
+it is done with its tables in QEMU's memory alone (tests/operations/test_pull.py).
+
+The job dismisses itself: QEMU 7.2 and 10.0 crash when anybody asks for their nodes while a stream job is concluded. So how it
+ended is read from the graph and the header; its error is heard as it goes.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qmpmerge import shield
+from qmpmerge.chain.outcome import MergedFile, files_advice
+from qmpmerge.chain.plan import PullPlan
+from qmpmerge.engine import blockjob, proof, safeguards
+from qmpmerge.engine.run import Run
+from qmpmerge.errors import (
+    CannotRecover,
+    FlushUnavailable,
+    HeaderNotDurable,
+    NotDurable,
+    NotProven,
+    NotWritable,
+    QemuRefused,
+    unproven,
+)
+from qmpmerge.images import qcow2
+from qmpmerge.journal.record import Record
+from qmpmerge.qemu import flush, jobs
+from qmpmerge.qemu.blockgraph import Layout
+from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.monitor import Doorbell
+from qmpmerge.targets.target import Target
+
+if TYPE_CHECKING:
+    from qmpmerge.recovery.evidence import Judgement, Use
+
+
+@dataclass
+class Pull:
+    """See `Operation`."""
+
+    plan: PullPlan
+    verdict: ClassVar[str] = "pulled"
+    job_type: ClassVar[str] = "stream"
+    counts: ClassVar[str] = "scanned"
+    pivots: ClassVar[bool] = False
+    decisions: ClassVar[frozenset[str]] = frozenset({"pending", "concluded"})
+
+    async def start(self, run: Run) -> None:
+        """Send block-stream, to the image's own node and not to a filter above it. Raises NotWritable, QemuRefused."""
+        arguments: dict[str, Any] = {
+            "job_id": run.job,
+            "device": self.plan.overlay.node,
+            "filter_node_name": f"qmpmerge-pull-{zlib.crc32(run.job.encode()):08x}",  # 31 characters at the most
+            "speed": run.speed or 0,
+            "on_error": "enospc",
+            "auto_finalize": False,
+            "auto_dismiss": True,
+        }
+        try:
+            await run.target.monitor.execute("block-stream", **arguments, **await self._base(run))
+        except QemuRefused as error:
+            with unproven(run.target.name, f"no job {run.job}, since QEMU refused to start it"):
+                if await jobs.look(run.target.monitor, run.job) is not None:
+                    raise NotProven(target=run.target.name, expected=f"no job {run.job}", found="it at work") from None
+            if "read-only" in error.reason or "Failed to get" in error.reason:
+                raise NotWritable(file=self.plan.overlay.file, reason=error.reason) from None
+            raise
+
+    async def _base(self, run: Run) -> dict[str, Any]:
+        """
+        Where to stop, and the string for the header, always given: QEMU would write an absolute path, or a json: name, over a
+        relative one.
+        """
+        base = self.plan.base
+        if base is None:
+            return {}
+        more: dict[str, Any] = {"base_node": base.node, "backing_file": self.plan.backing_name}
+        masks = run.base_driver != base.format
+        if masks and await run.target.monitor.accepts("block-stream", "backing-mask-protocol"):
+            more["backing_mask_protocol"] = True
+        return more
+
+    def stops_at(self, run: Run, job: Job) -> bool:
+        """Nowhere: it has no state in which it could be left for long."""
+        return False
+
+    async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
+        """What was pulled is made durable before the header says that it is there."""
+        if job.status == "concluded":
+            return
+        await safeguards.see_files(run, doorbell)
+        await safeguards.make_receiver_durable(run, doorbell)
+        await safeguards.verify(run, doorbell)
+        await safeguards.see_that_it_is_compared(run, doorbell)
+
+    async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
+        """The overlay's header is rewritten, and the graph with it."""
+        await safeguards.see_that_it_stays(run, doorbell)
+        return await shield.finished(blockjob.finalize(run, doorbell, job))
+
+    async def end_of(self, run: Run, doorbell: Doorbell, job: Job | None) -> Job | None:
+        """Where the graph is what it was, it has failed."""
+        if job is not None:
+            await jobs.dismiss(run.target.monitor, run.job)  # somebody else's, that waits for it
+        after = await proof.view_after(run, self.plan.result)
+        if not after.chain.same_files(self.plan.chain):
+            return None
+        reason = doorbell.heard.get(run.job) or "it ended, and the chain is what it was"
+        return Job(run.job, self.job_type, "null", 0, 0, error=reason)
+
+    async def make_durable(self, run: Run) -> None:
+        """The overlay, and its header."""
+        await self._mended(run)
+        try:
+            await flush.flush(run.target.monitor, self.plan.overlay)
+        except (NotDurable, FlushUnavailable) as error:
+            overlay = self.plan.overlay.file
+            raise HeaderNotDurable(target=run.target.name, overlay=overlay, reason=error.reason) from None
+        await self._closed_for_writing(run)
+
+    async def _mended(self, run: Run) -> None:
+        """
+        A header that could not be written at the end of the job has stayed behind the graph, and both show the right data. QEMU
+        is asked to write it once more, where it would write the right format: it takes the overlay's own for that of base.
+        """
+        after = await proof.view_after(run, self.plan.result)
+        image = next((image for image in after.chain if image.same_as(self.plan.overlay)), None)
+        if image is None or not self._is_behind(image.backing):
+            return
+        try:
+            await self._relink(run, after.disk.root)
+        except QemuRefused as error:
+            run.notes.append(f"the header of {self.plan.overlay.file} could not be written: {error.reason}")
+
+    async def relink(self, run: Run) -> None:
+        """As at the end of the job. Raises CannotRecover."""
+        overlay = self.plan.overlay
+        try:
+            header = qcow2.read_of(overlay) if overlay.has_path else None
+            if run.carrier is None or header is None or not self._is_behind(header.backing):
+                return
+            await self._relink(run, (run.record and run.record.device) or self.plan.chain.active.node or "")
+            header = qcow2.read_of(overlay)
+        except (OSError, QemuRefused) as error:
+            raise CannotRecover(file=overlay.file, reason=str(error)) from None
+        if header is None or self._is_behind(header.backing):
+            reason = "QEMU uses the new chain, and its header names the old one"
+            raise CannotRecover(file=overlay.file, reason=reason)
+
+    def _is_behind(self, backing: str | None) -> bool:
+        return backing == self.plan.overlay.backing != self.plan.backing_name
+
+    async def _relink(self, run: Run, device: str) -> None:
+        plan = self.plan
+        if plan.base is not None and not (plan.overlay.format == plan.base.format == run.base_driver):
+            return
+        await run.target.monitor.execute(
+            "change-backing-file",
+            device=device,
+            image_node_name=plan.overlay.node,
+            backing_file=plan.backing_name or "",
+        )
+
+    async def _closed_for_writing(self, run: Run) -> None:
+        """
+        QEMU 11.1 leaves an image in the middle open for writing, so that nobody else could start on it. Where it has a node
+        with a name of the user's it can be told otherwise.
+        """
+        plan = self.plan
+        if not plan.is_in_the_middle or not run.target.is_live or (plan.overlay.node or "#").startswith("#"):
+            return
+        node = (await run.target.layout()).nodes[plan.overlay.node or ""]
+        if node.info.get("ro", True):
+            return
+        options = {
+            "driver": node.driver,
+            "node-name": node.key,
+            "file": node.children.get("file"),
+            "backing": plan.base.node if plan.base is not None else None,
+            "read-only": True,
+        }
+        try:
+            await run.target.monitor.execute("blockdev-reopen", options=[options])
+        except QemuRefused as error:
+            run.notes.append(
+                f"{plan.overlay.file} stays open for writing, so that no other VM can use it: {error.reason}"
+            )
+
+    async def evidence(
+        self, record: Record, target: Target | None, use: "Use | None" = None, *, layout: Layout | None = None
+    ) -> "Judgement":
+        """The overlay's header is looked at."""
+        from qmpmerge.recovery.evidence import by_header, judge
+
+        return await judge(record, target, use, layout=layout, kept=self.plan.overlay, decide=by_header)
+
+    def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
+        """Nothing changes for the VM's next start."""
+        stays = f"the VM is started from {self.plan.chain.active.file}, as before"
+        return [stays, *files_advice(merged)]
