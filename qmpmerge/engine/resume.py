@@ -21,6 +21,7 @@ from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     CannotRecover,
+    Error,
     FlushUnavailable,
     ImageUnreadable,
     NotDurable,
@@ -49,7 +50,8 @@ class Recovery:
     """
     What became of one merge that was not finished, or of none.
 
-    `verdict` is ``done``, ``planned`` (a dry run), ``running`` (a job is at work), or ``unchanged``. `right` is the image to
+    `verdict` is ``done``, ``planned`` (a dry run), ``running`` (a job is at work), ``unchanged``, or that of the `error` for
+    which one of several merges was not put right. `right` is the image to
     start the VM from, `reasons` why, `merged` what was done with the merged files, where the merge was finished.
     """
 
@@ -60,6 +62,7 @@ class Recovery:
     reasons: tuple[str, ...] = ()
     merged: tuple[MergedFile, ...] = ()
     hints: tuple[str, ...] = ()
+    error: Error | None = None
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from qmpmerge.engine import resume
 from qmpmerge.engine.resume import Recovery
-from qmpmerge.errors import NothingThere, NotSeen
+from qmpmerge.errors import EXIT_CODES, Error, NothingThere, NotSeen, worst
 from qmpmerge.images import files, stashed
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal import lookup, store
@@ -19,9 +19,10 @@ from qmpmerge.recovery.evidence import Use
 
 
 def verdict_of(found: Sequence[Recovery]) -> str:
-    """What all of it came to: a job that is at work needs the user, what was done comes before what was not needed."""
+    """What all of it came to: the worst; of what went well, what was done comes before what was not needed."""
     verdicts = {one.verdict for one in found}
-    return next(verdict for verdict in ("running", "planned", "done", "unchanged") if verdict in verdicts)
+    code = worst(EXIT_CODES[verdict] for verdict in verdicts)
+    return next(one for one in ("planned", "done", *EXIT_CODES) if one in verdicts and EXIT_CODES[one] == code)
 
 
 async def recover(
@@ -39,15 +40,25 @@ async def recover(
     `use` decides where the evidence does not. `allow` are folders and files that a record may have us rename besides those in
     its own folder. Nothing is deleted: a merge that was to delete what it merged is finished as one that stashes it.
 
-    Raises NothingThere, NotSeen, RecordNotBelieved, ForeignFile, Undecided, Locked, CannotRecover, and what the live door
-    raises where the QEMU that carried the merge out still runs.
+    Of several merges one that cannot be put right stops no other, and its error is in its Recovery. Raises NothingThere,
+    NotSeen, RecordNotBelieved; of a single merge ForeignFile, Undecided, Locked, CannotRecover, and what the live door raises
+    where the QEMU that carried the merge out still runs.
     """
     path = os.path.abspath(path)
     records = store.believed(lookup.concerned(path))
     if not records:
         return [_nothing(path)]
     allowed = [os.fspath(place) for place in allow]
-    return [await resume.recover(record, use, allow=allowed, dry_run=dry_run, trace=trace) for record in records]
+    found = []
+    for record in records:
+        try:
+            found.append(await resume.recover(record, use, allow=allowed, dry_run=dry_run, trace=trace))
+        except Error as error:
+            if len(records) == 1:
+                raise
+            image = record.chain.active.file
+            found.append(Recovery(error.verdict, image, None, str(error), hints=(error.hint,), error=error))
+    return found
 
 
 def _nothing(path: str) -> Recovery:

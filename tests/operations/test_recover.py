@@ -382,6 +382,17 @@ def test_only_what_can_be_chosen_is_offered(
         assert invoke("recover", str(left.images[3]), "--use", choice).code == 0
 
 
+def test_one_that_cannot_be_put_right_stops_no_other(left: Left) -> None:
+    both_written(left)
+    store.write(record(make_chain(left.folder, ("x.raw", "y.qcow2")), 2))
+    done = invoke("recover", str(left.folder), "--json")
+    assert (done.code, done.document["error"]["name"]) == (6, "undecided")
+    merges = {one["file"]: one["verdict"] for one in done.document["merges"]}
+    assert merges == {str(left.images[3]): "unknown", f"{left.folder}/y.qcow2": "done"}
+    said = invoke("recover", str(left.folder))
+    assert said.code == 6 and "--use base" in said.err, "one alone is raised"
+
+
 async def test_after_a_power_cut_the_old_name_is_there_again_by_itself(left: Left) -> None:
     switched(left)
     (told,) = store.believed(store.in_folder(str(left.folder)))

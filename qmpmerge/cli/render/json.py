@@ -108,7 +108,9 @@ class JsonOutput:
             }
             for one in found
         ]
-        self._print(verdict_of(found), merges=merges)
+        verdict = verdict_of(found)
+        error = next((one.error for one in found if one.error is not None and one.verdict == verdict), None)
+        self._print(verdict, merges=merges, **({"error": error.document} if error else {}))
 
     def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
         """One entry for each stashed file."""

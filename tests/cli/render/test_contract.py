@@ -31,7 +31,8 @@ from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress, Shortage
-from qmpmerge.errors import EXIT_CODES, NeedsSecret, NoReply
+from qmpmerge.engine.resume import Recovery
+from qmpmerge.errors import EXIT_CODES, Error, NeedsSecret, NoReply, NoSuchTarget, NotDurable
 from qmpmerge.journal import store
 from qmpmerge.operations.examine import Examination, Examined
 from qmpmerge.operations.snapshot import Overlay
@@ -212,6 +213,15 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     for error in (NoReply(target="vm1", command="query-jobs", seconds=1.0), NeedsSecret(image="/vm/b")):
         report = Examination((Examined("vm1", error=error),), 1, 0)
         yield _rendered("doctor", functools.partial(JsonOutput.doctor, report=report))
+    errors: tuple[Error, ...] = (
+        NoReply(target="vm1", command="query-jobs", seconds=1.0),
+        NeedsSecret(image="/vm/b"),
+        NoSuchTarget(target="vm1"),
+        NotDurable(node="n", reason="I/O error"),
+    )
+    for one in errors:
+        recovery = Recovery(one.verdict, "/vm/b", None, str(one), hints=(one.hint,), error=one)
+        yield _rendered("recover", functools.partial(JsonOutput.recovered, found=[recovery]))
 
 
 def _rendered(command: str, say: Callable[[JsonOutput], None]) -> Run:
