@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qmpmerge import errors, sync
     from qmpmerge.chain.chain import Chain, Image
     from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome
-    from qmpmerge.chain.plan import CommitPlan
+    from qmpmerge.chain.plan import CommitPlan, PullPlan
     from qmpmerge.doctor.findings import Finding
     from qmpmerge.engine.pace.converge import Converge
     from qmpmerge.engine.pace.patience import Patience
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.control import control
     from qmpmerge.operations.examine import Examination, Examined, examine, examine_all
     from qmpmerge.operations.follow import follow
+    from qmpmerge.operations.pull import pull
     from qmpmerge.operations.recover import recover
     from qmpmerge.operations.snapshot import Overlay, snapshot
     from qmpmerge.processes.vms import Vm, vms
@@ -68,6 +69,7 @@ _HOME = {
     "Overlay": "operations.snapshot",
     "Patience": "engine.pace.patience",
     "Progress": "engine.pace.progress",
+    "PullPlan": "chain.plan",
     "Recovery": "engine.resume",
     "Target": "targets.target",
     "Vm": "processes.vms",
@@ -82,6 +84,7 @@ _HOME = {
     "live": "targets.live",
     "offline": "targets.offline",
     "open": "targets.open",
+    "pull": "operations.pull",
     "recover": "operations.recover",
     "snapshot": "operations.snapshot",
     "sync": "",
@@ -111,6 +114,7 @@ __all__ = [
     "Overlay",
     "Patience",
     "Progress",
+    "PullPlan",
     "Recovery",
     "Target",
     "Vm",
@@ -125,6 +129,7 @@ __all__ = [
     "live",
     "offline",
     "open",
+    "pull",
     "recover",
     "snapshot",
     "sync",

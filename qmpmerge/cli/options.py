@@ -246,11 +246,10 @@ def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
     files = click.option(
         "--merged-files",
         type=click.Choice(["stash", "delete", "keep"]),
-        default="stash",
-        show_default=True,
+        default=None,
         metavar="ACTION",
-        help="What becomes of merged files: stash renames them to NAME.merged, delete compares and removes them, keep leaves "
-        "them alone.",
+        help="What becomes of merged files: stash (default) renames them to NAME.merged, delete compares and removes them, "
+        "keep (default of a pull) leaves them alone.",
     )
     pause = click.option(
         "--no-pause",

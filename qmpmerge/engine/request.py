@@ -22,9 +22,9 @@ class Request:
     merge ends. `speed` is bytes a second, 0 for unlimited; None leaves a job that is at work as fast as it is. `verify`
     compares what base shows with what top shows before anything is switched; None does so where it is cheap. `merged_files`
     says what becomes of the merged files (see `policy`); `pause` lets the guest stand still for the pivot. `force` and
-    `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes
-    faster than the job copies. With `polite` the monitor is released for so many seconds between two polls. `patience` is
-    how long we stay. `agreed` are the plans of which a merge that pivots must be one, None where it may be any.
+    `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes faster than the job
+    copies. With `polite` the monitor is released for so many seconds between two polls. `patience` is how long we stay.
+    `agreed` are the plans of which a merge that pivots must be one, None where it may be any.
     """
 
     direction: Direction = "commit"

@@ -96,6 +96,7 @@ def plainly(*arguments: str) -> Callable[[Setup], Run]:
 WAYS: dict[str, Callable[[Setup], Run]] = {
     "merged": plainly("commit", "--top", "[3]"),
     "pivoted": plainly("commit"),
+    "pulled": plainly("pull"),
     "kept": plainly("commit", "--keep-overlay"),
     "ready": plainly("commit", "--wait-ready"),
     "planned": plainly("commit", "--dry-run"),

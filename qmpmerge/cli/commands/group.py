@@ -21,6 +21,7 @@ FILES = {
     "snapshot": "snapshot",
     "active": "active",
     "commit": "commit",
+    "pull": "pull",
     "job": "job",
     "recover": "recover",
     "clean": "clean",
@@ -78,5 +79,6 @@ def cli() -> None:
     qmpmerge chain vm1 vda                   base <-- a <-- b <-- c
     qmpmerge commit vm1 vda --top 3          base <-- c
     qmpmerge commit vm1 vda                  base, the guest moved onto it
+    qmpmerge pull vm1 vda                    c, with all that it was built on
     qmpmerge active /vm/base.raw             what the VM must be started from
     """

@@ -50,7 +50,7 @@ def job(
     verb: "Verb",
     speed: int | None,
     ending: "Ending",
-    merged_files: "Policy",
+    merged_files: "Policy | None",
     pause: bool,
     polite: bool,
     converge: Help | None,

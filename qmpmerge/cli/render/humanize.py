@@ -81,7 +81,7 @@ def estimate(value: "Estimate") -> Iterator[str]:
     if value.growth is not None:
         more = " and what the guest writes meanwhile" if value.at_least else ""
         free = "" if value.free is None else f"; {size(value.free)} free"
-        yield f"space   the base grows by up to {size(value.growth)}{more}{free}"
+        yield f"space   {os.path.basename(value.file) or 'the base'} grows by up to {size(value.growth)}{more}{free}"
 
 
 def looked_at(report: "Examination") -> str:

@@ -246,7 +246,7 @@ _NOTHING: Mapping[str, object] = {
 }
 """The same of a job of which nothing else is known."""
 
-_ESTIMATE = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason")
+_ESTIMATE = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason", "file", "reserve")
 
 
 def _check(check: "Checked") -> dict[str, object]:

@@ -125,7 +125,8 @@ class TextOutput:
         """The verdict, the chain before and after, what is left to do."""
         verdict = Painted(outcome.verdict, COLOURS.get(outcome.verdict))
         if outcome.verdict == "unchanged":
-            self._say(f"{outcome.disk}: nothing to merge, {outcome.before} has no backing file")
+            reason = "has no backing file" if len(outcome.before) == 1 else "has nothing in between"
+            self._say(f"{outcome.disk}: nothing to merge, {outcome.before} {reason}")
         else:
             self._say(f"{outcome.disk}: ", verdict, humanize.cost(outcome))
             for line in merge.lines(outcome):

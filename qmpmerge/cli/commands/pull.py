@@ -1,0 +1,146 @@
+"""`pull`: shorten a chain from below, into the image that the guest writes to."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from qmpmerge.cli import complete, options
+from qmpmerge.cli.commands import commit, group
+from qmpmerge.cli.options import (
+    POLITE_SECONDS,
+    Options,
+    detaching,
+    for_images,
+    forcing,
+    refuse_together,
+    shared,
+    waiting,
+)
+from qmpmerge.cli.quantities import Size
+from qmpmerge.cli.run import on_target, run
+from qmpmerge.errors import FORCEABLE
+
+if TYPE_CHECKING:
+    from qmpmerge.chain.outcome import Policy
+    from qmpmerge.cli.render.output import Output
+    from qmpmerge.targets.target import Target
+
+
+@group.cli.command()
+@options.target
+@click.argument("disk", required=False, shell_complete=complete.disks)
+@click.option(
+    "--base",
+    metavar="LAYER",
+    help="Stop above this image, which stays (default: none).",
+    shell_complete=complete.layers,
+)
+@click.option(
+    "--top",
+    metavar="LAYER",
+    help="Pull into this image (default: the active one).",
+    shell_complete=complete.layers,
+)
+@click.option("--shallow", is_flag=True, help="Pull the image right below the top only.")
+@click.option(
+    "--speed",
+    type=Size(),
+    metavar="SIZE",
+    help="Copy at most so much a second, as in 100M or 100 MiB/s (powers of 1024, as QEMU counts); 0 for no limit.",
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="See that nothing is missing before the switch, whatever it costs (default: where it is cheap).",
+)
+@click.option("--no-verify", is_flag=True, help="Do not look.")
+@options.search
+@click.option(
+    "--merged-files",
+    type=click.Choice(["stash", "delete", "keep"]),
+    default="keep",
+    show_default=True,
+    metavar="ACTION",
+    help="What becomes of the files that leave the chain: keep leaves them alone, stash renames them to NAME.merged, delete "
+    "compares and removes them.",
+)
+@click.option("--dry-run", is_flag=True, help="Make all checks, show the chain that would result, change nothing.")
+@waiting
+@detaching
+@for_images
+@forcing(*FORCEABLE)
+@shared
+def pull(
+    target: str,
+    disk: str | None,
+    base: str | None,
+    top: str | None,
+    shallow: bool,
+    speed: int | None,
+    verify: bool,
+    no_verify: bool,
+    search: tuple[str, ...],
+    merged_files: "Policy",
+    dry_run: bool,
+    polite: bool,
+    options: Options,
+) -> int:
+    """
+    Pull what lies below an image into it, while the guest keeps writing.
+
+    By default all that lies below the active image goes into it, and it has no backing file any more. With --base what lies
+    above that image is pulled, and it stays. With --top it goes into an image further down.
+
+    Images below are only read, so others may be built on them, as on a golden image; they are left where they are. The VM is
+    started from the same image as before. What is pulled takes space where the active image lies.
+
+    LAYER is an index as `qmpmerge chain` shows it (`3`; 1 is the base, `-1` the active image), a file name as it shows it,
+    a path, or a node name. What means two images is refused.
+
+    \b
+    Examples:
+      qmpmerge pull vm1 vda                        all into the active image
+      qmpmerge pull vm1 vda --base debian.qcow2    but for that golden image
+      qmpmerge pull vm1 vda --top 3 --dry-run      look first
+
+    A job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
+    the same command again goes on from where it stands.
+
+    \b
+    Exit codes:
+      0    pulled, planned or unchanged, as asked
+      3    refused: the disks are untouched, the hint says what to do instead
+      4    no session with TARGET: the disks are untouched
+      5    the job failed: the old chain is in use and right
+      6    unknown: the outcome is not proven
+      7    the job goes on in QEMU: --timeout passed, or we have left it
+      130  cancelled by Ctrl-C, or not begun before --timeout: the old chain is
+           in use
+    """
+    refuse_together({"--base": base is not None, "--shallow": shallow})
+    refuse_together({"--verify": verify, "--no-verify": no_verify})
+
+    async def work(target: "Target", output: "Output") -> str:
+        from qmpmerge.operations import pull as operation
+
+        outcome = await operation.pull(
+            target,
+            disk,
+            base=base,
+            top=top,
+            shallow=shallow,
+            speed=speed,
+            verify=True if verify else False if no_verify else None,
+            merged_files=merged_files,
+            force=options.force,
+            search=search,
+            dry_run=dry_run,
+            report=output.progress,
+            patience=options.patience,
+            polite=POLITE_SECONDS if polite else None,
+        )
+        output.commit(outcome)
+        return outcome.verdict
+
+    begun = on_target(target, options, work, write=True, dry_run=dry_run)
+    return run(options, begun if dry_run else commit.resuming(target, options, begun))

@@ -1,0 +1,63 @@
+"""
+Pull: the other way to shorten a chain. What lies below an image goes into it, and what lies below is left as it is.
+
+All else is as of a merge: what was begun before, what is refused, how it is left and gone on with.
+"""
+
+import os
+from collections.abc import Collection
+
+from qmpmerge.chain.layer import LayerName
+from qmpmerge.chain.outcome import Outcome, Policy
+from qmpmerge.engine.pace.patience import Patience
+from qmpmerge.engine.pace.progress import Report
+from qmpmerge.engine.request import Request
+from qmpmerge.operations import commit
+from qmpmerge.qemu.blockgraph import DiskName
+from qmpmerge.targets.target import Target
+
+
+async def pull(
+    target: Target,
+    disk: DiskName | None = None,
+    *,
+    base: LayerName | None = None,
+    top: LayerName | None = None,
+    shallow: bool = False,
+    speed: int | None = None,
+    verify: bool | None = None,
+    merged_files: Policy = "keep",
+    force: Collection[str] = (),
+    search: "Collection[str | os.PathLike[str]]" = (),
+    dry_run: bool = False,
+    report: Report = lambda progress: None,
+    timeout: float | None = None,
+    patience: Patience | None = None,
+    polite: float | None = None,
+) -> Outcome:
+    """
+    Pull what lies below `top` (default: the active image) and above `base` (default: all of it) into `top`, which keeps its
+    name: nothing changes for the next start of the VM. No image shows other data than before, so others may be built on those
+    that are only read.
+
+    `verify` sees that nothing is missing before anything is switched; None does so where it is cheap. `merged_files` says what
+    becomes of the files that leave the chain. The rest is as of `commit.commit`.
+
+    Raises as `commit.commit`.
+    """
+    request = Request(
+        direction="pull",
+        base=base,
+        top=top,
+        shallow=shallow,
+        speed=speed,
+        verify=verify,
+        bitmaps="drop",
+        merged_files=merged_files,
+        force=force,
+        search=[os.fspath(folder) for folder in search],
+        dry_run=dry_run,
+        polite=polite,
+        patience=patience or Patience(timeout),
+    )
+    return await commit.carry_out(target, disk, request, report)

@@ -1,0 +1,464 @@
+"""
+The safe pull: in every way to a disk, with every image's own view as it was; and the harm of a plain `block-stream` beside.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from rig import faults
+from rig.command import invoke
+from rig.disks import WAYS, Setup, blockdev, device, drive, form, nodes
+from rig.harms import harm
+from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
+
+import qmpmerge
+from qmpmerge.chain import plan
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.errors import Busy, InUse, JobFailed, NotDurable, NotWritable, ShorterLayer, StillRunning
+from qmpmerge.images import space
+from qmpmerge.qemu import jobs
+
+JOB = "qmpmerge-pull-vda"
+
+RANGES = {
+    "whole": ({}, "c.qcow2"),
+    "partial": ({"base": "[1]"}, "base.raw <-- c.qcow2"),
+    "shallow": ({"shallow": True}, "base.raw <-- a.qcow2 <-- c.qcow2"),
+    "middle": ({"top": "[3]"}, "b.qcow2 <-- c.qcow2"),
+    "middle-partial": ({"top": "[3]", "base": "[1]"}, "base.raw <-- b.qcow2 <-- c.qcow2"),
+}
+
+
+def views(images: list[Path]) -> dict[str, str]:
+    """What each of them shows, by itself and what it is built on."""
+    seen = {}
+    for image in images:
+        view = image.with_name("view")
+        run("qemu-img", "convert", "-U", "-f", form(image), "-O", "raw", image, view)
+        seen[image.name] = hashlib.sha256(view.read_bytes()).hexdigest()
+        view.unlink()
+    return seen
+
+
+@pytest.mark.parametrize("asked", RANGES)
+@pytest.mark.parametrize("kind", WAYS)
+async def test_pull(kind: str, asked: str, tmp_path: Path, images: list[Path], content: Content) -> None:
+    options, expected = RANGES[asked]
+    before = views(images)
+    with WAYS[kind](tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            outcome = await qmpmerge.pull(target, setup.disk, **options)  # type: ignore[arg-type]
+        assert (outcome.verdict, str(outcome.after)) == ("pulled", expected)
+        names = [image.backing for image in outcome.after]
+        assert names == [None, *[image.name for image in outcome.after.images[:-1]]]
+        assert {(one.action, one.now) for one in outcome.merged} == {("keep", one.file) for one in outcome.merged}
+        assert not [hint for hint in outcome.hints if "still open" in hint]
+        setup.check()
+        setup.off()
+    assert views(images) == before
+    content.check(images[-1])
+    left = [file.name for file in tmp_path.iterdir() if "qmpmerge" in file.name]
+    assert all(name.endswith(".qmpmerge-merged") for name in left), left
+
+
+async def test_the_guest_writes_on(setup: Setup, images: list[Path], content: Content) -> None:
+    async with slow(setup) as pull:
+        setup.write(0x66, 4 * MIB, 64 * 1024)
+        setup.machine.session.execute("block-job-set-speed", device=JOB, speed=0)
+        assert (await pull).verdict == "pulled"
+    setup.write(0x67, 5 * MIB, 64 * 1024)
+    setup.check()
+    setup.machine.stop()
+    content.check(images[3])
+
+
+async def test_a_running_vm_on_the_same_images_is_left_alone(tmp_path: Path) -> None:
+    """Others are built on them, and run: a commit is refused there."""
+    images, content = make_chain(tmp_path), Content()
+    fill(images, content)
+    other = tmp_path / "other.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", "-b", "b.qcow2", "-F", "qcow2", other)
+    (tmp_path / "second").mkdir()
+    theirs = views([other])
+    with (
+        machine(tmp_path / "second", "-drive", f"file={other},if=none,id=vda", *device("vda")) as second,
+        drive(tmp_path, images, content) as setup,
+    ):
+        async with setup.target() as target:
+            assert (await qmpmerge.pull(target)).verdict == "pulled"
+        setup.check()
+        assert second.process.poll() is None
+    assert views([other]) == theirs
+    content.check(images[3])
+
+
+# --- durable before the switch ----------------------------------------------------------------------------------------
+
+
+async def test_killed_right_after_a_pull_nothing_is_lost(setup: Setup, images: list[Path], content: Content) -> None:
+    async with setup.target() as target:
+        await qmpmerge.pull(target)
+    setup.machine.kill()
+    content.check(images[3])
+
+
+@harm("flush-unavailable", "a pulled image misses what QEMU has in memory alone when it says that it is done")
+def test_killed_right_after_a_plain_block_stream_data_is_lost(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    with blockdev(tmp_path, images, content) as setup:
+        stream(setup.machine, device="c", auto_dismiss=False)
+        setup.machine.kill()
+    with pytest.raises(AssertionError, match="differs"):
+        content.check(images[3])
+
+
+def stream(vm: Machine, **more: object) -> None:
+    """A plain block-stream, to its end."""
+    vm.session.execute("block-stream", job_id="j", **more)
+    while (found := vm.session.execute("query-jobs")) and found[0]["status"] != "concluded":
+        pass
+
+
+FLUSH_FAILS = "inject-error.0.event=none,inject-error.0.iotype=flush,inject-error.0.errno=5"
+
+
+async def test_an_image_that_cannot_be_flushed_stops_the_pull(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    with machine(tmp_path, *faults.injecting(images, "c", FLUSH_FAILS)) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            with pytest.raises(NotDurable, match="Input/output error"):
+                await qmpmerge.pull(target)
+        await faults.untouched(vm)
+        vm.stop()
+    run("qemu-img", "check", "-q", "-r", "leaks", images[3])  # what was copied and cannot be given back
+    content.check(images[3])
+
+
+async def test_an_image_whose_header_cannot_be_written_is_refused(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    failing = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28"
+    with machine(tmp_path, *faults.injecting(images, "c", failing)) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            with pytest.raises(NotWritable, match="No space left"):
+                await qmpmerge.pull(target)
+        await faults.untouched(vm)
+        vm.stop()
+    content.check(images[3])
+
+
+async def test_a_read_error_fails_the_job_and_leaves_the_chain(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """The job is gone before anybody can ask it why."""
+    failing = "inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.errno=5,inject-error.0.sector=0"
+    with machine(tmp_path, *faults.injecting(images, "base", failing)) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            with pytest.raises(JobFailed, match="Input/output error"):
+                await qmpmerge.pull(target)
+        await faults.untouched(vm)
+        vm.stop()
+    content.check(images[3])
+
+
+async def test_a_middle_image_is_not_left_open_for_writing(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """As QEMU 11.1 does: nobody else could start on it."""
+    with blockdev(tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            await qmpmerge.pull(target, top="[3]")
+        run("qemu-img", "info", images[2])  # fails where somebody has it open for writing
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+def short(folder: Path) -> list[Path]:
+    """8 MiB with data at 6 MiB, under a layer of 4 MiB, under one of 8 MiB."""
+    images = [folder / "low.qcow2", folder / "mid.qcow2", folder / "top.qcow2"]
+    run("qemu-img", "create", "-qf", "qcow2", images[0], "8M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 170 6M 1M", images[0])
+    for image, below, size in ((images[1], images[0], "4M"), (images[2], images[1], "8M")):
+        run("qemu-img", "create", "-qf", "qcow2", "-b", below, "-F", "qcow2", image, size)
+    return images
+
+
+async def test_a_shorter_layer_is_refused_and_the_whole_chain_is_the_way_out(tmp_path: Path) -> None:
+    images = short(tmp_path)
+    with machine(tmp_path, *nodes(images), *device("top")) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            with pytest.raises(ShorterLayer) as refused:
+                await qmpmerge.pull(target, base="[1]")
+            assert "pull the whole chain" in refused.value.hint
+            assert (await qmpmerge.pull(target)).verdict == "pulled"
+        vm.io("top", f"read -P 0 {6 * MIB} 1M")
+
+
+@harm("shorter-layer", "a pull down to a base shows the base's stale data behind the end of a short image")
+def test_plain_block_stream_shows_stale_data_there(tmp_path: Path) -> None:
+    images = short(tmp_path)
+    with machine(tmp_path, *nodes(images), *device("top")) as vm:
+        vm.io("top", f"read -P 0 {6 * MIB} 1M")
+        stream(vm, device="top", base_node="low", backing_file="low.qcow2")
+        vm.io("top", f"read -P 170 {6 * MIB} 1M")
+
+
+@harm("backing-string", "an empty name cuts off what the image is built on")
+def test_plain_block_stream_takes_an_empty_name(tmp_path: Path, images: list[Path], content: Content) -> None:
+    with blockdev(tmp_path, images, content) as setup:
+        stream(setup.machine, device="c", base_node="a", backing_file="")
+        setup.off()
+    with pytest.raises(AssertionError, match="differs"):
+        content.check(images[3])
+
+
+async def test_another_vm_on_the_image_that_is_pulled_into_is_a_no(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """That has it open for reading, and QEMU could not write to it; what lies below may be open anywhere."""
+    run("qemu-img", "create", "-qf", "qcow2", "-b", "b.qcow2", "-F", "qcow2", tmp_path / "other.qcow2")
+    (tmp_path / "second").mkdir()
+    theirs = ["-drive", f"file={tmp_path}/other.qcow2,if=none,id=vda", *device("vda")]
+    with machine(tmp_path / "second", *theirs), blockdev(tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            with pytest.raises(InUse) as refused:
+                await qmpmerge.pull(target, top="[3]")
+            assert refused.value.file == str(images[2])
+        await faults.untouched(setup.machine)
+
+
+async def test_what_others_are_built_on_can_be_pulled(tmp_path: Path, images: list[Path], content: Content) -> None:
+    run("qemu-img", "create", "-qf", "qcow2", "-b", "a.qcow2", "-F", "qcow2", tmp_path / "other.qcow2")
+    before = views([tmp_path / "other.qcow2"])
+    with blockdev(tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            with pytest.raises(qmpmerge.errors.Dependents):
+                await qmpmerge.commit(target, top="[3]")
+            assert (await qmpmerge.pull(target, base="[1]")).verdict == "pulled"
+        setup.off()
+    assert views([tmp_path / "other.qcow2"]) == before
+    assert not (tmp_path / ".a.qcow2.qmpmerge-merged").exists(), "it is needed"
+
+
+async def test_the_guests_filesystem_is_left_a_reserve(
+    setup: Setup, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with setup.target() as target:
+        planned = await qmpmerge.pull(target, dry_run=True)
+        assert planned.estimate is not None and planned.estimate.growth is not None
+        assert planned.estimate.reserve == 8 * MIB
+        room = planned.estimate.growth + planned.estimate.reserve
+        monkeypatch.setattr(space, "_free", lambda image, pid: room)
+        assert (await qmpmerge.pull(target, dry_run=True)).verdict == "planned"
+        monkeypatch.setattr(space, "_free", lambda image, pid: room - 1)
+        with pytest.raises(qmpmerge.errors.NoSpace) as refused:
+            await qmpmerge.pull(target)
+        assert (refused.value.base, refused.value.reserve) == (str(images[3]), 8 * MIB)
+
+
+@pytest.mark.parametrize("cluster", ["64k", "2M"])
+@pytest.mark.parametrize("base", [None, "[1]", "[2]"])
+async def test_the_growth_is_what_was_said(tmp_path: Path, base: str | None, cluster: str) -> None:
+    """Of the clusters of data it is exact; of tables and refcounts a bound."""
+    images = make_chain(tmp_path, ("l0.qcow2", "l1.qcow2", "l2.qcow2", "l3.qcow2"))
+    run(
+        "qemu-img",
+        "create",
+        "-qf",
+        "qcow2",
+        "-o",
+        f"cluster_size={cluster}",
+        "-b",
+        "l2.qcow2",
+        "-F",
+        "qcow2",
+        images[3],
+    )
+    fill(images, Content())
+    grain = MIB * 2 if cluster == "2M" else 64 * 1024
+    async with qmpmerge.open(str(images[3])) as target:
+        planned = await qmpmerge.pull(target, base=base, dry_run=True)
+        before = os.stat(images[3]).st_size
+        await qmpmerge.pull(target, base=base)
+    assert planned.estimate is not None and planned.estimate.growth is not None
+    grown = os.stat(images[3]).st_size - before
+    assert grown <= planned.estimate.growth <= grown + 2 * grain
+
+
+# --- leaving, cancelling, coming back ----------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def slow(setup: Setup, **options: str) -> AsyncIterator["asyncio.Task[qmpmerge.Outcome]"]:
+    """A pull that has begun and will not end by itself."""
+    begun = asyncio.Event()
+    async with setup.target() as target:
+        work = qmpmerge.pull(target, setup.disk, speed=1, report=lambda told: begun.set(), **options)  # type: ignore[arg-type]
+        pull = asyncio.ensure_future(work)
+        await begun.wait()
+        yield pull
+
+
+@pytest.mark.parametrize("asked", RANGES)
+@pytest.mark.parametrize("kind", WAYS)
+async def test_a_cancelled_task_puts_the_old_chain_back(
+    kind: str, asked: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    options, _expected = RANGES[asked]
+    before = views(images)
+    with WAYS[kind](tmp_path, images, content) as setup:
+        async with slow(setup, **options) as pull:  # type: ignore[arg-type]
+            pull.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await pull
+        async with setup.target() as target:
+            assert not await target.jobs()
+            view = await target.chain()
+            assert (view.chain.files, view.oddities) == ([str(image) for image in images], ())
+        setup.off()
+    assert views(images) == before
+    assert not [file for file in tmp_path.iterdir() if "qmpmerge" in file.name]
+
+
+@pytest.mark.parametrize("top", [None, "[3]"])
+async def test_a_pull_that_was_left_is_gone_on_with(
+    top: str | None, setup: Setup, images: list[Path], content: Content
+) -> None:
+    async with setup.target() as target:
+        with pytest.raises(StillRunning) as left:
+            await qmpmerge.pull(target, top=top, speed=1, patience=qmpmerge.Patience(detach=True))
+        assert left.value.job == JOB
+    setup.write(0x66, 4 * MIB, 64 * 1024)
+    async with setup.target() as target:
+        (job,) = await target.jobs()
+        assert (job.id, job.disk, job.ours, job.type) == (JOB, "vda", True, "stream")
+        assert "follow" in job.verbs
+        with pytest.raises(Busy):
+            await qmpmerge.pull(target, top=top, base="[1]")
+        with pytest.raises(Busy):
+            await qmpmerge.commit(target)
+        if top is None:
+            outcome = await qmpmerge.pull(target, top=top, speed=0)
+        else:
+            await jobs.control(target.monitor, JOB, "speed", 0)
+            outcome = await qmpmerge.follow(target, JOB)
+    assert outcome.verdict == "pulled"
+    assert {one.action for one in outcome.merged} == {"keep"}
+    setup.check()
+    setup.machine.stop()
+    content.check(images[3])
+
+
+async def test_a_killed_tool_is_followed_by_the_same_command(
+    setup: Setup, images: list[Path], content: Content
+) -> None:
+    command = [sys.executable, "-m", "qmpmerge", "pull", setup.machine.target, "vda", "--speed", "1", "--json"]
+    tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert tool.stderr is not None
+    assert b'"progress"' in tool.stderr.readline()
+    tool.kill()
+    tool.communicate()
+    done = invoke("pull", setup.machine.target, "vda", "--speed", "0", "--json")
+    assert done.document["verdict"] == "pulled"
+    setup.check()
+    setup.machine.stop()
+    content.check(images[3])
+
+
+async def test_others_may_look_while_it_is_at_work(setup: Setup) -> None:
+    async with setup.target() as target:
+        with pytest.raises(StillRunning):
+            await qmpmerge.pull(target, speed=1, patience=qmpmerge.Patience(detach=True))
+    for command in ("disks", "jobs", "doctor"):
+        assert invoke(command, setup.machine.target, "--json").code == 0
+
+
+async def test_others_may_ask_for_the_nodes_all_the_time(setup: Setup, content: Content) -> None:
+    """QEMU 7.2 and 10.0 crash when they are asked while a stream job is concluded: this one never is for long."""
+    asked = 0
+    async with slow(setup) as pull:
+        setup.machine.session.execute("block-job-set-speed", device=JOB, speed=0)
+        while not pull.done():
+            nodes = await asyncio.to_thread(setup.machine.session.execute, "query-named-block-nodes", flat=True)
+            asked += bool(nodes)
+        assert (await pull).verdict == "pulled"
+    assert asked
+    setup.check()
+
+
+@harm("stream-concluded", "QEMU 7.2 and 10.0 crash when anybody asks for their nodes while a stream job is concluded")
+def test_plain_block_stream_waits_there_to_be_dismissed(setup: Setup) -> None:
+    stream(setup.machine, device="vda", auto_dismiss=False)
+    crashes = (7, 2) <= version_of(setup.machine) < (11, 0)
+    with pytest.raises((ValueError, ConnectionError)) if crashes else contextlib.nullcontext():
+        setup.machine.session.execute("query-named-block-nodes", flat=True)
+
+
+def version_of(vm: Machine) -> tuple[int, int]:
+    told = vm.session.execute("query-version")["qemu"]
+    return told["major"], told["minor"]
+
+
+async def test_a_session_that_is_lost_in_the_middle_is_made_again(setup: Setup, content: Content) -> None:
+    async with slow(setup) as pull:
+        setup.machine.kill()
+        with pytest.raises(qmpmerge.errors.SessionLost):
+            await pull
+    told = invoke("recover", str(setup.machine.folder / "c.qcow2"), "--json")
+    assert told.document["merges"][0]["right"] == str(setup.machine.folder / "c.qcow2")
+    content.check(setup.machine.folder / "c.qcow2")
+
+
+# --- what is said, and what is left ---------------------------------------------------------------------------------------
+
+
+async def test_a_dry_run_changes_nothing(setup: Setup, tmp_path: Path, images: list[Path]) -> None:
+    before = faults.digests(tmp_path)
+    done = invoke("pull", setup.machine.target, "vda", "--dry-run", "--json").document
+    assert (done["verdict"], done["after"]) == ("planned", [str(images[3])])
+    assert done["estimate"]["file"] == str(images[3])
+    await faults.untouched(setup.machine)
+    assert faults.digests(tmp_path) == before
+
+
+async def test_what_leaves_the_chain_can_be_put_aside(setup: Setup, images: list[Path], content: Content) -> None:
+    async with setup.target() as target:
+        outcome = await qmpmerge.pull(target, base="[1]", merged_files="stash")
+    assert [one.now for one in outcome.merged] == [f"{image}.merged" for image in images[1:3]]
+    setup.machine.stop()
+    content.check(images[3])
+    assert invoke("clean", str(images[0].parent), "--json").document["verdict"] == "done"
+    content.check(images[3])
+
+
+async def test_what_was_pulled_from_is_no_image_to_start_from(setup: Setup, images: list[Path]) -> None:
+    async with setup.target() as target:
+        await qmpmerge.pull(target)
+    setup.machine.stop()
+    told = invoke("active", str(images[3]))
+    assert told.out.strip() == str(images[3])
+
+
+async def test_nothing_in_between_is_unchanged(setup: Setup) -> None:
+    async with setup.target() as target:
+        assert (await qmpmerge.pull(target, base="[3]")).verdict == "unchanged"
+        assert (await qmpmerge.pull(target, top="[1]")).verdict == "unchanged"
+
+
+def test_a_plan_says_what_is_written_and_what_leaves(images: list[Path]) -> None:
+    chain = Chain(tuple(Image(str(image), "qcow2", MIB, node=image.stem) for image in images))
+    planned = plan.pull(chain, base="[1]")
+    assert (planned.receiver, planned.overlay, planned.written) == (chain[4], chain[4], (chain[4],))
+    assert (planned.merged, planned.top) == (chain.images[1:3], chain[3])
+    assert planned.views == (chain.images, (chain[1], chain[4]))
+    assert planned.result == plan.between("pull", chain, 1, 3).result
