@@ -14,7 +14,7 @@ from typing import Literal, cast, get_args
 
 from faults import darkness, recovering, sweeps, tools
 from faults.fuzz import FUZZED, Fuzzed
-from faults.stage import Doer, Story
+from faults.stage import Doer, Pulls, Story
 from faults.sweeps import Bench, Sweep
 
 Ends = Literal["right", "refused", "either", "limit"]
@@ -56,6 +56,12 @@ WRITING, WRITING_ACTIVE = Story(writes=True), Story(pivots=True, writes=True)
 ALL = {"L": LIVE, "LA": LIVE_ACTIVE, "W": WRITING, "WA": WRITING_ACTIVE, "N": NETWORK, "NA": NETWORK_ACTIVE,
        "O": OFFLINE, "OA": OFFLINE_ACTIVE}  # fmt: skip
 IDLE = {name: story for name, story in ALL.items() if not story.writes}
+PULLS = {
+    f"{where}{kind[:1].upper()}P": replace(story, pulls=kind)
+    for where, story in {"L": LIVE, "O": OFFLINE}.items()
+    for kind in get_args(Pulls)
+    if kind
+}
 LAYOUTS = ("raw-base", "large-clusters", "small-clusters", "extended-l2", "lazy-refcounts")
 
 
@@ -94,10 +100,28 @@ def swept() -> Iterator[Swept]:
         ends: Ends = "limit" if back.pivots else "either"
         yield Swept(f"NB-{name}", "it comes back, and QEMU hides what is lost", back, lose_server, ends=ends)
     yield from killed_tools()
+    yield from pulls()
     if recovering.is_there():
         for name in ("L", "LA", "O", "OA"):
             title = "recover killed at each of its steps"
             yield Swept(f"R-{name}", title, ALL[name], recovering.sweep, base_line=False)
+
+
+def pulls() -> Iterator[Swept]:
+    """Pulls, beside a plain block-stream."""
+    for name, story in PULLS.items():
+        yield Swept(f"K-{name}", "machine killed after each operation", story, sweeps.kills)
+        yield Swept(f"P-{name}", "power cut at any time", story, sweeps.power_cuts)
+        yield Swept(f"E1-{name}", "each operation fails once", story, sweeps.errors, ends="either")
+        for_ever = partial(sweeps.errors, for_ever=True)
+        yield Swept(f"EE-{name}", "each operation fails, and its file for ever", story, for_ever, ends="either")
+    for name in ("LWP", "LPP"):
+        writing = replace(PULLS[name], writes=True)
+        yield Swept(f"K-{name}W", "machine killed after each operation", writing, sweeps.kills)
+        for victim in ("tool", "both"):
+            at_commands = partial(tools.at_commands, victim=cast(tools.Victim, victim))
+            title = f"{'qmpmerge' if victim == 'tool' else 'qmpmerge and the machine'} killed at each command"
+            yield Swept(f"TC-{name}-{victim}", title, PULLS[name], at_commands, base_line=False)
 
 
 def killed_tools() -> Iterator[Swept]:

@@ -152,13 +152,13 @@ def judge_words(case: Case, played: Played, found: Judgement) -> None:
     if played.story.pivots and not case.paths[-1].exists():
         return  # its name is gone, and so is what its header tells
     told = chain(case.paths[-1])
-    old, new = list(case.names), [case.names[0], case.names[-1]]
+    old, new = list(case.names), [case.names[index] for index in played.story.left]
     if told not in (old, new):
         found.wrong.append(f"the chain is {told}")
     switched = not played.story.pivots and told == new
     verdict = played.document.get("verdict")
-    if verdict == "merged" and not switched:
-        found.wrong.append("merged, and the header tells the old chain")
+    if verdict == played.story.verdict and not switched:
+        found.wrong.append(f"{verdict}, and the header tells the old chain")
     if verdict in ("refused", "unreachable", "failed", "cancelled") and switched and played.verdict not in DONE_ALREADY:
         found.wrong.append(f"{verdict}, and the header tells the new chain")
 

@@ -1,5 +1,6 @@
 """
-The stage: images, a guest that writes, and one merge under observation, by us or by a plain `block-commit`.
+The stage: images, a guest that writes, and one merge or pull under observation, by us or by a plain `block-commit`, or
+`block-stream`.
 """
 
 import contextlib
@@ -34,13 +35,17 @@ SHIFTS = {1: 0, 2: PIECE // 4, 3: 0}
 """Where in each piece a layer has its data: that of mid lies half over the base's and half where the base has none."""
 
 Doer = Literal["qmpmerge", "block-commit"]
+"""The latter stands for what QEMU does by itself, a plain `block-stream` where the story is one of a pull."""
+
+Pulls = Literal["", "whole", "partial", "middle"]
+"""All into top; what lies above base into top; all into mid."""
 
 
 @dataclass(frozen=True)
 class Story:
     """
-    A merge of `base <- mid <- top`: of mid into base, or of all (`pivots`), under a machine or `offline`. `writes`: the
-    guest writes all the while; `network`: the images come over NBD; `reconnects`: from a server that comes back.
+    A merge of `base <- mid <- top`: of mid into base, or of all (`pivots`), or a pull, under a machine or `offline`. `writes`:
+    the guest writes all the while; `network`: the images come over NBD; `reconnects`: from a server that comes back.
     """
 
     pivots: bool = False
@@ -48,10 +53,26 @@ class Story:
     writes: bool = False
     network: bool = False
     reconnects: bool = False
+    pulls: Pulls = ""
+
+    @property
+    def relinked(self) -> int:
+        """Which of the three images gets another header."""
+        return 1 if self.pulls == "middle" else 2
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """Which of the three images the chain has afterwards, where top is still called so."""
+        return {"": (0, 2), "partial": (0, 2), "whole": (2,), "middle": (1, 2)}[self.pulls]
+
+    @property
+    def verdict(self) -> str:
+        """What is said where a header was rewritten."""
+        return "pulled" if self.pulls else "merged"
 
     def __str__(self) -> str:
         where = "offline" if self.offline else "network" if self.network else "live"
-        kind = "active" if self.pivots else "intermediate"
+        kind = f"pull, {self.pulls}" if self.pulls else "active" if self.pivots else "intermediate"
         return f"{where} {kind}{', guest writing' if self.writes else ''}"
 
 
@@ -290,7 +311,12 @@ def command(case: Case, target: str, story: Story, *, before: Sequence[str] = ()
 
 
 def commit(case: Case, target: str, story: Story) -> list[str]:
-    """The words after `qmpmerge` for a merge."""
+    """The words after `qmpmerge` for a merge, or a pull."""
+    if story.pulls:
+        layers = {"whole": [], "partial": ["--base", "[1]"], "middle": ["--top", str(case.images / "mid.qcow2")]}[
+            story.pulls
+        ]
+        return ["pull", target, *([] if story.offline else [DISK]), *layers]
     mid = "[2]" if story.network else str(case.images / "mid.qcow2")
     return ["commit", target, *([] if story.offline else [DISK]), *([] if story.pivots else ["--top", mid])]
 
@@ -333,13 +359,18 @@ def ended(tool: "subprocess.Popen[str]", played: Played) -> None:
 
 
 def plain(vm: Machine, story: Story, played: Played) -> None:
-    """The conversation that a script would have: block-commit, wait, and believe the job."""
+    """The conversation that a script would have: block-commit or block-stream, wait, and believe the job."""
+    job = "block-stream" if story.pulls else "block-commit"
     arguments: dict[str, object] = {"device": "top", "base_node": "base", "top_node": "top" if story.pivots else "mid"}
-    if not story.pivots:
+    if story.pulls:
+        arguments = {"device": "mid" if story.pulls == "middle" else "top"}
+    if story.pulls == "partial":
+        arguments["base_node"] = "base"
+    if story.pulls == "partial" or not (story.pivots or story.pulls):
         arguments["backing_file"] = next((vm.folder / "images").glob("base.*")).name
     try:
         with connect(vm.target) as connection, contextlib.closing(Session(connection)) as session:
-            reply = session.ask("block-commit", job_id="plain", auto_dismiss=False, **arguments)
+            reply = session.ask(job, job_id="plain", auto_dismiss=False, **arguments)
             error = reply["error"]["desc"] if "error" in reply else concluded(session)
         played.verdict = f"failed: {error}" if error else "completed"
     except (OSError, ValueError):

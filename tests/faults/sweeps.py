@@ -111,7 +111,7 @@ def numbers_of(bench: Bench, story: Story, doer: Doer, *, gated: str = "storage"
     with bench.case() as case:
         play(case, story, doer, gated=gated)
         operations = case.log.operations
-        top = case.names[-1]
+        top = case.names[story.relinked]
     header = [
         number for number, one in enumerate(operations, 1) if one.file == top and one.kind == "write" and not one.offset
     ]
@@ -158,7 +158,7 @@ def one(
 
 def again(case: Case, first: Played) -> list[str]:
     """What went wrong when the same merge was asked for again, on images not in use any more."""
-    story = Story(pivots=first.story.pivots, offline=True)
+    story = Story(pivots=first.story.pivots, offline=True, pulls=first.story.pulls)
     second = play(case, story, "qmpmerge")
     if second.verdict == "refused: in-use":  # see `oracle`
         time.sleep(1)

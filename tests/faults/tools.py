@@ -25,7 +25,7 @@ from faults.stage import Case, Guest, Played, Story, commit, ended, environment,
 from faults.sweeps import WORKERS, Bench, Point, Sweep, again, each
 
 Victim = Literal["tool", "both"]
-FINISHED = ("merged", "pivoted", "unchanged", *oracle.DONE_ALREADY)
+FINISHED = ("merged", "pulled", "pivoted", "unchanged", *oracle.DONE_ALREADY)
 """What a mended merge may end in; the last two where it had got past the switch."""
 
 TRIES = 4
