@@ -118,8 +118,9 @@ def pulls() -> Iterator[Swept]:
     for name in ("LWP", "LPP"):
         writing = replace(PULLS[name], writes=True)
         yield Swept(f"K-{name}W", "machine killed after each operation", writing, sweeps.kills)
-        for victim in ("tool", "both"):
-            at_commands = partial(tools.at_commands, victim=cast(tools.Victim, victim))
+        victims: tuple[tools.Victim, ...] = ("tool", "both")
+        for victim in victims:
+            at_commands = partial(tools.at_commands, victim=victim)
             title = f"{'qmpmerge' if victim == 'tool' else 'qmpmerge and the machine'} killed at each command"
             yield Swept(f"TC-{name}-{victim}", title, PULLS[name], at_commands, base_line=False)
 

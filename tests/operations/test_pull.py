@@ -415,7 +415,7 @@ async def test_a_session_that_is_lost_in_the_middle_is_made_again(setup: Setup, 
         with pytest.raises(qmpmerge.errors.SessionLost):
             await pull
     told = invoke("recover", str(setup.machine.folder / "c.qcow2"), "--json")
-    assert told.document["merges"][0]["right"] == str(setup.machine.folder / "c.qcow2")
+    assert told.document["merges"][0]["start_from"] == str(setup.machine.folder / "c.qcow2")
     content.check(setup.machine.folder / "c.qcow2")
 
 
