@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from qmpmerge import shield
-from qmpmerge.chain.plan import Plan
+from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.engine import blockjob, rest
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -160,7 +160,10 @@ async def _is_same(run: Run) -> bool:
     _see_what_is_compared(run)
     if run.operation.pivots and run.target.is_live:
         await write_out_top(run)
-    if run.operation.pivots:
+    if isinstance(run.plan, PullPlan):
+        is_written = run.target.is_live and not run.plan.is_in_the_middle  # by the guest, at any time
+        same = await (compare.is_complete(run.plan) if is_written else compare.same(run.plan))
+    elif run.operation.pivots:
         same = await compare.same(run.plan)
     else:
         copied = await compare.held(run.plan)

@@ -5,7 +5,7 @@ Base and top compared while both still exist, for what was copied and not for th
 import itertools
 from collections.abc import Sequence
 
-from qmpmerge.chain.plan import Plan
+from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.errors import ImageUnreadable
 from qmpmerge.images import nbd, qemuimg
 from qmpmerge.images.qemuimg import Extent
@@ -44,6 +44,15 @@ async def same(planned: Plan, copied: Sequence[Extent] | None = None) -> bool:
     except ImageUnreadable:  # a qemu-img that was built without what a part of a disk takes
         return await qemuimg.same(upto, below)
     return True
+
+
+async def is_complete(planned: PullPlan) -> bool:
+    """
+    Whether the overlay shows nothing any more of the images that leave: by its tables alone, since somebody may write to it
+    meanwhile. They must be flushed. Raises ImageUnreadable, ToolMissing.
+    """
+    await nbd.see_that_they_answer(planned.touched)
+    return not await qemuimg.shown_of_below((*planned.merged, planned.overlay))
 
 
 def parts(held: Sequence[Extent], size: int) -> list[Extent]:

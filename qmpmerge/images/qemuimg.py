@@ -150,6 +150,16 @@ async def held(images: Sequence[Image]) -> list[Extent]:
 
     What is below them is not opened. Read as `same` reads. Raises ImageUnreadable, ToolMissing.
     """
+    return [extent for extent, _depth in await _mapped(images)]
+
+
+async def shown_of_below(images: Sequence[Image]) -> list[Extent]:
+    """What the last of these images shows of the others, as `held` reads."""
+    return [extent for extent, depth in await _mapped(images) if depth > 0]
+
+
+async def _mapped(images: Sequence[Image]) -> list[tuple[Extent, int]]:
+    """What they hold, each extent with how many images lie above the one that has it."""
     opened = _Files()
     try:
         source = _source(opened.chain(images))
@@ -160,7 +170,7 @@ async def held(images: Sequence[Image]) -> list[Extent]:
         raise ImageUnreadable(file=images[-1].file, reason=_first_line(complaints))
     with _understood(images[-1].file):  # `present` came with QEMU 6.1
         return [
-            Extent(int(entry["start"]), int(entry["length"]))
+            (Extent(int(entry["start"]), int(entry["length"])), int(entry["depth"]))
             for entry in json.loads(output)
             if entry.get("present", True)
         ]

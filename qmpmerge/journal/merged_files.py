@@ -221,6 +221,8 @@ def _is_others(record: Record, image: Image) -> bool:
 
 def why_not_delete(record: Record, index: int, place: str) -> str | None:
     """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
+    if record.direction == "pull":
+        return "what was pulled is not compared byte by byte"
     if not record.verified:
         return "it was not compared with the base"
     if index not in (*record.seen, *record.before) or _was_changed(record, index, place):

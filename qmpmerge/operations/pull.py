@@ -6,9 +6,10 @@ All else is as of a merge: what was begun before, what is refused, how it is lef
 
 import os
 from collections.abc import Collection
+from typing import Literal
 
 from qmpmerge.chain.layer import LayerName
-from qmpmerge.chain.outcome import Outcome, Policy
+from qmpmerge.chain.outcome import Outcome
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
@@ -26,7 +27,7 @@ async def pull(
     shallow: bool = False,
     speed: int | None = None,
     verify: bool | None = None,
-    merged_files: Policy = "keep",
+    merged_files: Literal["keep", "stash"] = "keep",
     force: Collection[str] = (),
     search: "Collection[str | os.PathLike[str]]" = (),
     dry_run: bool = False,
@@ -52,7 +53,6 @@ async def pull(
         shallow=shallow,
         speed=speed,
         verify=verify,
-        bitmaps="drop",
         merged_files=merged_files,
         force=force,
         search=[os.fspath(folder) for folder in search],

@@ -69,9 +69,13 @@ async def test_pull(kind: str, asked: str, tmp_path: Path, images: list[Path], c
 
 
 async def test_the_guest_writes_on(setup: Setup, images: list[Path], content: Content) -> None:
+    """All the while, and what it writes is no reason to find that something is missing."""
     async with slow(setup) as pull:
-        setup.write(0x66, 4 * MIB, 64 * 1024)
         setup.machine.session.execute("block-job-set-speed", device=JOB, speed=0)
+        number = 0
+        while not pull.done() or not number:
+            await asyncio.to_thread(setup.write, 1 + number % 255, number % 120 * 64 * 1024, 64 * 1024)
+            number += 1
         assert (await pull).verdict == "pulled"
     setup.write(0x67, 5 * MIB, 64 * 1024)
     setup.check()

@@ -1,6 +1,6 @@
 """`pull`: shorten a chain from below, into the image that the guest writes to."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -21,7 +21,6 @@ from qmpmerge.cli.run import on_target, run
 from qmpmerge.errors import FORCEABLE
 
 if TYPE_CHECKING:
-    from qmpmerge.chain.outcome import Policy
     from qmpmerge.cli.render.output import Output
     from qmpmerge.targets.target import Target
 
@@ -57,12 +56,11 @@ if TYPE_CHECKING:
 @options.search
 @click.option(
     "--merged-files",
-    type=click.Choice(["stash", "delete", "keep"]),
+    type=click.Choice(["keep", "stash"]),
     default="keep",
     show_default=True,
     metavar="ACTION",
-    help="What becomes of the files that leave the chain: keep leaves them alone, stash renames them to NAME.merged, delete "
-    "compares and removes them.",
+    help="What becomes of the files that leave the chain: keep leaves them alone, stash renames them to NAME.merged.",
 )
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the chain that would result, change nothing.")
 @waiting
@@ -80,7 +78,7 @@ def pull(
     verify: bool,
     no_verify: bool,
     search: tuple[str, ...],
-    merged_files: "Policy",
+    merged_files: Literal["keep", "stash"],
     dry_run: bool,
     polite: bool,
     options: Options,
