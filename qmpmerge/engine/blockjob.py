@@ -100,6 +100,7 @@ async def take_back(run: Run, doorbell: Doorbell) -> None:
     except StillRunning:
         raise NotProven(target=run.target.name, expected="the job cancelled", found="it still running") from None
     await proof.prove_old_chain(run)
+    await run.operation.let_go(run)
 
 
 async def _see_that_it_may_end(run: Run) -> None:

@@ -94,6 +94,9 @@ class Commit:
         """Not where there is nothing to be left."""
         return False
 
+    async def let_go(self, run: Run) -> None:
+        """Nothing: what it leaves are nodes, which are closed once it is done."""
+
     async def relink(self, run: Run) -> None:
         """QEMU does not go on without having written it."""
 

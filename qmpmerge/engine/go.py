@@ -222,10 +222,12 @@ async def _proved(run: Run, doorbell: Doorbell, job: Job | None) -> Outcome:
     if job is not None:
         if job.error is not None:
             await proof.prove_old_chain(run)
+            await run.operation.let_go(run)
             raise blockjob.failure(run, job.error)
         run.has_ended_well = True
     if run.let_go:
         return await proof.prove(run, "kept", run.plan.chain)
     await run.operation.make_durable(run)
+    await run.operation.let_go(run)
     await run.target.close(run.old_nodes)  # what explicit -blockdev nodes the merge left open
     return await proof.prove(run, run.operation.verdict, run.plan.result)

@@ -68,6 +68,10 @@ class Operation(Protocol):
         """After the switch, what the proof needs to be durable. Raises HeaderNotDurable."""
         ...
 
+    async def let_go(self, run: "Run") -> None:
+        """After the job, however it has ended: what it has left in use in QEMU."""
+        ...
+
     async def relink(self, run: "Run") -> None:
         """After a crash that left the new chain in use: a header that was left behind is written. Raises CannotRecover."""
         ...

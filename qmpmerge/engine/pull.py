@@ -126,7 +126,6 @@ class Pull:
         except (NotDurable, FlushUnavailable) as error:
             overlay = self.plan.overlay.file
             raise HeaderNotDurable(target=run.target.name, overlay=overlay, reason=error.reason) from None
-        await self._closed_for_writing(run)
 
     async def _mended(self, run: Run) -> None:
         """
@@ -171,10 +170,10 @@ class Pull:
             backing_file=plan.backing_name or "",
         )
 
-    async def _closed_for_writing(self, run: Run) -> None:
+    async def let_go(self, run: Run) -> None:
         """
-        QEMU 11.1 leaves an image in the middle open for writing, so that nobody else could start on it. Where it has a node
-        with a name of the user's it can be told otherwise.
+        QEMU 11.1 leaves an image in the middle open for writing, however the job ends, so that nobody else could start on it.
+        Where it has a node with a name of the user's it can be told otherwise.
         """
         plan = self.plan
         if not plan.is_in_the_middle or not run.target.is_live or (plan.overlay.node or "#").startswith("#"):
@@ -186,7 +185,7 @@ class Pull:
             "driver": node.driver,
             "node-name": node.key,
             "file": node.children.get("file"),
-            "backing": plan.base.node if plan.base is not None else None,
+            "backing": node.children.get("backing"),
             "read-only": True,
         }
         try:

@@ -30,6 +30,7 @@ from qmpmerge.qemu import bitmaps, flush, mutex, vmstate
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 from qmpmerge.targets import identity
+from qmpmerge.targets.target import Target
 
 CHEAP_BYTES = 256 * 1024 * 1024
 """Up to this much in the merged images, base and top are compared unless the user says no."""
@@ -161,8 +162,7 @@ async def _is_same(run: Run) -> bool:
     if run.operation.pivots and run.target.is_live:
         await write_out_top(run)
     if isinstance(run.plan, PullPlan):
-        is_written = run.target.is_live and not run.plan.is_in_the_middle  # by the guest, at any time
-        same = await (compare.is_complete(run.plan) if is_written else compare.same(run.plan))
+        same = await (compare.is_complete(run.plan) if _is_written(run.plan, run.target) else compare.same(run.plan))
     elif run.operation.pivots:
         same = await compare.same(run.plan)
     else:
@@ -235,7 +235,16 @@ def _length(extents: Sequence[Extent]) -> int:
 
 def _is_compared(run: Run) -> bool:
     """Whether it is to be, as far as the merge itself decides that."""
-    return run.verify is True or (run.verify is None and (not run.plan.receiver.has_path or _is_cheap(run.plan)))
+    if run.verify is not None:
+        return run.verify
+    if _is_written(run.plan, run.target):  # by its tables alone, whatever the images hold
+        return len(run.plan.chain) <= CHEAP_LAYERS
+    return not run.plan.receiver.has_path or _is_cheap(run.plan)
+
+
+def _is_written(planned: Plan, target: Target) -> bool:
+    """Whether the guest may write to what is pulled into, at any time."""
+    return isinstance(planned, PullPlan) and target.is_live and not planned.is_in_the_middle
 
 
 def _is_cheap(planned: Plan) -> bool:

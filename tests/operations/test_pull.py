@@ -174,13 +174,19 @@ async def test_a_read_error_fails_the_job_and_leaves_the_chain(
     content.check(images[3])
 
 
+@pytest.mark.parametrize("ends", ["done", "cancelled"])
 async def test_a_middle_image_is_not_left_open_for_writing(
-    tmp_path: Path, images: list[Path], content: Content
+    ends: str, tmp_path: Path, images: list[Path], content: Content
 ) -> None:
     """As QEMU 11.1 does: nobody else could start on it."""
     with blockdev(tmp_path, images, content) as setup:
-        async with setup.target() as target:
-            await qmpmerge.pull(target, top="[3]")
+        async with slow(setup, top="[3]") as pull:
+            if ends == "cancelled":
+                pull.cancel()
+            else:
+                setup.machine.session.execute("block-job-set-speed", device="qmpmerge-pull-disk0", speed=0)
+            with pytest.raises(asyncio.CancelledError) if ends == "cancelled" else contextlib.nullcontext():
+                await pull
         run("qemu-img", "info", images[2])  # fails where somebody has it open for writing
 
 
