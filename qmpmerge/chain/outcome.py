@@ -118,6 +118,11 @@ class Outcome:
     estimate: Estimate | None = None
     rungs: tuple[str, ...] = ()
 
+    @property
+    def direction(self) -> Literal["commit", "pull"]:
+        """Which of the two it is the outcome of, where something was done."""
+        return "pull" if self.verdict == "pulled" else "commit"
+
 
 def launch_advice(base: str, old: MergedFile) -> str:
     """What a pivot means for the next start of the VM."""

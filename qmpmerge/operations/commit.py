@@ -171,6 +171,8 @@ class _Beginning:
         from qmpmerge.engine import resume  # most chains have no record
 
         settled = await resume.settle(self._target, view, records)
+        if settled.outcome is not None and settled.outcome.direction != self._request.direction:
+            settled.outcome = None  # not what was asked for
         if settled.changed:
             view, records = await self._target.chain(disk), settled.left
         try:

@@ -39,6 +39,7 @@ def test_only_what_is_heeded_can_be_forced(name: str) -> None:
         **dict.fromkeys(("disks", "chain", "jobs", "job", "doctor"), ("libvirt",)),
         "snapshot": ("in-use", "libvirt"),
         "commit": FORCEABLE,
+        "pull": tuple(name for name in FORCEABLE if name != "would-lose"),  # nothing is taken away
     }
     force = options_of(name).get("--force")
     offered = None if force is None else tuple(force.type.choices)  # type: ignore[attr-defined]
@@ -47,7 +48,7 @@ def test_only_what_is_heeded_can_be_forced(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_only_who_follows_a_job_has_a_time_limit(name: str) -> None:
-    assert ("--timeout" in options_of(name)) == (name in ("commit", "job"))
+    assert ("--timeout" in options_of(name)) == (name in ("commit", "pull", "job"))
 
 
 # --- what does not go together, or is of no use -----------------------------------------------------------------------

@@ -25,6 +25,7 @@ from qmpmerge.errors import FORCEABLE
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Ending, Outcome, Policy
+    from qmpmerge.chain.plan import Direction
     from qmpmerge.cli.render.output import Output
     from qmpmerge.targets.target import Target
 
@@ -174,7 +175,7 @@ def commit(
             return outcome.verdict
 
         begun = on_target(target, options, merged, write=True, dry_run=dry_run)
-        return begun if dry_run else resuming(target, options, begun)
+        return begun if dry_run else resuming(target, options, begun, "commit")
 
     def carried_out(output: "Output", agreed: "Sequence[Outcome]") -> str:
         options.patience.begin_again()  # the question took its time
@@ -197,7 +198,7 @@ async def _refuse_below_active(target: "Target", disk: str | None, top: str) -> 
 
 
 def resuming(
-    target: str, options: Options, begun: "Callable[[Output], Awaitable[str]]"
+    target: str, options: Options, begun: "Callable[[Output], Awaitable[str]]", direction: "Direction"
 ) -> "Callable[[Output], Awaitable[str]]":
     """The same work, after what an earlier run left of the image TARGET was put right, where that is beyond doubt."""
 
@@ -214,7 +215,7 @@ def resuming(
             outcome = await resume.settle_image(
                 target, allow=options.allow, trace=output.trace if options.verbose else None
             )
-        if outcome is None:
+        if outcome is None or outcome.direction != direction:
             return await begun(output)
         output.commit(outcome)
         return outcome.verdict

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 @waiting
 @detaching
 @for_images
-@forcing(*FORCEABLE)
+@forcing(*(name for name in FORCEABLE if name != "would-lose"))
 @shared
 def pull(
     target: str,
@@ -84,7 +84,7 @@ def pull(
     options: Options,
 ) -> int:
     """
-    Pull what lies below an image into it, while the guest keeps writing.
+    Copy what lies below an image into it.
 
     By default all that lies below the active image goes into it, and it has no backing file any more. With --base what lies
     above that image is pulled, and it stays. With --top it goes into an image further down.
@@ -141,4 +141,4 @@ def pull(
         return outcome.verdict
 
     begun = on_target(target, options, work, write=True, dry_run=dry_run)
-    return run(options, begun if dry_run else commit.resuming(target, options, begun))
+    return run(options, begun if dry_run else commit.resuming(target, options, begun, "pull"))

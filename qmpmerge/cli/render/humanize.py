@@ -1,5 +1,6 @@
 """Numbers and names in words, as people read them on a terminal."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING

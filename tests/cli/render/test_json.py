@@ -292,7 +292,13 @@ def test_a_failure_has_its_name_sentence_hint_and_facts(streams: Streams) -> Non
             "name": "shorter-layer",
             "message": str(error),
             "hint": error.hint,
-            "facts": {"image": "/vm/a.qcow2", "size": GIB, "base": "/vm/base.raw", "base_size": 2 * GIB},
+            "facts": {
+                "image": "/vm/a.qcow2",
+                "size": GIB,
+                "base": "/vm/base.raw",
+                "base_size": 2 * GIB,
+                "instead": "merge into an image above the short one",
+            },
         },
     }
 
