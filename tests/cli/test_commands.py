@@ -355,6 +355,7 @@ NAMES = (
     "snapshot",
     "active",
     "commit",
+    "pull",
     "recover",
     "clean",
     "jobs",
