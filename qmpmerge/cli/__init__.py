@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from qmpmerge.cli import streams
+from qmpmerge.cli import interrupts, streams
 
 if TYPE_CHECKING:
     import click
@@ -19,6 +19,7 @@ COLLECT_AFTER = 100_000
 def main() -> None:
     """The `qmpmerge` command."""
     _speak_utf8()
+    interrupts.note()
     streams.take()
     gc.set_threshold(COLLECT_AFTER)
     import click

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qmpmerge.cli import bug, streams
+from qmpmerge.cli import bug, interrupts, streams
 from qmpmerge.cli.options import Options
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import (
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 def run(options: Options, work: "Callable[[Output], Awaitable[str]]") -> int:
     """Run `work`, which returns its verdict, and return the exit code; every Error is rendered."""
-    return look(options, lambda output: awaited(options, work, output))
+    return _shown(options, lambda output: awaited(options, work, output))
 
 
 def awaited(options: Options, work: "Callable[[Output], Awaitable[T]]", output: "Output") -> T:
@@ -55,7 +55,17 @@ def awaited(options: Options, work: "Callable[[Output], Awaitable[T]]", output: 
 
 
 def look(options: Options, work: "Callable[[Output], str]") -> int:
-    """The same for what only reads a little, and need not wait for asyncio either."""
+    """The same for what only reads a little, and need not wait for asyncio either; Ctrl-C ends it at once."""
+
+    def interruptible(output: "Output") -> str:
+        interrupts.raise_now()
+        return work(output)
+
+    return _shown(options, interruptible)
+
+
+def _shown(options: Options, work: "Callable[[Output], str]") -> int:
+    """Of any work: what comes of it is rendered."""
     output = options.output()
     try:
         code = EXIT_CODES[work(output)]
@@ -123,6 +133,8 @@ async def _interruptible(work: "Callable[[Output], Awaitable[T]]", output: "Outp
         loop.add_signal_handler(number, interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants us to stay
         loop.add_signal_handler(signal.SIGHUP, hang_up)
+    if interrupts.is_noted():
+        task.cancel()
     try:
         return await task
     except asyncio.CancelledError:
