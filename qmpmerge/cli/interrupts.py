@@ -18,7 +18,7 @@ def note() -> None:
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:
-    global _noted  # noqa: PLW0603 - a process has one
+    global _noted
     _noted = True
 
 

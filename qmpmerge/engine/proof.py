@@ -9,6 +9,7 @@ from qmpmerge.chain.chain import Chain, Image, told_apart
 from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import State
+from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchDisk, NotProven, QemuRefused, SeveralImages
 from qmpmerge.images import files, nbd
@@ -208,10 +209,12 @@ def unchanged(view: ChainView) -> Outcome:
     return Outcome("unchanged", view.disk.name, view.chain, view.chain, hints=tuple(hints))
 
 
-def planned(disk: str, plan: Plan, policy: Policy, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:
-    """The outcome of a merge that was only looked at."""
-    merged = merged_files(plan, policy)
-    return Outcome("planned", disk, plan.chain, plan.result, merged=merged, checks=checked, estimate=estimate)
+def planned(disk: str, plan: Plan, request: Request, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:
+    """The outcome of a merge that was only looked at; one that does not switch leaves the chain as it is."""
+    after, merged = plan.chain, tuple[MergedFile, ...]()
+    if request.ending == "pivot":
+        after, merged = plan.result, merged_files(plan, request.policy(plan))
+    return Outcome("planned", disk, plan.chain, after, merged=merged, checks=checked, estimate=estimate)
 
 
 def _outcome(

@@ -201,7 +201,7 @@ class _Beginning:
         answer = await self._checked(view, planned)
         await earlier.refuse_suspect(self._target, operation, lock.note.suspect)
         if request.dry_run:
-            return proof.planned(view.disk.name, planned, request.policy(planned), answer.checks, answer.estimate)
+            return proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate)
         run = Run.begin(self._target, operation, request, lock, view=view, report=self._report)
         run.bitmaps, run.checks = answer.bitmaps, answer.checks
         return run

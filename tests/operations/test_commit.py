@@ -24,6 +24,7 @@ from rig.harms import harm
 from rig.machines import MIB, Content, fill, machine, make_chain, run
 
 import qmpmerge
+from qmpmerge.chain.outcome import Ending
 from qmpmerge.engine import safeguards
 from qmpmerge.engine.pace.progress import Progress, mount_point
 from qmpmerge.errors import (
@@ -426,6 +427,14 @@ async def test_pivot_needs_a_ready_job(setup: Setup) -> None:
 
 
 # --- refused means untouched -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["keep", "ready"])
+async def test_a_merge_that_would_not_switch_is_planned_as_the_chain_that_stays(ending: Ending, setup: Setup) -> None:
+    async with qmpmerge.live(setup.machine.target) as target:
+        outcome = await qmpmerge.commit(target, "vda", ending=ending, dry_run=True)
+    assert (outcome.verdict, outcome.merged) == ("planned", ())
+    assert str(outcome.after) == "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2"
 
 
 async def test_a_dry_run_changes_nothing(setup: Setup, tmp_path: Path, images: list[Path]) -> None:
