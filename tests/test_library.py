@@ -1,6 +1,7 @@
 """What `import qmpmerge` shows: the same names to Python, to `help()` and to type checkers, and nothing of the command."""
 
 import ast
+import dataclasses
 import inspect
 import pydoc
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rig import contract
 from rig.disks import Setup
 
 import qmpmerge
@@ -63,6 +65,43 @@ def test_the_library_does_not_load_what_only_the_command_needs(program: str, unw
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "qmpmerge" in loaded
     assert not set(unwanted) & set(loaded)
+
+
+IN_JSON: dict[str, type] = {
+    "outcome": qmpmerge.Outcome,
+    "merged": qmpmerge.MergedFile,
+    "check": qmpmerge.Checked,
+    "estimate": qmpmerge.Estimate,
+    "job": qmpmerge.Job,
+    "vm": qmpmerge.Vm,
+    "disk": qmpmerge.Disk,
+    "image": qmpmerge.Image,
+    "oddity": qmpmerge.Oddity,
+    "overlay": qmpmerge.Overlay,
+    "active": qmpmerge.Active,
+    "recovery": qmpmerge.Recovery,
+    "stashed": qmpmerge.Cleaned,
+    "looked at": qmpmerge.Examination,
+    "target": qmpmerge.Examined,
+    "finding": qmpmerge.Finding,
+    "progress": qmpmerge.Progress,
+}
+
+ELSEWHERE = {
+    # of the chain's active image, and of the chain itself
+    "disk": {"disk", "node", "file", "format", "depth", "virtual_size", "allocated", "read_only"},
+    # of the chain that the image is in, and of the image's `data`
+    "image": {"index", "active", "details", "data_file"},
+    "finding": {"target"},
+    "progress": {"event"},
+}
+
+
+@pytest.mark.parametrize("table", IN_JSON)
+def test_a_value_has_the_names_that_its_json_has(table: str) -> None:
+    value = IN_JSON[table]
+    attributes = {field.name for field in dataclasses.fields(value)} | vars(value).keys()
+    assert contract.TABLES[table].keys() - attributes == ELSEWHERE.get(table, set())
 
 
 async def test_disks_and_layers_are_named_as_python_names_them(setup: Setup, images: list[Path]) -> None:

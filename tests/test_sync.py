@@ -61,7 +61,7 @@ def test_images_are_merged_cleaned_and_asked_about(images: list[Path], content: 
         assert sync.commit(target, merged_files="stash").verdict == "pivoted"
     assert sync.active(images[0]).file == str(images[0])
     assert [found.verdict for found in sync.recover(images[0])] == ["unchanged"]
-    assert {found.kept for found in sync.clean([images[0].parent])} == {None}
+    assert {found.obstacle for found in sync.clean([images[0].parent])} == {None}
     assert sync.examine(images[0]) == ()
     content.check(images[0])
 

@@ -79,13 +79,13 @@ CheckResult = Literal["passed", "forced", "not checked"]
 class Checked:
     """
     A check by its refusal's name, and what it came to. `forced` refused, and the user wanted to go on all the same;
-    what is not checked could not be, or not wholly, for the `reason`. `looked_at` says how much was, where that matters.
+    what is not checked could not be, or not wholly, for the `reason`. `scope` says how much was, where that matters.
     """
 
     name: str
     result: CheckResult
-    reason: str = ""
-    looked_at: str = ""
+    reason: str | None = None
+    scope: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Outcome:
     `before` and `after` are chains as discovered; of what is ``running`` nobody has looked, and `after` is the old chain.
     `job` is the one that is at work, as it was seen last, None where there is none any more. `copied` is bytes: of an active
     merge what the job has copied, of an intermediate one what the merged images held, None where nobody has counted.
-    `verified` says that base and top were compared before the switch. `paused_ms` is how long the guest stood still for the
-    pivot, None where it was not paused. `hints` are sentences for the user, `rungs` those about what was done to a guest that
-    wrote as fast as was copied (`converge`). `checks` are what was found out before, none where an earlier qmpmerge has begun;
+    `verified` says that base and top were compared before the switch. `paused_seconds` is how long the guest stood still for
+    the pivot, None where it was not paused. `hints` are sentences for the user, `converge` those about what was done to a guest
+    that wrote as fast as was copied. `checks` are what was found out before, none where an earlier qmpmerge has begun;
     `estimate` is that of a plan that was only looked at.
     """
 
@@ -113,10 +113,10 @@ class Outcome:
     seconds: float = 0.0
     hints: tuple[str, ...] = ()
     verified: bool = False
-    paused_ms: float | None = None
+    paused_seconds: float | None = None
     checks: tuple[Checked, ...] = ()
     estimate: Estimate | None = None
-    rungs: tuple[str, ...] = ()
+    converge: tuple[str, ...] = ()
 
     @property
     def direction(self) -> Literal["commit", "pull"]:

@@ -21,17 +21,17 @@ SEVERITIES: tuple[Severity, ...] = ("harm", "care", "note")
 @dataclass(frozen=True)
 class Finding:
     """
-    A problem: `where` is a disk, a job, a node or a file, `what` a sentence about it, `why` it matters.
+    A problem: `where` is a disk, a job, a node or a file, `message` a sentence about it, `why` it matters.
 
-    `command` is one line for a shell that fixes it, "" where there is nothing to run; then `why` says what else to do.
+    `fix` is one line for a shell that mends it, None where there is nothing to run; then `why` says what else to do.
     """
 
     name: str
     severity: Severity
     where: str
-    what: str
+    message: str
     why: str
-    command: str = ""
+    fix: str | None = None
 
 
 @dataclass(frozen=True)

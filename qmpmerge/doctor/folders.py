@@ -85,7 +85,7 @@ def _is_to_be_entered(found: Tree, entry: "os.DirEntry[str]", device: int) -> bo
     return False
 
 
-def _not_looked_at(where: str, what: str, why: str, command: str = "") -> Finding:
+def _not_looked_at(where: str, what: str, why: str, command: str | None = None) -> Finding:
     return Finding("not-looked-at", "care", where, what, why, command)
 
 

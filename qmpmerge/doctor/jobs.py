@@ -95,7 +95,7 @@ def _state(layout: Layout, job: Job) -> str:
         return "no-space"
     if job.status == "pending" and "target" in layout.job_edges.get(job.id, {}):  # an active one, or a mirror
         return "frozen"
-    return "failed" if job.status == "concluded" and job.error is not None else job.status
+    return "failed" if job.status == "concluded" and job.reason is not None else job.status
 
 
 def _is_watched(layout: Layout, job: Job) -> bool:
@@ -108,18 +108,18 @@ def _is_watched(layout: Layout, job: Job) -> bool:
 
 def _finding(target: Target, job: Job, meaning: Meaning) -> Finding:
     severity, what, why, verb = meaning
-    what += f": {job.error}" if job.error else ""
+    what += f": {job.reason}" if job.reason else ""
     what += f" (possible now: {', '.join(job.verbs)})" if job.verbs else ""
     name = "job-no-space" if job.io_status == "nospace" else f"job-{job.status}"
     return Finding(name, severity, job.id, what, why, _command(target, job, verb))
 
 
-def _command(target: Target, job: Job, verb: str) -> str:
+def _command(target: Target, job: Job, verb: str) -> str | None:
     """The verb of ours; for types of jobs that we do not follow, QEMU's own command, but for what only their owner knows."""
     if verb in job.verbs:
         return _verb(target, job, verb)
     if verb == "pivot":
-        return ""
+        return None
     return typed(target.monitor.name, ("job-finalize" if job.status == "pending" else "job-resume", {"id": job.id}))
 
 

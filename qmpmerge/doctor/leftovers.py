@@ -125,7 +125,7 @@ def _stashed(folder: str) -> Iterator[Finding]:
     users = {user.file: user for user in holders.users(paths)} if paths else {}
     for path in paths:
         why = "it takes up room" + (f", and {users[path]} has it open still" if path in users else "")
-        command = "" if path in users else shlex.join(["qmpmerge", "clean", path])
+        command = None if path in users else shlex.join(["qmpmerge", "clean", path])
         yield Finding("stashed", "note", path, "an image that a merge put aside", why, command)
 
 
@@ -138,7 +138,7 @@ def _kept(folder: str) -> Iterator[Finding]:
         why = "it opens without a word and shows older data: put it out of reach" + (
             f", once {users[path]} has closed it" if path in users else ""
         )
-        command = "" if path in users else dependents.out_of_reach(path)
+        command = None if path in users else dependents.out_of_reach(path)
         yield Finding("stale-image", "care", path, what, why, command)
 
 
@@ -186,7 +186,7 @@ def _beyond(chain: Chain, dependent: Dependent, users: tuple[User, ...], roots: 
         return launch.stale(chain, dependent)
     if not is_live and image == chain.active.file:
         why = "a VM that is started from the image below shows older data, and ruins this one"
-        command = shlex.join(["qmpmerge", "active", image]) if _has_one_active(image) else ""
+        command = shlex.join(["qmpmerge", "active", image]) if _has_one_active(image) else None
         return Finding("not-active", "care", image, f"{file} is built on it", why, command)
     why = (
         f"it is ruined by every write to {image}, by a merge too; if it is wanted, merge it or copy it elsewhere, and if you "

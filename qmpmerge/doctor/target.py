@@ -100,7 +100,7 @@ def _unneeded(target: Target, layout: Layout) -> Iterator[Finding]:
         why = "its files stay open" + (" for writing, and locked: nobody else can use them" if writable else "")
         why += "; keep it if it waits for a device"
         command = (
-            typed(target.monitor.name, *(("blockdev-del", {"node-name": name}) for name in named)) if named else ""
+            typed(target.monitor.name, *(("blockdev-del", {"node-name": name}) for name in named)) if named else None
         )
         yield Finding("unused-node", "care" if writable else "note", top, what, why, command)
 
@@ -206,7 +206,7 @@ WHY_ODD = {
 
 def _odd(chain: Chain, odd: Oddity) -> Finding:
     below = dict(zip(chain.files[1:], chain.images, strict=False)).get(odd.file)
-    command = ""
+    command = None
     if odd.name in ("disagrees", "no-format", "part-of-file"):
         command = rebase(odd.file, below)
     why = WHY_ODD[odd.name] + ("; run the command with the VM off" if command else "")
@@ -214,12 +214,12 @@ def _odd(chain: Chain, odd: Oddity) -> Finding:
     return Finding(odd.name, severity, odd.file, odd.message, why, command)
 
 
-def rebase(image: str, below: Image | None) -> str:
+def rebase(image: str, below: Image | None) -> str | None:
     """The command that writes into a header what QEMU uses; to be run while nobody has the image open."""
     if below is None:
         return shlex.join(["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "", image])
     if below.slice is not None and below.slice.offset is None:
-        return ""  # nobody tells which part
+        return None  # nobody tells which part
     name = below.file if below.slice is None else backing.json_name(below, image)
     if below.slice is None and os.path.dirname(name) == os.path.dirname(image) and ":" not in os.path.basename(name):
         name = os.path.basename(name)

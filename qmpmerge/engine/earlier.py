@@ -92,7 +92,7 @@ async def without_concluded(target: Target, view: ChainView, records: Sequence[R
     if job is None or job.type != "commit":
         return view
     record = of_job(records, job)
-    what = f"had failed ({job.error})" if job.error else "had ended"
+    what = f"had failed ({job.reason})" if job.reason else "had ended"
     report(_progress(view, job, f"job {job.id} {what} while nobody looked{_since(record)}; it is dismissed"))
     await dismiss(target, record, job)
     return await target.chain(view.disk.name)
@@ -100,10 +100,10 @@ async def without_concluded(target: Target, view: ChainView, records: Sequence[R
 
 async def dismiss(target: Target, record: Record | None, job: Job) -> None:
     """Take a concluded job away. An error that it ended with is noted beside base: QEMU forgets it now. Raises CannotRecord."""
-    if record is not None and job.error not in (None, jobs.CANCELED):
+    if record is not None and job.reason not in (None, jobs.CANCELED):
         with contextlib.suppress(Locked), locks.taken_for(record.plan) as lock:
             try:
-                lock.suspect(job.error or "")
+                lock.suspect(job.reason or "")
             except OSError as error:
                 raise CannotRecord(path=lock.path, reason=error.strerror or str(error)) from None
     await jobs.dismiss(target.monitor, job.id)

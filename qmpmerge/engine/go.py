@@ -167,7 +167,7 @@ async def _helped(run: Run, doorbell: Doorbell) -> Outcome:
 
     async with climbing(run.target.monitor, run.disk, run.job, run.watch, run.request.converge) as ladder:
         outcome = await _to_the_end(run, doorbell, ladder)
-    return replace(outcome, rungs=tuple(ladder.rungs))
+    return replace(outcome, converge=tuple(ladder.rungs))
 
 
 async def _to_the_end(run: Run, doorbell: Doorbell, ladder: "Ladder | None" = None) -> Outcome:
@@ -220,10 +220,10 @@ async def _proved(run: Run, doorbell: Doorbell, job: Job | None) -> Outcome:
     run.past_return = True
     job = await run.operation.end_of(run, doorbell, job)
     if job is not None:
-        if job.error is not None:
+        if job.reason is not None:
             await proof.prove_old_chain(run)
             await run.operation.let_go(run)
-            raise blockjob.failure(run, job.error)
+            raise blockjob.failure(run, job.reason)
         run.has_ended_well = True
     if run.let_go:
         return await proof.prove(run, "kept", run.plan.chain)

@@ -54,9 +54,9 @@ async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
         await safeguards.see_that_it_stays(run, doorbell)
         rests = await rest.lasts(run, since) and not pause.has_lapsed
         job = await shield.finished(_move(run, doorbell, status, rests))
-    run.paused_ms = pause.milliseconds
-    if pause.milliseconds is not None:
-        run.log("the guest runs again, after %.1f ms", pause.milliseconds)
+    run.paused_seconds = pause.seconds
+    if pause.seconds is not None:
+        run.log("the guest runs again, after %.1f ms", 1000 * pause.seconds)
     if pause.is_unguarded:
         run.notes.append(
             "the guest was not paused for the pivot: the process that was to guard the pause did not start"
@@ -178,8 +178,8 @@ def _give_name_back(run: Run) -> None:
 async def _has_moved(run: Run, job: Job | None) -> bool | None:
     """As the graph tells it; a disk that nobody uses has no device to look at, and nobody who could write."""
     if not run.target.is_live:
-        return job is not None and job.error is None
+        return job is not None and job.reason is None
     layout = await run.target.layout()
     moved = layout.has_moved(run.disk.drive or run.disk.qdev, run.plan.top, run.plan.receiver)
     is_used = bool(run.disk.drive or run.disk.qdev or layout.exported)
-    return moved if is_used else job is not None and job.error is None
+    return moved if is_used else job is not None and job.reason is None

@@ -231,7 +231,7 @@ def _outcome(
         seconds=time.monotonic() - run.started,
         hints=hints,
         verified=run.verified,
-        paused_ms=run.paused_ms,
+        paused_seconds=run.paused_seconds,
         checks=run.checks,
     )
 

@@ -116,7 +116,7 @@ class Pull:
         if not after.chain.same_files(self.plan.chain):
             return None
         reason = doorbell.heard.get(run.job) or "it ended, and the chain is what it was"
-        return Job(run.job, self.job_type, "null", 0, 0, error=reason)
+        return Job(run.job, self.job_type, "null", 0, 0, reason=reason)
 
     async def make_durable(self, run: Run) -> None:
         """The overlay, and its header."""

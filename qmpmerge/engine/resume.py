@@ -56,9 +56,9 @@ class Recovery:
     """
 
     verdict: str
-    image: str
-    right: str | None
-    action: str
+    file: str
+    start_from: str | None
+    message: str
     reasons: tuple[str, ...] = ()
     merged: tuple[MergedFile, ...] = ()
     hints: tuple[str, ...] = ()

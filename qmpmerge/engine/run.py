@@ -69,7 +69,7 @@ class Run:
     suspect: str | None = None
     receiver_is_durable: bool = False
     deadman: Switch | None = None
-    paused_ms: float | None = None
+    paused_seconds: float | None = None
     seen: Job | None = None
     copied: int | None = None
     notes: list[str] = field(default_factory=list)

@@ -26,7 +26,7 @@ LIMIT_SECONDS = 30.0
 @dataclass
 class Pause:
     """
-    `milliseconds` is how long the guest was paused by us, None where it was not; known after the block. `is_unguarded`
+    `seconds` is how long the guest was paused by us, None where it was not; known after the block. `is_unguarded`
     says that the guest was to be paused, and was not for want of a switch.
 
     That the guest stands still is not said here: anybody may let it run again, only QEMU can tell.
@@ -34,7 +34,7 @@ class Pause:
 
     switch: Switch | None = None
     is_unguarded: bool = False
-    milliseconds: float | None = None
+    seconds: float | None = None
 
     @property
     def has_lapsed(self) -> bool:
@@ -79,7 +79,7 @@ async def _stopped(monitor: Monitor, switch: Switch) -> AsyncIterator[Pause]:
     finally:
         # A signal that comes now waits: between the move and its proof nobody may leave, nor with a guest that stands still.
         await shield.finished(_resume(monitor, switch))
-        pause.milliseconds = (time.monotonic() - began) * 1000
+        pause.seconds = time.monotonic() - began
 
 
 async def stop(monitor: Monitor, switch: Switch) -> None:

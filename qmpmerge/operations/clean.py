@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from qmpmerge import folder
 from qmpmerge.chain import backing
@@ -24,11 +25,19 @@ _KEPT = re.compile(rf"\.(?P<image>.+){re.escape(notes.MERGED)}", re.DOTALL)
 
 @dataclass(frozen=True)
 class Cleaned:
-    """A stashed file: `kept` says why it was not removed, None where it was, or would be. `size` is what it takes on disk."""
+    """
+    A stashed file: `obstacle` says why it was not removed, None where it was, or would be. `allocated` is what it takes on its
+    filesystem, in bytes.
+    """
 
     file: str
-    size: int
-    kept: str | None
+    allocated: int
+    obstacle: str | None
+
+    @property
+    def action(self) -> Literal["delete", "keep"]:
+        """What was done with it, or would be."""
+        return "delete" if self.obstacle is None else "keep"
 
 
 async def clean(

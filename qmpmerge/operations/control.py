@@ -111,6 +111,6 @@ def _records(chain: Chain) -> list[Record]:
 
 async def _dismiss(target: Target, job: Job) -> None:
     """QEMU forgets the error with the job; the next merge into the same base must know of it."""
-    chains = [disk.chain for disk in await target.disks() if disk.chain is not None] if job.ours and job.error else []
+    chains = [disk.chain for disk in await target.disks() if disk.chain is not None] if job.ours and job.reason else []
     records = [record for chain in chains for record in _records(chain)]
     await earlier.dismiss(target, earlier.of_job(records, job), job)

@@ -173,7 +173,7 @@ class _Run:
     def _news(self, findings: Sequence[Finding]) -> Iterator[Finding]:
         """All but those about files that another target has shown."""
         for finding in findings:
-            key = (finding.name, finding.where, finding.what)
+            key = (finding.name, finding.where, finding.message)
             if not finding.where.startswith("/"):
                 yield finding
             elif key not in self.told:
@@ -203,7 +203,7 @@ def _images(folder: str) -> Iterator[Found]:
 
 def _refused(folder: str, there: Sequence[Found], found: Sequence[Finding]) -> Iterator[Finding]:
     """Images on which nothing is built here, and from which no launch script gets a VM started, where nothing else says why."""
-    told = {word for one in found if one.severity != "note" for word in (one.where, *_paths(one.what))}
+    told = {word for one in found if one.severity != "note" for word in (one.where, *_paths(one.message))}
     below = {inode for image in there for inode in image.below}
     around = overlays.Around(folder)
     for image in (image.file for image in there if image.inode not in below and not image.is_aside):

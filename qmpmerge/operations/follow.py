@@ -145,7 +145,7 @@ async def _raise_unseen_end(target: Target, view: ChainView | None, job: Job, re
     known any more, so the chain is shown as it is now and nothing is claimed.
     """
     await earlier.dismiss(target, record, job)
-    if job.error is not None:
-        raise JobFailed(job=job.id, reason=job.error)
+    if job.reason is not None:
+        raise JobFailed(job=job.id, reason=job.reason)
     found = f"that it had ended before we looked; the chain now is {view.chain if view else 'unknown'}"
     raise NotProven(target=target.name, expected=f"job {job.id} at work", found=found)

@@ -39,7 +39,7 @@ from qmpmerge.targets.target import Target
 class Overlay:
     """
     An overlay that is now the active image of `disk`: its absolute path, its node, and the `backing` string in its header. The
-    VM must be started from it from now on, and not from `instead_of`, which is the image below it. `ask` is what a launch
+    VM must be started from it from now on, and not from `backing_file`, which is the image below it. `ask` is what a launch
     script can name to `active` for years: the lowest image of the chain that is a file. `hint` is what else is to be known.
     After a dry run there is no node, and nothing of it is true yet.
     """
@@ -47,7 +47,7 @@ class Overlay:
     disk: str
     file: str
     node: str
-    instead_of: str
+    backing_file: str
     hint: str = ""
     ask: str = ""
     backing: str = ""
@@ -169,7 +169,7 @@ async def _carry_out(target: Target, layout: Layout, orders: list[Order], agent:
     _forget(orders)
     proved = await _prove(target, orders, made)
     for one in proved:
-        log.info("%s: %s is the active image now, and was %s", one.disk, one.file, one.instead_of)
+        log.info("%s: %s is the active image now, and was %s", one.disk, one.file, one.backing_file)
     return tuple(replace(one, hint=hint) for one, hint in zip(proved, unnoted, strict=True))
 
 

@@ -45,7 +45,7 @@ CANCELED = "Operation canceled"
 class Job:
     """
     One job as QEMU tells it. `done` and `total` are in bytes and count what the job type counts; `speed` is bytes a
-    second, 0 for unlimited. `error` is QEMU's sentence once the job has failed. `disk` is known where the block
+    second, 0 for unlimited. `reason` is QEMU's sentence once the job has failed. `disk` is known where the block
     graph was looked at.
     """
 
@@ -54,7 +54,7 @@ class Job:
     status: str
     done: int
     total: int
-    error: str | None = None
+    reason: str | None = None
     ready: bool = False
     speed: int = 0
     io_status: str = "ok"
@@ -121,7 +121,7 @@ def _job(entry: Any, block: Any) -> Job:
         status=entry["status"],
         done=entry["current-progress"],
         total=entry["total-progress"],
-        error=entry.get("error"),
+        reason=entry.get("error"),
         ready=entry["status"] in ("ready", "standby"),
         speed=block.get("speed", 0),
         io_status=block.get("io-status", "ok"),

@@ -527,7 +527,7 @@ async def test_a_base_that_is_a_mounted_device(images: list[Path], tmp_path: Pat
 async def test_a_stashed_image_under_a_loop_device_is_not_removed(images: list[Path], tmp_path: Path) -> None:
     assert invoke("commit", str(images[3])).code == 0
     with loop(tmp_path / "vm" / "a.qcow2.merged") as disk:
-        kept = {one.file: one.kept for one in await qmpmerge.clean([tmp_path / "vm"])}
+        kept = {one.file: one.obstacle for one in await qmpmerge.clean([tmp_path / "vm"])}
     assert {file for file, reason in kept.items() if reason} == {f"{tmp_path}/vm/a.qcow2.merged"}
     assert kept[f"{tmp_path}/vm/a.qcow2.merged"] == f"in use by loop device {disk}"
 

@@ -142,7 +142,7 @@ async def test_a_deep_chain_is_merged(tmp_path: Path, monkeypatch: pytest.Monkey
     images = make_chain(tmp_path, ["base.qcow2", *(f"{number}.qcow2" for number in range(11))])
     (found,) = await qmpmerge.examine(images[-1])
     assert found.name == "deep-chain"
-    assert advice.typed(found.command).returncode == 0
+    assert advice.typed(found.fix or "").returncode == 0
     assert not [one for one in await qmpmerge.examine(images[-1]) if one.name == "deep-chain"]
 
 
@@ -151,8 +151,8 @@ async def test_of_too_deep_a_chain_a_part_is_merged(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(target, "DEEPEST", 8)
     images = make_chain(tmp_path, ["base.qcow2", *(f"{number}.qcow2" for number in range(11))])
     (found,) = await qmpmerge.examine(images[-1])
-    assert (found.severity, found.command) == ("harm", f"qmpmerge commit {images[-1]} --base 7 --top 11")
-    assert advice.typed(found.command).returncode == 0
+    assert (found.severity, found.fix) == ("harm", f"qmpmerge commit {images[-1]} --base 7 --top 11")
+    assert advice.typed(found.fix or "").returncode == 0
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -164,7 +164,7 @@ def test_the_tests_elsewhere_are_there_and_type_the_command(name: str) -> None:
     text = ast.get_source_segment(source, test) or ""
     assert any(
         word in text
-        for word in ("mend", "carry_out", "typed(", "(*shlex.split(", "run(shlex.split(", "run(found[0].command")
+        for word in ("mend", "carry_out", "typed(", "(*shlex.split(", "run(shlex.split(", "run(found[0].fix")
     )
 
 

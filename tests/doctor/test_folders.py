@@ -73,7 +73,7 @@ async def test_of_many_images_on_one_some_are_named(tmp_path: Path) -> None:
     for number in range(11):
         shutil.copy(active, tmp_path / f"more{number}.qcow2")
     shared = (await found(tmp_path))["shared-image"]
-    assert shared.severity == "care" and shared.what.endswith(" and 2 more")
+    assert shared.severity == "care" and shared.message.endswith(" and 2 more")
 
 
 async def test_what_was_put_out_of_reach_is_not_looked_into(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ async def test_a_folder_that_cannot_be_listed_is_said() -> None:
         closed.chmod(0)
         with as_nobody():
             (told,) = (await found(folder)).values()
-            assert (told.severity, told.where) == ("care", str(closed)) and "cannot be listed" in told.what
+            assert (told.severity, told.where) == ("care", str(closed)) and "cannot be listed" in told.message
             with pytest.raises(CannotList):
                 await qmpmerge.examine(closed)
         closed.chmod(0o755)
@@ -102,7 +102,7 @@ async def test_another_filesystem_is_not_entered_and_told_with_the_command_that_
         broken = break_chain(mount / "vm")
         told = (await found(tmp_path))["not-looked-at"]
         assert (told.severity, told.where) == ("care", str(mount))
-        done = invoke(*shlex.split(told.command)[1:], "--json")
+        done = invoke(*shlex.split(told.fix or "")[1:], "--json")
         assert [one["where"] for one in done.document["findings"]] == [str(broken)]
 
 

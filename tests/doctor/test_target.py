@@ -57,14 +57,14 @@ def state(vm: Machine) -> Any:
 
 def mend(vm: Machine, finding: Finding) -> None:
     """Do what the finding's command does: QMP lines go over the bench's own session."""
-    words = shlex.split(finding.command)
+    words = shlex.split(finding.fix or "")
     if words[0] == "printf":
         assert words[-3:] == ["-t5", "-", f"UNIX-CONNECT:{vm.target}"]
         for line in words[3 : words.index("|")]:
             sent = json.loads(line)
             vm.session.execute(sent["execute"], **sent.get("arguments", {}))
     else:
-        command = ["sh", "-c", finding.command]
+        command = ["sh", "-c", finding.fix or ""]
         if words[0] == "qmpmerge":
             command = [sys.executable, "-m", "qmpmerge", *words[1:]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -77,7 +77,7 @@ async def found_and_mended(vm: Machine, name: str, severity: str, where: str, te
     assert set(found) == {name}
     finding = found[name]
     assert (finding.severity, finding.where) == (severity, where)
-    assert text in finding.what and finding.why
+    assert text in finding.message and finding.why
     mend(vm, finding)
     assert not await examined(vm)
 
@@ -108,12 +108,12 @@ async def test_an_intermediate_job_in_each_state(tmp_path: Path, images: list[Pa
         vm.wait_for_job("paused")
         paused = (await examined(vm))["job-paused"]
         assert (paused.severity, paused.where) == ("care", "j")
-        assert "resume" in paused.what
+        assert "resume" in paused.message
         mend(vm, paused)
         vm.session.execute("block-job-set-speed", device="j", speed=0)
         vm.wait_for_job("pending")
         pending = (await examined(vm))["job-pending"]
-        assert (pending.severity, pending.command) == ("care", f"qmpmerge job {vm.target} j follow")
+        assert (pending.severity, pending.fix) == ("care", f"qmpmerge job {vm.target} j follow")
         vm.session.execute("job-cancel", id="j")
         await found_and_mended(vm, "job-concluded", "care", "j", "Operation canceled")
 
@@ -124,7 +124,7 @@ async def test_an_active_job_in_each_state(tmp_path: Path, images: list[Path], c
         commit(vm, "c", auto_finalize=False)
         vm.wait_for_job("ready")
         ready = (await examined(vm))["job-ready"]
-        assert (ready.severity, ready.command) == ("care", f"qmpmerge job {vm.target} j pivot")
+        assert (ready.severity, ready.fix) == ("care", f"qmpmerge job {vm.target} j pivot")
         vm.session.execute("job-pause", id="j")
         vm.wait_for_job("standby")
         mend(vm, (await examined(vm))["job-standby"])
@@ -162,7 +162,7 @@ async def test_a_job_without_space(tmp_path: Path, images: list[Path], content: 
         commit(vm, on_error="enospc", backing_file="base.raw")
         vm.wait_for_job("paused")
         found = (await examined(vm))["job-no-space"]
-        assert (found.severity, found.command) == ("care", f"qmpmerge job {vm.target} j follow")
+        assert (found.severity, found.fix) == ("care", f"qmpmerge job {vm.target} j follow")
 
 
 async def test_jobs_of_types_that_we_do_not_follow(tmp_path: Path, images: list[Path], content: Content) -> None:
@@ -181,7 +181,7 @@ async def test_jobs_of_types_that_we_do_not_follow(tmp_path: Path, images: list[
         vm.session.execute("blockdev-mirror", **job)
         vm.wait_for_job("ready")
         found = await examined(vm)
-        assert (set(found), found["job-ready"].command) == ({"job-ready"}, "")  # only its owner knows what for
+        assert (set(found), found["job-ready"].fix) == ({"job-ready"}, None)  # only its owner knows what for
         vm.session.execute("job-cancel", id="j")
         vm.wait_for_job("concluded")
         vm.session.execute("job-dismiss", id="j")
@@ -241,7 +241,7 @@ async def test_a_filter_without_its_job(tmp_path: Path, images: list[Path]) -> N
     with machine(tmp_path, *nodes(images), *extra, *device("cbw")) as vm:
         found = await examined(vm)
         assert set(found) == {"filter-left"}
-        assert (found["filter-left"].where, found["filter-left"].command) == ("cbw", "")
+        assert (found["filter-left"].where, found["filter-left"].fix) == ("cbw", None)
 
 
 @pytest.mark.parametrize("read", ["snapshot-access", "target"])
@@ -275,8 +275,8 @@ async def test_an_inconsistent_bitmap_live_and_offline(tmp_path: Path, images: l
     with blockdev(tmp_path, images, content) as setup:
         setup.machine.kill()
     (found,) = await qmpmerge.examine(images[3])
-    assert (found.name, found.severity, "bits" in found.what) == ("bitmap-inconsistent", "care", True)
-    assert found.command == f"qemu-img bitmap --remove -f qcow2 {images[3]} bits"
+    assert (found.name, found.severity, "bits" in found.message) == ("bitmap-inconsistent", "care", True)
+    assert found.fix == f"qemu-img bitmap --remove -f qcow2 {images[3]} bits"
     with blockdev(tmp_path, images, content) as setup:
         await found_and_mended(setup.machine, "bitmap-inconsistent", "care", "c", "bits")
 
@@ -344,7 +344,7 @@ async def test_a_header_that_disagrees_is_mended_with_the_vm_off(
         assert (disagrees.severity, disagrees.where) == ("harm", str(images[3]))
         assert not found
         setup.off()
-        subprocess.run(shlex.split(disagrees.command), check=True, cwd=tmp_path)
+        subprocess.run(shlex.split(disagrees.fix or ""), check=True, cwd=tmp_path)
     with blockdev(tmp_path, images, content) as setup:
         assert not await examined(setup.machine)
 
@@ -387,7 +387,7 @@ async def test_a_deep_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with machine(tmp_path, "-drive", f"file={images[-1]},format=qcow2,if=none,id=vda") as vm:
         found = await examined(vm)
         assert set(found) == {"deep-chain"}
-        assert found["deep-chain"].command == f"qmpmerge commit {vm.target} vda --top {target.DEEP - 1}"
+        assert found["deep-chain"].fix == f"qmpmerge commit {vm.target} vda --top {target.DEEP - 1}"
     (offline,) = await qmpmerge.examine(images[-1])
     assert (offline.name, offline.severity) == ("deep-chain", "care")
 
@@ -436,8 +436,8 @@ def check_left(found: dict[str, Finding], folder: Path, overlay: str = OVERLAY) 
         name: (severity, str(folder / file)) for name, (severity, file) in left.items()
     }
     assert list(found) == list(left), "the worst first"
-    assert "state switching" in found["unsettled"].what and "qmpmerge-commit-vda" in found["unsettled"].what
-    assert found["unsettled"].command == f"qmpmerge recover {folder}/c.qcow2"
+    assert "state switching" in found["unsettled"].message and "qmpmerge-commit-vda" in found["unsettled"].message
+    assert found["unsettled"].fix == f"qmpmerge recover {folder}/c.qcow2"
 
 
 async def test_what_lies_about_beside_a_running_chain(tmp_path: Path, images: list[Path], content: Content) -> None:
@@ -450,7 +450,7 @@ async def test_what_lies_about_beside_a_running_chain(tmp_path: Path, images: li
         os.unlink(tmp_path / ".c.qcow2.qmpmerge-record")
         found = await examined(setup.machine)
         assert set(found) == {"unfinished", OVERLAY}
-        assert found[OVERLAY].command == f"rm -f -- {tmp_path}/old.qcow2", "it holds nothing"
+        assert found[OVERLAY].fix == f"rm -f -- {tmp_path}/old.qcow2", "it holds nothing"
 
 
 async def test_an_image_of_another_vm_on_the_same_base_is_left_alone(
@@ -461,7 +461,7 @@ async def test_an_image_of_another_vm_on_the_same_base_is_left_alone(
     theirs = ["-drive", f"file={tmp_path}/old.qcow2,format=qcow2,if=none,id=vda,read-only=on"]
     with machine(tmp_path / "other", "-name", "other", *theirs), blockdev(tmp_path, images, content) as setup:
         found = (await examined(setup.machine))["dependent"]
-        assert (found.severity, found.command, "VM other" in found.why) == ("care", "", True)
+        assert (found.severity, found.fix, "VM other" in found.why) == ("care", None, True)
 
 
 @pytest.mark.parametrize("whole_folder", [False, True])
@@ -472,14 +472,14 @@ async def test_what_lies_about_beside_images(whole_folder: bool, tmp_path: Path,
         # There the old image is the top of a chain of its own, and no less likely to be wanted than the other.
         found = {finding.name: finding for finding in await qmpmerge.examine(tmp_path)}
         assert list(found) == [name.replace(OVERLAY, "shared-image") for name in LEFT]
-        assert (found["shared-image"].where, found["shared-image"].command) == (str(images[0]), "")
+        assert (found["shared-image"].where, found["shared-image"].fix) == (str(images[0]), None)
     else:
         check_left({finding.name: finding for finding in await qmpmerge.examine(images[3])}, tmp_path, "other-overlay")
 
 
 async def test_what_was_not_looked_at_is_told(images: list[Path], tmp_path: Path) -> None:
     (found,) = await qmpmerge.examine(images[3], search=[tmp_path / "not-there"])
-    assert (found.name, found.severity, "cannot be listed" in found.what) == ("not-looked-at", "care", True)
+    assert (found.name, found.severity, "cannot be listed" in found.message) == ("not-looked-at", "care", True)
 
 
 def test_a_record_that_is_not_believed_is_a_finding_without_a_command_that_would_refuse(tmp_path: Path) -> None:
@@ -487,11 +487,11 @@ def test_a_record_that_is_not_believed_is_a_finding_without_a_command_that_would
         (tmp_path / f".{name}.qmpmerge-record").write_text(text)
     os.symlink("/etc/passwd", tmp_path / ".d.qmpmerge-record")
     found = leftovers.in_folder(str(tmp_path))
-    assert [(one.name, one.severity, one.where, one.command) for one in found] == [
-        ("unsettled", "harm", str(tmp_path / f".{name}.qmpmerge-record"), "") for name in "abcd"
+    assert [(one.name, one.severity, one.where, one.fix) for one in found] == [
+        ("unsettled", "harm", str(tmp_path / f".{name}.qmpmerge-record"), None) for name in "abcd"
     ]
     reasons = ["it was cut short", "it makes no sense", "it is of schema 1", "it is a symlink"]
-    assert all(reason in one.what for reason, one in zip(reasons, found, strict=True))
+    assert all(reason in one.message for reason, one in zip(reasons, found, strict=True))
 
 
 async def test_chains_that_go_round_are_found_in_their_folder(tmp_path: Path) -> None:
@@ -557,7 +557,7 @@ async def test_images_in_use_lead_to_the_vm(tmp_path: Path, images: list[Path], 
     with blockdev(tmp_path, images[:3], content) as setup:
         below, used = await qmpmerge.examine(images[3])
     assert (below.name, below.severity) == ("used-below", "care")
-    assert (used.name, used.command) == ("in-use", f"qmpmerge doctor pid:{setup.machine.process.pid}")
+    assert (used.name, used.fix) == ("in-use", f"qmpmerge doctor pid:{setup.machine.process.pid}")
 
 
 async def test_nothing_there(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ async def test_a_record_that_is_not_believed_is_unknown_and_not_nothing(
             await qmpmerge.recover(path)
     assert refused.value.path == str(record)
     (cleaned,) = await qmpmerge.clean([f"{images[3]}.merged"])
-    assert "is not believed" in (cleaned.kept or "")
+    assert "is not believed" in (cleaned.obstacle or "")
     async with setup.target() as target:
         assert "record-not-believed" in [odd.name for odd in (await target.chain()).oddities]
         with pytest.raises(RecordNotBelieved):

@@ -54,7 +54,7 @@ async def test_a_start_from_the_old_path_fails(kind: str, tmp_path: Path, images
             setup.machine.session.execute("cont")
         outcome = await folder.live(setup)
         assert (outcome.verdict, told(outcome)) == ("pivoted", STASHED)
-        assert (outcome.paused_ms is None) == (kind == "storage-daemon")
+        assert (outcome.paused_seconds is None) == (kind == "storage-daemon")
         if kind != "storage-daemon":
             assert setup.machine.session.execute("query-status")["status"] == "running"
         setup.check()
@@ -67,7 +67,7 @@ async def test_a_start_from_the_old_path_fails(kind: str, tmp_path: Path, images
 async def test_a_paused_guest_stays_paused(setup: Setup) -> None:
     setup.machine.session.execute("stop")
     outcome = await folder.live(setup)
-    assert (outcome.verdict, outcome.paused_ms) == ("pivoted", None)
+    assert (outcome.verdict, outcome.paused_seconds) == ("pivoted", None)
     assert setup.machine.session.execute("query-status")["status"] == "paused"
 
 
@@ -75,7 +75,7 @@ async def test_without_a_pause(setup: Setup) -> None:
     with pytest.raises(OptionsConflict):
         await folder.live(setup, pause=False, verify=True)
     outcome = await folder.live(setup, pause=False)
-    assert (outcome.verdict, outcome.paused_ms, told(outcome)) == ("pivoted", None, STASHED)
+    assert (outcome.verdict, outcome.paused_seconds, told(outcome)) == ("pivoted", None, STASHED)
 
 
 async def test_nothing_is_overwritten(tmp_path: Path, images: list[Path], content: Content) -> None:
@@ -152,8 +152,8 @@ async def test_a_file_that_somebody_holds_is_not_deleted(setup: Setup, images: l
             outcome = await qmpmerge.commit(target, top="[3]", merged_files="delete")
         assert [action for _, action, _ in told(outcome)] == ["stash", "delete"]
         (kept,) = await qmpmerge.clean([images[1].parent])
-        assert kept.kept is not None and "in use by sleep" in kept.kept
-    assert [one.kept for one in await qmpmerge.clean([f"{images[1]}.merged"])] == [None]
+        assert kept.obstacle is not None and "in use by sleep" in kept.obstacle
+    assert [one.obstacle for one in await qmpmerge.clean([f"{images[1]}.merged"])] == [None]
 
 
 @contextlib.contextmanager
@@ -219,7 +219,12 @@ async def test_the_commands_follow_a_symlink_that_leads_nowhere(
         assert (done.code, done.document["error"]["facts"]["now"]) == (3, f"{real}.merged")
     assert f"{real}.merged was stashed" in invoke("recover", str(images[3])).out
     (cleaned,) = await qmpmerge.clean([real.parent])
-    assert (cleaned.file, cleaned.kept, cleaned.size > 0, os.listdir(real.parent)) == (f"{real}.merged", None, True, [])
+    assert (cleaned.file, cleaned.obstacle, cleaned.allocated > 0, os.listdir(real.parent)) == (
+        f"{real}.merged",
+        None,
+        True,
+        [],
+    )
 
 
 @pytest.mark.parametrize("name", ["link", "real"])
@@ -240,12 +245,12 @@ async def test_a_merge_of_a_symlinked_image_is_recovered_by_both_names(
         with pytest.raises(SessionLost):
             await folder.live(setup)
     (stays,) = await qmpmerge.clean([real.parent], dry_run=True)
-    assert (stays.file, stays.kept) == (f"{real}.merged", "a merge that was not finished may need it")
+    assert (stays.file, stays.obstacle) == (f"{real}.merged", "a merge that was not finished may need it")
     with pytest.raises(Unfinished):
         async with qmpmerge.open(images[3]):
             pass
     (found,) = await qmpmerge.recover(images[3] if name == "link" else real)
-    assert (found.verdict, found.right) == ("done", str(images[0]))
+    assert (found.verdict, found.start_from) == ("done", str(images[0]))
     content.check(images[0])
 
 
@@ -253,7 +258,7 @@ async def test_a_symlink_under_a_stashed_name_stays(tmp_path: Path, images: list
     """No merge puts one aside."""
     (tmp_path / "old.merged").symlink_to(images[3])
     (tmp_path / "gone.merged").symlink_to(tmp_path / "nowhere")
-    found = {os.path.basename(one.file): one.kept for one in await qmpmerge.clean([tmp_path])}
+    found = {os.path.basename(one.file): one.obstacle for one in await qmpmerge.clean([tmp_path])}
     assert all(reason is not None and reason.startswith("it is a symlink") for reason in found.values())
     assert (images[3].is_file(), os.path.lexists(tmp_path / "gone.merged")) == (True, True)
 
@@ -265,7 +270,7 @@ async def test_what_is_built_on_a_symlink_needs_what_was_stashed(
     await offline(images[3], top="[3]")
     late = real.with_name("late.qcow2")
     run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", images[1], "-F", "qcow2", late, "8M")
-    assert [one.kept for one in await qmpmerge.clean([real.parent])] == [f"{late} is built on it"]
+    assert [one.obstacle for one in await qmpmerge.clean([real.parent])] == [f"{late} is built on it"]
 
 
 # --- external data files ----------------------------------------------------------------------------------------------
@@ -303,7 +308,7 @@ async def test_data_files_are_told_and_deleted_with_their_images(
     assert told(outcome) == [("a.data", "keep", "a.data"), *STASHED[:2]]
     assert any("a.data holds the data of" in hint for hint in outcome.hints)
     (a, data, b) = await qmpmerge.clean([tmp_path], dry_run=True)
-    assert [(Path(one.file).name, one.kept is None) for one in (a, data, b)] == [
+    assert [(Path(one.file).name, one.obstacle is None) for one in (a, data, b)] == [
         ("a.qcow2.merged", True),
         ("a.data", False),
         ("b.qcow2.merged", True),
@@ -413,7 +418,7 @@ async def test_clean_removes_what_nobody_needs(tmp_path: Path, images: list[Path
     (tmp_path / "text.merged").write_text("no image")
     run("qemu-img", "create", "-qf", "qcow2", tmp_path / "vm2.merged", "8M")
     run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", "b.qcow2", "-F", "qcow2", "late.qcow2", "8M", cwd=tmp_path)
-    reasons = {os.path.basename(one.file): one.kept for one in await qmpmerge.clean([tmp_path], dry_run=True)}
+    reasons = {os.path.basename(one.file): one.obstacle for one in await qmpmerge.clean([tmp_path], dry_run=True)}
     assert reasons == {
         "a.qcow2.merged": f"{tmp_path}/b.qcow2.merged is built on it",
         "b.qcow2.merged": f"{tmp_path}/late.qcow2 is built on it",
@@ -425,7 +430,7 @@ async def test_clean_removes_what_nobody_needs(tmp_path: Path, images: list[Path
     (tmp_path / "late.qcow2").unlink()
     await qmpmerge.clean([tmp_path])
     assert sorted(name for name in os.listdir(tmp_path) if "merged" in name) == ["text.merged", "vm2.merged"]
-    assert [one.kept for one in await qmpmerge.clean([tmp_path / "vm2.merged"])] == [reasons["vm2.merged"]]
+    assert [one.obstacle for one in await qmpmerge.clean([tmp_path / "vm2.merged"])] == [reasons["vm2.merged"]]
     with pytest.raises(NoSuchStash):
         await qmpmerge.clean([images[3]])
 

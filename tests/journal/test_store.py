@@ -119,7 +119,7 @@ async def test_a_folder_that_cannot_be_listed_is_not_called_finished(unlistable:
                 await recover(path)
             assert "somebody who may list it" in unknown.value.hint
         (stays,) = await clean([f"{image}.merged"])
-        assert "cannot be listed" in (stays.kept or "")
+        assert "cannot be listed" in (stays.obstacle or "")
         assert [one.name for one in leftovers.in_folder(str(unlistable))] == ["not-looked-at"]
 
 

@@ -33,7 +33,7 @@ async def merged(images: list[Path], **options: Any) -> qmpmerge.Outcome:
 
 
 async def kept(*paths: Path, **options: Any) -> dict[str, str | None]:
-    return {os.path.basename(one.file): one.kept for one in await qmpmerge.clean(paths, **options)}
+    return {os.path.basename(one.file): one.obstacle for one in await qmpmerge.clean(paths, **options)}
 
 
 def notes(folder: Path) -> list[str]:
@@ -373,7 +373,7 @@ async def test_nothing_is_noted_while_the_guest_is_paused(
             write(path, note)
 
         monkeypatch.setattr(stashed, "write", noted)
-        assert (await live(setup)).paused_ms is not None
+        assert (await live(setup)).paused_seconds is not None
     assert states == ["running"] * 3
 
 

@@ -196,7 +196,7 @@ STATES: dict[Callable[[Left], None], tuple[str, list[str]]] = {
 
 def look(left: Left, state: Callable[[Left], None], found: list[Recovery]) -> None:
     right, there = STATES[state]
-    assert [Path(one.right or "").name for one in found] == [right]
+    assert [Path(one.start_from or "").name for one in found] == [right]
     assert names(left.folder) == sorted(there)
     assert not store.in_folder(str(left.folder))
     assert [
@@ -311,8 +311,8 @@ async def test_two_that_were_written_to_are_shown_and_not_chosen_from(use: Any, 
     with pytest.raises(Unfinished, match="written to since"):
         await resume.settle_image(str(left.images[3]))
     (chosen,) = await qmpmerge.recover(left.images[3], use=use)
-    assert Path(chosen.right or "").name == (BASE if use == "base" else C)
-    left.content.check(chosen.right or "")
+    assert Path(chosen.start_from or "").name == (BASE if use == "base" else C)
+    left.content.check(chosen.start_from or "")
 
 
 @pytest.mark.parametrize("use", ["base", "top"])
@@ -328,7 +328,7 @@ async def test_an_image_that_was_brought_back_is_asked_about(use: Any, left: Lef
             await qmpmerge.commit(target)
     assert names(left.folder) == before
     (chosen,) = await qmpmerge.recover(left.folder, use=use)
-    assert Path(chosen.right or "").name == (BASE if use == "base" else C)
+    assert Path(chosen.start_from or "").name == (BASE if use == "base" else C)
     assert names(left.folder) == (["a.qcow2", "b.qcow2", BASE, C] if use == "top" else [*STASHED[:2], BASE, STASHED[2]])
 
 
@@ -399,7 +399,7 @@ async def test_after_a_power_cut_the_old_name_is_there_again_by_itself(left: Lef
     assert told.tool is not None
     store.write(replace(told, tool=replace(told.tool, boot="before")))
     (left.folder / STASHED[2]).rename(left.images[3])
-    assert [one.right for one in await qmpmerge.recover(left.folder)] == [str(left.images[0])]
+    assert [one.start_from for one in await qmpmerge.recover(left.folder)] == [str(left.images[0])]
     left.content.check(left.images[0])
 
 
@@ -428,7 +428,7 @@ async def test_an_image_that_a_vm_runs_from_keeps_its_name_whatever_the_record_s
     typed = invoke(*used.value.hint.split("`")[1].split()[1:], "--json").document["error"]
     assert typed["facts"]["evidence"][-1] == "c.qcow2 was written to since"
     (chosen,) = await qmpmerge.recover(left.images[3], use="top")
-    left.content.check(chosen.right or "")
+    left.content.check(chosen.start_from or "")
 
 
 async def test_without_a_quiet_moment_times_are_no_evidence(left: Left) -> None:
@@ -554,7 +554,7 @@ async def test_a_job_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
         assert found.verdict == "running" and "follow" in found.hints[0]
         setup.machine.kill()
         (found,) = await qmpmerge.recover(tmp_path)
-        assert (found.verdict, found.right) == ("done", str(images[3]))
+        assert (found.verdict, found.start_from) == ("done", str(images[3]))
         content.check(images[3])
 
 
@@ -573,7 +573,7 @@ async def test_a_killed_qemu_leaves_the_right_name(tmp_path: Path, monkeypatch: 
             await live(setup)
     assert not images[3].exists()
     (found,) = await qmpmerge.recover(images[3])
-    content.check(found.right or "")
+    content.check(found.start_from or "")
 
 
 async def test_a_job_is_followed_though_the_name_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -365,7 +365,7 @@ async def test_the_doctor_mends_a_header_that_names_the_whole_file(
         async with qmpmerge.open(vm.target) as target:
             found = [one for one in await qmpmerge.examine(target) if one.name == "part-of-file"]
     assert [one.where for one in found] == [str(images[1])]
-    subprocess.run(found[0].command, shell=True, check=True)
+    subprocess.run(found[0].fix or "", shell=True, check=True)
     content.check(images[3])
     with machine(tmp_path, *by_header(images, base)) as vm:
         async with qmpmerge.open(vm.target) as target:

@@ -447,7 +447,7 @@ async def test_a_link_that_leads_to_the_new_overlay_by_now(tmp_path: Path) -> No
         assert view.chain.find(str(link)) is view.chain.active  # what the name means now
         async with qmpmerge.live(machine.target) as target:
             (found,) = [one for one in await qmpmerge.examine(target) if one.where == str(link)]
-            assert (found.name, found.severity, found.command) == ("replaced", "harm", "")
+            assert (found.name, found.severity, found.fix) == ("replaced", "harm", None)
             for top in ("[4]", "[5]"):
                 with pytest.raises(Replaced, match="is not the file that QEMU has open"):
                     await qmpmerge.commit(target, top=top, base="[3]", force=["dependents"])

@@ -37,7 +37,7 @@ def test_the_first_second_says_nothing_about_the_rest() -> None:
     bench = Bench()
     for after, done in ((0.0, 0), (0.5, 40 * MIB), (0.49, 80 * MIB)):
         told = bench.see(after, done)
-        assert (told.rate, told.eta) == (None, None)
+        assert (told.rate, told.seconds_left) == (None, None)
     assert bench.see(0.01, 80 * MIB).rate == 80 * MIB
 
 
@@ -45,7 +45,7 @@ def test_rate_and_time_left_are_told_after_a_second() -> None:
     bench = Bench()
     bench.see(0, 10 * MIB)
     told = bench.see(2, 30 * MIB)
-    assert (told.rate, told.eta, told.percent) == (10 * MIB, 7.0, 30.0)
+    assert (told.rate, told.seconds_left, told.percent) == (10 * MIB, 7.0, 30.0)
 
 
 def test_the_rate_is_that_of_the_last_seconds_only() -> None:
@@ -60,7 +60,7 @@ def test_a_job_that_stands_still_has_no_rate_and_no_end_in_sight() -> None:
     bench = Bench()
     bench.see(0, 50 * MIB)
     told = bench.see(5, 50 * MIB)
-    assert (told.rate, told.eta) == (None, None)
+    assert (told.rate, told.seconds_left) == (None, None)
 
 
 def test_after_a_long_silence_the_rate_is_measured_anew() -> None:
@@ -73,20 +73,20 @@ def test_after_a_long_silence_the_rate_is_measured_anew() -> None:
 def test_a_total_that_grows_while_the_guest_writes_moves_the_end_away() -> None:
     bench = Bench()
     bench.see(0, 0)
-    assert bench.see(2, 20 * MIB).eta == 8.0
-    assert bench.see(2, 40 * MIB, total=140 * MIB).eta == 10.0
+    assert bench.see(2, 20 * MIB).seconds_left == 8.0
+    assert bench.see(2, 40 * MIB, total=140 * MIB).seconds_left == 10.0
 
 
 def test_a_job_that_did_more_than_it_thought_has_nothing_left() -> None:
     bench = Bench()
     bench.see(0, 0)
     told = bench.see(2, 120 * MIB)
-    assert (told.eta, told.percent) == (0.0, 100.0)
+    assert (told.seconds_left, told.percent) == (0.0, 100.0)
 
 
 def test_nothing_of_nothing_is_no_percentage() -> None:
     told = Bench().see(0, 0, total=0)
-    assert told.percent is None and told.eta is None
+    assert told.percent is None and told.seconds_left is None
 
 
 def test_only_a_job_that_stands_still_has_no_space() -> None:
@@ -108,7 +108,7 @@ def test_whatever_a_job_does_nothing_absurd_is_told(sightings: list[tuple[float,
     for after, done, total in sightings:
         told = bench.see(after, done, total)
         assert told.rate is None or told.rate > 0
-        assert told.eta is None or told.eta >= 0
+        assert told.seconds_left is None or told.seconds_left >= 0
         assert told.percent is None or 0 <= told.percent <= 100
 
 
@@ -200,7 +200,7 @@ async def test_a_job_is_told_as_qemu_tells_it(vm: Machine, session: Monitor) -> 
     begin(vm)
     job = await seen(session, "running")
     assert job is not None and job == replace(job, id=ID, type="commit", status="running", speed=SLOW)
-    assert job.ours and not job.ready and job.error is None and job.io_status == "ok"
+    assert job.ours and not job.ready and job.reason is None and job.io_status == "ok"
     assert await jobs.look(session, "another") is None
 
 
@@ -222,7 +222,7 @@ async def test_the_speed_of_a_job_can_be_set_and_set_free(vm: Machine, session: 
     job = await jobs.control(session, ID, "speed", 0)
     assert job is not None and job.speed == 0
     job = await seen(session, "concluded")
-    assert job is not None and job.error is None and depth(vm) == 1
+    assert job is not None and job.reason is None and depth(vm) == 1
 
 
 async def test_a_cancelled_job_is_gone_when_control_returns_and_the_old_chain_is_in_use(

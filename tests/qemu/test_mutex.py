@@ -57,7 +57,7 @@ async def test_pivots_of_two_disks_pause_the_guest_one_after_the_other(tmp_path:
         vm.stop()
     said = [word for line in heard for word in ("stop", "cont") if line == f'-> {{"execute": "{word}"}}']
     assert said == ["stop", "cont"] * 2
-    assert all(outcome.paused_ms is not None for outcome in outcomes)
+    assert all(outcome.paused_seconds is not None for outcome in outcomes)
     for images, content in zip(chains, contents, strict=True):
         content.check(images[0])
 

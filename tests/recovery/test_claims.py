@@ -295,7 +295,7 @@ async def test_a_golden_base_elsewhere_asks_for_nothing(
             patch.setattr(merged_files, "finish", die)
             await qmpmerge.commit(target, base=str(golden), force=["dependents"])
     (done,) = await qmpmerge.recover(overlay)
-    assert (done.verdict, done.right, overlay.exists()) == ("done", str(golden), False)
+    assert (done.verdict, done.start_from, overlay.exists()) == ("done", str(golden), False)
 
 
 @pytest.mark.parametrize("again", ["recover", "commit"])

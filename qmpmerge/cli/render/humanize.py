@@ -51,8 +51,8 @@ def progress(value: Progress) -> str:
         parts.append(f"the guest writes {size(value.dirty_rate)}/s")
     if value.converging is False:
         parts.append("never ready like this")
-    if value.eta is not None and value.done < value.total:
-        parts.append(f"{duration(value.eta)} left")
+    if value.seconds_left is not None and value.done < value.total:
+        parts.append(f"{duration(value.seconds_left)} left")
     if value.shortage is not None:
         missing = f"{size(value.shortage.needed)} more needed"
         parts.append(f"{value.status}: no space on {visible(value.shortage.filesystem)}, {missing}")
@@ -63,7 +63,7 @@ def progress(value: Progress) -> str:
 
 def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
     """What `clean` came to."""
-    if not any(one.kept is None for one in found):
+    if not any(one.obstacle is None for one in found):
         return "unchanged"
     return "planned" if dry_run else "done"
 
@@ -110,7 +110,7 @@ def status(found: "Job") -> Painted:
 
 
 def _colour(found: "Job", *, is_well: bool) -> Colour | None:
-    if found.error:
+    if found.reason:
         return "red"
     if not is_well or found.status in ("paused", "standby"):
         return "yellow"
@@ -124,5 +124,5 @@ def cost(outcome: "Outcome") -> str:
     copied = f", {size(outcome.copied)} copied" if outcome.copied is not None else ""
     left = sum(one.obstacle is not None for one in outcome.merged)
     undeleted = f", {left} of {len(outcome.merged)} merged files not deleted" if left else ""
-    paused = f", guest paused for {outcome.paused_ms:.0f} ms" if outcome.paused_ms is not None else ""
+    paused = f", guest paused for {1000 * paused:.0f} ms" if (paused := outcome.paused_seconds) is not None else ""
     return (f" in {outcome.seconds:.2f} s{copied}{paused}" if outcome.seconds else "") + undeleted

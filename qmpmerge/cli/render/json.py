@@ -13,7 +13,7 @@ from qmpmerge.errors import StillRunning
 
 if TYPE_CHECKING:
     from qmpmerge.chain.chain import Image
-    from qmpmerge.chain.outcome import Checked, MergedFile, Outcome
+    from qmpmerge.chain.outcome import MergedFile, Outcome
     from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
@@ -73,14 +73,7 @@ class JsonOutput:
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made; without nodes those that would be."""
-        made = [
-            {
-                **_keys(overlay, "disk", "node", "file"),
-                "backing_file": overlay.instead_of,
-                "backing": overlay.backing,
-            }
-            for overlay in overlays
-        ]
+        made = [_keys(overlay, "disk", "node", "file", "backing_file", "backing") for overlay in overlays]
         verdict = "created" if all(overlay.node for overlay in overlays) else "planned"
         self._print(verdict, overlays=made, hints=[overlay.hint for overlay in overlays if overlay.hint])
 
@@ -96,33 +89,15 @@ class JsonOutput:
         """One entry for each merge."""
         from qmpmerge.operations.recover import verdict_of  # imported already by who has found something
 
-        merges = [
-            {
-                "verdict": one.verdict,
-                "file": one.image,
-                "start_from": one.right,
-                "message": one.action,
-                "reasons": list(one.reasons),
-                "merged": _merged(one.merged),
-                "hints": list(one.hints),
-            }
-            for one in found
-        ]
+        keys = ("verdict", "file", "start_from", "message", "reasons", "hints")
+        merges = [{**_keys(one, *keys), "merged": _merged(one.merged)} for one in found]
         verdict = verdict_of(found)
         error = next((one.error for one in found if one.error is not None and one.verdict == verdict), None)
         self._print(verdict, merges=merges, **({"error": error.document} if error else {}))
 
     def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
         """One entry for each stashed file."""
-        stashed = [
-            {
-                "file": one.file,
-                "allocated": one.size,
-                "action": "delete" if one.kept is None else "keep",
-                "obstacle": one.kept,
-            }
-            for one in found
-        ]
+        stashed = [_keys(one, "file", "allocated", "action", "obstacle") for one in found]
         self._print(cleaned_verdict(found, dry_run=dry_run), stashed=stashed)
 
     def jobs(self, found: "Sequence[Job]") -> None:
@@ -135,16 +110,8 @@ class JsonOutput:
 
     def doctor(self, report: "Examination") -> None:
         """How much was looked at, each target with why it was not, and the findings, the worst first."""
-        findings = [
-            {
-                "target": target,
-                **_keys(finding, "name", "severity", "where"),
-                "message": finding.what,
-                "why": finding.why,
-                "fix": finding.command or None,
-            }
-            for target, finding in report.findings
-        ]
+        keys = ("name", "severity", "where", "message", "why", "fix")
+        findings = [{"target": target, **_keys(finding, *keys)} for target, finding in report.findings]
         targets = [
             {"target": one.target, "verdict": one.verdict, "error": one.error.document if one.error else None}
             for one in report.targets
@@ -170,13 +137,8 @@ class JsonOutput:
             return
         self._line(
             "progress",
-            disk=progress.disk,
             job=_job(progress.job),
-            counts=progress.counts,
-            rate=progress.rate,
-            seconds_left=progress.eta,
-            dirty_rate=progress.dirty_rate,
-            converging=progress.converging,
+            **_keys(progress, "disk", "counts", "rate", "seconds_left", "dirty_rate", "converging"),
             shortage=_keys(progress.shortage, "filesystem", "needed") if progress.shortage else None,
         )
         if progress.note:
@@ -211,21 +173,18 @@ def _keys(value: object, *names: str) -> dict[str, object]:
 
 def _merge(outcome: "Outcome") -> dict[str, object]:
     """Of what is running nobody knows what it will have come to."""
-    estimate, paused = outcome.estimate, outcome.paused_ms
+    estimate, paused = outcome.estimate, outcome.paused_seconds
     return {
-        "disk": outcome.disk,
+        **_NOTHING,
+        **_keys(outcome, "disk", "copied", "verified", "converge", "hints"),
         "job": _job(outcome.job),
         "before": outcome.before.files,
         "after": outcome.after.files if outcome.verdict != "running" else None,
         "merged": _merged(outcome.merged),
-        "copied": outcome.copied,
         "seconds": round(outcome.seconds, 3),
-        "paused_seconds": None if paused is None else round(paused / 1000, 6),
-        "verified": outcome.verified,
-        "checks": [_check(check) for check in outcome.checks],
+        "paused_seconds": None if paused is None else round(paused, 6),
+        "checks": [_keys(check, "name", "result", "reason", "scope") for check in outcome.checks],
         "estimate": _keys(estimate, *_ESTIMATE) if estimate is not None else None,
-        "converge": list(outcome.rungs),
-        "hints": list(outcome.hints),
     }
 
 
@@ -244,13 +203,9 @@ _NOTHING: Mapping[str, object] = {
     "converge": [],
     "hints": [],
 }
-"""The same of a job of which nothing else is known."""
+"""The same of a job of which nothing else is known; in this order."""
 
 _ESTIMATE = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason", "file", "reserve")
-
-
-def _check(check: "Checked") -> dict[str, object]:
-    return {**_keys(check, "name", "result", "reason"), "scope": check.looked_at or None}
 
 
 def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:
@@ -308,5 +263,5 @@ def _job(job: "Job | None") -> dict[str, object] | None:
     """The same wherever there is a job; null for none."""
     if job is None:
         return None
-    keys = ("id", "type", "disk", "status", "ready", "done", "total", "speed", "io_status")
-    return {**_keys(job, *keys), "reason": job.error, "ours": job.ours, "verbs": job.verbs}
+    keys = ("id", "type", "disk", "status", "ready", "done", "total", "speed", "io_status", "reason", "ours", "verbs")
+    return _keys(job, *keys)

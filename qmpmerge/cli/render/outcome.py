@@ -53,7 +53,7 @@ def lines(outcome: "Outcome") -> Iterator[str]:
     if planned:
         yield from _of_plan(outcome)
     yield from _unpassed(outcome.checks)
-    for rung in outcome.rungs:
+    for rung in outcome.converge:
         yield f"helped  {rung}"
 
 
@@ -77,8 +77,8 @@ def _of_plan(outcome: "Outcome") -> Iterator[str]:
     if passed:
         yield f"checks  {len(passed)} of {len(outcome.checks)} passed"
     for check in passed:
-        if check.looked_at:
-            yield f"        {MEANINGS.get(check.name, check.name)} (looked at {check.looked_at})"
+        if check.scope:
+            yield f"        {MEANINGS.get(check.name, check.name)} (looked at {check.scope})"
     if not outcome.after.active.same_as(outcome.before.active):
         yield f"then    start the VM from {outcome.after.active.label}"
 
@@ -88,7 +88,7 @@ def _unpassed(checks: "Sequence[Checked]") -> Iterator[str]:
     for check in checks:
         meaning = f"that {MEANINGS.get(check.name, 'this is right')}"
         if check.result == "not checked":
-            looked_at = f"; looked at {check.looked_at}" if check.looked_at else ""
+            looked_at = f"; looked at {check.scope}" if check.scope else ""
             yield f"not checked  {meaning} ({check.name}): {check.reason}{looked_at}"
         elif check.result == "forced":
             yield f"forced  {check.name}: it is not true {meaning}"

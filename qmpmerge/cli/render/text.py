@@ -100,12 +100,12 @@ class TextOutput:
         """A line for each overlay."""
         for overlay in overlays:
             if not overlay.node:
-                self._say(f"{overlay.disk}: {overlay.file} would be the active image, on {overlay.instead_of}")
+                self._say(f"{overlay.disk}: {overlay.file} would be the active image, on {overlay.backing_file}")
                 self._hint(overlay.hint) if overlay.hint else None
                 continue
             self._say(f"{overlay.disk}: {overlay.file} is the active image now")
             self._say("  start the VM from it from now on")
-            self._say(f"  {overlay.instead_of} shows older data, and writing to it ruins the overlay")
+            self._say(f"  {overlay.backing_file} shows older data, and writing to it ruins the overlay")
             for hint in (
                 overlay.hint,
                 f"for launch scripts: `qmpmerge active {shlex.quote(overlay.ask)}`" if overlay.ask else "",
@@ -138,11 +138,11 @@ class TextOutput:
         """For each merge what was done, why, and from which image the VM is started now."""
         for one in found:
             verdict = "nothing to do" if one.verdict == "unchanged" else one.verdict
-            self._say(f"{one.image}: ", Painted(verdict, COLOURS.get(one.verdict)), f", {one.action}")
+            self._say(f"{one.file}: ", Painted(verdict, COLOURS.get(one.verdict)), f", {one.message}")
             for reason in one.reasons:
                 self._say(f"  because  {reason}")
-            if one.right is not None:
-                self._say(f"  start the VM from {one.right}")
+            if one.start_from is not None:
+                self._say(f"  start the VM from {one.start_from}")
             for line in merge.files(one.merged):
                 self._say(f"  {line}")
             for hint in one.hints:
@@ -153,9 +153,11 @@ class TextOutput:
         fate = "would be removed" if dry_run else "removed"
         for one in found:
             self._say(
-                f"{one.file}: stays: {one.kept}" if one.kept else f"{one.file}: {fate}, {humanize.size(one.size)}"
+                f"{one.file}: stays: {one.obstacle}"
+                if one.obstacle
+                else f"{one.file}: {fate}, {humanize.size(one.allocated)}"
             )
-        gone = [one.size for one in found if one.kept is None]
+        gone = [one.allocated for one in found if one.obstacle is None]
         if not found:
             self._say("nothing is stashed here")
         elif len(found) > 1:
@@ -167,8 +169,8 @@ class TextOutput:
 
         self._table(listing.JOBS, map(listing.job, found), "no block jobs")
         for job in found:
-            if job.error:
-                self._say(f"{job.id}: {job.error}")
+            if job.reason:
+                self._say(f"{job.id}: {job.reason}")
             self._say(f"{job.id}: possible now: {', '.join(job.verbs)}")
 
     def controlled(self, job_id: str, job: "Job | None") -> None:
@@ -188,10 +190,10 @@ class TextOutput:
                 else f"{target}: {finding.where}"
             )
             self._say(Painted(finding.severity, COLOURS.get(finding.severity)), f": {where} ({finding.name})")
-            self._say(f"  what  {finding.what}")
+            self._say(f"  what  {finding.message}")
             self._say(f"  why   {finding.why}")
-            if finding.command:
-                self._say(f"  fix   {finding.command}")
+            if finding.fix:
+                self._say(f"  fix   {finding.fix}")
         self._say(humanize.looked_at(report))
 
     def failure(self, error: "Error") -> None:

@@ -28,7 +28,8 @@ class Progress:
     """
     How far a merge is: its `job` as seen last. `counts` says what `done` and `total` (bytes) are: an intermediate merge
     walks the whole virtual disk (``scanned``), an active one counts what it has to copy (``copied``), and its total grows
-    while the guest writes. `rate` is bytes a second, `eta` seconds; both None while nothing sensible can be said.
+    while the guest writes. `rate` is bytes a second, `seconds_left` what the rest takes at it; both None while nothing sensible
+    can be said.
 
     `shortage` is what a job waits for that ran out of space. `note` is a sentence, said once, about a job that was there
     before us.
@@ -40,7 +41,7 @@ class Progress:
     job: "Job"
     counts: str
     rate: float | None = None
-    eta: float | None = None
+    seconds_left: float | None = None
     shortage: Shortage | None = None
     note: str | None = None
     dirty_rate: float | None = None
@@ -95,7 +96,7 @@ class Meter:
             job=job,
             counts=self._counts,
             rate=rate,
-            eta=left / rate if rate else None,
+            seconds_left=left / rate if rate else None,
             shortage=shortage,
         )
 

@@ -37,7 +37,7 @@ class Rates:
         return self.dirty < HEADWAY * self.copy
 
     @property
-    def eta(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds until it is ready, None for never."""
         return self.rest / (self.copy - self.dirty) if self.converging else None
 
@@ -73,7 +73,13 @@ class Watch:
             self.stuck.set()
         hint = None if converging or self.helped or self._hinted else HINT
         self._hinted = self._hinted or hint is not None
-        return replace(sighting, dirty_rate=self.rates.dirty, converging=converging, eta=self.rates.eta, hint=hint)
+        return replace(
+            sighting,
+            dirty_rate=self.rates.dirty,
+            converging=converging,
+            seconds_left=self.rates.seconds_left,
+            hint=hint,
+        )
 
     def _see(self, seen: tuple[float, Job]) -> None:
         now, job = seen

@@ -88,7 +88,7 @@ def test_a_duration_never_says_sixty_of_anything(seconds: float) -> None:
 # --- progress -----------------------------------------------------------------------------------------------------
 
 JOB = Job("qmpmerge-commit-vda", "commit", "running", 3 * GIB, 10 * GIB)
-COPYING = Progress("vda", JOB, "copied", rate=250 * MIB, eta=28.4)
+COPYING = Progress("vda", JOB, "copied", rate=250 * MIB, seconds_left=28.4)
 
 
 def at(**job: Any) -> Progress:
@@ -100,14 +100,14 @@ def at(**job: Any) -> Progress:
     [
         (COPYING, "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, 28 s left"),
         (replace(COPYING, counts="scanned"), "vda: 30 %, scanned 3 GiB of 10 GiB, 250 MiB/s, 28 s left"),
-        (replace(COPYING, rate=None, eta=None), "vda: 30 %, copied 3 GiB of 10 GiB"),
-        (replace(at(done=0, total=0), rate=None, eta=None), "vda: copied 0 B of 0 B"),
-        (replace(at(done=10 * GIB), eta=0.0), "vda: 100 %, copied 10 GiB of 10 GiB, 250 MiB/s"),
-        (replace(at(done=11 * GIB), eta=0.0), "vda: 100 %, copied 11 GiB of 10 GiB, 250 MiB/s"),
+        (replace(COPYING, rate=None, seconds_left=None), "vda: 30 %, copied 3 GiB of 10 GiB"),
+        (replace(at(done=0, total=0), rate=None, seconds_left=None), "vda: copied 0 B of 0 B"),
+        (replace(at(done=10 * GIB), seconds_left=0.0), "vda: 100 %, copied 10 GiB of 10 GiB, 250 MiB/s"),
+        (replace(at(done=11 * GIB), seconds_left=0.0), "vda: 100 %, copied 11 GiB of 10 GiB, 250 MiB/s"),
         (at(status="created"), "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, 28 s left"),
-        (replace(at(status="ready"), eta=None), "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, ready"),
-        (replace(at(status="no space"), rate=None, eta=None), "vda: 30 %, copied 3 GiB of 10 GiB, no space"),
-        (replace(COPYING, disk="v\x1bc", rate=None, eta=None), r"v\x1bc: 30 %, copied 3 GiB of 10 GiB"),
+        (replace(at(status="ready"), seconds_left=None), "vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, ready"),
+        (replace(at(status="no space"), rate=None, seconds_left=None), "vda: 30 %, copied 3 GiB of 10 GiB, no space"),
+        (replace(COPYING, disk="v\x1bc", rate=None, seconds_left=None), r"v\x1bc: 30 %, copied 3 GiB of 10 GiB"),
     ],
 )
 def test_a_progress_line_says_exactly_this(told: Progress, line: str) -> None:

@@ -29,7 +29,7 @@ BASE = Image("/vm/base.raw", "raw", 10 * GIB, node="#block2", allocated=4 * GIB)
 TOP = Image("/vm/a.qcow2", "qcow2", 10 * GIB, node="#block1", backing="base.raw", backing_format="raw", allocated=GIB)
 CHAIN, RESULT = Chain((BASE, TOP)), Chain((BASE,))
 JOB = Job("qmpmerge-commit-vda", "commit", "ready", GIB, 4 * GIB, ready=True, speed=1024, disk="vda")
-COPYING = Progress("vda", JOB, "copied", rate=1e8, eta=30.0)
+COPYING = Progress("vda", JOB, "copied", rate=1e8, seconds_left=30.0)
 SHOWN = {
     "id": "qmpmerge-commit-vda",
     "type": "commit",
@@ -189,7 +189,17 @@ def test_commit(streams: Streams) -> None:
     merged = (MergedFile("/vm/a.qcow2", action="stash", now="/vm/a.qcow2.merged"),)
     streams.output.commit(
         Outcome(
-            "pivoted", "vda", CHAIN, RESULT, None, merged, GIB, 1.23456, ("a hint",), paused_ms=7.4, rungs=("paused",)
+            "pivoted",
+            "vda",
+            CHAIN,
+            RESULT,
+            None,
+            merged,
+            GIB,
+            1.23456,
+            ("a hint",),
+            paused_seconds=0.0074,
+            converge=("paused",),
         )
     )
     assert streams.document() == {
@@ -224,7 +234,7 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
 
 
 def test_jobs(streams: Streams) -> None:
-    streams.output.jobs([JOB, Job("other", "backup", "concluded", 1, 1, error="No space left on device")])
+    streams.output.jobs([JOB, Job("other", "backup", "concluded", 1, 1, reason="No space left on device")])
     assert streams.document() == {
         "schema": 1,
         "command": "commit",
@@ -344,7 +354,7 @@ def test_a_job_that_goes_on_is_told_as_an_outcome_with_the_error() -> None:
 
 
 def test_progress_is_one_object_a_line_on_stderr(streams: Streams) -> None:
-    streams.output.progress(dataclasses.replace(COPYING, rate=None, eta=None))
+    streams.output.progress(dataclasses.replace(COPYING, rate=None, seconds_left=None))
     streams.output.progress(COPYING)
     first, second = streams.lines()
     assert second == {

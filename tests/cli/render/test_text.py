@@ -143,7 +143,7 @@ def test_images_of_one_name_in_two_folders_are_drawn_with_their_folders(screen: 
 
 def test_jobs_are_a_table_with_what_can_be_done_to_each(screen: Screen) -> None:
     full = Job("j1", "mirror", "paused", 0, 0, speed=100 * 1024**2, io_status="nospace")
-    ended = Job("j2", "backup", "concluded", GIB, GIB, error="No space left on device")
+    ended = Job("j2", "backup", "concluded", GIB, GIB, reason="No space left on device")
     screen.output.jobs([JOB, full, ended])
     assert screen.says(
         "JOB                  TYPE    DISK  STATUS             DONE                SPEED",
@@ -224,7 +224,7 @@ PIVOTED = Outcome(
             ["hint: start the VM from /vm/base.raw"],
         ),
         (
-            Outcome("pivoted", "vda", THREE, ONE, rungs=("the guest was paused",)),
+            Outcome("pivoted", "vda", THREE, ONE, converge=("the guest was paused",)),
             [
                 "vda: pivoted",
                 "  before  base.raw <-- a.qcow2 <-- b.qcow2",
@@ -335,7 +335,7 @@ def test_what_was_not_looked_at_and_what_was_forced_is_told_of_every_merge_and_w
 ) -> None:
     checks = (
         Checked("busy", "passed"),
-        Checked("dependents", "passed", looked_at="2 files in 1 folder: /vm"),
+        Checked("dependents", "passed", scope="2 files in 1 folder: /vm"),
         Checked("in-use", "not checked", "it is hidden"),
         Checked("no-space", "forced"),
     )
@@ -437,7 +437,7 @@ def test_progress_is_a_plain_line_every_ten_per_cent_where_no_terminal_is(screen
 def test_a_progress_line_says_what_was_copied(screen: Screen) -> None:
     screen.output.progress(told(0))
     screen.clock.now += 1
-    screen.output.progress(dataclasses.replace(told(50), rate=128 * 1024**2, eta=4.0))
+    screen.output.progress(dataclasses.replace(told(50), rate=128 * 1024**2, seconds_left=4.0))
     assert screen.complains("vda: 50 %, copied 512 MiB of 1 GiB, 128 MiB/s, 4 s left")
 
 
@@ -519,7 +519,7 @@ def test_a_bar_is_never_wider_than_the_terminal_or_it_could_not_be_drawn_over(
     columns: int, terminal: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    slow = dataclasses.replace(told(30), rate=250 * 1024**2, eta=12345, dirty_rate=GIB, converging=False)
+    slow = dataclasses.replace(told(30), rate=250 * 1024**2, seconds_left=12345, dirty_rate=GIB, converging=False)
     for disk_name in ("vda", "虚拟" * 8):
         terminal.output.progress(dataclasses.replace(slow, disk=disk_name))
     lines = terminal.err.getvalue().replace("\x1b[K", "").split("\r")[1:]
@@ -583,7 +583,7 @@ def everything(output: TextOutput, name: str) -> None:
     """Say all that can be said, with `name` wherever the outside world has a say."""
     path = f"/vm/{name}"
     image = Image(path, name, GIB, node=name, backing=name, backing_format=name)
-    job = Job(name, name, name, 0, GIB, error=name, io_status=name, disk=name)
+    job = Job(name, name, name, 0, GIB, reason=name, io_status=name, disk=name)
     named = Chain((image, dataclasses.replace(image, file=f"{path}2")))
     output.vms([Vm(1, name, (name,), True, name, name, 0.0)])
     output.disks([disk(name, named, job)])
@@ -632,7 +632,7 @@ def test_a_pivot_tells_the_pause_and_what_became_of_the_files() -> None:
         MergedFile("/vm/d.qcow2", "gone"),
         MergedFile("nbd://host/e", "keep", "nbd://host/e"),
     )
-    screen.output.commit(Outcome("pivoted", "vda", THREE, ONE, None, merged, seconds=1, paused_ms=7.4))
+    screen.output.commit(Outcome("pivoted", "vda", THREE, ONE, None, merged, seconds=1, paused_seconds=0.0074))
     assert screen.says(
         "vda: pivoted in 1.00 s, guest paused for 7 ms",
         "  before  base.raw <-- a.qcow2 <-- b.qcow2",

@@ -138,7 +138,7 @@ async def test_a_guest_that_outruns_the_copy_is_told_once_what_helps(guest: Gues
                 await merge
     assert [told.hint is not None for told in seen].count(True) == 1
     last = seen[-1]
-    assert last.eta is None and last.dirty_rate is not None
+    assert last.seconds_left is None and last.dirty_rate is not None
     assert last.dirty_rate > COPIED / 2
     assert guest.limits() == SIX
 
@@ -147,7 +147,7 @@ async def test_a_quiet_guest_gets_no_help(guest: Guest) -> None:
     seen: list[Progress] = []
     async with qmpmerge.live(guest.vm.target) as target:
         outcome = await qmpmerge.commit(target, report=seen.append, converge=Converge())
-    assert (outcome.verdict, outcome.rungs) == ("pivoted", ())
+    assert (outcome.verdict, outcome.converge) == ("pivoted", ())
     assert False not in [told.converging for told in seen]
 
 
@@ -162,7 +162,7 @@ async def test_our_own_limit_is_taken_off(tmp_path: Path, images: list[Path]) ->
         with guest.writing():
             async with qmpmerge.live(vm.target) as target:
                 outcome = await qmpmerge.commit(target, "vda", speed=COPIED, ending="ready", converge=Converge())
-        assert (outcome.verdict, outcome.rungs) == ("ready", ("the job's own limit of 4 MiB/s is taken off",))
+        assert (outcome.verdict, outcome.converge) == ("ready", ("the job's own limit of 4 MiB/s is taken off",))
         await pivot(guest, images[0])
 
 
@@ -198,8 +198,8 @@ async def test_the_guest_is_throttled_and_gets_its_own_limits_back(guest: Guest,
         async with qmpmerge.live(guest.vm.target) as target:
             outcome = await qmpmerge.commit(target, ending="ready", report=report, converge=Converge(tell=tell))
     assert outcome.verdict == "ready"
-    assert told == [f"disk0: {rung}" for rung in outcome.rungs]
-    assert outcome.rungs[0].startswith("the guest's writes are limited to ")
+    assert told == [f"disk0: {rung}" for rung in outcome.converge]
+    assert outcome.converge[0].startswith("the guest's writes are limited to ")
     assert 0 < during[-1]["bps_wr"] <= COPIED and during[-1]["iops_rd"] == 5000
     assert during[-1]["group"] == f"qmpmerge-throttle-{os.getpid()}-disk0"
     assert guest.limits() == before
@@ -218,7 +218,7 @@ async def test_the_guest_is_paused_for_the_rest_and_runs_again(
             outcome = await qmpmerge.commit(target, converge=Converge(pause=20))
         assert guest.ask("query-status")["running"]
     assert outcome.verdict == "pivoted"
-    assert outcome.rungs[-1] == "the guest is paused, for 20 s at the most"
+    assert outcome.converge[-1] == "the guest is paused, for 20 s at the most"
     assert guest.limits() == SIX
     guest.vm.stop()
     guest.content.check(images[0])
@@ -338,12 +338,12 @@ def test_rates_are_those_between_updates_of_the_total() -> None:
     assert watch.rates is not None
     assert (watch.rates.dirty, watch.rates.copy) == (4 * MIB, 8 * MIB)
     assert told.converging is True and not watch.stuck.is_set()
-    assert told.eta == watch.rates.rest / (4 * MIB) == (1040 - 88) / 4
+    assert told.seconds_left == watch.rates.rest / (4 * MIB) == (1040 - 88) / 4
 
 
 def test_a_rest_that_never_shrinks_is_stuck() -> None:
     watch, told = watched(lambda second: (8 * second, 100 + 8 * second), 12)
-    assert (told.converging, told.eta, watch.stuck.is_set()) == (False, None, True)
+    assert (told.converging, told.seconds_left, watch.stuck.is_set()) == (False, None, True)
 
 
 def test_a_job_that_waits_at_its_limit_shows_no_rest_and_is_stuck_all_the_same() -> None:
