@@ -34,7 +34,7 @@ class Options:
     """
 
     json: bool
-    verbose: bool
+    trace: bool
     quiet: bool
     force: frozenset[str] = frozenset()
     allow: tuple[str, ...] = ()
@@ -60,12 +60,23 @@ def basic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same, and those of commands that speak to a QEMU."""
-    return _gathered(function, [_json, _verbose, _quiet])
+    return _gathered(function, [_json, _trace, _quiet])
 
 
 _json = click.option("--json", is_flag=True, help="One JSON object on stdout, progress as JSON lines on stderr.")
-_verbose = click.option("-v", "--verbose", is_flag=True, help="Show the QMP conversation on stderr.")
+_trace = click.option("-v", "--trace", is_flag=True, help="Show the QMP conversation on stderr.")
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes, no hints but those of errors.")
+
+
+def habits(*flags: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Take flags that change nothing here, as those of virsh for what is so anyway."""
+
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        for flag in flags:
+            function = click.option(flag, is_flag=True, hidden=True, expose_value=False)(function)
+        return function
+
+    return declare
 
 
 def forcing(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -84,7 +95,7 @@ def _gathered(function: Callable[..., Any], declared: Sequence[Callable[..., Any
         *,
         json: bool,
         quiet: bool,
-        verbose: bool = False,
+        trace: bool = False,
         timeout: float | None = None,
         force: tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
@@ -93,7 +104,7 @@ def _gathered(function: Callable[..., Any], declared: Sequence[Callable[..., Any
         detach: bool = False,
         **rest: object,
     ) -> Any:
-        options = Options(json, verbose, quiet, frozenset(force), allow, form, secret, Patience(timeout, detach))
+        options = Options(json, trace, quiet, frozenset(force), allow, form, secret, Patience(timeout, detach))
         return function(options=options, **rest)
 
     return _declared(gather, function, declared)

@@ -189,7 +189,7 @@ def door(
 
         limit = options.patience.timeout
         patience = GREETING_SECONDS if limit is None else min(GREETING_SECONDS, limit)
-        trace = output.trace if options.verbose else None
+        trace = output.trace if options.trace else None
         async with door.open(target, timeout=patience, force=options.force, trace=trace, **given) as opened_target:
             opened_target.monitor.tell = output.note
             for note in opened_target.notes:

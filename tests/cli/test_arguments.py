@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,48 @@ def test_a_word_that_makes_no_sense_is_refused_in_words(first: int, command: For
             assert complaints(run) == [], (arguments, run)
 
 
+def _left_out(word: str) -> Iterator[list[str]]:
+    """Lines in which a shell has put this in the place of TARGET, DISK, LAYER ...."""
+    yield from (
+        [name, word] for name in ("disks", "chain", "active", "commit", "pull", "jobs", "doctor", "recover", "clean")
+    )
+    yield from ([name, "vm1", word] for name in ("chain", "commit", "pull", "snapshot"))
+    yield from (["snapshot", word, "vda=/x"], ["job", word, "vda", "follow"], ["job", "vm1", word, "follow"])
+    yield from (["job", "vm1", "vda", word], ["job", "vm1", "vda", "speed", word], ["completion", word])
+
+
+OPTIONS = [
+    "--base",
+    "--top",
+    "--speed",
+    "--timeout",
+    "--force",
+    "--merged-files",
+    "--search",
+    "--allow",
+    "--secret",
+    "--format",
+]
+
+
+@pytest.mark.parametrize("line", [*_left_out(""), *(["commit", "vm1", option, ""] for option in OPTIONS)], ids=" ".join)
+def test_an_empty_word_is_said_to_be_empty(line: list[str], command: Forks, tmp_path: Path) -> None:
+    """As of a variable of a script that is not set."""
+    run = command.run(*line, "--json", cwd=tmp_path)
+    assert (run.code, run.document["verdict"]) == (2, "usage")
+    assert re.fullmatch(r"(--)?[A-Za-z=-]+ is empty", run.document["error"]["message"]), run
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_value_that_was_forgotten(option: str, command: Forks, tmp_path: Path) -> None:
+    """What follows is an option, and no value: that of a variable that is not set, and has no quotes."""
+    for form in ([option, "--json"], ["--json", f"{option}=--dry-run"]):
+        run = command.run("commit", "vm1", "vda", *form, cwd=tmp_path)
+        assert (run.code, run.document["verdict"]) == (2, "usage")
+        assert run.document["error"]["message"].startswith(f"{option} has no value")
+    assert command.run("commit", "vm1", option, "--help", cwd=tmp_path).code == 2
+
+
 @pytest.mark.parametrize(
     "target",
     [
@@ -58,7 +101,7 @@ def test_a_target_that_can_be_none_is_not_there(target: str, command: Forks, tmp
         assert (run.code, run.document["error"]["name"]) == (4, "no-such-target"), run
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e400", "²", ""])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e400", "²"])
 @pytest.mark.parametrize("option", ["--timeout", "--converge-pause"])
 def test_a_time_that_is_none_is_a_usage_error(option: str, value: str, command: Forks, tmp_path: Path) -> None:
     run = command.run("commit", "nope", option, value, cwd=tmp_path)

@@ -191,8 +191,9 @@ def test_quiet_says_nothing_but_the_result(vm: str) -> None:
     assert "pivoted" in run.out
 
 
-def test_verbose_shows_the_conversation(vm: str) -> None:
-    run = command.invoke("disks", vm, "-v")
+@pytest.mark.parametrize("option", ["-v", "--trace"])
+def test_the_conversation_can_be_seen(option: str, vm: str) -> None:
+    run = command.invoke("disks", vm, option)
     assert '-> {"execute": "query-block"}' in run.err
     assert "query-block" not in run.out
 

@@ -60,6 +60,20 @@ def test_version_and_help_as_other_tools_have_them() -> None:
     assert (invoke("help", "commit").code, invoke("help", "commit").out) == (0, invoke("commit", "--help").out)
 
 
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        *((line, "--version") for line in ("version --json", "--version --json", "-V --json", "--json --version")),
+        *((line, "--help") for line in ("help --json", "--help --json", "-h --json", "help help --json")),
+        *((line, "commit --help") for line in ("help commit --json", "commit -h --json", "commit --json --help")),
+        ("completion bash --json", "completion bash"),
+    ],
+)
+def test_what_is_text_is_so_with_json_too(line: str, same: str, command: Forks, tmp_path: Path) -> None:
+    shown = command.run(*line.split(), cwd=tmp_path)
+    assert (shown.code, shown.out, shown.err) == (0, command.run(*same.split(), cwd=tmp_path).out, "")
+
+
 # --- other tools' commands ----------------------------------------------------------------------------------------
 
 
@@ -129,8 +143,8 @@ def test_a_hint_is_in_json_too(command: Forks, tmp_path: Path) -> None:
 
 
 def test_options_that_are_so_anyway_are_taken(vm1: str) -> None:
-    planned = invoke("commit", vm1, "vda", "--active", "--wait", "--pivot", "--dry-run")
-    assert (planned.code, "planned" in planned.out) == (0, True)
+    planned = invoke("commit", vm1, "vda", "--active", "--wait", "--verbose", "--pivot", "--dry-run")
+    assert (planned.code, "planned" in planned.out, "query-block" in planned.err) == (0, True, False)
     for top in ("c.qcow2", "4", "-1"):
         assert invoke("commit", vm1, "vda", "--active", "--top", top, "--dry-run").code == 0
     below = invoke("commit", vm1, "vda", "--active", "--top", "b.qcow2", "--dry-run")

@@ -15,6 +15,8 @@ from qmpmerge.errors import EXIT_CODES
 HABITS = {
     "--active": "`virsh blockcommit --active`: so it is where the top is the active image, and it is refused where not",
     "--wait": "`virsh blockcommit --wait`: we always wait",
+    "--verbose": "`virsh blockcommit --verbose`: progress is always shown",
+    "--json": "of `completion`, which is text, as help and version are",
 }
 """Options that no help shows: what people type from habit, and what becomes of it."""
 

@@ -61,7 +61,9 @@ def invoke(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None 
 def prints_json(arguments: Sequence[str]) -> bool:
     """Whether one object is what is to come of it; what stands after a `--` is no option."""
     arguments = [*itertools.takewhile(lambda word: word != "--", arguments)]
-    shown = {"-h", "--help", "-V", "--version"} & set(arguments) or {"help", "version"} & set(arguments[:1])
+    shown = {"-h", "--help", "-V", "--version"} & set(arguments) or {"help", "version", "completion"} & set(
+        arguments[:1]
+    )
     return "--json" in arguments and not shown
 
 

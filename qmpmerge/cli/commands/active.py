@@ -39,9 +39,6 @@ def active(path: str, drive: bool, options: Options) -> int:
       6    a merge is not finished: `qmpmerge recover PATH` comes first
     """
 
-    if not path:
-        raise click.UsageError("PATH is empty")
-
     def work(output: "Output") -> str:
         from qmpmerge.operations import active as operation
 

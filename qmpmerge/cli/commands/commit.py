@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
 @click.option("--active", is_flag=True, hidden=True)  # as one types it with virsh, and as it is where top says so
-@click.option("--wait", is_flag=True, hidden=True)
+@options.habits("--wait", "--verbose")
 @options.endings
 @click.option(
     "--speed",
@@ -75,7 +75,6 @@ def commit(
     top: str | None,
     shallow: bool,
     active: bool,
-    wait: bool,
     ending: "Ending",
     speed: int | None,
     verify: bool,
@@ -213,7 +212,7 @@ def resuming(
             if error.path != target:
                 raise
             outcome = await resume.settle_image(
-                target, allow=options.allow, trace=output.trace if options.verbose else None
+                target, allow=options.allow, trace=output.trace if options.trace else None
             )
         if outcome is None or outcome.direction != direction:
             return await begun(output)

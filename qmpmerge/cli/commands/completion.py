@@ -4,10 +4,12 @@ import re
 
 import click
 
+from qmpmerge.cli import options
 from qmpmerge.cli.commands import group
 
 
 @group.cli.command()
+@options.habits("--json")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> int:
     """

@@ -6,6 +6,7 @@ when the command is asked for, and what only one way through it needs where that
 """
 
 import importlib
+import itertools
 import sys
 
 import click
@@ -37,6 +38,10 @@ def typed() -> str | None:
     return word if word in FILES else None
 
 
+SHOWN = frozenset({"-h", "--help", "-V", "--version"})
+"""What is text, with `--json` beside it too."""
+
+
 class Lazy(click.Group):
     """A group whose commands are imported when they are asked for; `--help` asks for all of them."""
 
@@ -47,11 +52,14 @@ class Lazy(click.Group):
         return list(FILES)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """``help``, ``help COMMAND`` and ``version`` are the options of these names."""
+        """``help``, ``help COMMAND`` and ``version`` are the options of these names, and text whatever stands beside them."""
         while args[:1] == ["help"]:
             args = [*args[1:], "--help"]
         if args[:1] == ["version"]:
             args = ["--version"]
+        ours = [*itertools.takewhile(lambda word: word.startswith("-"), args)]
+        if not SHOWN.isdisjoint(ours):
+            args = [*(word for word in ours if word != "--json"), *args[len(ours) :]]
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -1,6 +1,6 @@
-"""Help whose options stand in groups, the same ones in the same order for every command."""
+"""What the commands have in common: help whose options stand in groups, in one order, and what is no value of any."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import click
 
@@ -10,7 +10,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Safety": ("--dry-run", "--yes", "--verify", "--no-verify", "--no-pause", "--search", "--force"),
     "Waiting": ("--speed", "--converge", "--converge-pause", "--timeout", "--detach", "--polite"),
     "Images not in use (TARGET is an image)": ("--allow", "--format", "--secret"),
-    "Output": ("--json", "--quiet", "--verbose", "--help"),
+    "Output": ("--json", "--quiet", "--trace", "--help"),
 }
 """What stands in none comes first."""
 
@@ -41,6 +41,13 @@ class Formatter(click.HelpFormatter):
 class Grouped(click.Command):
     """A command whose `--help` shows its options like that, all descriptions in one column."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, but for what is no value."""
+        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        if not (given.get("help") or ctx.resilient_parsing):
+            _refuse_what_is_no_value(ctx, order, given)
+        return super().parse_args(ctx, args)
+
     def get_help(self, ctx: click.Context) -> str:
         """What `--help` prints."""
         formatter = Formatter(width=ctx.terminal_width, max_width=ctx.max_content_width)
@@ -65,6 +72,24 @@ class Grouped(click.Command):
         if len(shown) <= FEW:
             parts = [("Options", [option for _, options in parts for option in options])]
         yield from ((title, options) for title, options in parts if options)
+
+
+def _refuse_what_is_no_value(
+    ctx: click.Context, params: Iterable[click.Parameter], given: Mapping[str, object]
+) -> None:
+    """
+    Scripts leave words out: a variable that is not set is an empty word in quotes, and without them an option takes the next
+    one for its value, `--json` for one.
+    """
+    for param in params:
+        called = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name.strip("[].")
+        value = given.get(param.name or "")
+        words = [word for word in (value if isinstance(value, list | tuple) else [value]) if isinstance(word, str)]
+        if "" in words:
+            raise click.UsageError(f"{called} is empty", ctx)
+        option = next((word for word in words if word.startswith("--")), None)
+        if option is not None and isinstance(param, click.Option):
+            raise click.UsageError(f"{called} has no value: what follows is {option}", ctx)
 
 
 def _named(options: list[click.Option], names: tuple[str, ...]) -> Iterator[click.Option]:

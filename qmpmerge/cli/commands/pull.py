@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     help="Pull into this image (default: the active one).",
     shell_complete=complete.layers,
 )
+@options.habits("--wait", "--verbose")
 @click.option("--shallow", is_flag=True, help="Pull the image right below the top only.")
 @click.option(
     "--speed",
