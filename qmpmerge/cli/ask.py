@@ -11,13 +11,18 @@ import termios
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from qmpmerge.cli.render.visible import visible
 from qmpmerge.errors import Cancelled, NotAgreed, Refused
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
     from qmpmerge.cli.render.output import Output
 
-QUESTION = "Go on? [y/N] "
+CHOICE = "[y/N] "
+QUESTION = f"Merge, and have the VM use {{base}} from now on? {CHOICE}"
+AGAIN = f"Please answer y or n {CHOICE}"
+
+YES, NO = (b"y", b"yes"), (b"n", b"no", b"")
 
 
 def can_be_asked() -> bool:
@@ -56,18 +61,27 @@ def before(
 
 
 def _agreed(planned: "Outcome") -> "Outcome":
-    """The plan, if the user wants it; nothing else than a yes is one. Raises Cancelled."""
+    """The plan, if the user wants it. Raises Cancelled."""
     from qmpmerge.cli.render.text import TextOutput
 
     TextOutput(sys.stderr, sys.stderr).commit(planned)
+    question = QUESTION.format(base=visible(planned.after.active.name))
+    while (answer := _answer(question)) not in YES:
+        if answer in NO:
+            raise Cancelled
+        question = AGAIN
+    return planned
+
+
+def _answer(question: str) -> bytes:
+    """What was answered, lower case and without its newline; b"" for no more than Enter, Ctrl-C or a terminal that is gone."""
     try:
         termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed before the question stands is no answer
-        sys.stderr.write(QUESTION)
+        sys.stderr.write(question)
         answer = sys.stdin.buffer.readline()
-    except (KeyboardInterrupt, OSError):  # the latter where the terminal is gone
+    except (KeyboardInterrupt, OSError):
         answer = b""
     if not answer.endswith(b"\n"):
         sys.stderr.write("\n")
-    if answer.strip().lower() not in (b"y", b"yes"):
-        raise Cancelled
-    return planned
+        return b""
+    return answer.strip().lower()

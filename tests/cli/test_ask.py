@@ -11,7 +11,7 @@ from rig.folder import beside, litter
 from rig.machines import Content, create_encrypted, run
 from rig.terminal import CTRL_C, CTRL_D, ENTER, on_terminal
 
-from qmpmerge.cli.ask import QUESTION
+from qmpmerge.cli.ask import CHOICE
 from qmpmerge.engine.pace import patience
 
 BEFORE, AFTER = "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2", "  after   base.raw\n"
@@ -25,40 +25,53 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", [ENTER, "n" + ENTER, "yay" + ENTER, CTRL_C, CTRL_D], ids=repr)
-def test_all_but_a_yes_leaves_the_images_as_they_were(answer: str, images: list[Path], content: Content) -> None:
+@pytest.mark.parametrize("answer", [ENTER, "n" + ENTER, " No" + ENTER, "y" + CTRL_D * 2, CTRL_C, CTRL_D], ids=repr)
+def test_no_leaves_the_images_as_they_were(answer: str, images: list[Path], content: Content) -> None:
     folder = images[0].parent
     before = contents(folder)
     with on_terminal("commit", str(images[-1])) as seen:
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         assert BEFORE in seen.screen and AFTER in seen.screen
+        assert "\nMerge, and have the VM use base.raw from now on? " in seen.screen
         seen.type(answer)
         ended = seen.end()
-    assert ended.code == 130 and UNCHANGED in terminal.plain(ended.out).rpartition(QUESTION)[2]
+    assert ended.code == 130 and UNCHANGED in terminal.plain(ended.out).rpartition(CHOICE)[2]
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("answer", ["y", "Yes "])
 def test_a_yes_merges_as_shown(answer: str, setup: Setup) -> None:
     with on_terminal("commit", setup.machine.target) as seen:
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         seen.type(answer + ENTER)
         ended = seen.end()
-    assert (ended.code, ended.out.count(QUESTION), ended.out.count(AFTER)) == (0, 1, 2)
+    assert (ended.code, ended.out.count(CHOICE), ended.out.count(AFTER)) == (0, 1, 2)
+    setup.check()
+
+
+def test_what_is_neither_yes_nor_no_is_asked_again(setup: Setup) -> None:
+    with on_terminal("commit", setup.machine.target) as seen:
+        for word in ("yay", "foo y"):
+            seen.wait_for(CHOICE)
+            seen.type(word + ENTER)
+            seen.wait_for("Please answer y or n ")
+        seen.wait_for(CHOICE)
+        seen.type("y" + ENTER)
+        assert seen.end().code == 0
     setup.check()
 
 
 def test_what_was_typed_before_the_question_is_no_answer(setup: Setup) -> None:
     with on_terminal("commit", setup.machine.target) as seen:
         seen.type("y" + ENTER)
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         seen.type(ENTER)
         assert seen.end().code == 130
 
 
 def test_quiet_is_no_yes(setup: Setup) -> None:
     with on_terminal("commit", setup.machine.target, "-q") as seen:
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         seen.type(ENTER)
         assert seen.end().code == 130
 
@@ -68,7 +81,7 @@ def test_quiet_is_no_yes(setup: Setup) -> None:
 
 def test_nothing_is_held_while_the_question_stands(setup: Setup, tmp_path: Path) -> None:
     with on_terminal("commit", setup.machine.target) as seen:
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         assert invoke("disks", setup.machine.target).code == 0  # its monitor takes one client at a time
         assert litter(tmp_path) == []
         seen.type("y" + ENTER)
@@ -77,7 +90,7 @@ def test_nothing_is_held_while_the_question_stands(setup: Setup, tmp_path: Path)
 
 def test_images_that_the_question_is_about_can_be_used_meanwhile(images: list[Path], content: Content) -> None:
     with on_terminal("commit", str(images[-1])) as seen:
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         run("qemu-io", "-f", "qcow2", "-c", content.put(0x77, 0, 4096), images[-1])
         seen.type("y" + ENTER)
         assert seen.end().code == 0
@@ -86,12 +99,12 @@ def test_images_that_the_question_is_about_can_be_used_meanwhile(images: list[Pa
 
 def test_a_chain_that_has_changed_meanwhile_is_shown_and_asked_about(setup: Setup, tmp_path: Path) -> None:
     with on_terminal("commit", setup.machine.target) as seen:
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         assert invoke("snapshot", setup.machine.target, f"vda={tmp_path}/d.qcow2").code == 0
         seen.type("y" + ENTER)
         seen.wait_for("the images have changed since")
         seen.wait_for(f"{BEFORE} <-- d.qcow2\n{AFTER}")
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         seen.type(ENTER)
         assert seen.end().code == 130
     setup.check()
@@ -99,7 +112,7 @@ def test_a_chain_that_has_changed_meanwhile_is_shown_and_asked_about(setup: Setu
 
 def test_a_merge_that_was_begun_meanwhile_is_gone_on_with(setup: Setup) -> None:
     with on_terminal("commit", setup.machine.target, "--speed", "0") as seen:
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         assert invoke("commit", setup.machine.target, "--speed", "1", "--detach").code == 7
         seen.type("y" + ENTER)
         assert seen.end().code == 0
@@ -117,19 +130,19 @@ def test_a_merge_that_was_begun_meanwhile_is_gone_on_with(setup: Setup) -> None:
 def test_who_has_said_so_or_moves_no_guest_is_not_asked(options: list[str], setup: Setup) -> None:
     with on_terminal("commit", setup.machine.target, *options) as seen:
         ended = seen.end()
-    assert ended.code == 0 and QUESTION not in ended.out
+    assert ended.code == 0 and CHOICE not in ended.out
 
 
 @pytest.mark.parametrize("elsewhere", ["< /dev/null", "2> /dev/null"])
 def test_who_cannot_be_asked_is_not(elsewhere: str, setup: Setup) -> None:
     with on_terminal("commit", setup.machine.target, elsewhere=elsewhere) as seen:
         ended = seen.end()
-    assert ended.code == 0 and "pivoted" in ended.out and QUESTION not in ended.out
+    assert ended.code == 0 and "pivoted" in ended.out and CHOICE not in ended.out
 
 
 def test_a_result_that_goes_elsewhere_is_asked_about_all_the_same(setup: Setup, tmp_path: Path) -> None:
     with on_terminal("commit", setup.machine.target, elsewhere=f"> {tmp_path}/result") as seen:
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         seen.type("y" + ENTER)
         assert seen.end().code == 0
     said = (tmp_path / "result").read_text()
@@ -140,7 +153,7 @@ def test_a_merge_that_is_at_work_is_gone_on_with_unasked(setup: Setup) -> None:
     assert invoke("commit", setup.machine.target, "--speed", "1", "--detach").code == 7
     with on_terminal("commit", setup.machine.target, "--speed", "0") as seen:
         ended = seen.end()
-    assert ended.code == 0 and QUESTION not in ended.out
+    assert ended.code == 0 and CHOICE not in ended.out
     setup.check()
 
 
@@ -148,20 +161,20 @@ def test_the_end_of_a_job_is_not_asked_about(setup: Setup) -> None:
     assert invoke("commit", setup.machine.target, "--wait-ready").code == 0
     with on_terminal("job", setup.machine.target, JOB, "pivot") as seen:
         ended = seen.end()
-    assert ended.code == 0 and QUESTION not in ended.out
+    assert ended.code == 0 and CHOICE not in ended.out
 
 
 def test_what_is_refused_is_not_asked_about(setup: Setup) -> None:
     with on_terminal("commit", setup.machine.target, "--base", "/nowhere") as seen:
         ended = seen.end()
-    assert ended.code == 3 and QUESTION not in ended.out and ended.out.count("/nowhere") == 1
+    assert ended.code == 3 and CHOICE not in ended.out and ended.out.count("/nowhere") == 1
 
 
 def test_a_disk_of_one_image_has_nothing_to_ask(setup: Setup) -> None:
     assert invoke("commit", setup.machine.target).code == 0
     with on_terminal("commit", setup.machine.target) as seen:
         ended = seen.end()
-    assert ended.code == 0 and QUESTION not in ended.out
+    assert ended.code == 0 and CHOICE not in ended.out
 
 
 # --- secrets and time ---------------------------------------------------------------------------------------------------
@@ -174,7 +187,7 @@ def test_a_passphrase_is_asked_for_once(tmp_path: Path) -> None:
     with on_terminal("commit", str(tmp_path / "top.qcow2")) as seen:
         seen.wait_for("passphrase of ")
         seen.type("open" + ENTER)
-        seen.wait_for(QUESTION)
+        seen.wait_for(CHOICE)
         seen.type("y" + ENTER)
         ended = seen.end()
     assert ended.code == 0 and ended.out.count("passphrase of ") == 1

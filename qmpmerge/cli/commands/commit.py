@@ -128,8 +128,8 @@ def commit(
       5    the job failed: the old chain is in use and right
       6    unknown: the outcome is not proven
       7    the job goes on in QEMU: --timeout passed, or we have left it
-      130  cancelled by Ctrl-C, or not begun before --timeout: the old chain is
-           in use
+      130  cancelled by Ctrl-C or a no, or not begun before --timeout: the old
+           chain is in use
     """
     refuse_together({"--base": base is not None, "--shallow": shallow})
     refuse_together({"--verify": verify, "--no-verify": no_verify})

@@ -73,7 +73,7 @@ class Lazy(click.Group):
     cls=Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="TARGET is a QMP socket, unix:PATH, tcp:HOST:PORT, the name of a running VM, pid:N, or an image file. Besides the "
-    "exit codes that its help names, every command can end with 1 (a bug of qmpmerge), 2 (usage) and 130 (Ctrl-C).",
+    "exit codes that its help names, every command can end with 1 (a bug of qmpmerge), 2 (usage) and 130 (cancelled).",
 )
 @click.version_option(__version__, "-V", "--version", prog_name="qmpmerge", message="%(prog)s %(version)s")
 def cli() -> None:

@@ -71,7 +71,7 @@ def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:
 def estimate(value: "Estimate") -> Iterator[str]:
     """
     ``copies  at least 3 GiB, 15 s at 200 MiB/s (assumed)``, and
-    ``space   the base grows by up to 2 GiB, 70 GiB are free``.
+    ``space   base.raw grows by up to 2 GiB; 70 GiB free``.
     """
     if value.copy is None or value.seconds is None:
         yield f"copies  not known: {value.reason}"
@@ -80,9 +80,15 @@ def estimate(value: "Estimate") -> Iterator[str]:
     takes = duration(value.seconds) if value.seconds >= 1 else "less than 1 s"
     yield f"copies  {'at least ' if value.at_least else ''}{size(value.copy)}, {takes} at {rate}"
     if value.growth is not None:
-        more = " and what the guest writes meanwhile" if value.at_least else ""
         free = "" if value.free is None else f"; {size(value.free)} free"
-        yield f"space   {os.path.basename(value.file) or 'the base'} grows by up to {size(value.growth)}{more}{free}"
+        yield f"space   {os.path.basename(value.file) or 'the base'} {_grows(value)}{free}"
+
+
+def _grows(value: "Estimate") -> str:
+    most = [f"up to {size(value.growth)}"] if value.growth else []
+    if value.at_least:
+        most.append("what the guest writes meanwhile")
+    return f"grows by {' and '.join(most)}" if most else "does not grow"
 
 
 def looked_at(report: "Examination") -> str:

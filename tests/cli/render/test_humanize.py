@@ -134,4 +134,6 @@ def test_an_estimate_says_what_is_sure() -> None:
         "copies  at least 0 B, less than 1 s at 200 MiB/s (assumed)",
         "space   the base grows by up to 1 MiB and what the guest writes meanwhile",
     ]
+    space = [list(humanize.estimate(Estimate(copy=0, growth=0, at_least=live)))[1] for live in (True, False)]
+    assert space == ["space   the base grows by what the guest writes meanwhile", "space   the base does not grow"]
     assert list(humanize.estimate(Estimate(reason="it is far"))) == ["copies  not known: it is far"]
