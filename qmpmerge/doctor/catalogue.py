@@ -161,6 +161,11 @@ MEANINGS: dict[str, tuple[tuple[Severity, ...], str, str]] = {
         "the VM's command line names an image that is not the active one any more",
         "let the launch script ask `qmpmerge active`",
     ),
+    "job-running": (
+        ("note",),
+        "a job that a qmpmerge has started is at work, and nobody follows it (`--detach`, `--timeout`)",
+        "`qmpmerge job TARGET ID follow`",
+    ),
     "unfinished": (("note",), "a merge was left; the next one into the same base goes on from there", "nothing to do"),
     "old-lock": (("note",), "the lock of a merge that was killed; it keeps nobody out", "`rm`"),
     "stashed": (("note",), "an image that a merge put aside takes up room", "`qmpmerge clean`"),

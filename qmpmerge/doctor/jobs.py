@@ -24,6 +24,12 @@ Meaning = tuple[Severity, str, str, str]
 
 _GOES_ON = "it goes on only when somebody resumes it; meanwhile it comes to no end"
 MEANINGS: dict[str, Meaning] = {
+    "running": (
+        "note",
+        "it is at work, and no qmpmerge follows it",
+        "it copies on by itself and then waits: nothing is switched until somebody follows it to its end",
+        "follow",
+    ),
     "no-space": (
         "care",
         "it ran out of space",
@@ -58,7 +64,7 @@ MEANINGS: dict[str, Meaning] = {
         "dismiss",
     ),
 }
-"""A job that is at work or just ending needs nobody, and has no meaning here."""
+"""A job that is just ending, or is at work for somebody else, needs nobody, and has no meaning here."""
 
 
 async def settled(monitor: Monitor) -> list[Job]:
@@ -86,7 +92,8 @@ def examine(target: Target, layout: Layout, known: list[Job]) -> Iterator[Findin
     """One finding for each of `known` that waits, unless a qmpmerge is at work on it."""
     for job in known:
         meaning = MEANINGS.get(_state(layout, job))
-        if meaning is not None and not _is_watched(layout, job):
+        is_anybodys = job.status == "running" and not job.ours
+        if meaning is not None and not is_anybodys and not _is_watched(layout, job):
             yield _finding(target, job, meaning)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from rig import advice
-from rig.disks import blockdev, drive
+from rig.command import JOB, invoke
+from rig.disks import Setup, blockdev, drive
 from rig.faults import injecting
 from rig.left import record
 from rig.machines import Content, machine, make_chain, run
@@ -71,6 +72,18 @@ def job_ready(folder: Path, images: list[Path]) -> Setting:
         yield setup.machine.target, nothing
 
 
+def job_running(folder: Path, images: list[Path]) -> Setting:
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 4M", images[2])
+    with drive(folder, images, Content()) as setup:
+        assert invoke("commit", setup.machine.target, "--speed", "1", "--detach").code == 7
+        yield setup.machine.target, lambda: lift(setup)
+
+
+def lift(setup: Setup) -> None:
+    """A copy that goes on is as fast as it can be."""
+    setup.machine.session.execute("block-job-set-speed", device=JOB, speed=0)
+
+
 def job_no_space(folder: Path, images: list[Path]) -> Setting:
     full = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28,inject-error.0.once=on"
     run("qemu-io", "-f", "qcow2", "-c", "write 0 1M", images[2])
@@ -90,6 +103,7 @@ HERE: dict[str, Callable[[Path, list[Path]], Setting]] = {
     "unsettled": unsettled,
     "in-use": in_use,
     "job-ready": job_ready,
+    "job-running": job_running,
     "job-no-space": job_no_space,
 }
 
