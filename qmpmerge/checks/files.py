@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image
+from qmpmerge.chain.other_way import sparing
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import sight
 from qmpmerge.checks.question import Question, Seen, Unseen
@@ -18,6 +19,7 @@ from qmpmerge.processes import permissions, proc
 from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.targets import identity
+from qmpmerge.targets.command import command
 
 if TYPE_CHECKING:
     from qmpmerge.processes.holders import User
@@ -142,7 +144,7 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
         images = list(dict.fromkeys(dependent.image for dependent in found))
         others = [dependent.file for dependent in found]
         away = [f"`{out_of_reach(file)}`" for file in others if notes.base_of(file) is not None]
-        yield Dependents(images=images, dependents=others, away=away)
+        yield Dependents(images=images, dependents=others, away=away, pull=_sparing(question))
     yield Seen(question.others.told)
     for blind in sight.unseen_dependents(question):
         yield blind
@@ -160,7 +162,11 @@ async def shared_base(question: Question) -> AsyncIterator[Refused]:
     if plan.base_is_named or identity.is_temporary(active) or not is_outside(base, active):
         return
     if not (base.has_path and question.others.covers(os.path.dirname(base.file))):
-        yield SharedBase(base=base.file, active=active.file, command=_naming(plan))
+        yield SharedBase(base=base.file, active=active.file, command=_naming(plan), pull=_sparing(question))
+
+
+def _sparing(question: Question) -> str:
+    return command(question.target, question.view.disk.name, sparing(question.plan))
 
 
 def _naming(plan: CommitPlan) -> str:

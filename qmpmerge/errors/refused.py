@@ -227,11 +227,13 @@ class Dependents(Refused):
     dependents: list[str]
     away: list[str]
     """Commands that put those out of reach which were merged away and have kept their names."""
+    pull: str
+    """The command that shortens the chain and changes none of them."""
     sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
-        "they would be ruined: merge them first, or give them a copy; if one is the newest image of this very chain, name that "
-        "as TARGET; one that an earlier merge has stashed goes with `qmpmerge clean FILE`. `--force dependents` merges all "
-        "the same"
+        "`{pull}` shortens the chain too, and leaves them as they are. This would ruin them: merge them first, or give them a "
+        "copy; if one is the newest image of this very chain, name that as TARGET; one that an earlier merge has stashed goes "
+        "with `qmpmerge clean FILE`. `--force dependents` merges all the same"
     )
 
     @property
@@ -240,7 +242,12 @@ class Dependents(Refused):
         if not self.away:
             return super().hint
         merged = f"once nobody uses what was merged away already, put it out of reach: {'; '.join(self.away)}"
-        return merged if len(self.away) == len(self.dependents) else f"{merged}; of the others: {super().hint}"
+        is_all = len(self.away) == len(self.dependents)
+        return (
+            f"{merged}; or `{self.pull}`, which needs none of that"
+            if is_all
+            else f"{merged}; of the others: {super().hint}"
+        )
 
 
 class SharedBase(Refused):
@@ -249,8 +256,10 @@ class SharedBase(Refused):
     base: str
     active: str
     command: str
+    pull: str
+    """The command that shortens the chain and leaves the base as it is."""
     sentence = "{base} lies outside the folder of {active}: others may be built on it, and the merge would change it"
-    advice = "if it is to be changed, say so with {command}"
+    advice = "`{pull}` shortens the chain and leaves it as it is; if it is to be changed, say so with {command}"
 
 
 class ForeignName(Refused):

@@ -108,7 +108,7 @@ def test_an_error_says_what_to_do_next(kind: type[Error]) -> None:
     assert hint.count("`") % 2 == 0, "commands stand in backticks"
 
 
-TYPED = {"option", "command"}
+TYPED = {"option", "command", "pull"}
 """Facts that are words for a shell already."""
 
 
