@@ -41,12 +41,15 @@ if TYPE_CHECKING:
 @contextlib.asynccontextmanager
 async def in_time(patience: Patience) -> AsyncIterator[None]:
     """What comes before the job's start, within the time limit. Raises TimeUp; not for StillRunning, which is of a job."""
+    limit = asyncio.timeout(patience.left)
     try:
-        async with asyncio.timeout(patience.left):
+        async with limit:
             yield
     except StillRunning:
         raise
     except TimeoutError:
+        if not limit.expired():  # somebody else's
+            raise
         raise TimeUp(seconds=patience.timeout or 0.0) from None
 
 
@@ -78,8 +81,9 @@ async def go(run: Run) -> Outcome:
 
 async def _within_limits(run: Run) -> Outcome:
     patience = run.request.patience
+    limit = asyncio.timeout(patience.left)
     try:
-        async with asyncio.timeout(patience.left):
+        async with limit:
             return await _followed(run)
     except asyncio.CancelledError:
         mine = run.speed is not None or run.job.startswith(jobs.PREFIX)
@@ -90,7 +94,9 @@ async def _within_limits(run: Run) -> Outcome:
     except LeftDisplaced:
         _leave(run)
         raise
-    except TimeoutError:  # StillRunning too
+    except TimeoutError as error:
+        if not (limit.expired() or isinstance(error, StillRunning)):  # a caller's own, from `report`
+            raise
         return await _stop_waiting(run)
 
 

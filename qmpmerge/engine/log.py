@@ -1,15 +1,33 @@
 """
 The logger `qmpmerge`, which is told each step of a merge: a state that is entered, the job, flushes, the pause, renames.
 
-It has no handler of its own: who uses the library says where its lines go. asyncio has loaded `logging` for whoever comes here.
+It has no handler of its own: who uses the library says where its lines go, and no handler or filter of theirs ends a merge.
+asyncio has loaded `logging` for whoever comes here.
 """
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Iterator
 
 log = logging.getLogger("qmpmerge")
 log.addHandler(logging.NullHandler())
+
+
+def step(text: str, *facts: object) -> None:
+    """Tell of a step, %-formatted."""
+    with _harmless():
+        log.info(text, *facts, stacklevel=2)
+
+
+@contextlib.contextmanager
+def _harmless() -> Iterator[None]:
+    """What a handler or a filter raises is shown as `logging.Handler.handleError` shows it, and goes no further."""
+    try:
+        yield
+    except Exception:
+        if logging.raiseExceptions:
+            traceback.print_exc()
 
 
 @contextlib.contextmanager
@@ -30,4 +48,5 @@ def held() -> Iterator[None]:
     finally:
         log.removeFilter(keep)
         for record in records:
-            log.handle(record)
+            with _harmless():
+                log.handle(record)

@@ -10,8 +10,7 @@ from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Checked, MergedFile
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import NEXT, RECORDED, State
-from qmpmerge.engine import first_record
-from qmpmerge.engine.log import log
+from qmpmerge.engine import first_record, log
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.pace.rates import Watch
@@ -187,7 +186,7 @@ class Run:
 
     def log(self, step: str, *facts: object) -> None:
         """Tell the logger of a step, %-formatted as it does that."""
-        log.info(f"%s: {step}", self.job, *facts, stacklevel=2)
+        log.step(f"%s: {step}", self.job, *facts)
 
     def write_down(self) -> None:
         """

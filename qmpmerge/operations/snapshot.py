@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from qmpmerge import shield
 from qmpmerge.chain.chain import Chain, told_apart
 from qmpmerge.checks.files import held, led_astray
-from qmpmerge.engine import earlier
-from qmpmerge.engine.log import log
+from qmpmerge.engine import earlier, log
 from qmpmerge.errors import (
     FileExists,
     NotProven,
@@ -169,7 +168,7 @@ async def _carry_out(target: Target, layout: Layout, orders: list[Order], agent:
     _forget(orders)
     proved = await _prove(target, orders, made)
     for one in proved:
-        log.info("%s: %s is the active image now, and was %s", one.disk, one.file, one.backing_file)
+        log.step("%s: %s is the active image now, and was %s", one.disk, one.file, one.backing_file)
     return tuple(replace(one, hint=hint) for one, hint in zip(proved, unnoted, strict=True))
 
 

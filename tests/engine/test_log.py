@@ -95,3 +95,36 @@ def test_nothing_is_printed_unless_somebody_wants_it() -> None:
     program = "from qmpmerge.engine.log import log; log.warning('to be seen by nobody')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("raised", [TimeoutError("mine"), ValueError("mine")])
+async def test_a_handler_that_raises_ends_no_merge(
+    raised: Exception, setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Raising(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            raise raised
+
+    setup.machine.session.execute("cont")
+    handler, level = Raising(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        async with setup.target() as target:
+            outcome = await qmpmerge.commit(target)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    assert outcome.verdict == "pivoted"
+    assert str(raised) in capsys.readouterr().err
+
+
+async def test_a_time_limit_of_the_callers_own_is_none_of_ours(setup: Setup) -> None:
+    """Said to be still running, it would say so of a job that may have ended."""
+
+    def report(progress: qmpmerge.Progress) -> None:
+        raise TimeoutError("mine")
+
+    async with setup.target() as target:
+        with pytest.raises(TimeoutError, match="mine"):
+            await qmpmerge.commit(target, top="[3]", speed=1, report=report)

@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 from qmpmerge import shield
-from qmpmerge.engine.log import log
+from qmpmerge.engine import log
 from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.errors import Error, QemuRefused
 from qmpmerge.guest import deadman, pause
@@ -109,7 +109,7 @@ class Ladder:
 
     def _say(self, text: str) -> None:
         self.rungs.append(text)
-        log.info("%s: %s", self.job, text)
+        log.step("%s: %s", self.job, text)
         self.wanted.tell(f"{self.disk.name}: {text}")
 
     async def _lift(self) -> None:
