@@ -9,7 +9,7 @@ import qmpmerge
 
 ROWS = (
     {"errors", "folder", "mounts", "shield", "sockets", "users"},
-    {"chain"},
+    {"chain", "given"},
     {"images", "processes"},
     {"qemu"},
     {"guest", "journal"},

@@ -43,6 +43,8 @@ def find(chain: "Chain", layer: LayerName, disk: str) -> "Image":
 
 def _meant(chain: "Chain", layer: LayerName, disk: str) -> list[int]:
     """The indexes of the images that it can mean."""
+    if isinstance(layer, bool):
+        raise TypeError("a layer is a word, an index or a path")
     if isinstance(layer, int):
         number = _counted(chain, layer)
         return [] if number is None else [number]

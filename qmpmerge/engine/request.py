@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from qmpmerge import given
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Ending, MergedFile, Outcome, Policy
 from qmpmerge.chain.plan import Direction, Plan, planned
@@ -45,7 +46,12 @@ class Request:
     agreed: Sequence[Outcome] | None = None
 
     def __post_init__(self) -> None:
-        """Whoever helps a guest must have the monitor at hand. Raises OptionsConflict."""
+        """Raises ValueError for what is none of these; OptionsConflict: whoever helps a guest must have the monitor at hand."""
+        given.see(self.ending, Ending, "ending")
+        given.see(self.merged_files, (None, *get_args(Policy)), "merged_files")
+        given.see_amount(self.speed, "speed")
+        given.see_amount(self.polite, "polite")
+        given.forced(self.force)
         if self.converge is not None and self.polite is not None:
             raise OptionsConflict(options=["--converge", "--polite"])
 

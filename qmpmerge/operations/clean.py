@@ -11,9 +11,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from qmpmerge import folder
+from qmpmerge import folder, given
 from qmpmerge.chain import backing
 from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
+from qmpmerge.given import Paths
 from qmpmerge.images import backing_names, dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note, original_of
 from qmpmerge.journal import merged_files, store
@@ -40,9 +41,7 @@ class Cleaned:
         return "delete" if self.obstacle is None else "keep"
 
 
-async def clean(
-    paths: Collection["str | os.PathLike[str]"], *, dry_run: bool = False, older_than: float | None = None
-) -> list[Cleaned]:
+async def clean(paths: Paths, *, dry_run: bool = False, older_than: float | None = None) -> list[Cleaned]:
     """
     Remove the stashed files (``NAME.merged``, ``NAME.merged.2``) that `paths` name, or that lie in the folders among them.
 
@@ -52,7 +51,7 @@ async def clean(
 
     Raises NoSuchStash, CannotList, CannotRecover.
     """
-    places = [os.path.abspath(path) for path in paths]
+    places = [os.path.abspath(path) for path in given.paths(paths)]
     found = {file: os.lstat(file) for place in places for file in _stashed(place)}
     proofs = {file: await _why_not_proved(file, found) for file in found}
     staying = {file: proofs[file] or _why_not_yet(file, older_than) for file in found}

@@ -5,10 +5,10 @@ What an earlier qmpmerge has begun is gone on with from where it stands.
 """
 
 import contextlib
-import os
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from qmpmerge import given
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.chain.plan import Plan
@@ -21,6 +21,7 @@ from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchLayer, OptionsConflict
+from qmpmerge.given import Paths
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
@@ -48,7 +49,7 @@ async def commit(
     merged_files: Policy = "stash",
     pause: bool = True,
     force: Collection[str] = (),
-    search: Collection[str | os.PathLike[str]] = (),
+    search: Paths = (),
     dry_run: bool = False,
     agreed: Sequence[Outcome] | None = None,
     converge: "Converge | None" = None,
@@ -95,8 +96,8 @@ async def commit(
         verify=verify,
         merged_files=merged_files,
         pause=pause,
-        force=force,
-        search=[os.fspath(folder) for folder in search],
+        force=given.forced(force),
+        search=given.paths(search),
         dry_run=dry_run,
         agreed=agreed,
         converge=converge,

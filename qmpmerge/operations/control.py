@@ -5,6 +5,7 @@ What can be done with a block job that is there, whoever has started it: one cal
 import contextlib
 from typing import TYPE_CHECKING, Literal, get_args
 
+from qmpmerge import given
 from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.engine import earlier, resume
@@ -49,6 +50,8 @@ async def control(
 
     Raises NoSuchJob, JobVerb, QemuRefused, Replaced, NotProven, and what `follow.follow` raises.
     """
+    given.see(verb, VERBS, "verb")
+    given.see_amount(speed, "speed")
     job = await target.job(job_id)
     if verb not in job.verbs and not (verb in jobs.FINISHING and job.can_be_followed):
         raise JobVerb(job=job.id, verb=verb, status=job.status, verbs=job.verbs)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
+from qmpmerge import given
 from qmpmerge.doctor import folders, images
 from qmpmerge.doctor import target as doctor
 from qmpmerge.doctor.findings import SEVERITIES, Finding, Looked, Severity, sort
 from qmpmerge.errors import Error, worst
+from qmpmerge.given import Paths
 from qmpmerge.images import formats, overlays
 from qmpmerge.images.formats import Found
 from qmpmerge.operations import active
@@ -77,8 +79,8 @@ class Examination:
 async def examine(
     target: "Target | str | os.PathLike[str]",
     *,
-    allow: Collection[str | os.PathLike[str]] = (),
-    search: Collection[str | os.PathLike[str]] = (),
+    allow: Paths = (),
+    search: Paths = (),
     form: str | None = None,
 ) -> tuple[Finding, ...]:
     """
@@ -88,16 +90,16 @@ async def examine(
     Raises what a session with a QEMU raises, ImageUnreadable, CannotList, ToolMissing.
     """
     if isinstance(target, Target) and target.is_live:
-        return (await doctor.look(target, search=_named(search))).findings
+        return (await doctor.look(target, search=given.paths(search))).findings
     name = target.name if isinstance(target, Target) else os.fspath(target)
-    return (await _Run(_named(allow), _named(search), form, doors.open).look_at(name)).findings
+    return (await _Run(given.paths(allow), given.paths(search), form, doors.open).look_at(name)).findings
 
 
 async def examine_all(
-    targets: Sequence["str | os.PathLike[str]"],
+    targets: Paths,
     *,
-    allow: Collection[str | os.PathLike[str]] = (),
-    search: Collection[str | os.PathLike[str]] = (),
+    allow: Paths = (),
+    search: Paths = (),
     form: str | None = None,
     door: Door = doors.open,
 ) -> Examination:
@@ -108,8 +110,8 @@ async def examine_all(
 
     `allow`, `form` and `search` are those of `walk.walk` and of `doctor.target.look`. Raises nothing but bugs.
     """
-    named = list(dict.fromkeys(os.fspath(target) for target in targets))
-    run = _Run(_named(allow), _named(search), form, door)
+    named = list(dict.fromkeys(given.paths(targets)))
+    run = _Run(given.paths(allow), given.paths(search), form, door)
     done = {
         name: await run.examine(name) for name in sorted(named, key=lambda name: (_is_folder(name), _is_path(name)))
     }
@@ -179,10 +181,6 @@ class _Run:
             elif key not in self.told:
                 self.told.add(key)
                 yield finding
-
-
-def _named(places: Collection[str | os.PathLike[str]]) -> list[str]:
-    return [os.fspath(place) for place in places]
 
 
 def _is_path(name: str) -> bool:

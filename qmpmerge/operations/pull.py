@@ -4,15 +4,16 @@ Pull: the other way to shorten a chain. What lies below an image goes into it, a
 All else is as of a merge: what was begun before, what is refused, how it is left and gone on with.
 """
 
-import os
 from collections.abc import Collection
 from typing import Literal
 
+from qmpmerge import given
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
+from qmpmerge.given import Paths
 from qmpmerge.operations import commit
 from qmpmerge.qemu.blockgraph import DiskName
 from qmpmerge.targets.target import Target
@@ -29,7 +30,7 @@ async def pull(
     verify: bool | None = None,
     merged_files: Literal["keep", "stash"] = "keep",
     force: Collection[str] = (),
-    search: "Collection[str | os.PathLike[str]]" = (),
+    search: Paths = (),
     dry_run: bool = False,
     report: Report = lambda progress: None,
     timeout: float | None = None,
@@ -54,8 +55,8 @@ async def pull(
         speed=speed,
         verify=verify,
         merged_files=merged_files,
-        force=force,
-        search=[os.fspath(folder) for folder in search],
+        force=given.forced(force),
+        search=given.paths(search),
         dry_run=dry_run,
         polite=polite,
         patience=patience or Patience(timeout),

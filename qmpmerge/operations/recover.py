@@ -6,11 +6,13 @@ Which records are meant is found out here; `engine.resume` brings each to an end
 
 import errno
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
+from qmpmerge import given
 from qmpmerge.engine import resume
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import EXIT_CODES, Error, NothingThere, NotSeen, worst
+from qmpmerge.given import Paths
 from qmpmerge.images import files, stashed
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal import lookup, store
@@ -29,7 +31,7 @@ async def recover(
     path: "str | os.PathLike[str]",
     *,
     use: Use | None = None,
-    allow: Collection[str | os.PathLike[str]] = (),
+    allow: Paths = (),
     dry_run: bool = False,
     trace: Trace | None = None,
 ) -> list[Recovery]:
@@ -48,7 +50,7 @@ async def recover(
     records = store.believed(lookup.concerned(path))
     if not records:
         return [_nothing(path)]
-    allowed = [os.fspath(place) for place in allow]
+    allowed = given.paths(allow)
     found = []
     for record in records:
         try:

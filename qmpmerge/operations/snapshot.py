@@ -10,7 +10,7 @@ import os
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from qmpmerge import shield
+from qmpmerge import given, shield
 from qmpmerge.chain.chain import Chain, told_apart
 from qmpmerge.checks.files import held, led_astray
 from qmpmerge.engine import earlier, log
@@ -73,11 +73,12 @@ async def snapshot(
     Raises VmState, RecordNotBelieved, FileExists, CannotCreate, NotAnOverlay, OverlayNotEmpty, NotWritable, Busy, Temporary,
     Replaced, InUse, BackingString, QemuRefused, NoAgent, AgentFailed; NotProven when a fresh look does not show the overlays.
     """
+    forced = given.forced(force)
     layout = await (target.layout() if dry_run else _without_ended_jobs(target, files))
     nodes = [node for disk in files for node in layout.nodes_of(layout.find(disk, target.name))]
     await vmstate.check(target.monitor, nodes)
     _refuse_unknown(target, layout, files)
-    await _refuse_used(target, layout, files, force)
+    await _refuse_used(target, layout, files, forced)
     orders = [await of_disk(target, layout, disk, os.fspath(file), reuse) for disk, file in files.items()]
     _refuse_twice(orders)
     _refuse_replaced(target, layout, orders)

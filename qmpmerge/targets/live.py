@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import TYPE_CHECKING
 
+from qmpmerge import given
 from qmpmerge.errors import LibvirtManaged, MonitorSilent, MonitorTaken, NoSuchTarget, Unreachable
 from qmpmerge.errors.nearest import nearest
 from qmpmerge.qemu import connect, monitor
@@ -30,7 +31,7 @@ async def live(
     target: "str | os.PathLike[str]",
     *,
     timeout: float = monitor.GREETING_SECONDS,
-    force: frozenset[str] = frozenset(),
+    force: Collection[str] = (),
     trace: Trace | None = None,
 ) -> AsyncIterator[Target]:
     """
@@ -40,10 +41,10 @@ async def live(
     `timeout` is for connecting and for the greeting, in seconds. Raises subclasses of Unreachable, and LibvirtManaged
     unless `force` holds ``libvirt``.
     """
-    target = os.fspath(target)
+    target, forced = os.fspath(target), given.forced(force)
     addresses, vm = find(target)
     pid = None if vm is None else vm.pid
-    if "libvirt" not in force:
+    if "libvirt" not in forced:
         _refuse_libvirt(pid, target)
     session, address = await _connected(addresses, target, pid, timeout=timeout, trace=trace)
     live_target = Target(session, target, lambda: connect.connect(address, timeout=timeout, trace=trace))
@@ -51,7 +52,7 @@ async def live(
         others = ", ".join(map(str, vm.namesakes))
         live_target.notes.append(f"{target} is pid {vm.pid}: others of this name (pid {others}) run as other users")
     try:
-        if "libvirt" not in force:
+        if "libvirt" not in forced:
             _refuse_libvirt(session.pid, target)
         yield live_target
     finally:

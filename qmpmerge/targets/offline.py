@@ -22,9 +22,11 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qmpmerge import given
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.errors import ImageUnreadable, InUse, NeedsSecret, NotWritable, QemuRefused
+from qmpmerge.given import Paths
 from qmpmerge.images import walk
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import Layer
@@ -95,7 +97,7 @@ async def offline(
     *,
     write: bool = True,
     dry_run: bool = False,
-    allow: Collection[str | os.PathLike[str]] = (),
+    allow: Paths = (),
     form: str | None = None,
     secret: str | None = None,
     trace: Trace | None = None,
@@ -111,7 +113,7 @@ async def offline(
 
     Raises InUse, NeedsSecret, Replaced, TooFewFiles, what `walk.walk` raises, ToolMissing.
     """
-    image, allowed = os.fspath(image), tuple(os.fspath(place) for place in allow)
+    image, allowed = os.fspath(image), tuple(given.paths(allow))
     async with storagedaemon.started() as daemon:
         layers = walk.walk(image, allow=allowed, form=form)
         limits.refuse_few(len(layers))

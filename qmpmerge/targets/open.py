@@ -8,6 +8,7 @@ import stat
 from collections.abc import AsyncIterator, Collection
 
 from qmpmerge.errors import Stashed, Unfinished
+from qmpmerge.given import Paths
 from qmpmerge.images import files, stashed
 from qmpmerge.journal import store
 from qmpmerge.qemu.monitor import GREETING_SECONDS, Trace
@@ -22,7 +23,7 @@ async def open(
     dry_run: bool = False,
     timeout: float = GREETING_SECONDS,
     force: Collection[str] = (),
-    allow: Collection[str | os.PathLike[str]] = (),
+    allow: Paths = (),
     form: str | None = None,
     secret: str | None = None,
     trace: Trace | None = None,
@@ -45,7 +46,7 @@ async def open(
     else:
         from qmpmerge.targets.live import live
 
-        async with live(target, timeout=timeout, force=frozenset(force), trace=trace) as opened_target:
+        async with live(target, timeout=timeout, force=force, trace=trace) as opened_target:
             yield opened_target
 
 
