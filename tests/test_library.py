@@ -104,6 +104,25 @@ def test_a_value_has_the_names_that_its_json_has(table: str) -> None:
     assert contract.TABLES[table].keys() - attributes == ELSEWHERE.get(table, set())
 
 
+UNLIKE = {"outcome": {"disk", "seconds", "after"}}
+"""Null in JSON of a job of which nothing else is known, where there is no value at all; and `after` of what is ``running``."""
+
+
+@pytest.mark.parametrize("table", IN_JSON)
+def test_what_can_be_null_in_json_can_be_none(table: str) -> None:
+    value = IN_JSON[table]
+    types = {
+        name: str(one.fget.__annotations__["return"]) for name, one in vars(value).items() if isinstance(one, property)
+    }
+    types |= {field.name: str(field.type) for field in dataclasses.fields(value)}
+    unlike = {
+        key
+        for key, kind in contract.TABLES[table].items()
+        if key in types and kind.endswith(" or null") != ("None" in types[key])
+    }
+    assert unlike == UNLIKE.get(table, set())
+
+
 async def test_disks_and_layers_are_named_as_python_names_them(setup: Setup, images: list[Path]) -> None:
     async with qmpmerge.open(Path(setup.machine.target)) as target:
         assert (await target.disk(images[3])).name == (await target.chain(images[3])).disk.name == "vda"

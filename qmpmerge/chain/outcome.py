@@ -34,7 +34,7 @@ class Estimate:
     rate: int = ASSUMED_RATE
     rate_given: bool = False
     at_least: bool = False
-    reason: str = ""
+    reason: str | None = None
     file: str = ""
     reserve: int = 0
 

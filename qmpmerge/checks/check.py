@@ -66,7 +66,7 @@ async def check(
         unseen = "; ".join(one.reason for one in found if isinstance(one, Unseen))
         seen = "; ".join(one.what for one in found if isinstance(one, Seen))
         result: CheckResult = "forced" if len(insisting) < len(refused) else "not checked" if unseen else "passed"
-        checked.append(Checked(name, result, unseen if result == "not checked" else "", seen))
+        checked.append(Checked(name, result, unseen if result == "not checked" else None, seen or None))
     refuse(refusals)
     if not dry_run:
         await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))  # once more: all this can take seconds

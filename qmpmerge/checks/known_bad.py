@@ -79,7 +79,8 @@ async def of_pivot(monitor: Monitor, view: ChainView) -> AsyncIterator[KnownBad]
 
 
 async def _is_nvme(monitor: Monitor, disk: Disk) -> bool:
-    path = disk.qdev if disk.qdev.startswith("/") else f"/machine/peripheral/{disk.qdev}"
+    qdev = disk.qdev or ""
+    path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
     try:
         kind = await monitor.execute("qom-get", path=path, property="type")
     except QemuRefused:  # no device at all

@@ -56,10 +56,8 @@ def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
     from qmpmerge.processes.vms import vms
 
     found = [vm for vm in vms() if not vm.libvirt and any(map(_may_use, vm.monitors))]
-    named = Counter(vm.name for vm in found)
-    plain = [
-        vm.name for vm in found if named[vm.name] == 1 and _PLAIN.fullmatch(vm.name) and not os.path.lexists(vm.name)
-    ]
+    named = Counter(vm.name for vm in found if vm.name)
+    plain = [name for name in named if named[name] == 1 and _PLAIN.fullmatch(name) and not os.path.lexists(name)]
     others = [f"pid:{vm.pid}" for vm in found if vm.name not in plain]
     names = [CompletionItem(name) for name in (*plain, *others) if name.startswith(incomplete)]
     return [*names, *([CompletionItem(incomplete, type="file")] if not names else [])]

@@ -23,7 +23,7 @@ def of_run(run: "Run", path: str) -> Record:
         path=path,
         target=_address(target.name),
         disk=run.disk.name,
-        device=run.disk.drive or run.disk.qdev,
+        device=run.disk.drive or run.disk.qdev or "",
         job=run.job,
         chain=plan.chain,
         direction=plan.direction,

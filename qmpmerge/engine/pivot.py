@@ -180,6 +180,6 @@ async def _has_moved(run: Run, job: Job | None) -> bool | None:
     if not run.target.is_live:
         return job is not None and job.reason is None
     layout = await run.target.layout()
-    moved = layout.has_moved(run.disk.drive or run.disk.qdev, run.plan.top, run.plan.receiver)
+    moved = layout.has_moved(run.disk.drive or run.disk.qdev or "", run.plan.top, run.plan.receiver)
     is_used = bool(run.disk.drive or run.disk.qdev or layout.exported)
     return moved if is_used else job is not None and job.reason is None

@@ -45,7 +45,7 @@ class Overlay:
 
     disk: str
     file: str
-    node: str
+    node: str | None
     backing_file: str
     hint: str = ""
     ask: str = ""
@@ -224,7 +224,7 @@ async def _prove(target: Target, orders: list[Order], made: list[File]) -> tuple
 
 
 def _planned(order: Order) -> Overlay:
-    return Overlay(order.disk.name, order.file, "", order.below.file, ask=_lasting(order), backing=order.backing)
+    return Overlay(order.disk.name, order.file, None, order.below.file, ask=_lasting(order), backing=order.backing)
 
 
 def _lasting(order: Order) -> str:

@@ -33,7 +33,7 @@ class Vm:
     A running QEMU or qemu-storage-daemon.
 
     `monitors` are its QMP monitors as TARGET takes them: absolute socket paths and ``tcp:HOST:PORT``. Libvirt's own is
-    the last, because libvirt never lets go of it. `name` is that of ``-name``, "" without. `started` is in seconds
+    the last, because libvirt never lets go of it. `name` is that of ``-name``, None without. `started` is in seconds
     since the epoch. `namesakes` are the pids of others of its name that `find` has passed over.
 
     All of it is what the process says: anybody can start one with any command line. Only the kernel's word, `is_foreign`
@@ -41,7 +41,7 @@ class Vm:
     """
 
     pid: int
-    name: str
+    name: str | None
     monitors: tuple[str, ...]
     libvirt: bool
     user: str
@@ -62,7 +62,7 @@ class Vm:
 def vms() -> list[Vm]:
     """Every QEMU and qemu-storage-daemon that we can see, by name, then pid."""
     found = [process for process in map(_read, filter(is_likely, proc.pids())) if process is not None]
-    return sorted((process.vm for process in _without_forks(found)), key=lambda vm: (vm.name, vm.pid))
+    return sorted((process.vm for process in _without_forks(found)), key=lambda vm: (vm.name or "", vm.pid))
 
 
 def vm_of(pid: int) -> Vm | None:
@@ -154,7 +154,7 @@ def _vm(process: "psutil.Process", line: CommandLine) -> Vm:
     )
     return Vm(
         pid=process.pid,
-        name=line.name,
+        name=line.name or None,
         monitors=tuple(sorted(filter(_is_there, addresses), key=_is_libvirts)),
         libvirt=by_libvirt,
         user=process.username(),

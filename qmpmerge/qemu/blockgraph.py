@@ -95,14 +95,15 @@ class Disk:
     """
     A disk of a VM, or an exported root node of a qemu-storage-daemon.
 
-    `name` is what users call it: the drive id, else the qdev id, else the node name. `root` is the node under the
-    device, filters included: the one that jobs take as their device. `chain` is None for an empty drive. `nodes` are all
-    nodes of the chain's images and filters, top down. `details` are there where they were asked for.
+    `name` is what users call it: the drive id, else the qdev id, else the node name; `drive` and `qdev` are None where there
+    is none. `root` is the node under the device, filters included: the one that jobs take as their device. `chain` is None for
+    an empty drive. `nodes` are all nodes of the chain's images and filters, top down. `details` are there where they were asked
+    for.
     """
 
     name: str
-    drive: str
-    qdev: str
+    drive: str | None
+    qdev: str | None
     root: str
     chain: Chain | None
     nodes: tuple[str, ...]

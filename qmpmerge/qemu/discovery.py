@@ -87,13 +87,13 @@ class _Decoder:
             if not name:
                 continue  # an export's or a job's backend, not a device's
             # Where the devices were not asked for, only a QOM path is surely no drive id.
-            drive = name if name in self._drives or not (self._devices_known or name.startswith("/")) else ""
-            yield self._disk(root, drive=drive, qdev=blockgraph.qdev_id(self._drives.get(drive, name)))
+            drive = name if name in self._drives or not (self._devices_known or name.startswith("/")) else None
+            yield self._disk(root, drive=drive, qdev=blockgraph.qdev_id(self._drives.get(name, name)) or None)
 
     def _empty_drives(self) -> Iterator[Disk]:
         for entry in self._empty:
-            drive, qdev = entry["device"], blockgraph.qdev_id(entry.get("qdev", ""))
-            yield Disk(name=drive or qdev, drive=drive, qdev=qdev, root="", chain=None, nodes=())
+            drive, qdev = entry["device"] or None, blockgraph.qdev_id(entry.get("qdev", "")) or None
+            yield Disk(name=drive or qdev or "", drive=drive, qdev=qdev, root="", chain=None, nodes=())
 
     def _unattached(self) -> Iterator[Disk]:
         """Roots that no device uses: what a qemu-storage-daemon exports, or what was hot-added and not yet used."""
@@ -102,14 +102,14 @@ class _Decoder:
         exported = {self._names[edge["child"]] for edge in roots} - attached
         for name, node in self._nodes.items():
             if name not in self._below and name not in attached and (node.children or name in exported):
-                yield self._disk(name, drive="", qdev="")
+                yield self._disk(name, drive=None, qdev=None)
 
     def _exported(self) -> Iterator[str]:
         for edge in self._edges:
             if self._kinds[edge["parent"]] == "block-backend" and not self._names[edge["parent"]]:
                 yield self._names[edge["child"]]
 
-    def _disk(self, root: str, *, drive: str, qdev: str) -> Disk:
+    def _disk(self, root: str, *, drive: str | None, qdev: str | None) -> Disk:
         images: list[Image] = []
         nodes: dict[str, None] = {}
         current: str | None = root

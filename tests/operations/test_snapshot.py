@@ -262,7 +262,7 @@ async def test_the_overlay_has_owner_mode_size_and_cache_of_the_image_below(tmp_
         vm.session.execute("block_resize", device="vda", size=SIZE + MIB)
         async with qmpmerge.live(vm.target) as target:
             (overlay,) = await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/a.qcow2"})
-            told = (await target.layout()).nodes[overlay.node].info
+            told = (await target.layout()).nodes[overlay.node or ""].info
     made = os.stat(overlay.file)
     assert stat.S_IMODE(made.st_mode) == 0o640
     assert made.st_uid == base.stat().st_uid

@@ -106,7 +106,7 @@ def test_storage_daemon(tmp_path: Path) -> None:
     options = ["--chardev", "socket,id=m,path=q,server=on,wait=off", "--monitor", "m"]
     with running(tmp_path, *options, program=[STORAGE_DAEMON]) as pid:
         vm = vms.find_pid(pid)
-        assert (vm.name, vm.program, vm.monitors) == ("", STORAGE_DAEMON, (str(tmp_path / "q"),))
+        assert (vm.name, vm.program, vm.monitors) == (None, STORAGE_DAEMON, (str(tmp_path / "q"),))
         assert vm in vms.vms()
 
 

@@ -164,7 +164,7 @@ async def test_blockdev(tmp_path: Path, absolute: bool) -> None:
     with machines.machine(tmp_path, *nodes(folder=folder), *virtio("c")) as machine:
         view = await ask(machine)
     disk = view.disk
-    assert (disk.name, disk.drive, disk.qdev, disk.root) == ("disk0", "", "disk0", "c")
+    assert (disk.name, disk.drive, disk.qdev, disk.root) == ("disk0", None, "disk0", "c")
     assert told(view.chain, tmp_path) == written
     assert node_names(view.chain) == ["base", "a", "b", "c"]
     assert disk.nodes == ("c", "b", "a", "base")
@@ -187,14 +187,14 @@ async def test_a_qdev_id_is_no_drive_id(tmp_path: Path, device: list[str]) -> No
     make_chain(tmp_path)
     with machines.machine(tmp_path, *nodes(), *device) as machine:
         disk = (await ask(machine)).disk
-    assert (disk.name, disk.drive, disk.qdev, disk.root) == ("disk0", "", "disk0", "c")
+    assert (disk.name, disk.drive, disk.qdev, disk.root) == ("disk0", None, "disk0", "c")
 
 
 async def test_a_device_without_an_id(tmp_path: Path) -> None:
     make_chain(tmp_path)
     with machines.machine(tmp_path, *nodes(), "-device", "virtio-blk-pci,drive=c") as machine:
         view = await ask(machine, "c")
-    assert view.disk.drive == "" and view.disk.root == "c"
+    assert view.disk.drive is None and view.disk.root == "c"
     assert told(view.chain, tmp_path) == CHAIN
 
 
@@ -374,7 +374,7 @@ async def test_empty_drives(tmp_path: Path) -> None:
     with machines.machine(tmp_path, *cds, "-device", "ide-cd,bus=ide.1,id=slot1", *drive("c.qcow2")) as machine:
         layout = await ask_all(machine)
     empty = [disk for disk in layout.disks if disk.chain is None]
-    assert [(disk.name, disk.drive, disk.qdev) for disk in empty] == [("cd0", "cd0", "slot0"), ("slot1", "", "slot1")]
+    assert [(disk.name, disk.drive, disk.qdev) for disk in empty] == [("cd0", "cd0", "slot0"), ("slot1", None, "slot1")]
     assert layout.find(None, "").name == "vda"
     with pytest.raises(NoSuchDisk):
         layout.find("cd0", "")
@@ -392,7 +392,7 @@ async def test_a_node_that_no_device_uses(tmp_path: Path) -> None:
     make_chain(tmp_path)
     with machines.machine(tmp_path, *nodes()) as machine:
         view = await ask(machine)
-    assert (view.disk.name, view.disk.drive, view.disk.qdev, view.disk.root) == ("c", "", "", "c")
+    assert (view.disk.name, view.disk.drive, view.disk.qdev, view.disk.root) == ("c", None, None, "c")
     assert told(view.chain, tmp_path) == CHAIN
 
 
@@ -607,7 +607,7 @@ async def test_a_storage_daemon(tmp_path: Path, export: list[str]) -> None:
     make_chain(tmp_path)
     with machines.machine(tmp_path, *daemon(*nodes()), *export, program=STORAGE_DAEMON) as machine:
         view = await ask(machine)
-    assert (view.disk.name, view.disk.drive, view.disk.qdev, view.disk.root) == ("c", "", "", "c")
+    assert (view.disk.name, view.disk.drive, view.disk.qdev, view.disk.root) == ("c", None, None, "c")
     assert told(view.chain, tmp_path) == CHAIN and not view.oddities
     assert len(view.layout.disks) == 1
 
@@ -831,6 +831,6 @@ async def test_500_layers(tmp_path: Path) -> None:
 
 
 def test_an_empty_drive_is_called_nothing() -> None:
-    empty = Disk(name="cd0", drive="cd0", qdev="", root="", chain=None, nodes=())
+    empty = Disk(name="cd0", drive="cd0", qdev=None, root="", chain=None, nodes=())
     with pytest.raises(NoSuchDisk):
         Layout((empty,), (), {}, {}).find("cd0", "vm")

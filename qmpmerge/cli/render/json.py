@@ -167,8 +167,8 @@ class JsonOutput:
 
 
 def _keys(value: object, *names: str) -> dict[str, object]:
-    """These of its fields; an empty string is nothing."""
-    return {name: None if (field := getattr(value, name)) == "" else field for name in names}
+    """These of its fields."""
+    return {name: getattr(value, name) for name in names}
 
 
 def _merge(outcome: "Outcome") -> dict[str, object]:
@@ -226,7 +226,7 @@ def _disk(disk: "Disk") -> dict[str, object]:
     return {
         "disk": disk.name,
         "node": active.node if active else None,
-        "qdev": disk.qdev or None,
+        "qdev": disk.qdev,
         "file": active.file if active else None,
         "format": active.format if active else None,
         "depth": len(disk.chain) if disk.chain else 0,

@@ -204,7 +204,7 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     """What takes a guest that writes, a disk that is full, a rare image or a QEMU that hangs, is rendered from values."""
     job = Job(JOB, "commit", "paused", 1, 2, reason="No space left on device", disk="vda", io_status="nospace")
     chain = Chain((Image("/vm/a.raw", "luks", 1, slice=Slice(512, 512)),))
-    disk = Disk("vda", drive="vda", qdev="", root="#block1", chain=chain, nodes=(), job=job)
+    disk = Disk("vda", drive="vda", qdev=None, root="#block1", chain=chain, nodes=(), job=job)
     details = ImageDetails(1, None, None, None, "luks", None, None, None, None, (), ())
     outcome = Outcome("pivoted", "vda", chain, chain, converge=("limited",))
     short = Progress("vda", job, "copied", 1e6, 3.0, Shortage("/vm", 4096), "going on", 1e5, True, "it helps to wait")

@@ -79,7 +79,7 @@ def disk(name: str = "vda", chain: Chain | None = CHAIN, job: Job | None = None)
 
 def test_disks(streams: Streams) -> None:
     odd = Oddity("unfinished", "/vm/a.qcow2", "a merge was not finished")
-    streams.output.disks([disk(job=JOB), dataclasses.replace(disk("cd0", None), qdev="")], [odd])
+    streams.output.disks([disk(job=JOB), dataclasses.replace(disk("cd0", None), qdev=None)], [odd])
     assert streams.document() == {
         "schema": 1,
         "command": "commit",

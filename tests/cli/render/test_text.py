@@ -84,7 +84,7 @@ JOB = Job("qmpmerge-commit-vda", "commit", "running", GIB, 4 * GIB, disk="vda")
 
 
 def disk(name: str = "vda", chain: Chain | None = THREE, job: Job | None = None) -> Disk:
-    return Disk(name, drive=name, qdev="", root="#block1", chain=chain, nodes=("#block1", "#block2"), job=job)
+    return Disk(name, drive=name, qdev=None, root="#block1", chain=chain, nodes=("#block1", "#block2"), job=job)
 
 
 def view(chain: Chain, *oddities: Oddity, name: str = "vda") -> ChainView:
@@ -159,7 +159,7 @@ def test_jobs_are_a_table_with_what_can_be_done_to_each(screen: Screen) -> None:
 
 def test_running_vms_are_a_table_with_a_target_for_the_other_commands(screen: Screen) -> None:
     ours = Vm(42, "web", ("/run/web.sock", "tcp:127.0.0.1:4444"), False, "me", "qemu-system-x86_64", 0.0)
-    theirs = Vm(7, "", (), True, "root", "qemu-kvm", 0.0)
+    theirs = Vm(7, None, (), True, "root", "qemu-kvm", 0.0)
     screen.output.vms([ours, theirs])
     assert screen.says(
         "NAME  PID  USER           MONITOR",
