@@ -70,6 +70,7 @@ def _usage(error: "click.ClickException") -> None:
     from qmpmerge.cli import words
 
     hint = words.hint(error, sys.argv[1:])
+    words.keep_to_our_guess(error, hint)
     if _wants_json():
         from qmpmerge.cli.commands import group
         from qmpmerge.cli.render.json import JsonOutput

@@ -12,37 +12,16 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from qmpmerge.cli import elsewhere
 from qmpmerge.cli.commands.group import FILES, cli
 from qmpmerge.errors import DiskNeeded, NoSuchTarget, Unreachable
-from qmpmerge.errors.nearest import nearest
-
-ELSEWHERE = {
-    "vms": ("list", "ls", "ps", "vm"),
-    "disks": ("list", "ls", "domblklist", "domblkinfo", "query-block"),
-    "chain": ("info", "backing-chain", "snapshot-list", "snapshots", "layers"),
-    "snapshot": ("snapshot-create-as", "snapshot-create", "blockdev-snapshot-sync", "snap", "create"),
-    "commit": ("blockcommit", "block-commit", "merge"),
-    "pull": ("blockpull", "block-stream", "stream", "rebase"),
-    "jobs": ("blockjob", "status", "query-jobs", "query-block-jobs"),
-    "doctor": ("check", "fsck", "repair"),
-    "clean": ("cleanup", "prune", "rm", "delete"),
-}
-"""What virsh, qemu-img, QMP and people call our commands; of several the first that takes the rest of the line is meant."""
-
-HABITS: dict[str, Sequence[str]] = {
-    **dict.fromkeys(("--active", "--async", "--keep-relative", "--verbose", "--wait", "--domain", "--path"), ()),
-    **dict.fromkeys(("--atomic", "--disk-only", "--info", "--no-metadata"), ()),
-    "--abort": ("cancel",),
-    "--bandwidth": ("--speed", "{}M"),
-    "--delete": ("--merged-files", "delete"),
-    "--diskspec": ("{}",),
-    "--reuse-external": ("--reuse",),
-}
-"""What virsh's options are here, {} being their value: nothing where it is so anyway, or where the value stands for itself."""
-
+from qmpmerge.errors.nearest import nearest, slips
 
 LESS = {"vms": "disks", "disks": "chain"}
 """What shows of a VM, or of a disk, what the other command shows of all."""
+
+FEW_SLIPS = 2
+"""Names of commands have many letters in common: `blockcopy` is no `blockjob`."""
 
 
 def hint(error: click.ClickException, line: Sequence[str]) -> str | None:
@@ -52,10 +31,24 @@ def hint(error: click.ClickException, line: Sequence[str]) -> str | None:
         return None
     name, *rest = [*line[1:], "--help"] if line[0] == "help" else line
     if context.command is not cli:
-        return _told("that is", _first_that_parses(_put_right(name, rest)))
-    if name in FILES or name.startswith("-"):
+        found = _first_that_parses(line for line in _put_right(name, rest) if line != [name, *rest])
+        is_virsh = elsewhere.translated(rest) != rest
+        return (_as_virsh_has_it(found) if is_virsh else _told("that is", found)) or _example(error, name, rest)
+    if name in FILES:
         return None
+    if name.startswith("-"):
+        return _with_command_first(line)
     return _renamed(name, rest) or _misspelt(name, rest) or _without_command(name, rest)
+
+
+def keep_to_our_guess(error: click.ClickException, hint: str | None) -> None:
+    """In the place of click's, which are of any option with some letters in common, of hidden ones too."""
+    if not isinstance(error, click.NoSuchOption) or error.possibilities is None:
+        return
+    params = [] if error.ctx is None else error.ctx.command.get_params(error.ctx)
+    shown = [name for one in params if isinstance(one, click.Option) and not one.hidden for name in one.opts]
+    close = None if hint else nearest(error.option_name, shown)
+    error.possibilities[:] = [close] if close else []
 
 
 def explained(error: NoSuchTarget | DiskNeeded) -> NoSuchTarget | DiskNeeded:
@@ -132,24 +125,6 @@ def _parses(line: Sequence[str]) -> bool:
     return True
 
 
-def _translated(words: Sequence[str]) -> list[str]:
-    """The words without virsh's options, or with ours in their place."""
-    found: list[str] = []
-    left = list(words)
-    while left:
-        option, equals, value = left.pop(0).partition("=")
-        if option not in HABITS:
-            found.append(option + equals + value)
-            continue
-        meant = HABITS[option]
-        if "{}" in "".join(meant) and not equals:
-            value = left.pop(0) if left else ""
-        disk, _, file = value.partition(",file=")
-        value = f"{disk}={file.partition(',')[0]}" if file else value
-        found += [one.format(value) for one in meant] if meant or not value else [value]
-    return found
-
-
 # --- a command that is none -----------------------------------------------------------------------------------------
 
 
@@ -157,8 +132,12 @@ def _renamed(name: str, rest: Sequence[str]) -> str | None:
     """What another tool calls so."""
     from qmpmerge.operations.control import VERBS
 
-    words = _translated(rest)
-    names = [ours for ours, others in ELSEWHERE.items() if name.casefold() in others]
+    if name.casefold() in elsewhere.OTHERWISE:
+        return elsewhere.OTHERWISE[name.casefold()]
+    if name == "rebase" and "-u" in rest:
+        return "`qemu-img rebase -u` moves no data, and looks at none: there is nothing like it here"
+    words = elsewhere.translated(rest)
+    names = [ours for ours, others in elsewhere.COMMANDS.items() if name.casefold() in others]
     lines = [[ours, *words] for ours in names]
     if name in VERBS:
         lines.append(["job", *words[:2], name, *words[2:]])
@@ -167,20 +146,26 @@ def _renamed(name: str, rest: Sequence[str]) -> str | None:
         lines += [["job", *(what.get(word, word) for word in words)], ["jobs", *words[:1]]]
     if not lines:
         return None
-    if not set(names) <= set(FILES):
-        return "data is moved down here, never up: see `qmpmerge commit --help`"
     found = _first_that_parses(iter(lines))
-    return _told("that is", found) or f"that is {lines[0][0]}: see `qmpmerge {lines[0][0]} --help`"
+    return _as_virsh_has_it(found) or f"that is {lines[0][0]}: see `qmpmerge {lines[0][0]} --help`"
 
 
 def _misspelt(name: str, rest: Sequence[str]) -> str | None:
-    close = nearest(name, [*FILES, *(other for others in ELSEWHERE.values() for other in others)])
-    if close is None:
+    known = [*FILES, *elsewhere.OTHERWISE, *(other for others in elsewhere.COMMANDS.values() for other in others)]
+    close = nearest(name, known)
+    if close is None or slips(name.casefold(), close) > FEW_SLIPS:
         return None
     if close not in FILES:
         return _renamed(close, rest)
     line = _first_that_parses(iter([[close, *rest]])) or [close, "--help"]
     return f"did you mean `{_line(line)}`?"
+
+
+def _with_command_first(line: Sequence[str]) -> str | None:
+    """Options that stand before the command."""
+    place = next((place for place, word in enumerate(line) if not word.startswith("-")), len(line))
+    moved = [*line[place:], *line[:place]] if place < len(line) and line[place] in FILES else []
+    return _told("the command comes first, as in", _first_that_parses(iter([moved] if moved else [])))
 
 
 def _without_command(name: str, rest: Sequence[str]) -> str | None:
@@ -200,7 +185,9 @@ def _without_command(name: str, rest: Sequence[str]) -> str | None:
 
 def _put_right(name: str, rest: Sequence[str]) -> Iterator[list[str]]:
     """What may have been meant, the likeliest first."""
-    words = _translated(rest)
+    if name == "snapshot" and "-l" in rest:  # which qemu-img lists the snapshots with that are inside of an image
+        yield ["chain", *(word for word in rest if word != "-l"), "--details"]
+    words = elsewhere.translated(rest)
     if words != rest:
         yield [name, *words]
     if name == "job":
@@ -209,14 +196,17 @@ def _put_right(name: str, rest: Sequence[str]) -> Iterator[list[str]]:
         yield [LESS[name], *words]
     if name == "snapshot":
         yield from ([name, *line] for line in _with_assignments(words))
+    for number in [word for word in words if word.isdecimal()] if name in ("commit", "pull") else ():
+        yield [name, *(word for word in words if word is not number), "--speed", f"{number}M"]  # as virsh takes it
 
 
 def _with_verb_in_place(words: Sequence[str]) -> Iterator[list[str]]:
     from qmpmerge.operations.control import VERBS
 
-    for place, verb in enumerate(words):
+    given = [(place, word if word in VERBS else nearest(word, VERBS)) for place, word in enumerate(words)]
+    for place, verb in sorted(given, key=lambda one: words[one[0]] not in VERBS):
         first, *others = (word for number, word in enumerate(words) if number != place) if len(words) > 1 else ("",)
-        if verb in VERBS and others:
+        if verb is not None and others:
             swapped = not _is_target(first) and _is_target(others[0])
             target, job = (others[0], first) if swapped else (first, others[0])
             yield [target, job, verb, *others[1:]]
@@ -229,3 +219,28 @@ def _with_assignments(words: Sequence[str]) -> Iterator[list[str]]:
         yield [plain[0], *(word for word in words if word is not plain[0])]
     if len(words) == 3 and len(plain) == 3:
         yield [words[0], f"{words[1]}={words[2]}"]
+
+
+# --- more than a line -------------------------------------------------------------------------------------------------
+
+
+def _as_virsh_has_it(words: Sequence[str] | None) -> str | None:
+    """The line, and where virsh would cancel the job when its time has passed, one that does."""
+    told = _told("that is", words)
+    if not words or "--timeout" not in words:
+        return told
+    place = words.index("--timeout")
+    line = _line([*words[:place], *words[place + 2 :]])
+    cancels = f"`timeout -s INT {shlex.join(words[place + 1 : place + 2])} {line}` cancels it then"
+    return f"{told}, which leaves the job to QEMU after that time (exit code 7); {cancels}"
+
+
+def _example(error: click.ClickException, name: str, rest: Sequence[str]) -> str | None:
+    """What the line lacks, where nobody can know what was meant."""
+    if name == "job" and "speed" in rest:
+        return _told("as in", _first_that_parses(iter([[name, *rest, "50M"]])))
+    if name == "snapshot" and not {"-a", "-c", "-d"}.isdisjoint(rest):
+        return "a snapshot is an overlay here: those inside of an image are made and removed by `qemu-img snapshot`"
+    if name == "snapshot" and isinstance(error, click.BadParameter) and error.param and error.param.name == "overlays":
+        return f"`{_line(['disks', error.ctx.params['target']])}` shows what DISK can be" if error.ctx else None
+    return None

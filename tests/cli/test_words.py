@@ -17,7 +17,7 @@ from rig.machines import machine, make_chain
 
 from qmpmerge.cli import words
 from qmpmerge.cli.commands.group import FILES, cli
-from qmpmerge.cli.words import ELSEWHERE
+from qmpmerge.cli.elsewhere import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,11 @@ def test_what_is_text_is_so_with_json_too(line: str, same: str, command: Forks, 
             "snapshot-create-as vm1 --disk-only --diskspec vda,file=/vm/d.qcow2 --reuse-external --quiesce",
             "snapshot vm1 vda=/vm/d.qcow2 --reuse --quiesce",
         ),
+        ("blockpull vm1 vda --base b --wait --verbose", "pull vm1 vda --base b"),
+        ("rebase -b base.raw c.qcow2", "pull --base base.raw c.qcow2"),
+        ("rebase -b '' c.qcow2", "pull c.qcow2"),
+        ("info --backing-chain -U c.qcow2", "chain c.qcow2"),
+        ("info --output=json c.qcow2", "chain --json c.qcow2"),
         ("comit vm1 'a b'", "commit vm1 'a b'"),
         ("Chain vm1", "chain vm1"),
         ("vm", "vms"),
@@ -121,16 +126,44 @@ def test_what_is_called_otherwise_elsewhere(line: str, meant: str, command: Fork
 
 
 def test_all_names_of_other_tools_lead_to_a_command_of_ours() -> None:
-    for ours, others in ELSEWHERE.items():
+    for ours, others in COMMANDS.items():
         assert set(FILES).isdisjoint(others)
         for other in others:
             told = words.hint(click.UsageError("", click.Context(cli)), [other]) or ""
             assert "`qmpmerge vms`" in told or re.search(r"`qmpmerge (\w+) --help`", told), (ours, other, told)
 
 
-def test_pull_is_named_where_it_is_there(command: Forks, tmp_path: Path) -> None:
-    wanted = [["pull", "vm1", "vda"]] if "pull" in FILES else [["commit", "--help"]]
-    assert lines(command.run("blockpull", "vm1", "vda", cwd=tmp_path)) == wanted
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("blockcopy vm1 vda /tmp/x", "nothing like it here"),
+        ("convert a.qcow2 b.qcow2", "nothing like it here"),
+        ("snapshot-revert vm1 s1", "nothing like it here"),
+        ("delsnapshot 100 snap", "`qmpmerge commit --help`"),
+        ("rebase -u -b base.raw c.qcow2", "moves no data"),
+        ("snapshot -c s1 c.qcow2", "`qemu-img snapshot`"),
+    ],
+)
+def test_what_there_is_not_is_told_as_that(line: str, said: str, command: Forks, tmp_path: Path) -> None:
+    run = command.run(*line.split(), cwd=tmp_path)
+    assert run.code == 2 and said in run.err.partition("\nhint: ")[2]
+    assert "that is `qmpmerge" not in run.err
+
+
+def test_what_is_only_a_little_alike_is_not_meant(command: Forks, tmp_path: Path) -> None:
+    assert "hint" not in command.run("blockinfo", "vm1", cwd=tmp_path).err
+
+
+def test_a_time_limit_of_virsh_cancels_the_job(setup: Setup) -> None:
+    run = invoke("commit", setup.machine.target, "vda", "--speed", "1", "--timeout", "1", "--async")
+    assert lines(run) == [["commit", setup.machine.target, "vda", "--speed", "1", "--timeout", "1"]]
+    (line,) = re.findall(r"`(timeout -s INT 1 qmpmerge [^`]*)`", run.err)
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    subprocess.run(["sh", "-c", line], env={**os.environ, "PATH": path}, check=False)
+    assert invoke("jobs", setup.machine.target, "--json").document["jobs"] == []
+    assert len(invoke("chain", setup.machine.target, "--json").document["images"]) == 4
+    assert "exit code 7" in invoke("blockcommit", "vm1", "vda", "--timeout", "10").err
+    assert "exit code 7" not in invoke("comit", "vm1", "vda", "--timeout", "10").err
 
 
 def test_a_hint_is_in_json_too(command: Forks, tmp_path: Path) -> None:
@@ -154,6 +187,41 @@ def test_options_that_are_so_anyway_are_taken(vm1: str) -> None:
 def test_options_that_are_called_otherwise_here(command: Forks, tmp_path: Path) -> None:
     run = command.run("commit", "vm1", "vda", "--bandwidth", "5", "--delete", cwd=tmp_path)
     assert lines(run) == [["commit", "vm1", "vda", "--speed", "5M", "--merged-files", "delete"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("commit -f qcow2 -p -t none c.qcow2", "commit --format qcow2 c.qcow2"),
+        ("commit -d -b base.raw -r 10M c.qcow2", "commit --merged-files keep --base base.raw --speed 10M c.qcow2"),
+        ("snapshot -l c.qcow2", "chain c.qcow2 --details"),
+        ("commit vm1 vda 10 --shallow", "commit vm1 vda --shallow --speed 10M"),
+        ("job vm1 vda folow", "job vm1 vda follow"),
+        ("job vm1 vda speed", "job vm1 vda speed 50M"),
+        ("snapshot vm1 /vm/d.qcow2", "disks vm1"),
+        ("--json commit vm1", "commit vm1 --json"),
+    ],
+)
+def test_words_that_the_command_does_not_take(line: str, meant: str, command: Forks, tmp_path: Path) -> None:
+    run = command.run(*line.split(), cwd=tmp_path)
+    told = run.document["error"]["hint"] if "--json" in line else run.err.partition("\nhint: ")[2]
+    assert [shlex.split(one)[1:] for one in re.findall(r"`(qmpmerge [^`]*)`", told)] == [meant.split()], run
+
+
+def test_no_line_is_told_that_has_just_failed(command: Forks, tmp_path: Path) -> None:
+    doubled = command.run("snapshot", "vm1", "vda=/x", "vda=/y", "--dry-run", cwd=tmp_path)
+    assert "vda is named twice" in doubled.err and "hint" not in doubled.err
+
+
+def test_it_is_target_that_is_missing_before_the_disks(command: Forks, tmp_path: Path) -> None:
+    assert "Missing argument 'TARGET'" in command.run("snapshot", "vda=d.qcow2", cwd=tmp_path).err
+    assert "Missing argument 'DISK=FILE...'" in command.run("snapshot", "vm1", cwd=tmp_path).err
+
+
+def test_options_that_no_help_shows_are_no_guess(command: Forks, tmp_path: Path) -> None:
+    assert "Did you mean '--shallow'?" in command.run("commit", "vm1", "--shalow", cwd=tmp_path).err
+    for typed in (["--path", "y"], ["--waiting"], ["--activ"]):
+        assert "Did you mean" not in command.run("commit", "vm1", *typed, cwd=tmp_path).err
 
 
 # --- words in the wrong order -----------------------------------------------------------------------------------------

@@ -33,11 +33,18 @@ VERBS: dict[str, tuple[str, ...]] = {
 """What can be done with a job, and which options say how."""
 
 
+def _only_of_speed(context: click.Context, _: click.Parameter, size: int | None) -> int | None:
+    """A line that makes no sense is refused while it is read."""
+    if (context.params.get("verb") == "speed") != (size is not None) and not context.resilient_parsing:
+        raise click.UsageError("`speed` takes a SIZE, as in `speed 50M`; the other verbs take none", context)
+    return size
+
+
 @group.cli.command()
 @options.target
 @click.argument("job_id", metavar="ID", shell_complete=complete.jobs)
 @click.argument("verb", type=click.Choice([*VERBS]), metavar="VERB")
-@click.argument("speed", type=Size(), required=False, metavar="[SIZE]")
+@click.argument("speed", type=Size(), required=False, metavar="[SIZE]", callback=_only_of_speed)
 @options.endings
 @options.finishing
 @waiting
@@ -91,8 +98,6 @@ def job(
       7    the job goes on in QEMU: --timeout passed, or we have left it
       130  cancelled by Ctrl-C: the old chain is in use
     """
-    if (verb == "speed") != (speed is not None):
-        raise click.UsageError("`speed` takes a SIZE, as in `speed 50M`; the other verbs take none")
     _refuse_ignored(click.get_current_context(), verb)
 
     async def work(target: "Target", output: "Output") -> str:

@@ -14,13 +14,29 @@ if TYPE_CHECKING:
     from qmpmerge.targets.target import Target
 
 
+def _one_a_disk(
+    context: click.Context, param: click.Parameter, overlays: tuple[tuple[str, str], ...]
+) -> tuple[tuple[str, str], ...]:
+    """Of a line without TARGET it is that which is missing, though DISK=FILE has been taken for it."""
+    if context.resilient_parsing:
+        return overlays
+    if not overlays:
+        target = next(one for one in context.command.params if one.name == "target")
+        raise click.MissingParameter(ctx=context, param=target if "=" in context.params["target"] else param)
+    names = [name for name, _ in overlays]
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise click.UsageError(f"{doubled[0]} is named twice: a disk gets one overlay at a time", context)
+    return overlays
+
+
 @group.cli.command()
 @options.target
 @click.argument(
     "overlays",
     metavar="DISK=FILE...",
     nargs=-1,
-    required=True,
+    callback=_one_a_disk,
     type=Assignment(),
     shell_complete=complete.assignments,
 )
@@ -63,9 +79,6 @@ def snapshot(
       4    no session with TARGET
       6    unknown: the overlay may be in use, or the guest may still be frozen
     """
-    doubled = [disk for disk, _ in overlays if [name for name, _ in overlays].count(disk) > 1]
-    if doubled:
-        raise click.UsageError(f"{doubled[0]} is named twice: a disk gets one overlay at a time")
 
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import snapshot as operation

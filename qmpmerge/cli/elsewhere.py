@@ -1,0 +1,73 @@
+"""
+What virsh, qemu-img, QMP, Proxmox and people call our commands and options, and what we have nothing like.
+
+Nothing here is imported before a line has failed.
+"""
+
+from collections.abc import Sequence
+
+COMMANDS = {
+    "vms": ("list", "ls", "ps", "vm"),
+    "disks": ("list", "ls", "domblklist", "domblkinfo", "query-block"),
+    "chain": ("info", "backing-chain", "snapshot-list", "snapshots", "layers"),
+    "snapshot": ("snapshot-create-as", "snapshot-create", "blockdev-snapshot-sync", "snap", "create"),
+    "commit": ("blockcommit", "block-commit", "merge"),
+    "pull": ("blockpull", "block-stream", "stream", "rebase"),
+    "jobs": ("blockjob", "status", "query-jobs", "query-block-jobs"),
+    "doctor": ("check", "fsck", "repair"),
+    "clean": ("cleanup", "prune", "rm", "delete"),
+}
+"""Of several commands of ours the first that takes the rest of the line is meant."""
+
+_NO_COPY = "there is nothing like it here: qmpmerge merges the images of a chain, and copies none elsewhere"
+_NO_WAY_BACK = "there is nothing like it here: qmpmerge takes no disk back to what it was"
+_MERGED = "a snapshot goes by merging the image that was made for it: see `qmpmerge commit --help`"
+
+OTHERWISE = {
+    **dict.fromkeys(("blockcopy", "mirror", "drive-mirror", "blockdev-mirror", "convert"), _NO_COPY),
+    **dict.fromkeys(("backup", "backup-begin", "drive-backup", "blockdev-backup"), _NO_COPY),
+    **dict.fromkeys(("revert", "rollback", "snapshot-revert", "snapshot-apply", "loadvm"), _NO_WAY_BACK),
+    **dict.fromkeys(("delsnapshot", "snapshot-delete", "delvm"), _MERGED),
+}
+"""Commands whose words are not those of any of ours, and what is said of each."""
+
+OPTIONS: dict[str, Sequence[str]] = {
+    **dict.fromkeys(("--active", "--async", "--keep-relative", "--verbose", "--wait", "--domain", "--path"), ()),
+    **dict.fromkeys(("--atomic", "--disk-only", "--info", "--no-metadata"), ()),
+    **dict.fromkeys(("-p", "-U", "--force-share", "--backing-chain"), ()),
+    **dict.fromkeys(("-t", "-T", "-F"), ("{:.0}",)),
+    "--abort": ("cancel",),
+    "--bandwidth": ("--speed", "{}M"),
+    "--delete": ("--merged-files", "delete"),
+    "--diskspec": ("{}",),
+    "--output": ("--{}",),
+    "--reuse-external": ("--reuse",),
+    "-b": ("--base", "{}"),
+    "-d": ("--merged-files", "keep"),
+    "-f": ("--format", "{}"),
+    "-r": ("--speed", "{}"),
+}
+"""
+What virsh's and qemu-img's options are here, {} being their value: nothing where it is so anyway, or where the value stands for
+itself; {:.0} takes the value away.
+"""
+
+
+def translated(words: Sequence[str]) -> list[str]:
+    """The words without the options of other tools, or with ours in their place."""
+    found: list[str] = []
+    left = list(words)
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        if option not in OPTIONS:
+            found.append(option + equals + value)
+            continue
+        meant = OPTIONS[option]
+        has_value = "{" in "".join(meant)
+        if has_value and not equals:
+            value = left.pop(0) if left else ""
+        if value or not has_value:  # qemu-img's `-b ""` is no base at all
+            disk, _, file = value.partition(",file=")
+            value = f"{disk}={file.partition(',')[0]}" if file else value
+            found += [word for one in meant if (word := one.format(value))] if meant or not value else [value]
+    return found
