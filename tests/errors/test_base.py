@@ -279,6 +279,6 @@ def test_an_error_comes_back_from_another_process() -> None:
     one, two = error.value.refusals
     assert (repr(one), repr(two)) == (
         "BaseIsTop(base='/one')",
-        "ShorterLayer(image='a', size=1, base='b', base_size=2)",
+        "ShorterLayer(image='a', size=1, base='b', base_size=2, instead='merge into an image above the short one')",
     )
     assert "in refuse" in str(error.value.__cause__)  # where it was raised
