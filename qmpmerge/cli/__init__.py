@@ -80,9 +80,9 @@ def _usage(error: "click.ClickException") -> None:
         output = JsonOutput(sys.stdout, sys.stderr, command=command)
         output.mistake("usage", name="usage", message=error.format_message(), hint=advice, facts={})
         return
-    from qmpmerge.cli.render.visible import visible
+    from qmpmerge.cli.render.page import Page
 
     shown = io.StringIO()
     error.show(shown)
     lines = [*shown.getvalue().expandtabs(4).rstrip("\n").split("\n"), *([f"hint: {hint}"] if hint else [])]
-    streams.complain("".join(f"{visible(line)}\n" for line in lines))
+    streams.complain("".join(map(Page(sys.stderr).wrapped, lines)))

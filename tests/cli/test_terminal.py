@@ -1,5 +1,6 @@
 """What people see: real runs on a terminal of 80 columns."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_stream_that_is_no_terminal_gets_no_colours_though_the_other_one_is(se
 
 
 def test_a_pivot_is_told_in_six_lines(setup: Setup, tmp_path: Path) -> None:
-    told = plain(shown("commit", setup.machine.target, "--yes")).splitlines()
+    told = plain(shown("commit", setup.machine.target, "--yes", columns=400)).splitlines()
     assert [line.split()[0] for line in told] == ["vda:", "before", "after", "files", "hint:", "hint:"]
     assert told[3] == f"  files   a.qcow2, b.qcow2, c.qcow2: renamed to NAME.merged in {tmp_path}"
     assert told[4].startswith(f"hint: start the VM from {tmp_path}/base.raw from now on")
@@ -92,3 +93,16 @@ def test_a_pivot_is_told_in_six_lines(setup: Setup, tmp_path: Path) -> None:
 def test_quiet_says_what_happened_and_of_a_refusal_what_to_do(setup: Setup) -> None:
     assert "hint" not in shown("commit", setup.machine.target, "--top", "3", "-q")
     assert "hint" in shown("commit", setup.machine.target, "--base", "/nowhere", "-q")
+
+
+# --- long lines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [["--top", "3", "--dry-run"], ["--base", "/nowhere"], ["--nonsense"]], ids=str)
+def test_a_long_line_is_broken_between_words_and_only_on_a_terminal(given: list[str], setup: Setup) -> None:
+    piped = invoke("commit", setup.machine.target, *given)
+    seen = plain(shown("commit", setup.machine.target, *given))
+    assert re.sub(r"\d+ \w+ free", "", seen).split() == re.sub(r"\d+ \w+ free", "", piped.out + piped.err).split()
+    for line in seen.splitlines():
+        words = re.findall(r"[^\s`]*`[^`]*`\S*|\S+", line)
+        assert width(line) <= 80 or max(map(width, words)) > 60, "only what is that long by itself is wider"

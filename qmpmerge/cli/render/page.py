@@ -8,6 +8,7 @@ import os
 from typing import Literal, TextIO
 
 from qmpmerge.cli.render.visible import visible
+from qmpmerge.cli.render.wrap import breaks, margin
 
 Colour = Literal["red", "green", "yellow", "cyan"]
 
@@ -51,11 +52,28 @@ class Page:
             return COLUMNS
 
     def line(self, *parts: str) -> None:
-        """Write these, one after the other, as a line."""
-        self.stream.write("".join(map(self.spelled, parts)) + "\n")
+        """Write these, one after the other, as a line; on a terminal that is narrower as several."""
+        self.stream.write(self.wrapped(*parts))
 
-    def spelled(self, part: str) -> str:
-        """As it is written."""
+    def whole(self, *parts: str) -> None:
+        """The same of what is never broken: a row, or what is there to be copied."""
+        self.stream.write("".join(self._coloured(part, visible(part)) for part in parts) + "\n")
+
+    def wrapped(self, *parts: str) -> str:
+        """As `line` writes it."""
+        characters, columns = list("".join(map(visible, parts))), self.columns
+        if columns is not None:
+            text = "".join(characters)
+            for place in breaks(text, columns):
+                characters[place] = "\n" + " " * margin(text, columns)
+        shown, begin = "", 0
+        for part in parts:
+            end = begin + len(visible(part))
+            shown += self._coloured(part, "".join(characters[begin:end]))
+            begin = end
+        return f"{shown}\n"
+
+    def _coloured(self, part: str, shown: str) -> str:
         if isinstance(part, Painted) and part.colour and self._has_colours:
-            return f"\x1b[{CODES[part.colour]}m{visible(part)}\x1b[0m"
-        return visible(part)
+            return f"\x1b[{CODES[part.colour]}m{shown}\x1b[0m"
+        return shown

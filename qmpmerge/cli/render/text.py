@@ -117,7 +117,7 @@ class TextOutput:
         told = found.drive if drive else found.file
         raw = getattr(self._out.stream, "buffer", None)
         if raw is None or self._out.is_terminal:
-            self._say(told)
+            self._show(told)
         else:
             raw.write(os.fsencode(told) + b"\n")
 
@@ -193,7 +193,7 @@ class TextOutput:
             self._say(f"  what  {finding.message}")
             self._say(f"  why   {finding.why}")
             if finding.fix:
-                self._say(f"  fix   {finding.fix}")
+                self._show(f"  fix   {finding.fix}")
         self._say(humanize.looked_at(report))
 
     def failure(self, error: "Error") -> None:
@@ -232,7 +232,8 @@ class TextOutput:
 
     def trace(self, direction: str, text: str) -> None:
         """A line on stderr."""
-        self._tell(f"{direction} {text}")
+        self.close()
+        self._err.whole(f"{direction} {text}")
 
     def close(self) -> None:
         """End the redrawn line."""
@@ -246,6 +247,10 @@ class TextOutput:
     def _say(self, *parts: str) -> None:
         self.close()
         self._out.line(*parts)
+
+    def _show(self, *parts: str) -> None:
+        self.close()
+        self._out.whole(*parts)
 
     def _tell(self, *parts: str) -> None:
         self.close()
@@ -267,4 +272,4 @@ class TextOutput:
             self.note(empty)
             return
         for parts in lines(columns, table, self._out.columns):
-            self._say(*parts)
+            self._show(*parts)
