@@ -8,6 +8,7 @@ it is merged away or written to.
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
@@ -27,6 +28,9 @@ LONGEST = 30.0
 
 AWAY = "stale"
 """The folder into which images go that are put out of reach."""
+
+_OURS = re.compile(r"\..+\.qmpmerge-[a-z]+(\.new)?", re.DOTALL)
+"""Locks, records and notes of ours, which nobody counts as files of his."""
 
 A_STEP = 100
 """Files that are looked at until others have their turn, and a signal is heeded."""
@@ -93,6 +97,7 @@ class Look:
         self.is_cut = False
         """Whether the search came to one of its bounds."""
         self.files = 0
+        """Those that were looked at, without ours."""
         self.folders: dict[str, None] = {}
         """All that were looked through, by their real paths."""
 
@@ -178,9 +183,11 @@ class Look:
             for entry in filter(_is_file, entries):
                 if self._is_over(folder):
                     break
-                self.files += 1
-                if not stashed.is_stashed(entry.path):
-                    self._look_at(entry.path)
+                if stashed.is_stashed(entry.path):
+                    continue
+                self._look_at(entry.path)
+                if not _OURS.fullmatch(entry.name):
+                    self.files += 1
                 if self.files % A_STEP == 0:
                     yield
         return [entry for entry in entries if _is_folder(entry)]

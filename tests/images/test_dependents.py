@@ -225,6 +225,13 @@ def test_other_folders_are_looked_through_where_they_are_named(images: list[Path
     assert (looked.unseen, looked.covers(str(below)), looked.covers("/")) == ((), True, False)
 
 
+def test_what_is_told_is_what_somebody_can_count(images: list[Path], tmp_path: Path) -> None:
+    for name in (".a.qcow2.qmpmerge-lock", ".c.qcow2.qmpmerge-record", ".c.qcow2.qmpmerge-record.new"):
+        (images[0].parent / name).write_text("")
+    there = len([name for name in images[0].parent.iterdir() if not name.name.startswith(".")])
+    assert look(images).told == f"{there} files in 1 folder: {images[0].parent}"
+
+
 def look(images: list[Path], *search: Path | str) -> dependents.Look:
     chain = chain_of(images)
     return dependents.look_now(chain.images[1:3], chain, [str(folder) for folder in search])

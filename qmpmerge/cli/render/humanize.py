@@ -99,7 +99,9 @@ def looked_at(report: "Examination") -> str:
     missed = [one.target for one in report.targets if one.error is not None]
     told = f"looked at {', '.join(counts)}" + (f", not at {', '.join(missed)}" if missed else "")
     found = Counter(finding.severity for _target, finding in report.findings)
-    return f"{told}: {', '.join(f'{count} {severity}' for severity, count in found.items()) or 'no problems found'}"
+    notes = "note" if found["note"] == 1 else "notes"
+    words = [f"{count} {notes if severity == 'note' else severity}" for severity, count in found.items() if count]
+    return f"{told}: {', '.join(words) or 'no problems found'}"
 
 
 def limit(speed: int) -> str:

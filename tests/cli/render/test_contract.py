@@ -27,7 +27,7 @@ from rig.left import record
 from rig.machines import Content, Machine, fill, have, machine, make_chain, run
 
 from qmpmerge.chain.chain import Chain, Image, Slice
-from qmpmerge.chain.outcome import MergedFile, Outcome
+from qmpmerge.chain.outcome import MergedFile, Outcome, files_advice
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress, Shortage
@@ -312,3 +312,10 @@ def test_every_table_is_of_use() -> None:
     page = contract.DOCUMENT.read_text()
     linked = {name.replace(" ", "-") for name in re.findall(r"\]\(#([\w-]+)\)", page)} | {*contract.EVENTS}
     assert {name.replace(" ", "-") for name in contract.TABLES} == linked
+
+
+def test_the_sample_says_what_is_said() -> None:
+    printed = next(line for line in contract.DOCUMENT.read_text().splitlines() if '"verdict": "merged"' in line)
+    sample = json.loads(printed)
+    merged = [MergedFile(**one) for one in sample["merged"]]
+    assert sample["hints"] == files_advice(merged)

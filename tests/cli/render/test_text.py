@@ -15,7 +15,7 @@ from qmpmerge.cli.render import outcome
 from qmpmerge.cli.render.text import TextOutput
 from qmpmerge.cli.render.visible import visible
 from qmpmerge.cli.render.width import width
-from qmpmerge.doctor.findings import Finding
+from qmpmerge.doctor.findings import Finding, Severity
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, ShorterLayer, StillRunning
@@ -29,6 +29,7 @@ from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets.target import ChainView
 
 GIB = 1024**3
+SEVERE: tuple[Severity, ...] = ("care", "care", "note", "note")
 EVIL = "x\x1b]0;owned\x07\x1b[2J\ny\u202ez\udcff"
 """Sets the window's title, clears the screen, starts a line of its own, turns the text around, and is no UTF-8."""
 
@@ -312,6 +313,12 @@ def test_a_controlled_job_is_told_with_its_status_and_speed_or_that_it_is_gone(s
         "qmpmerge-commit-vda: running, at most 50 MiB/s",
         "qmpmerge-commit-vda: gone",
     )
+
+
+def test_several_notes_are_notes(screen: Screen) -> None:
+    found = [Finding(name, severity, "vda", "it is", "look") for name, severity in zip("abcd", SEVERE, strict=True)]
+    screen.output.doctor(Examination((Examined("vm1", tuple(found)),), vms=1, images=3))
+    assert screen.out.getvalue().endswith("looked at 1 VM, 3 images: 2 care, 2 notes\n")
 
 
 def test_a_finding_has_a_fix_where_there_is_one(screen: Screen) -> None:
