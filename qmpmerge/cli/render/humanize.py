@@ -100,7 +100,9 @@ def looked_at(report: "Examination") -> str:
     told = f"looked at {', '.join(counts)}" + (f", not at {', '.join(missed)}" if missed else "")
     found = Counter(finding.severity for _target, finding in report.findings)
     notes = "note" if found["note"] == 1 else "notes"
-    words = [f"{count} {notes if severity == 'note' else severity}" for severity, count in found.items() if count]
+    words = [f"{count} {notes if severity == 'note' else severity}" for severity, count in found.items()]
+    if not words and not (report.vms or report.images):
+        return told
     return f"{told}: {', '.join(words) or 'no problems found'}"
 
 

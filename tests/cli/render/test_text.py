@@ -315,6 +315,12 @@ def test_a_controlled_job_is_told_with_its_status_and_speed_or_that_it_is_gone(s
     )
 
 
+def test_where_nothing_was_looked_at_nothing_is_said_to_be_right(screen: Screen) -> None:
+    missed = Examined("vm1", (), NoSuchDisk(disk="vda", target="vm1", known=[]))
+    screen.output.doctor(Examination((missed,), vms=0, images=0))
+    assert screen.says("looked at 0 VMs, 0 images, not at vm1")
+
+
 def test_several_notes_are_notes(screen: Screen) -> None:
     found = [Finding(name, severity, "vda", "it is", "look") for name, severity in zip("abcd", SEVERE, strict=True)]
     screen.output.doctor(Examination((Examined("vm1", tuple(found)),), vms=1, images=3))
