@@ -20,58 +20,73 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qmpmerge import errors, sync
-    from qmpmerge.chain.chain import Chain, Image
-    from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome
+    from qmpmerge.chain.chain import Chain, Image, Slice
+    from qmpmerge.chain.outcome import Checked, Ending, Estimate, MergedFile, Outcome, Policy, Verdict
     from qmpmerge.chain.plan import CommitPlan, PullPlan
-    from qmpmerge.doctor.findings import Finding
+    from qmpmerge.doctor.findings import Finding, Severity
     from qmpmerge.engine.pace.converge import Converge
     from qmpmerge.engine.pace.patience import Patience
-    from qmpmerge.engine.pace.progress import Progress
+    from qmpmerge.engine.pace.progress import Progress, Shortage
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
     from qmpmerge.operations.active import Active, active
     from qmpmerge.operations.clean import Cleaned, clean
     from qmpmerge.operations.commit import commit
-    from qmpmerge.operations.control import control
+    from qmpmerge.operations.control import Verb, control
     from qmpmerge.operations.examine import Examination, Examined, examine, examine_all
     from qmpmerge.operations.follow import follow
     from qmpmerge.operations.pull import pull
     from qmpmerge.operations.recover import recover
     from qmpmerge.operations.snapshot import Overlay, snapshot
     from qmpmerge.processes.vms import Vm, vms
-    from qmpmerge.qemu.blockgraph import Disk
+    from qmpmerge.qemu.bitmaps import Bitmap
+    from qmpmerge.qemu.blockgraph import Disk, Layout
+    from qmpmerge.qemu.details import Device, DiskDetails, ImageDetails
     from qmpmerge.qemu.jobs import Job
     from qmpmerge.targets.live import live
-    from qmpmerge.targets.offline import offline
+    from qmpmerge.targets.offline import OfflineTarget, offline
     from qmpmerge.targets.open import open
     from qmpmerge.targets.target import ChainView, Target
 
 _HOME = {
     "Active": "operations.active",
+    "Bitmap": "qemu.bitmaps",
     "Chain": "chain.chain",
     "ChainView": "targets.target",
     "Checked": "chain.outcome",
     "Cleaned": "operations.clean",
     "CommitPlan": "chain.plan",
     "Converge": "engine.pace.converge",
+    "Device": "qemu.details",
     "Disk": "qemu.blockgraph",
+    "DiskDetails": "qemu.details",
+    "Ending": "chain.outcome",
     "Error": "errors",
     "Estimate": "chain.outcome",
     "Examination": "operations.examine",
     "Examined": "operations.examine",
     "Finding": "doctor.findings",
     "Image": "chain.chain",
+    "ImageDetails": "qemu.details",
     "Job": "qemu.jobs",
+    "Layout": "qemu.blockgraph",
     "MergedFile": "chain.outcome",
     "Oddity": "images.headers",
+    "OfflineTarget": "targets.offline",
     "Outcome": "chain.outcome",
     "Overlay": "operations.snapshot",
     "Patience": "engine.pace.patience",
+    "Policy": "chain.outcome",
     "Progress": "engine.pace.progress",
     "PullPlan": "chain.plan",
     "Recovery": "engine.resume",
+    "Severity": "doctor.findings",
+    "Shortage": "engine.pace.progress",
+    "Slice": "chain.chain",
     "Target": "targets.target",
+    "Verb": "operations.control",
+    "Verdict": "chain.outcome",
     "Vm": "processes.vms",
     "active": "operations.active",
     "clean": "operations.clean",
@@ -94,29 +109,42 @@ _HOME = {
 
 __all__ = [
     "Active",
+    "Bitmap",
     "Chain",
     "ChainView",
     "Checked",
     "Cleaned",
     "CommitPlan",
     "Converge",
+    "Device",
     "Disk",
+    "DiskDetails",
+    "Ending",
     "Error",
     "Estimate",
     "Examination",
     "Examined",
     "Finding",
     "Image",
+    "ImageDetails",
     "Job",
+    "Layout",
     "MergedFile",
     "Oddity",
+    "OfflineTarget",
     "Outcome",
     "Overlay",
     "Patience",
+    "Policy",
     "Progress",
     "PullPlan",
     "Recovery",
+    "Severity",
+    "Shortage",
+    "Slice",
     "Target",
+    "Verb",
+    "Verdict",
     "Vm",
     "active",
     "clean",

@@ -190,3 +190,7 @@ examine = _with_any(examine_.examine)
 examine_all = _without_target(examine_.examine_all)
 recover = _without_target(recover_.recover)
 clean = _without_target(clean_.clean)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name, value in globals().items() if name.startswith("__") and not callable(value))]

@@ -31,6 +31,8 @@ def test_dir_shows_the_public_names_and_no_others() -> None:
     assert "__version__" in dir(qmpmerge)
     assert {"ShorterLayer", "Refused", "StillRunning", "EXIT_CODES"} < set(dir(qmpmerge.errors))
     assert not {"re", "shlex", "Any", "refuse"} & set(dir(qmpmerge.errors))
+    assert {name for name in dir(qmpmerge.sync) if not name.startswith("__")} == set(qmpmerge.sync.__all__)
+    assert "__doc__" in dir(qmpmerge.sync)
 
 
 @pytest.mark.parametrize("module", [qmpmerge, qmpmerge.sync])
@@ -41,6 +43,7 @@ def test_help_shows_each_function_with_its_signature_and_its_docstring(module: o
         first = next(iter(inspect.signature(function).parameters), "")
         assert f" {name}({first}" in shown, name
         assert inspect.cleandoc(function.__doc__ or "").splitlines()[0] in shown, name
+        assert " at 0x" not in str(inspect.signature(function)), name
 
 
 def test_help_shows_the_errors() -> None:
@@ -85,6 +88,11 @@ IN_JSON: dict[str, type] = {
     "target": qmpmerge.Examined,
     "finding": qmpmerge.Finding,
     "progress": qmpmerge.Progress,
+    "shortage": qmpmerge.Shortage,
+    "slice": qmpmerge.Slice,
+    "image details": qmpmerge.ImageDetails,
+    "bitmap": qmpmerge.Bitmap,
+    "disk details": qmpmerge.DiskDetails,
 }
 
 ELSEWHERE = {
@@ -92,6 +100,7 @@ ELSEWHERE = {
     "disk": {"disk", "node", "file", "format", "depth", "virtual_size", "allocated", "read_only"},
     # of the chain that the image is in, and of the image's `data`
     "image": {"index", "active", "details", "data_file"},
+    "disk details": {"bus", "address", "iothread", "removable", "tray_open"},  # of its `device`
     "finding": {"target"},
     "progress": {"event"},
 }

@@ -59,6 +59,13 @@ job stays ready, mirroring every write, until someone ends it.
 """
 
 
+Verdict = Literal["merged", "pivoted", "kept", "ready", "pulled", "planned", "unchanged", "running"]
+"""
+What a merge, or a pull, came to. Of an intermediate merge: ``merged``. Of an active one how it has ended (see `Ending`).
+``planned`` is a dry run, ``unchanged``: there was nothing to do; ``running`` goes on without us.
+"""
+
+
 @dataclass(frozen=True)
 class MergedFile:
     """
@@ -67,7 +74,7 @@ class MergedFile:
     """
 
     file: str
-    action: str = "keep"
+    action: Literal["stash", "delete", "keep", "gone"] = "keep"
     now: str | None = None
     obstacle: str | None = None
 
@@ -103,7 +110,7 @@ class Outcome:
     `estimate` is that of a plan that was only looked at.
     """
 
-    verdict: str
+    verdict: Verdict
     disk: str
     before: Chain
     after: Chain

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpmerge import shield
-from qmpmerge.chain.outcome import MergedFile, files_advice, launch_advice
+from qmpmerge.chain.outcome import MergedFile, Verdict, files_advice, launch_advice
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.engine import blockjob, pivot, safeguards
 from qmpmerge.engine.operation import Operation
@@ -48,7 +48,7 @@ class Commit:
     """What both have in common: see `Operation`."""
 
     plan: CommitPlan
-    verdict: ClassVar[str]
+    verdict: ClassVar[Verdict]
     counts: ClassVar[str]
     pivots: ClassVar[bool]
     job_type: ClassVar[str] = "commit"
@@ -108,7 +108,8 @@ class Commit:
 class Intermediate(Commit):
     """The overlay right above top is linked to base."""
 
-    verdict, counts, pivots = "merged", "scanned", False
+    verdict: ClassVar[Verdict] = "merged"
+    counts, pivots = "scanned", False
 
     async def _more(self, run: Run) -> dict[str, Any]:
         """The backing string is always given: QEMU would write an absolute path, or a json: name, over a relative one."""
@@ -160,7 +161,8 @@ class Intermediate(Commit):
 class Active(Commit):
     """The guest moves onto base, or keeps the overlay once base holds all data."""
 
-    verdict, counts, pivots = "pivoted", "copied", True
+    verdict: ClassVar[Verdict] = "pivoted"
+    counts, pivots = "copied", True
 
     def stops_at(self, run: Run, job: Job) -> bool:
         """Ready, where every write goes to both images until somebody ends it."""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from qmpmerge.chain.outcome import MergedFile
+from qmpmerge.chain.outcome import MergedFile, Verdict
 from qmpmerge.chain.plan import Plan
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu.blockgraph import Layout
@@ -24,7 +24,7 @@ class Operation(Protocol):
     image.
     """
 
-    verdict: ClassVar[str]
+    verdict: ClassVar[Verdict]
     job_type: ClassVar[str]
     counts: ClassVar[str]
     decisions: ClassVar[frozenset[str]]

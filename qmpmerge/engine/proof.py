@@ -6,7 +6,7 @@ import time
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, told_apart
-from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy
+from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy, Verdict
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.request import Request
@@ -19,7 +19,7 @@ from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView
 
 
-async def prove(run: Run, verdict: str, expected: Chain) -> Outcome:
+async def prove(run: Run, verdict: Verdict, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
     try:
         view = await view_after(run, expected)
@@ -170,7 +170,7 @@ def _see_names(run: Run) -> None:
             raise identity.unproven(astray, run.target, run.plan)
 
 
-def _advice(run: Run, verdict: str, merged: tuple[MergedFile, ...]) -> list[str]:
+def _advice(run: Run, verdict: Verdict, merged: tuple[MergedFile, ...]) -> list[str]:
     base = run.plan.receiver.file
     if verdict == "kept":
         return [f"{base} held all data at the moment it was let go; the guest writes to the overlay"]
@@ -218,7 +218,7 @@ def planned(disk: str, plan: Plan, request: Request, checked: tuple[Checked, ...
 
 
 def _outcome(
-    run: Run, verdict: str, after: Chain, hints: tuple[str, ...], merged: tuple[MergedFile, ...] = ()
+    run: Run, verdict: Verdict, after: Chain, hints: tuple[str, ...], merged: tuple[MergedFile, ...] = ()
 ) -> Outcome:
     return Outcome(
         verdict=verdict,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpmerge import shield
-from qmpmerge.chain.outcome import MergedFile, files_advice
+from qmpmerge.chain.outcome import MergedFile, Verdict, files_advice
 from qmpmerge.chain.plan import PullPlan
 from qmpmerge.engine import blockjob, proof, safeguards
 from qmpmerge.engine.run import Run
@@ -46,7 +46,7 @@ class Pull:
     """See `Operation`."""
 
     plan: PullPlan
-    verdict: ClassVar[str] = "pulled"
+    verdict: ClassVar[Verdict] = "pulled"
     job_type: ClassVar[str] = "stream"
     counts: ClassVar[str] = "scanned"
     pivots: ClassVar[bool] = False

@@ -109,7 +109,7 @@ async def _carrier(record: Record, trace: Trace | None) -> AsyncIterator[Target 
         return
     async with contextlib.AsyncExitStack() as stack:
         try:
-            session = live(record.target, force=frozenset({"libvirt"}), trace=trace)
+            session = live(record.target, force=("libvirt",), trace=trace)
             target: Target | None = await stack.enter_async_context(session)
         except Unreachable:
             if record.qemu is not None:

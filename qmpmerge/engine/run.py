@@ -12,7 +12,7 @@ from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import NEXT, RECORDED, State
 from qmpmerge.engine import first_record, log
 from qmpmerge.engine.operation import Operation
-from qmpmerge.engine.pace.progress import Report
+from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.engine.request import Request
 from qmpmerge.errors import CannotRecord, CannotRecover, JobFailed, NotDurable, NotVerified
@@ -97,7 +97,7 @@ class Run:
         view: ChainView | None = None,
         record: Record | None = None,
         state: State = State.PLANNED,
-        report: Report = lambda progress: None,
+        report: Report = unreported,
     ) -> "Run":
         """
         One that was begun before. Either its job is at work, or `record` says that it has ended well and nobody has proved

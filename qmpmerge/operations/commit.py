@@ -17,7 +17,7 @@ from qmpmerge.checks.check import Answer
 from qmpmerge.engine import directions, earlier, go, proof
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.patience import Patience
-from qmpmerge.engine.pace.progress import Report
+from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchLayer, OptionsConflict
@@ -53,7 +53,7 @@ async def commit(
     dry_run: bool = False,
     agreed: Sequence[Outcome] | None = None,
     converge: "Converge | None" = None,
-    report: Report = lambda progress: None,
+    report: Report | None = None,
     timeout: float | None = None,
     patience: Patience | None = None,
     polite: float | None = None,
@@ -107,11 +107,11 @@ async def commit(
     return await carry_out(target, disk, request, report)
 
 
-async def carry_out(target: Target, disk: DiskName | None, request: Request, report: Report) -> Outcome:
+async def carry_out(target: Target, disk: DiskName | None, request: Request, report: Report | None) -> Outcome:
     """Do what is asked for, a commit or a pull: see there."""
     with contextlib.ExitStack() as stack:
         async with go.in_time(request.patience):
-            begun = await _Beginning(target, request, report, stack).of(disk)
+            begun = await _Beginning(target, request, report or unreported, stack).of(disk)
         return begun if isinstance(begun, Outcome) else await go.go(begun)
 
 

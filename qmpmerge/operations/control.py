@@ -36,7 +36,8 @@ async def control(
     merged_files: Policy | None = None,
     pause: bool = True,
     converge: "Converge | None" = None,
-    report: Report = lambda progress: None,
+    report: Report | None = None,
+    timeout: float | None = None,
     patience: Patience | None = None,
     polite: float | None = None,
 ) -> Outcome | Job | None:
@@ -46,7 +47,7 @@ async def control(
     `job_id` may also be the disk that the job is on. ``follow``, ``pivot`` and ``keep`` bring a commit job, or a pull of ours,
     to a proved end, and so does ``finalize``: it is flushed and compared first, which a plain `job-finalize` would leave out.
     They return an Outcome; the others return the job as it is then, None when it is gone. `speed` is for ``speed``, `ending`
-    for ``follow``, `merged_files`, `pause` and `converge` are as for `commit.commit`.
+    for ``follow``, what follows as for `commit.commit`.
 
     Raises NoSuchJob, JobVerb, QemuRefused, Replaced, NotProven, and what `follow.follow` raises.
     """
@@ -67,6 +68,7 @@ async def control(
             pause=pause,
             converge=converge,
             report=report,
+            timeout=timeout,
             patience=patience,
             polite=polite,
         )

@@ -101,17 +101,18 @@ async def examine_all(
     allow: Paths = (),
     search: Paths = (),
     form: str | None = None,
-    door: Door = doors.open,
+    door: Door | None = None,
 ) -> Examination:
     """
     All findings about running QEMUs (by whatever names a `Target` has), images and folders, in which all folders below are
     looked at too. An error of one target stops no other. What two targets show is told of one: of a running QEMU rather than
     of its images, since that knows more.
 
-    `allow`, `form` and `search` are those of `walk.walk` and of `doctor.target.look`. Raises nothing but bugs.
+    `allow`, `form` and `search` are those of `walk.walk` and of `doctor.target.look`; `door` opens running QEMUs, `open` where
+    there is none. Raises nothing but bugs.
     """
     named = list(dict.fromkeys(given.paths(targets)))
-    run = _Run(given.paths(allow), given.paths(search), form, door)
+    run = _Run(given.paths(allow), given.paths(search), form, door or doors.open)
     done = {
         name: await run.examine(name) for name in sorted(named, key=lambda name: (_is_folder(name), _is_path(name)))
     }

@@ -9,7 +9,7 @@ from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import known_bad
 from qmpmerge.engine import directions, earlier, go
 from qmpmerge.engine.pace.patience import Patience
-from qmpmerge.engine.pace.progress import Report
+from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, JobVerb, NotProven, refuse
@@ -39,7 +39,7 @@ async def follow(
     merged_files: Policy | None = None,
     pause: bool = True,
     converge: "Converge | None" = None,
-    report: Report = lambda progress: None,
+    report: Report | None = None,
     timeout: float | None = None,
     patience: Patience | None = None,
     polite: float | None = None,
@@ -62,7 +62,7 @@ async def follow(
     )
     with contextlib.ExitStack() as stack:
         async with go.in_time(request.patience):
-            run = await _begun(target, job_id, request, report, needs_ready=needs_ready, stack=stack)
+            run = await _begun(target, job_id, request, report or unreported, needs_ready=needs_ready, stack=stack)
         return await go.go(run)
 
 

@@ -32,7 +32,7 @@ async def pull(
     force: Collection[str] = (),
     search: Paths = (),
     dry_run: bool = False,
-    report: Report = lambda progress: None,
+    report: Report | None = None,
     timeout: float | None = None,
     patience: Patience | None = None,
     polite: float | None = None,

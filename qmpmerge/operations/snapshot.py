@@ -14,6 +14,7 @@ from qmpmerge import given, shield
 from qmpmerge.chain.chain import Chain, told_apart
 from qmpmerge.checks.files import held, led_astray
 from qmpmerge.engine import earlier, log
+from qmpmerge.engine.pace.progress import unreported
 from qmpmerge.errors import (
     FileExists,
     NotProven,
@@ -103,7 +104,7 @@ async def _without_ended_jobs(target: Target, disks: Iterable[str]) -> Layout:
     for disk in disks:
         view = await target.view(layout, disk)
         records = store.believed(store.about(view.chain))
-        await earlier.without_concluded(target, view, records, lambda progress: None)
+        await earlier.without_concluded(target, view, records, unreported)
     return await target.layout()
 
 

@@ -27,7 +27,7 @@ from rig.machines import Content, Machine, fill, machine, make_chain, run
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
-from qmpmerge.errors import JobVerb, NoSuchJob, QemuRefused
+from qmpmerge.errors import JobVerb, NoSuchJob, QemuRefused, StillRunning
 from qmpmerge.operations.control import VERBS, Verb
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
@@ -188,6 +188,14 @@ async def test_a_ready_merge_is_ended_and_its_outcome_told_from_the_graph(
     assert outcome.verdict == verdict
     (disk,) = vm.session.execute("query-block")
     assert disk["inserted"]["file"].endswith("b.qcow2" if verb == "keep" else "base.raw")
+
+
+async def test_a_verb_that_waits_for_the_end_waits_no_longer_than_it_may(vm: Machine) -> None:
+    running(vm)
+    async with qmpmerge.live(vm.target, force=["nothing"]) as target:
+        with pytest.raises(StillRunning):
+            await qmpmerge.control(target, ID, "follow", timeout=0.5)
+        assert [job.id for job in await target.jobs()] == [ID]
 
 
 async def test_a_job_that_is_gone_takes_no_verb(vm: Machine) -> None:

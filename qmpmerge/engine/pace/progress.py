@@ -73,6 +73,10 @@ Report = Callable[[Progress], None]
 """Who is told of progress. May do nothing at all."""
 
 
+def unreported(progress: Progress) -> None:
+    """Tells nobody."""
+
+
 class Meter:
     """Turns sightings of a job into `Progress`: rate over the last seconds, time left at that rate."""
 

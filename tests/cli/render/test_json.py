@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpmerge.chain.chain import Chain, Image, Slice
-from qmpmerge.chain.outcome import MergedFile, Outcome
+from qmpmerge.chain.outcome import MergedFile, Outcome, Verdict
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.resume import Recovery
@@ -222,8 +222,8 @@ def test_commit(streams: Streams) -> None:
     }
 
 
-@pytest.mark.parametrize("verdict", ["merged", "pivoted", "kept", "ready", "planned", "unchanged", "done"])
-def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdict: str) -> None:
+@pytest.mark.parametrize("verdict", ["merged", "pivoted", "kept", "ready", "planned", "unchanged", "pulled"])
+def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdict: Verdict) -> None:
     streams.output.commit(Outcome(verdict, "vda", CHAIN, CHAIN))
     document = streams.document()
     assert document.pop("verdict") == verdict

@@ -265,11 +265,6 @@ PIVOTED = Outcome(
             ["vda: nothing to merge, base.raw has no backing file"],
             [],
         ),
-        (
-            Outcome("done", "vda", ONE, ONE, hints=("the job had ended",)),
-            ["vda: done", "  chain   base.raw"],
-            ["hint: the job had ended"],
-        ),
     ],
     ids=lambda value: value.verdict if isinstance(value, Outcome) else "",
 )
