@@ -190,7 +190,7 @@ def commit(
     if base_index > top_index:
         raise BaseAboveTop(base=chain[base_index].file, top=chain[top_index].file)
     if base_index == top_index and len(chain) > 1:
-        raise BaseIsTop(base=chain[base_index].file)
+        raise BaseIsTop(base=chain[base_index].file, is_lowest=base_index == 1)
     return replace(_commit(chain, base_index, top_index), base_is_named=base is not None)
 
 
@@ -214,7 +214,7 @@ def pull(
     if base_index > into:
         raise BaseAboveTop(base=chain[base_index].file, top=chain[into].file)
     if base_index == into and len(chain) > 1:
-        raise BaseIsTop(base=chain[base_index].file)
+        raise BaseIsTop(base=chain[base_index].file, is_lowest=base_index == 1)
     return replace(_pull(chain, min(base_index, into - 1), into), base_is_named=base is not None)
 
 

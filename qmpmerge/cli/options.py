@@ -21,7 +21,7 @@ POLITE_SECONDS = 5.0
 """How long `--polite` releases the monitor."""
 
 ENDINGS: dict[str, str] = {
-    "--pivot": "Move the guest onto the base (default).",
+    "--pivot": "Move the guest onto the base (default where the active image is merged).",
     "--keep-overlay": "Let the guest keep its overlay, the base being a copy.",
     "--wait-ready": "Stop when base and overlay are in sync, and stay so; `qmpmerge job` ends it later.",
 }
@@ -242,12 +242,13 @@ def targets(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def endings(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare how an active merge may end; the command gets one value, ``ending``."""
+    """Declare how an active merge may end: ``ending``, and ``pivot`` where the user has said that it is to be that."""
     declared = [click.option(flag, is_flag=True, help=meaning) for flag, meaning in ENDINGS.items()]
 
     def gather(*, pivot: bool, keep_overlay: bool, wait_ready: bool, **rest: object) -> Any:
         refuse_together(dict(zip(ENDINGS, (pivot, keep_overlay, wait_ready), strict=True)))
-        return function(ending="keep" if keep_overlay else "ready" if wait_ready else "pivot", **rest)
+        ending = "keep" if keep_overlay else "ready" if wait_ready else "pivot"
+        return function(ending=ending, pivot=pivot, **rest)
 
     return _declared(gather, function, declared)
 

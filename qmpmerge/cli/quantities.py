@@ -41,7 +41,7 @@ class Size(click.ParamType[int]):
         size = -1
         if match:
             number, unit = match[1], POWERS[(match[2] or match[3] or "").upper()]
-            size = int(float(number) * unit) if "." in number else int(number) * unit
+            size = math.ceil(float(number) * unit) if "." in number else int(number) * unit  # 0 is no limit
         if not 0 <= size < 1 << 63:  # QMP's int
             self.fail(f"{value!r} is no size: write bytes, or a number with K, M, G or T, as in 64M", param, ctx)
         return size

@@ -20,8 +20,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """
     The one that differs in case alone, else the one of the fewest slips; None where none is near, or where two are.
 
-    Names with different numbers are those of different things, however alike they are. What files end with is left out, since
-    they are alike in it.
+    Names with different numbers are those of different things, however alike they are; a number can be forgotten. What files
+    end with is left out, since they are alike in it.
     """
     names = list(dict.fromkeys(known))
     alike = [name for name in names if name.casefold() == word.casefold()] or _fewest_slips(word, names)
@@ -42,7 +42,7 @@ def _fewest_slips(word: str, names: list[str]) -> list[str]:
     found = {
         name: slips(wanted, stem)
         for name, stem in stems.items()
-        if abs(len(stem) - len(wanted)) <= allowed and _numbers(stem) == _numbers(wanted)
+        if abs(len(stem) - len(wanted)) <= allowed and _numbers(wanted) in ([], _numbers(stem))
     }
     fewest = min(found.values(), default=allowed + 1)
     return [name for name, count in found.items() if count == fewest <= allowed]

@@ -90,11 +90,17 @@ class BaseAboveTop(Refused):
 
 
 class BaseIsTop(Refused):
-    """Base and top are one image: nothing lies between them."""
+    """Base and top are one image, the lowest of the chain or not: nothing lies between them."""
 
     base: str
+    is_lowest: bool = False
     sentence = "base and top are both {base}, so there is nothing to merge"
     advice = "name a base further down, or leave --base out to merge into the lowest image"
+
+    @property
+    def hint(self) -> str:
+        """There is nothing below the lowest image."""
+        return "name a --top further up: this is the lowest image" if self.is_lowest else super().hint
 
 
 class OptionsConflict(Refused):
@@ -258,11 +264,12 @@ class JobVerb(Refused):
 
 
 class NoSuchJob(Refused):
-    """No job of this name."""
+    """No job of this name, or none on the disk of this name."""
 
     job: str
     target: str
     known: list[str]
+    is_disk: bool = False
     sentence = "no job {job} on {target}"
     advice = "jobs there: {known}"
 
@@ -270,6 +277,9 @@ class NoSuchJob(Refused):
     def hint(self) -> str:
         """What may have been meant, and the jobs."""
         return question(nearest(self.job, self.known)) + super().hint
+
+    def __str__(self) -> str:
+        return f"no job on disk {self.job} of {self.target}" if self.is_disk else super().__str__()
 
 
 class ToolMissing(Refused):

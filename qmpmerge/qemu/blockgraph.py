@@ -180,12 +180,14 @@ class Layout:
     def find_job(self, name: str, target: str) -> Job:
         """The job of this id, or the only one on the disk of this name. Raises NoSuchJob."""
         found = [job for job in self.jobs if job.id == name]
+        disk = None
         if not found:
             with contextlib.suppress(NoSuchDisk, DiskNeeded):
                 disk = self.find(name, target).name
                 found = [job for job in self.jobs if job.disk == disk or job.id == job_id(disk)]
         if len(found) != 1:
-            raise NoSuchJob(job=name, target=target, known=[job.id for job in self.jobs])
+            known = [job.id for job in self.jobs]
+            raise NoSuchJob(job=name, target=target, known=known, is_disk=disk is not None and not found)
         return found[0]
 
     def reopened(self, image: Image) -> str | None:

@@ -122,10 +122,9 @@ class Target:
         """The job of this id, or the only one on the disk of this name. Raises NoSuchJob."""
         known = await query(self.monitor)
         found = next((job for job in known if job.id == name), None)
-        if found is None and known:
+        if found is None:
             with contextlib.suppress(StreamConcluded):
                 return (await self.layout()).find_job(name, self.name)
-        if found is None:
             raise NoSuchJob(job=name, target=self.name, known=[job.id for job in known])
         return found
 

@@ -154,7 +154,7 @@ def test_a_base_above_the_top_or_equal_to_it_is_refused(asked: Asked) -> None:
         asked.planned()
     base, top = asked.chain[asked.base_index].file, asked.chain[asked.top_index].file
     if base == top:
-        assert (error.type, error.value.facts) == (BaseIsTop, {"base": base})
+        assert (error.type, error.value.facts) == (BaseIsTop, {"base": base, "is_lowest": asked.base_index == 1})
     else:
         assert (error.type, error.value.facts) == (BaseAboveTop, {"base": base, "top": top})
 

@@ -18,6 +18,7 @@ SIZES = {
     "64KiB": 65536,
     **dict.fromkeys(("64M", "64m", "64MB", "64mb", "64MiB", "64 MiB", "64 MiB/s", "64M/s", "65536K"), 64 * MIB),
     "1.5G": 1536 * MIB,
+    **dict.fromkeys(("0.1", "0.9B", "0.0001K"), 1),  # and not 0, which is no limit
     "1.5 GiB": 1536 * MIB,
     "2T": 2 * 1024**4,
     "100 MB/s": 100 * MIB,

@@ -180,8 +180,26 @@ def test_options_that_are_so_anyway_are_taken(vm1: str) -> None:
     assert (planned.code, "planned" in planned.out, "query-block" in planned.err) == (0, True, False)
     for top in ("c.qcow2", "4", "-1"):
         assert invoke("commit", vm1, "vda", "--active", "--top", top, "--dry-run").code == 0
-    below = invoke("commit", vm1, "vda", "--active", "--top", "b.qcow2", "--dry-run")
-    assert (below.code, "--active is for a merge of the active image" in below.err) == (3, True)
+    for option in ("--active", "--pivot"):
+        below = invoke("commit", vm1, "vda", option, "--top", "b.qcow2", "--dry-run")
+        assert (below.code, f"{option} is for a merge of the active image" in below.err) == (3, True)
+    assert invoke("commit", vm1, "vda", "--pivot", "--top", "c.qcow2", "--dry-run").code == 0
+
+
+def test_a_job_below_the_active_image_cannot_pivot(setup: Setup) -> None:
+    target = setup.machine.target
+    invoke("commit", target, "--top", "3", "--speed", "1", "--detach")
+    run = invoke("job", target, "vda", "follow", "--pivot")
+    assert (run.code, "--pivot is for a merge of the active image" in run.err) == (3, True)
+    assert invoke("job", target, "vda", "cancel").code == 0
+    invoke("commit", target, "--speed", "1", "--detach")
+    invoke("job", target, "vda", "speed", "0")
+    assert invoke("job", target, "vda", "follow", "--pivot").code == 0
+
+
+def test_a_merge_of_the_lowest_image_needs_a_higher_top(vm1: str) -> None:
+    assert "hint: name a --top further up" in invoke("commit", vm1, "--top", "1", "--dry-run").err
+    assert "hint: name a base further down" in invoke("commit", vm1, "--top", "2", "--base", "2", "--dry-run").err
 
 
 def test_options_that_are_called_otherwise_here(command: Forks, tmp_path: Path) -> None:
@@ -308,7 +326,8 @@ def test_names_in_another_case_are_told_and_not_taken(vm1: str, images: list[Pat
 
 def test_a_job_is_named_by_its_disk_and_told_in_another_case(setup: Setup) -> None:
     target = setup.machine.target
-    assert "jobs there: none" in invoke("job", target, "vda", "pause").err
+    assert f"no job on disk vda of {target}\nhint: jobs there: none" in invoke("job", target, "vda", "pause").err
+    assert f"no job vdz on {target}" in invoke("job", target, "vdz", "pause").err
     invoke("commit", target, "--speed", "1", "--detach")
     assert f"did you mean `{JOB}`?" in invoke("job", target, JOB.upper(), "pause").err
     for name in ("vda", "disk0"):

@@ -258,7 +258,7 @@ def test_a_list_of_facts_is_read_as_words() -> None:
 
 def test_an_error_can_be_raised_again_with_other_facts() -> None:
     error = BaseIsTop(base="/b")
-    assert error.facts == {"base": "/b"} and "/b" in str(error)
+    assert error.facts == {"base": "/b", "is_lowest": False} and "/b" in str(error)
 
 
 def test_what_a_time_limit_raises_is_a_timeout_error() -> None:

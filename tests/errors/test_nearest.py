@@ -18,6 +18,9 @@ from qmpmerge.errors.nearest import LONGEST, nearest, question, slips
         ("vdx", ["vda", "vdb"], None),
         ("vm3", ["vm1", "vm2"], None),  # another number is another thing
         ("snap12", ["snap1", "snap2"], None),
+        ("web", ["web1"], "web1"),
+        ("web", ["web1", "web2"], None),
+        ("web1", ["web"], None),
         ("base.qcow2", ["base.raw"], "base.raw"),
         ("x.qcow2", ["y.qcow2"], None),  # alike in what they end with alone
         ("ab", ["ac"], None),  # too short to be half right

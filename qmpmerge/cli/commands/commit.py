@@ -75,6 +75,7 @@ def commit(
     top: str | None,
     shallow: bool,
     active: bool,
+    pivot: bool,
     ending: "Ending",
     speed: int | None,
     verify: bool,
@@ -118,7 +119,7 @@ def commit(
     On a terminal the plan is shown first, and the guest is moved only if you say yes; --yes does not ask.
 
     The job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
-    the same command again goes on from where it stands.
+    the same command again goes on from where it stands. `timeout -s INT 10m qmpmerge commit ...` cancels it after that time.
 
     \b
     Exit codes:
@@ -138,8 +139,8 @@ def commit(
     async def work(target: "Target", dry_run: bool, agreed: "Sequence[Outcome] | None", output: "Output") -> "Outcome":
         from qmpmerge.operations import commit as operation
 
-        if active and top is not None:
-            await _refuse_below_active(target, disk, top)
+        if (active or pivot) and top is not None:
+            await _refuse_below_active(target, disk, top, "--active" if active else "--pivot")
         return await operation.commit(
             target,
             disk,
@@ -186,14 +187,14 @@ def commit(
     return look(options, ask.before(lambda output: awaited(options, planned, output), carried_out))
 
 
-async def _refuse_below_active(target: "Target", disk: str | None, top: str) -> None:
-    """What one says with `--active` must be so."""
+async def _refuse_below_active(target: "Target", disk: str | None, top: str, option: str) -> None:
+    """What one says with `--active`, or with `--pivot`, must be so."""
     from qmpmerge.errors import ActiveOnly
 
     view = await target.chain(disk)
     image = view.chain.find(top, view.disk.name)
     if image is not view.chain.active:
-        raise ActiveOnly(option="--active", top=image.file, active=view.chain.active.file)
+        raise ActiveOnly(option=option, top=image.file, active=view.chain.active.file)
 
 
 def resuming(

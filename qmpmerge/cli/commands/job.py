@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Ending, Policy
     from qmpmerge.cli.render.output import Output
     from qmpmerge.operations.control import Verb
+    from qmpmerge.qemu.jobs import Job
     from qmpmerge.targets.target import Target
 
 
@@ -56,6 +57,7 @@ def job(
     job_id: str,
     verb: "Verb",
     speed: int | None,
+    pivot: bool,
     ending: "Ending",
     merged_files: "Policy | None",
     pause: bool,
@@ -105,6 +107,8 @@ def job(
         from qmpmerge.operations import control
 
         job = await target.job(job_id)
+        if pivot and job.disk is not None and job.can_be_followed:
+            await _refuse_below_active(target, job)
         done = await control.control(
             target,
             job.id,
@@ -125,6 +129,17 @@ def job(
         return done.verdict
 
     return run(options, on_target(target, options, work, live=True))
+
+
+async def _refuse_below_active(target: "Target", job: "Job") -> None:
+    """As of `commit`: only a merge of the active image can end as `--pivot` says."""
+    from qmpmerge.engine import earlier
+    from qmpmerge.errors import ActiveOnly
+
+    view = await target.chain(job.disk)
+    planned = earlier.plan_of(view, job)
+    if planned is not None and not planned.pivots:
+        raise ActiveOnly(option="--pivot", top=planned.top.file, active=view.chain.active.file)
 
 
 def _refuse_ignored(context: click.Context, verb: str) -> None:
