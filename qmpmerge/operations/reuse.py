@@ -19,6 +19,8 @@ from qmpmerge.images.qcow2 import Qcow2Header
 from qmpmerge.processes import permissions
 from qmpmerge.qemu.blockgraph import Disk, Layout
 
+DAMAGED = "it was not closed as it should have been, or is damaged (`qemu-img check` tells)"
+
 
 async def backing_of(layout: Layout, disk: Disk, below: Image, path: str, pid: int | None) -> str:
     """
@@ -34,6 +36,8 @@ async def backing_of(layout: Layout, disk: Disk, below: Image, path: str, pid: i
         raise _refusal(disk, below, path, reason)
     await _see_alone(disk, below, path)
     await see_empty(disk.name, path)
+    if not await qemuimg.is_sound(Image(path, "qcow2", header.virtual_size)):
+        raise _refusal(disk, below, path, DAMAGED)
     obstacle = permissions.obstacle(path, pid)
     if obstacle is not None:
         raise NotWritable(file=path, reason=obstacle)
@@ -77,7 +81,7 @@ def _reasons(header: Qcow2Header, below: Image, path: str) -> Iterator[str]:
     if header.snapshots:
         yield "it has internal snapshots"
     if header.dirty or header.corrupt:
-        yield "it was not closed as it should have been, or is damaged (`qemu-img check` tells)"
+        yield DAMAGED
 
 
 def _leads(name: str, below: Image, path: str) -> bool:

@@ -62,9 +62,16 @@ def obstacle(layout: Layout, plan: CommitPlan, bitmap: Bitmap) -> str | None:
         return "it is persistent, the base's own of that name is not"
     if bitmap.persistent and base.format != "qcow2":
         return f"it is persistent, and {base.file} is {base.format}, which has no room for bitmaps"
+    if bitmap.persistent and _is_version_2(layout, base):
+        return f"it is persistent, and {base.file} is qcow2 of compat=0.10, which has no room for bitmaps"
     if bitmap.image.virtual_size != max(base.virtual_size, plan.top.virtual_size):
         return "it is for another size than the merged image will have"
     return None
+
+
+def _is_version_2(layout: Layout, image: Image) -> bool:
+    own = layout.nodes[image.node or ""].info.get("image", {}).get("format-specific", {}).get("data", {})
+    return bool(own.get("compat") == "0.10")
 
 
 def portable(layout: Layout, plan: Plan) -> tuple[Bitmap, ...]:

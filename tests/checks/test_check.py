@@ -1017,6 +1017,14 @@ async def test_bitmaps_that_cannot_come_along(vm: Machine) -> None:
         assert (await qmpmerge.commit(target, force=["would-lose"])).verdict == "pivoted"
 
 
+async def test_bitmaps_that_an_old_base_cannot_keep(tmp_path: Path, layers: list[Path]) -> None:
+    """QEMU tells it when all has been copied."""
+    run("qemu-img", "amend", "-f", "qcow2", "-o", "compat=0.10", layers[0])
+    with machine(tmp_path, *nodes(layers), *device("top")) as holder:
+        holder.session.execute("block-dirty-bitmap-add", node="top", name="daily", persistent=True)
+        assert "compat=0.10" in (await refused(holder, WouldLose)).lost[0]
+
+
 @pytest.mark.parametrize("force", [[], ["would-lose"]])
 async def test_bitmaps_that_qemu_does_not_carry(force: list[str], tmp_path: Path, layers: list[Path]) -> None:
     """Somebody else takes one away once all was checked."""

@@ -183,7 +183,9 @@ def test_a_snapshot_of_a_vm_that_was_started_stale_is_warned_of(vm: Setup, base:
     night = overlay(tmp_path / "night.qcow2", base, "raw")
     run("qemu-io", "-c", f"write -P 1 0 {MIB}", night)
     told = invoke("snapshot", vm.machine.target, f"vda={tmp_path}/new.qcow2", "--json").document
-    assert told["verdict"] == "created" and str(night) in told["hints"][0] and "older data" in told["hints"][0]
+    assert (
+        told["verdict"] == "created" and str(night) in told["hints"][0] and "to which the VM wrote" in told["hints"][0]
+    )
 
 
 def test_what_an_image_is_below_is_asked_only_where_there_is_one_answer(images: list[Path], tmp_path: Path) -> None:

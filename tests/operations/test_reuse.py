@@ -136,6 +136,13 @@ async def test_what_is_no_overlay_of_the_disk(
     await refused(setup, tmp_path / "o.qcow2", reason)
 
 
+async def test_one_that_was_cut_off(setup: Setup, tmp_path: Path) -> None:
+    """The guest would have nothing but errors from its first write on."""
+    make(tmp_path / "o.qcow2")
+    os.truncate(tmp_path / "o.qcow2", 65536)
+    await refused(setup, tmp_path / "o.qcow2", "it was not closed as it should have been, or is damaged")
+
+
 async def refused(setup: Setup, file: Path, reason: str) -> None:
     """It is refused for that, and the file is as it was."""
     before = file.read_bytes()
