@@ -192,7 +192,7 @@ async def test_a_ready_merge_is_ended_and_its_outcome_told_from_the_graph(
 
 async def test_a_verb_that_waits_for_the_end_waits_no_longer_than_it_may(vm: Machine) -> None:
     running(vm)
-    async with qmpmerge.live(vm.target, force=["nothing"]) as target:
+    async with qmpmerge.live(vm.target, force=["libvirt"]) as target:
         with pytest.raises(StillRunning):
             await qmpmerge.control(target, ID, "follow", timeout=0.5)
         assert [job.id for job in await target.jobs()] == [ID]
