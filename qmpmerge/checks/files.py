@@ -144,7 +144,9 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
         images = list(dict.fromkeys(dependent.image for dependent in found))
         others = [dependent.file for dependent in found]
         away = [f"`{out_of_reach(file)}`" for file in others if notes.base_of(file) is not None]
-        yield Dependents(images=images, dependents=others, away=away, pull=_sparing(question))
+        yield Dependents(
+            images=images, dependents=others, away=away, pull=_sparing(question), below="" if away else _below(question)
+        )
     yield Seen(question.others.told)
     for blind in sight.unseen_dependents(question):
         yield blind
@@ -163,6 +165,20 @@ async def shared_base(question: Question) -> AsyncIterator[Refused]:
         return
     if not (base.has_path and question.others.covers(os.path.dirname(base.file))):
         yield SharedBase(base=base.file, active=active.file, command=_naming(plan), pull=_sparing(question))
+
+
+def _below(question: Question) -> str:
+    """Offline an older image of the chain may have been named as the newest: the merge below the one that really is."""
+    plan, found = question.plan, question.others.dependents
+    if (
+        question.target.is_live
+        or not plan.pivots
+        or [one.image for one in found] != [plan.top.file]
+        or plan.base is None
+    ):
+        return ""
+    base = [] if plan.base_index == 1 else ["--base", plan.base.file]
+    return shlex.join(["qmpmerge", "commit", found[0].file, *base, "--top", plan.top.file])
 
 
 def _sparing(question: Question) -> str:

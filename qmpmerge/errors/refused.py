@@ -229,6 +229,8 @@ class Dependents(Refused):
     """Commands that put those out of reach which were merged away and have kept their names."""
     pull: str
     """The command that shortens the chain and changes none of them."""
+    below: str = ""
+    """The command that merges the same images below the one that is built on the newest of them."""
     sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
         "`{pull}` shortens the chain too, and leaves them as they are. This would ruin them: merge them first, or give them a "
@@ -239,6 +241,8 @@ class Dependents(Refused):
     @property
     def hint(self) -> str:
         """As of any error; of what nobody needs any more, how it is put out of the way."""
+        if self.below:
+            return f"`{self.below}` merges them below the one that is built on them, which stays; or {super().hint}"
         if not self.away:
             return super().hint
         merged = f"once nobody uses what was merged away already, put it out of reach: {'; '.join(self.away)}"

@@ -289,6 +289,15 @@ def test_a_target_without_a_command(vm1: str, images: list[Path]) -> None:
     assert lines(invoke("/no/such/image.qcow2")) == [["--help"]]
 
 
+def test_an_older_image_in_the_place_of_the_newest(images: list[Path]) -> None:
+    refused = invoke("commit", str(images[2])).err
+    line = f"qmpmerge commit {images[3]} --top {images[2]}"
+    assert f"hint: `{line}` merges them below" in refused
+    assert invoke(*shlex.split(line)[1:]).code == 0
+    assert len(invoke("chain", str(images[3]), "--json").document["images"]) == 2
+    assert "merges them below" not in invoke("commit", str(images[1]), "--top", str(images[0])).err
+
+
 def test_a_disk_that_was_left_out(tmp_path: Path, images: list[Path]) -> None:
     (tmp_path / "second").mkdir()
     other = make_chain(tmp_path / "second")[3]

@@ -108,7 +108,7 @@ def test_an_error_says_what_to_do_next(kind: type[Error]) -> None:
     assert hint.count("`") % 2 == 0, "commands stand in backticks"
 
 
-TYPED = {"option", "command", "pull"}
+TYPED = {"option", "command", "pull", "below"}
 """Facts that are words for a shell already."""
 
 
@@ -278,7 +278,7 @@ def test_an_error_comes_back_from_another_process() -> None:
         pool.submit(refuse).result()
     one, two = error.value.refusals
     assert (repr(one), repr(two)) == (
-        "BaseIsTop(base='/one')",
+        "BaseIsTop(base='/one', is_lowest=False)",
         "ShorterLayer(image='a', size=1, base='b', base_size=2, instead='merge into an image above the short one')",
     )
     assert "in refuse" in str(error.value.__cause__)  # where it was raised
