@@ -272,7 +272,7 @@ async def test_any_speed_that_qemu_takes_can_be_set(vm: Machine, speed: int) -> 
 async def test_a_speed_that_qemu_does_not_take_is_refused_and_the_old_one_stays(vm: Machine) -> None:
     running(vm)
     async with qmpmerge.live(vm.target) as target:
-        for speed in (-1, 2**63, 2**70):
+        for speed in (2**63, 2**70):
             with pytest.raises(QemuRefused, match="speed"):
                 await qmpmerge.control(target, ID, "speed", speed=speed)
             (job,) = await target.jobs()
