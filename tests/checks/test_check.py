@@ -966,7 +966,9 @@ async def test_bitmaps_come_along_with_a_job_that_was_left(tmp_path: Path, layer
 
 async def test_a_name_in_force_that_nobody_can_know_better_about_is_not_heard(vm: Machine, images: list[Path]) -> None:
     replace(images[0])
-    await refused(vm, Replaced, force=["replaced"])
+    async with qmpmerge.live(vm.target) as target:
+        with pytest.raises(ValueError, match="and not 'replaced'"):
+            await qmpmerge.commit(target, force=["replaced"])
 
 
 async def test_behind_a_relay_the_process_is_not_taken_for_qemu(

@@ -96,7 +96,7 @@ def looked_at(folder: Path, say: Say) -> Iterator[Run]:
         refusals = several.document["error"]["facts"]["refusals"]
         assert [contract.of("error", one) for one in refusals] == [[]] * 2
         yield several
-        yield say("commit", started.target, "vda", "--dry-run", "--force", "dependents", "--bitmaps", "drop")
+        yield say("commit", started.target, "vda", "--dry-run", "--force", "dependents")
 
 
 def merged(folder: Path, say: Say) -> Iterator[Run]:
