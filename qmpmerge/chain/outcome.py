@@ -96,6 +96,15 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class OtherWay:
+    """As short a chain in the other direction: the command, the image that grows, bytes to copy (None where nobody looked)."""
+
+    run: str
+    file: str
+    copy: int | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """
     What a merge came to; only proved outcomes are made into one, and what is known where the job goes on without us
@@ -107,7 +116,7 @@ class Outcome:
     `verified` says that base and top were compared before the switch. `paused_seconds` is how long the guest stood still for
     the pivot, None where it was not paused. `hints` are sentences for the user, `converge` those about what was done to a guest
     that wrote as fast as was copied. `checks` are what was found out before, none where an earlier qmpmerge has begun;
-    `estimate` is that of a plan that was only looked at.
+    `estimate` and `other_way` are those of a plan that was only looked at.
     """
 
     verdict: Verdict
@@ -124,6 +133,7 @@ class Outcome:
     checks: tuple[Checked, ...] = ()
     estimate: Estimate | None = None
     converge: tuple[str, ...] = ()
+    other_way: OtherWay | None = None
 
     @property
     def direction(self) -> Literal["commit", "pull"]:

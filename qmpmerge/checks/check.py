@@ -6,9 +6,10 @@ Pure checks of sizes and names are made where the plan is made (`plan`); the oth
 at files and processes (`files`).
 """
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
 from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import files, graph, sight
@@ -22,11 +23,12 @@ from qmpmerge.targets.target import ChainView, Target
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found out: each check, the space, and the bitmaps to be carried over."""
+    """What was found out: each check, the space, the bitmaps to be carried over, and what the images hold (`space.Maps`)."""
 
     checks: tuple[Checked, ...]
     estimate: Estimate
     bitmaps: tuple[Bitmap, ...]
+    maps: space.Maps
 
 
 async def check(
@@ -39,22 +41,20 @@ async def check(
     search: Collection[str] = (),
     speed: int = 0,
     dry_run: bool = False,
+    estimate: Estimate | None = None,
 ) -> Answer:
     """
     Refuse what would do harm, but for what `force` names (of `errors.FORCEABLE`). Changes nothing that anyone could see.
 
-    `search` are more folders below which images may be built on those of the chain, `speed` is for the estimate. With
-    `dry_run` that is made closely (`space.estimate`), and nothing is sent that writes. Raises one of the refusals of `CHECKS`,
-    or SeveralRefusals with all of them.
+    `search` are more folders below which images may be built on those of the chain, `speed` is for the estimate, unless that is
+    given. With `dry_run` it is made closely (`space.estimate`), and nothing is sent that writes. Raises one of the refusals of
+    `CHECKS`, or SeveralRefusals with all of them.
     """
-    from qmpmerge.processes import holders
-
     pid, opened = process(target, plan)
-    version = target.monitor.version
-    estimate = await space.estimate(plan, live=target.is_live, pid=pid, speed=speed, closely=dry_run, version=version)
-    below = dependents.folders_above(plan.receiver, plan.chain.active)
-    built_on = graph.fragile(target, plan)
-    others = await dependents.look(built_on, plan.chain, [*search, *below], holders.qemu_files())
+    maps: space.Maps = {}
+    if estimate is None:
+        estimate = await estimated(target, plan, maps, speed=speed, closely=dry_run)
+    others = await built_on(graph.fragile(target, plan), plan, search)
     question = Question(target, pid, opened, view, plan, ending, others, estimate, dry_run)
     checked: list[Checked] = []
     refusals: list[Refused] = []
@@ -73,7 +73,22 @@ async def check(
         await target.open_for_writing(question.written)
         await _rewrite_header(question)  # the last, because it writes, if only what is there already
     carried = () if question.keeps else bitmaps.portable(view.layout, plan)
-    return Answer(tuple(checked), estimate, carried)
+    return Answer(tuple(checked), estimate, carried, maps)
+
+
+async def estimated(target: Target, plan: Plan, maps: space.Maps, *, speed: int = 0, closely: bool = True) -> Estimate:
+    """`space.estimate`, for the QEMU of this target."""
+    pid, _ = process(target, plan)
+    live, version = target.is_live, target.monitor.version
+    return await space.estimate(plan, live=live, pid=pid, speed=speed, closely=closely, version=version, maps=maps)
+
+
+async def built_on(images: Sequence[Image], plan: Plan, search: Collection[str] = ()) -> dependents.Look:
+    """Look for what is built on these images, in all places where that is done for a plan."""
+    from qmpmerge.processes import holders
+
+    below = dependents.folders_above(plan.receiver, plan.chain.active)
+    return await dependents.look(images, plan.chain, [*search, *below], holders.qemu_files())
 
 
 async def _rewrite_header(question: Question) -> None:

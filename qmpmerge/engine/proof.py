@@ -3,10 +3,11 @@
 import contextlib
 import shlex
 import time
+from dataclasses import replace
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, told_apart
-from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy, Verdict
+from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, OtherWay, Outcome, Policy, Verdict
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.request import Request
@@ -209,12 +210,15 @@ def unchanged(view: ChainView) -> Outcome:
     return Outcome("unchanged", view.disk.name, view.chain, view.chain, hints=tuple(hints))
 
 
-def planned(disk: str, plan: Plan, request: Request, checked: tuple[Checked, ...], estimate: Estimate) -> Outcome:
+def planned(
+    disk: str, plan: Plan, request: Request, checked: tuple[Checked, ...], estimate: Estimate, other: OtherWay | None
+) -> Outcome:
     """The outcome of a merge that was only looked at; one that does not switch leaves the chain as it is."""
     after, merged = plan.chain, tuple[MergedFile, ...]()
     if request.ending == "pivot":
         after, merged = plan.result, merged_files(plan, request.policy(plan))
-    return Outcome("planned", disk, plan.chain, after, merged=merged, checks=checked, estimate=estimate)
+    found = Outcome("planned", disk, plan.chain, after, merged=merged, checks=checked, estimate=estimate)
+    return replace(found, other_way=other)
 
 
 def _outcome(

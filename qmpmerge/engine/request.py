@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, get_args
 
 from qmpmerge import given
 from qmpmerge.chain.layer import LayerName
-from qmpmerge.chain.outcome import Ending, MergedFile, Outcome, Policy
+from qmpmerge.chain.outcome import Ending, Estimate, MergedFile, Outcome, Policy
 from qmpmerge.chain.plan import Direction, Plan, planned
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import ActiveOnly, LiveOnly, NotAgreed, OptionsConflict
@@ -25,7 +25,8 @@ class Request:
     says what becomes of the merged files (see `policy`); `pause` lets the guest stand still for the pivot. `force` and
     `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes faster than the job
     copies. With `polite` the monitor is released for so many seconds between two polls. `patience` is how long we stay.
-    `agreed` are the plans of which a merge that pivots must be one, None where it may be any.
+    `agreed` are the plans of which a merge that pivots must be one, None where it may be any. `estimate` is that
+    of a dry run, where it is known already.
     """
 
     direction: Direction = "commit"
@@ -44,6 +45,7 @@ class Request:
     polite: float | None = None
     patience: Patience = field(default_factory=Patience)
     agreed: Sequence[Outcome] | None = None
+    estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is none of these; OptionsConflict: whoever helps a guest must have the monitor at hand."""

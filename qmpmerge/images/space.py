@@ -41,6 +41,9 @@ RESERVE = 256 * 1024 * 1024
 Range = tuple[int, int]
 """First byte, and the byte behind the last."""
 
+Maps = dict[Image, list[Extent]]
+"""What images hold, each looked into once."""
+
 
 async def estimate(
     plan: Plan,
@@ -50,15 +53,17 @@ async def estimate(
     speed: int = 0,
     closely: bool = True,
     version: tuple[int, int, int] = (0, 0, 0),
+    maps: Maps | None = None,
 ) -> Estimate:
     """
-    Look into the images of the plan, as they are on disk; unless `closely` only where room may be short.
+    Look into the images of the plan, as they are on disk; unless `closely` only where room may be short. What was looked into
+    is in `maps` then, and what is there already is not looked into again.
 
     `live` says that a guest writes to the active image, `pid` as whom: root may use what filesystems reserve for it;
     `version` is that of the QEMU that copies (see `ZEROS_STAY`).
     Raises ToolMissing.
     """
-    receiver, size = plan.receiver, _size(plan)
+    receiver, size, maps = plan.receiver, _size(plan), {} if maps is None else maps
     known = Estimate(
         free=_free(receiver, pid),
         rate=speed or ASSUMED_RATE,
@@ -71,30 +76,44 @@ async def estimate(
         return most
     try:
         async with asyncio.timeout(SECONDS):
-            held, *merged = await _looked_into([receiver, *plan.merged])
-        if isinstance(plan, CommitPlan):
-            copy, growth = _of_commit(plan, held, merged, zeros_stay=plan.pivots or version >= ZEROS_STAY)
-        else:
-            copy, growth = _of_pull(plan, held, merged)
+            await _look_into([receiver, *plan.merged], maps)
+        growth = _growth_of(plan, maps, version)
     except TimeoutError:
         return replace(known, reason=f"looking into the images takes more than {SECONDS:g} s")
     except (ImageUnreadable, OSError) as error:
         return replace(known, reason=str(error))
-    return replace(known, copy=copy, growth=growth, at_least=live and plan.pivots)
+    return replace(known, copy=copied(plan, maps), growth=growth, at_least=live and plan.pivots)
 
 
-async def _looked_into(images: Sequence[Image]) -> list[list[Extent]]:
+def copied(plan: Plan, maps: Maps) -> int | None:
+    """Bytes that are copied, of images that were looked into; None where one of them was not."""
+    if not maps.keys() >= {plan.receiver, *plan.merged}:
+        return None
+    merged = [maps[image] for image in plan.merged]
+    if isinstance(plan, CommitPlan):
+        return _length(_union(extent for layer in merged for extent in layer))
+    return _length(_union(_shown(plan, maps[plan.receiver], merged)[0]))
+
+
+async def _look_into(images: Sequence[Image], maps: Maps) -> None:
     gate = asyncio.Semaphore(_AT_ONCE)
 
-    async def look(image: Image) -> list[Extent]:
+    async def look(image: Image) -> None:
         async with gate:
-            return await _extents(image)
+            maps[image] = await _extents(image)
 
-    found = await asyncio.gather(*map(look, images), return_exceptions=True)
+    found = await asyncio.gather(*(look(image) for image in images if image not in maps), return_exceptions=True)
     for problem in found:
         if isinstance(problem, BaseException):
             raise problem
-    return [extents for extents in found if isinstance(extents, list)]
+
+
+def _growth_of(plan: Plan, maps: Maps, version: tuple[int, int, int]) -> int | None:
+    held, merged = maps[plan.receiver], [maps[image] for image in plan.merged]
+    if isinstance(plan, CommitPlan):
+        extents = [extent for layer in merged for extent in layer]
+        return _growth(plan, held, extents, zeros_stay=plan.pivots or version >= ZEROS_STAY)
+    return _growth_of_pull(plan, held, merged)
 
 
 async def _extents(image: Image) -> list[Extent]:
@@ -134,41 +153,29 @@ def _most(size: int) -> int:
 # --- pull -----------------------------------------------------------------------------------------------------------
 
 
-def _of_pull(plan: Plan, held: Sequence[Extent], merged: Sequence[Sequence[Extent]]) -> tuple[int, int | None]:
-    """
-    Copied is what the overlay shows of the images below it that leave; their zeros become zeros, which take tables only. Exact
-    but for data that is all zeros, which QEMU sees as it copies.
-    """
+def _growth_of_pull(plan: Plan, held: Sequence[Extent], merged: Sequence[Sequence[Extent]]) -> int:
+    """Exact but for data that is all zeros, which QEMU sees as it copies."""
     header = qcow2.read(plan.receiver.file) if plan.receiver.format == "qcow2" else None
     if header is None or stat.S_ISBLK(os.stat(plan.receiver.file).st_mode):
         raise ImageUnreadable(file=plan.receiver.file, reason="how it grows is known of qcow2 files alone")
+    data, zeros = _shown(plan, held, merged)
+    held_data = _union(one for one in held if not one.zero)
+    return _qcow2_growth(header, held_data, [*data, *zeros], zeros_stay=True)
+
+
+def _shown(plan: Plan, held: Sequence[Extent], merged: Sequence[Sequence[Extent]]) -> tuple[list[Extent], list[Extent]]:
+    """What the overlay shows of the images that leave: data, and zeros, which become zeros and take tables only."""
     hidden, data, size = _union(held), list[Extent](), _size(plan)
-    shown = [Extent(0, size)] if plan.base is None and plan.top.format == "raw" else []
+    zeros = [Extent(0, size, zero=True)] if plan.base is None and plan.top.format == "raw" else []
     for layer in reversed(merged):
-        for zero in (False, True):
+        for zero, shown in ((False, data), (True, zeros)):
             ranges = _without(_union(one for one in layer if one.zero is zero), hidden)
-            found = [Extent(start, min(end, size) - start, zero) for start, end in ranges if start < size]
-            data += [] if zero else found
-            shown += found
+            shown += [Extent(start, min(end, size) - start, zero) for start, end in ranges if start < size]
         hidden = _joined([*hidden, *_union(layer)])
-    growth = _qcow2_growth(
-        header, _union(one for one in held if not one.zero), [*data, *map(_as_zero, shown)], zeros_stay=True
-    )
-    return _length(_union(data)), growth
-
-
-def _as_zero(extent: Extent) -> Extent:
-    return replace(extent, zero=True)
+    return data, zeros
 
 
 # --- commit: by how much base grows -----------------------------------------------------------------------------------
-
-
-def _of_commit(
-    plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Sequence[Extent]], *, zeros_stay: bool
-) -> tuple[int, int | None]:
-    extents = [extent for layer in merged for extent in layer]
-    return _length(_union(extents)), _growth(plan, base, extents, zeros_stay=zeros_stay)
 
 
 def _growth(plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Extent], *, zeros_stay: bool) -> int | None:

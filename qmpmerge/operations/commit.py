@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from qmpmerge import given
 from qmpmerge.chain.layer import LayerName
-from qmpmerge.chain.outcome import Ending, Outcome, Policy
+from qmpmerge.chain.other_way import other_way
+from qmpmerge.chain.outcome import Ending, OtherWay, Outcome, Policy
 from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
@@ -22,6 +23,7 @@ from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchLayer, OptionsConflict
 from qmpmerge.given import Paths
+from qmpmerge.images import space
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
@@ -30,6 +32,7 @@ from qmpmerge.qemu import bitmaps as dirty
 from qmpmerge.qemu import jobs, vmstate
 from qmpmerge.qemu.blockgraph import DiskName
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.targets.command import command
 from qmpmerge.targets.target import ChainView, Target
 
 if TYPE_CHECKING:
@@ -202,7 +205,8 @@ class _Beginning:
         answer = await self._checked(view, planned)
         await earlier.refuse_suspect(self._target, operation, lock.note.suspect)
         if request.dry_run:
-            return proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate)
+            other = self._other_way(view, planned, answer)
+            return proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate, other)
         run = Run.begin(self._target, operation, request, lock, view=view, report=self._report)
         run.bitmaps, run.checks = answer.bitmaps, answer.checks
         return run
@@ -246,4 +250,14 @@ class _Beginning:
             search=request.search,
             speed=request.speed or 0,
             dry_run=request.dry_run,
+            estimate=request.estimate,
+        )
+
+    def _other_way(self, view: ChainView, planned: Plan, answer: Answer) -> OtherWay | None:
+        """As told by what was looked into anyway; None where it would be refused, as far as the plan shows."""
+        other = other_way(planned)
+        if other.refusals or self._request.ending != "pivot" or self._request.estimate is not None:
+            return None
+        return OtherWay(
+            command(self._target, view.disk.name, other), other.receiver.file, space.copied(other, answer.maps)
         )

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from rig.advice import typed
@@ -37,10 +38,10 @@ def carried_out(command: str) -> Any:
     return json.loads(done.stdout)
 
 
-def golden(folder: Path, names: Sequence[str]) -> list[Path]:
-    """A chain whose base lies in another folder than what is built on it."""
+def chain(folder: Path, names: Sequence[str]) -> list[Path]:
+    """A chain with absolute names."""
     images = [folder / name for name in names]
-    run("qemu-img", "create", "-qf", "raw", images[0], str(8 * MIB))
+    run("qemu-img", "create", "-qf", form(images[0]), images[0], str(8 * MIB))
     for below, image in itertools.pairwise(images):
         run("qemu-img", "create", "-qf", "qcow2", "-b", below, "-F", form(below), image)
     return images
@@ -76,7 +77,7 @@ def test_the_pull_that_shared_base_names_is_made(kind: str, depth: int, tmp_path
     """It keeps the golden image, unless there is nothing else to be pulled."""
     names = ["golden.raw", "vm/a.qcow2", "vm/b.qcow2"][:depth]
     (tmp_path / "vm").mkdir()
-    images, content = golden(tmp_path, names), Content()
+    images, content = chain(tmp_path, names), Content()
     fill(images, content)
     before = view(images[0])
     allow = ["--allow", str(images[0])] if kind == "offline" else []
@@ -88,3 +89,41 @@ def test_the_pull_that_shared_base_names_is_made(kind: str, depth: int, tmp_path
         setup.check()
         setup.off()
     assert view(images[0]) == before
+
+
+# --- what a dry run names ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "after", "looked"),
+    [
+        (["commit"], ["c.qcow2"], True),
+        (["commit", "--top", "3"], ["base.raw", "c.qcow2"], False),  # c.qcow2 is not looked into for this
+        (["pull", "--base", "1"], ["base.raw", "a.qcow2"], True),
+    ],
+)
+def test_a_dry_run_names_the_other_way(words: list[str], after: list[str], looked: bool, setup: Setup) -> None:
+    command, *options = words
+    planned = invoke(command, named(setup), "vda", *options, "--dry-run", "--json").document
+    other = planned["other_way"]
+    (line,) = [
+        line
+        for line in invoke(command, named(setup), "vda", *options, "--dry-run").out.splitlines()
+        if line.startswith("  or      ")
+    ]
+    assert other["run"] in line
+    foreseen = json.loads(typed(f"{other['run']} --dry-run --json").stdout)
+    assert [Path(file).name for file in foreseen["after"]] == after
+    assert (foreseen["estimate"]["copy"], foreseen["estimate"]["file"]) == (other["copy"] or ANY, other["file"])
+    assert (other["copy"] is not None, " instead of " in line) == (looked, looked)
+    assert len(
+        carried_out(other["run"] + (" --yes" if other["run"].startswith("qmpmerge commit") else ""))["after"]
+    ) == len(planned["after"])
+
+
+def test_a_way_that_is_refused_is_not_named(tmp_path: Path) -> None:
+    """Behind the end of the short one a merge would show what the base holds."""
+    images = chain(tmp_path, ["low.qcow2", "mid.qcow2", "top.qcow2"])
+    run("qemu-img", "resize", "-q", "--shrink", images[1], "4M")
+    planned = invoke("pull", str(images[2]), "--dry-run", "--json").document
+    assert (planned["verdict"], planned["other_way"]) == ("planned", None)

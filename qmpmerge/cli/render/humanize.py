@@ -10,7 +10,7 @@ from qmpmerge.cli.render.visible import visible
 from qmpmerge.engine.pace.progress import Progress
 
 if TYPE_CHECKING:
-    from qmpmerge.chain.outcome import Estimate, Outcome
+    from qmpmerge.chain.outcome import Estimate, OtherWay, Outcome
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
     from qmpmerge.qemu.jobs import Job
@@ -89,6 +89,14 @@ def _grows(value: "Estimate") -> str:
     if value.at_least:
         most.append("what the guest writes meanwhile")
     return f"grows by {' and '.join(most)}" if most else "does not grow"
+
+
+def other_way(value: "OtherWay", this: "Estimate | None") -> str:
+    """``qmpmerge pull vm1 vda (copies 3 GiB instead of 10 GiB, into c.qcow2)``."""
+    if value.copy is None:
+        return value.run
+    instead = f" instead of {size(this.copy)}" if this is not None and this.copy is not None else ""
+    return f"{value.run} (copies {size(value.copy)}{instead}, into {os.path.basename(value.file)})"
 
 
 def looked_at(report: "Examination") -> str:

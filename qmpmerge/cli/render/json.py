@@ -185,6 +185,7 @@ def _merge(outcome: "Outcome") -> dict[str, object]:
         "paused_seconds": None if paused is None else round(paused, 6),
         "checks": [_keys(check, "name", "result", "reason", "scope") for check in outcome.checks],
         "estimate": _keys(estimate, *_ESTIMATE) if estimate is not None else None,
+        "other_way": _keys(outcome.other_way, "run", "file", "copy") if outcome.other_way is not None else None,
     }
 
 
@@ -200,6 +201,7 @@ _NOTHING: Mapping[str, object] = {
     "verified": False,
     "checks": [],
     "estimate": None,
+    "other_way": None,
     "converge": [],
     "hints": [],
 }

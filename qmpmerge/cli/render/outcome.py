@@ -81,6 +81,8 @@ def _of_plan(outcome: "Outcome") -> Iterator[str]:
             yield f"        {MEANINGS.get(check.name, check.name)} (looked at {check.scope})"
     if not outcome.after.active.same_as(outcome.before.active):
         yield f"then    start the VM from {outcome.after.active.label}"
+    if outcome.other_way is not None:
+        yield f"or      {humanize.other_way(outcome.other_way, outcome.estimate)}"
 
 
 def _unpassed(checks: "Sequence[Checked]") -> Iterator[str]:

@@ -218,6 +218,7 @@ def test_commit(streams: Streams) -> None:
         "hints": ["a hint"],
         "checks": [],
         "estimate": None,
+        "other_way": None,
         "converge": ["paused"],
     }
 
@@ -228,7 +229,7 @@ def test_a_commit_has_the_same_keys_whatever_its_verdict(streams: Streams, verdi
     document = streams.document()
     assert document.pop("verdict") == verdict
     shape = {"schema", "command", "disk", "job", "before", "after", "merged", "copied", "seconds", "verified", "hints"}
-    shape |= {"checks", "estimate", "paused_seconds", "converge"}
+    shape |= {"checks", "estimate", "other_way", "paused_seconds", "converge"}
     assert set(document) == shape
     assert (document["job"], document["copied"], document["merged"], document["hints"]) == (None, None, [], [])
 
