@@ -6,7 +6,7 @@ Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
         print(outcome.verdict, outcome.after)
 
 To disks       `open`, or by name `live` (a running QEMU) and `offline` (images not in use): each gives a `Target`
-To their chain `snapshot`, `commit`, `follow` and `control` (its jobs)
+To their chain `snapshot`, `plan`, `commit`, `pull`, `follow` and `control` (its jobs)
 After a crash  `recover`, `clean`, `active` (which image to start from), `examine` and `examine_all` (what is wrong)
 Without asyncio the same functions are in `qmpmerge.sync`. What can go wrong is in `qmpmerge.errors`, all of it an `Error`.
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qmpmerge import errors, sync
     from qmpmerge.chain.chain import Chain, Image, Slice
-    from qmpmerge.chain.outcome import Checked, Ending, Estimate, MergedFile, Outcome, Policy, Verdict
+    from qmpmerge.chain.outcome import Checked, Ending, Estimate, MergedFile, OtherWay, Outcome, Policy, Verdict
     from qmpmerge.chain.plan import CommitPlan, PullPlan
     from qmpmerge.doctor.findings import Finding, Severity
     from qmpmerge.engine.pace.converge import Converge
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.control import Verb, control
     from qmpmerge.operations.examine import Examination, Examined, examine, examine_all
     from qmpmerge.operations.follow import follow
+    from qmpmerge.operations.plan import Sharer, Way, Ways, plan
     from qmpmerge.operations.pull import pull
     from qmpmerge.operations.recover import recover
     from qmpmerge.operations.snapshot import Overlay, snapshot
@@ -74,6 +75,7 @@ _HOME = {
     "MergedFile": "chain.outcome",
     "Oddity": "images.headers",
     "OfflineTarget": "targets.offline",
+    "OtherWay": "chain.outcome",
     "Outcome": "chain.outcome",
     "Overlay": "operations.snapshot",
     "Patience": "engine.pace.patience",
@@ -82,12 +84,15 @@ _HOME = {
     "PullPlan": "chain.plan",
     "Recovery": "engine.resume",
     "Severity": "doctor.findings",
+    "Sharer": "operations.plan",
     "Shortage": "engine.pace.progress",
     "Slice": "chain.chain",
     "Target": "targets.target",
     "Verb": "operations.control",
     "Verdict": "chain.outcome",
     "Vm": "processes.vms",
+    "Way": "operations.plan",
+    "Ways": "operations.plan",
     "active": "operations.active",
     "clean": "operations.clean",
     "commit": "operations.commit",
@@ -99,6 +104,7 @@ _HOME = {
     "live": "targets.live",
     "offline": "targets.offline",
     "open": "targets.open",
+    "plan": "operations.plan",
     "pull": "operations.pull",
     "recover": "operations.recover",
     "snapshot": "operations.snapshot",
@@ -140,12 +146,15 @@ __all__ = [
     "PullPlan",
     "Recovery",
     "Severity",
+    "Sharer",
     "Shortage",
     "Slice",
     "Target",
     "Verb",
     "Verdict",
     "Vm",
+    "Way",
+    "Ways",
     "active",
     "clean",
     "commit",
@@ -157,6 +166,7 @@ __all__ = [
     "live",
     "offline",
     "open",
+    "plan",
     "pull",
     "recover",
     "snapshot",

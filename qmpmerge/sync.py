@@ -31,6 +31,7 @@ from qmpmerge.operations import commit as commit_
 from qmpmerge.operations import control as control_
 from qmpmerge.operations import examine as examine_
 from qmpmerge.operations import follow as follow_
+from qmpmerge.operations import plan as plan_
 from qmpmerge.operations import pull as pull_
 from qmpmerge.operations import recover as recover_
 from qmpmerge.operations import snapshot as snapshot_
@@ -56,6 +57,7 @@ __all__ = [
     "live",
     "offline",
     "open",
+    "plan",
     "pull",
     "recover",
     "snapshot",
@@ -183,6 +185,7 @@ offline = _door(offline_.offline)
 snapshot = _with_target(snapshot_.snapshot)
 commit = _with_target(commit_.commit)
 pull = _with_target(pull_.pull)
+plan = _with_target(plan_.plan)
 follow = _with_target(follow_.follow)
 control = _with_target(control_.control)
 

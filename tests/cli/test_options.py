@@ -38,6 +38,7 @@ def test_only_what_is_heeded_can_be_forced(name: str) -> None:
     heeded = {
         **dict.fromkeys(("disks", "chain", "jobs", "job", "doctor"), ("libvirt",)),
         "snapshot": ("in-use", "libvirt"),
+        "plan": FORCEABLE,
         "commit": FORCEABLE,
         "pull": tuple(name for name in FORCEABLE if name != "would-lose"),  # nothing is taken away
     }

@@ -13,8 +13,16 @@ from unittest.mock import ANY
 import pytest
 from rig.advice import typed
 from rig.command import invoke
-from rig.disks import WAYS, Images, Setup, form
-from rig.machines import MIB, Content, fill, run
+from rig.disks import WAYS, Images, Setup, device, drive, form
+from rig.faults import digests
+from rig.machines import MIB, Content, fill, machine, run
+from rig.terminal import on_terminal, plain
+
+import qmpmerge
+from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.outcome import Estimate
+from qmpmerge.errors import BaseIsTop
+from qmpmerge.operations.plan import choose
 
 
 def view(image: Path) -> str:
@@ -127,3 +135,132 @@ def test_a_way_that_is_refused_is_not_named(tmp_path: Path) -> None:
     run("qemu-img", "resize", "-q", "--shrink", images[1], "4M")
     planned = invoke("pull", str(images[2]), "--dry-run", "--json").document
     assert (planned["verdict"], planned["other_way"]) == ("planned", None)
+
+
+# --- both side by side ------------------------------------------------------------------------------------------------
+
+
+async def planned(setup: Setup, **options: Any) -> qmpmerge.Ways:
+    async with setup.target() as target:
+        return await qmpmerge.plan(target, setup.disk, **options)
+
+
+@pytest.mark.parametrize("kind", ["drive", "offline"])
+async def test_each_way_is_what_its_dry_run_tells_and_its_command_does(
+    kind: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    before = digests(tmp_path)
+    with WAYS[kind](tmp_path, images, content) as setup:
+        found = await planned(setup)
+        assert digests(tmp_path) == before
+        down, up = found.ways
+        assert (down.direction, str(down.after), down.start_from) == ("commit", "base.raw", str(images[0]))
+        assert (up.direction, str(up.after), up.start_from) == ("pull", "c.qcow2", str(images[3]))
+        assert (down.keeps_launch_path, up.keeps_launch_path) == (False, True)
+        assert (down.pauses_guest, up.pauses_guest) == (kind == "drive", False)
+        for way in found.ways:
+            told = json.loads(typed(f"{way.run} --dry-run --json").stdout)
+            estimate = {key: value for key, value in told["estimate"].items() if key not in ("free", "reason")}
+            assert estimate == {key: getattr(way.estimate, key) for key in estimate}
+            assert [check["name"] for check in told["checks"]] == [check.name for check in way.checks]
+        assert (found.choice, found.shared, found.not_seen) == ("pull", (), ())
+        assert carried_out(up.run)["after"] == [str(images[3])]
+        setup.check()
+        setup.off()
+    content.check(images[3])
+
+
+async def test_a_golden_base_that_another_vm_runs_on_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "vm").mkdir()
+    images, content = chain(tmp_path, ["golden.raw", "vm/a.qcow2", "vm/b.qcow2"]), Content()
+    fill(images, content)
+    other = tmp_path / "other.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", "-b", images[0], "-F", "raw", other)
+    (tmp_path / "second").mkdir()
+    theirs = ["-name", "second", "-drive", f"file={other},if=none,id=vda", *device("vda")]
+    with machine(tmp_path / "second", *theirs) as second, drive(tmp_path, images, content) as setup:
+        found = await planned(setup)
+        assert {(one.file, one.kind) for one in found.shared} == {
+            (str(images[0]), kind) for kind in ("image", "process")
+        }
+        assert {one.name for one in found.shared} >= {str(other)}
+        assert [error.name for error in found.ways[0].refusals] == ["in-use", "dependents", "shared-base"]
+        assert (found.choice, found.reason) == ("pull", "commit is refused (in-use, dependents, shared-base)")
+        forced = await planned(setup, base=1, force=["in-use", "dependents"])
+        assert (forced.ways[0].refusals, forced.choice) == ((), "pull")
+        assert "others need" in forced.reason
+        above = await planned(setup, base=2)
+        assert [str(way.after) for way in above.ways] == ["golden.raw <-- a.qcow2", "golden.raw <-- b.qcow2"]
+        assert not above.shared and not above.ways[0].refusals
+        pulled = carried_out(found.ways[1].run)
+        assert (pulled["verdict"], second.process.poll()) == ("pulled", None)
+        setup.check()
+        setup.off()
+    content.check(images[2])
+
+
+def test_what_is_shown_fits_a_terminal(setup: Setup, tmp_path: Path) -> None:
+    run("qemu-img", "create", "-qf", "qcow2", "-b", "base.raw", "-F", "raw", tmp_path / "other.qcow2")
+    with on_terminal("plan", named(setup), "vda", "--speed", "1M") as seen:
+        shown = plain(seen.end().out).splitlines()
+    table, rest = shown[1:10], shown[10:]
+    assert max(map(len, table)) <= 80
+    assert [line.split("  ")[0] for line in table] == [
+        *("WAY", "after", "copies", "takes", "grows", "free", "guest", "start from", "refused")
+    ]
+    assert table[-1].split() == ["refused", "dependents", "no"]
+    assert rest[0] == "time        at 1 MiB/s (as given)"
+    assert rest[-3:] == [
+        "take        pull: commit is refused (dependents)",
+        f"commit      qmpmerge commit {named(setup)} vda --speed {MIB}",
+        f"pull        qmpmerge pull {named(setup)} vda --speed {MIB}",
+    ]
+
+
+async def test_nothing_to_merge(tmp_path: Path) -> None:
+    (image,) = chain(tmp_path, ["one.qcow2"])
+    async with qmpmerge.open(image) as target:
+        found = await qmpmerge.plan(target)
+    assert (found.verdict, found.ways, found.choice) == ("unchanged", (), None)
+
+
+def test_what_was_typed_is_in_both_commands(images: list[Path], content: Content, tmp_path: Path) -> None:
+    (tmp_path / "else").mkdir()
+    options = ["--search", str(tmp_path / "else"), "--force", "would-lose", "--force", "no-space", "--format", "qcow2"]
+    told = invoke("plan", str(images[3]), "--top", "3", *options, "--json").document
+    search = f"--format qcow2 --search {tmp_path}/else"
+    assert [way["run"] for way in told["ways"]] == [
+        f"qmpmerge commit {images[3]} --top 3 {search} --force no-space --force would-lose",
+        f"qmpmerge pull {images[3]} --base 1 {search} --force no-space",
+    ]
+    assert all(typed(f"{way['run']} --dry-run").returncode == 0 for way in told["ways"])
+
+
+# --- which ------------------------------------------------------------------------------------------------------------
+
+
+def way(direction: Any, copy: int | None, *, keeps: bool = True, refused: bool = False) -> qmpmerge.Way:
+    one = Chain((Image("/vm/a", "qcow2", 1),))
+    refusals = (BaseIsTop(base="/vm/a"),) if refused else ()
+    return qmpmerge.Way(direction, "", one, Estimate(copy=copy), False, "/vm/a", keeps, refusals=refusals)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "more", "choice"),
+    [
+        ({"copy": 1, "refused": True}, {"copy": 9, "refused": True}, {}, None),
+        ({"copy": 1, "refused": True}, {"copy": 9}, {}, "pull"),
+        ({"copy": 9}, {"copy": 1, "refused": True}, {"is_shared": True}, "commit"),
+        ({"copy": 1}, {"copy": 9}, {"is_shared": True}, "pull"),
+        ({"copy": 1}, {"copy": 9}, {"is_seen": False}, "pull"),
+        ({"copy": 1, "keeps": False}, {"copy": 9}, {}, "commit"),
+        ({"copy": 9}, {"copy": 1}, {}, "pull"),
+        ({"copy": 95, "keeps": False}, {"copy": 100}, {}, "pull"),
+        ({"copy": 100}, {"copy": 95}, {}, "commit"),
+        ({"copy": None, "keeps": False}, {"copy": 1}, {}, "pull"),
+    ],
+)
+def test_the_rule(down: Any, up: Any, more: Any, choice: str | None) -> None:
+    given = {"is_shared": False, "is_seen": True, **more}
+    chosen, reason = choose(way("commit", **down), way("pull", **up), **given)
+    assert chosen == choice and reason

@@ -66,7 +66,7 @@ def complaints(run: Run) -> list[str]:
 
 
 def serve() -> None:
-    for name in ("listing", "snapshot", "commit", "job", "recover", "clean", "doctor", "completion"):
+    for name in ("listing", "snapshot", "plan", "commit", "pull", "job", "recover", "clean", "doctor", "completion"):
         __import__(f"qmpmerge.cli.commands.{name}")
     __import__("qmpmerge.targets.offline")
     for line in sys.stdin:

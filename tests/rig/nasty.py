@@ -21,7 +21,7 @@ def command_lines(word: str) -> Iterator[list[str]]:
     yield from ([word], [word, "c.qcow2"], ["completion", word], [word, "chain"], ["help", word], ["merge", word, word])
     yield from (["job", word, "follow", word], ["snapshot", word, word, word], ["blockjob", "x", f"--diskspec={word}"])
     yield from (["chain", "nope", word], ["chain", word, "c.qcow2"])
-    for command in ("disks", "chain", "active", "commit", "pull", "doctor", "jobs", "recover", "clean"):
+    for command in ("disks", "chain", "active", "plan", "commit", "pull", "doctor", "jobs", "recover", "clean"):
         yield [command, word]
     yield from (["job", word, "x", "follow"], ["job", "c.qcow2", word, "follow"], ["job", "nope", "x", word])
     yield from (
@@ -29,6 +29,8 @@ def command_lines(word: str) -> Iterator[list[str]]:
         ["chain", "c.qcow2", word],
         ["commit", "c.qcow2", word, "--dry-run"],
         ["pull", "c.qcow2", word, "--dry-run"],
+        ["plan", "c.qcow2", word],
+        ["plan", "c.qcow2", "--speed", word],
     )
     for option in ("--base", "--top", "--speed", "--timeout", "--force", "--merged-files"):
         yield ["commit", "c.qcow2", "--dry-run", option, word]

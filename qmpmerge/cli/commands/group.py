@@ -21,6 +21,7 @@ FILES = {
     "jobs": "listing",
     "snapshot": "snapshot",
     "active": "active",
+    "plan": "plan",
     "commit": "commit",
     "pull": "pull",
     "job": "job",
@@ -85,6 +86,7 @@ def cli() -> None:
     qmpmerge disks vm1                       their disks
     qmpmerge snapshot vm1 vda=/vm/c.qcow2    put an overlay on top
     qmpmerge chain vm1 vda                   base <-- a <-- b <-- c
+    qmpmerge plan vm1 vda                    commit and pull, side by side
     qmpmerge commit vm1 vda --top 3          base <-- c
     qmpmerge commit vm1 vda                  base, the guest moved onto it
     qmpmerge pull vm1 vda                    c, with all that it was built on

@@ -13,7 +13,7 @@ from qmpmerge.errors import StillRunning
 
 if TYPE_CHECKING:
     from qmpmerge.chain.chain import Image
-    from qmpmerge.chain.outcome import MergedFile, Outcome
+    from qmpmerge.chain.outcome import Checked, MergedFile, Outcome
     from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
+    from qmpmerge.operations.plan import Way, Ways
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -84,6 +85,19 @@ class JsonOutput:
     def commit(self, outcome: "Outcome") -> None:
         """What a merge came to."""
         self._print(outcome.verdict, **_merge(outcome))
+
+    def plan(self, found: "Ways") -> None:
+        """Both ways, the merge first; none where there is nothing to merge."""
+        self._print(
+            found.verdict,
+            disk=found.disk,
+            before=found.before.files,
+            ways=[_way(way) for way in found.ways],
+            shared=[_keys(one, "file", "kind", "name") for one in found.shared],
+            not_seen=list(found.not_seen),
+            choice=found.choice,
+            reason=found.reason,
+        )
 
     def recovered(self, found: "Sequence[Recovery]") -> None:
         """One entry for each merge."""
@@ -183,7 +197,7 @@ def _merge(outcome: "Outcome") -> dict[str, object]:
         "merged": _merged(outcome.merged),
         "seconds": round(outcome.seconds, 3),
         "paused_seconds": None if paused is None else round(paused, 6),
-        "checks": [_keys(check, "name", "result", "reason", "scope") for check in outcome.checks],
+        "checks": _checks(outcome.checks),
         "estimate": _keys(estimate, *_ESTIMATE) if estimate is not None else None,
         "other_way": _keys(outcome.other_way, "run", "file", "copy") if outcome.other_way is not None else None,
     }
@@ -208,6 +222,20 @@ _NOTHING: Mapping[str, object] = {
 """The same of a job of which nothing else is known; in this order."""
 
 _ESTIMATE = ("copy", "growth", "free", "seconds", "rate", "rate_given", "at_least", "reason", "file", "reserve")
+
+
+def _checks(found: "Sequence[Checked]") -> list[dict[str, object]]:
+    return [_keys(check, "name", "result", "reason", "scope") for check in found]
+
+
+def _way(way: "Way") -> dict[str, object]:
+    return {
+        **_keys(way, "direction", "run", "pauses_guest", "start_from", "keeps_launch_path"),
+        "after": way.after.files,
+        "estimate": _keys(way.estimate, *_ESTIMATE),
+        "checks": _checks(way.checks),
+        "refusals": [error.document for error in way.refusals],
+    }
 
 
 def _merged(files: "Sequence[MergedFile]") -> list[dict[str, object]]:

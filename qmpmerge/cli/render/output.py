@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
+    from qmpmerge.operations.plan import Ways
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -44,6 +45,9 @@ class Output(Protocol):
 
     def commit(self, outcome: "Outcome") -> None:
         """What a merge came to."""
+
+    def plan(self, found: "Ways") -> None:
+        """Both ways to a shorter chain."""
 
     def recovered(self, found: "Sequence[Recovery]") -> None:
         """What became of merges that were not finished."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
+    from qmpmerge.operations.plan import Ways
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
@@ -133,6 +134,24 @@ class TextOutput:
                 self._say(f"  {line}")
         for hint in outcome.hints:
             self._hint(hint)
+
+    def plan(self, found: "Ways") -> None:
+        """Two columns; then who needs the images, what speaks against a way, which to take, and the commands."""
+        from qmpmerge.cli.render import ways
+
+        if not found.ways:
+            self._say(f"{found.disk}: nothing to merge, {found.before}")
+            return
+        self._say(f"{found.disk}: {found.before}")
+        self._table(ways.COLUMNS, ways.rows(found.ways), "")
+        for line in ways.notes(found):
+            self._say(line)
+        for way in found.ways:
+            for refusal in way.refusals:
+                self._say(f"{way.direction} is ", Painted("refused", COLOURS["refused"]), f": {refusal}")
+                self._say(f"  {refusal.hint}")
+        for line in ways.answer(found):
+            self._say(line)
 
     def recovered(self, found: "Sequence[Recovery]") -> None:
         """For each merge what was done, why, and from which image the VM is started now."""

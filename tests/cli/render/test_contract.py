@@ -35,6 +35,7 @@ from qmpmerge.engine.resume import Recovery
 from qmpmerge.errors import EXIT_CODES, Error, NeedsSecret, NoReply, NoSuchTarget, NotDurable
 from qmpmerge.journal import store
 from qmpmerge.operations.examine import Examination, Examined
+from qmpmerge.operations.plan import Ways
 from qmpmerge.operations.snapshot import Overlay
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.details import ImageDetails
@@ -92,6 +93,7 @@ def looked_at(folder: Path, say: Say) -> Iterator[Run]:
         node = say("chain", started.target, "vda").document["images"][-1]["node"]
         started.session.execute("block-dirty-bitmap-add", node=node, name="daily", persistent=True)
         yield say("chain", started.target, "vda", "--details", "-v")
+        yield say("plan", started.target, "vda")
         several = say("commit", started.target, "vda")
         refusals = several.document["error"]["facts"]["refusals"]
         assert [contract.of("error", one) for one in refusals] == [[]] * 2
@@ -169,6 +171,7 @@ def offline(folder: Path, say: Say) -> Iterator[Run]:
     run("qemu-img", "snapshot", "-c", "before", folder / "own.qcow2")
     yield say("chain", "top.qcow2")
     yield say("commit", "top.qcow2", "--dry-run")
+    yield say("plan", "own.qcow2")
     yield say("chain", "own.qcow2", "--details")
 
 
@@ -220,6 +223,7 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
         "chain", lambda output: output.chain(ChainView(disk, chain, (), Layout((), (), {}, {}), (details,)))
     )
     yield _rendered("snapshot", lambda output: output.snapshot([overlay]))
+    yield _rendered("plan", lambda output: output.plan(Ways("vda", chain, not_seen=("/vm/x cannot be listed",))))
     for error in (NoReply(target="vm1", command="query-jobs", seconds=1.0), NeedsSecret(image="/vm/b")):
         report = Examination((Examined("vm1", error=error),), 1, 0)
         yield _rendered("doctor", functools.partial(JsonOutput.doctor, report=report))
