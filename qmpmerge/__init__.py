@@ -138,6 +138,7 @@ __all__ = [
     "MergedFile",
     "Oddity",
     "OfflineTarget",
+    "OtherWay",
     "Outcome",
     "Overlay",
     "Patience",

@@ -394,7 +394,8 @@ async def test_an_image_that_kept_its_name_is_put_out_of_the_way_and_its_note_go
     error = invoke("commit", str(images[3]), "--base", str(images[0]), "--json").document["error"]
     for part in [error] if error["name"] == "dependents" else error["facts"]["refusals"]:
         for command in part["hint"].split("`")[1::2]:
-            subprocess.run(["sh", "-c", command], check=True)
+            if not command.startswith("qmpmerge pull"):  # the other way to shorten the chain
+                subprocess.run(["sh", "-c", command], check=True)
     assert invoke("commit", str(images[3]), "--base", str(images[0])).code == 0
     assert list(tmp_path.glob(".*.qmpmerge-merged"))
     assert invoke("clean", str(tmp_path)).code == 0
