@@ -241,6 +241,16 @@ def targets(function: Callable[..., Any]) -> Callable[..., Any]:
     return argument(function)
 
 
+def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare how many overlays stay."""
+    return click.option(
+        "--keep",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Leave the newest N overlays above the base, and merge what lies below them; 0 merges everything.",
+    )(function)
+
+
 def endings(function: Callable[..., Any]) -> Callable[..., Any]:
     """Declare how an active merge may end: ``ending``, and ``pivot`` where the user has said that it is to be that."""
     declared = [click.option(flag, is_flag=True, help=meaning) for flag, meaning in ENDINGS.items()]

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 from qmpmerge import given
+from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Ending, Estimate, MergedFile, Outcome, Policy
-from qmpmerge.chain.plan import Direction, Plan, planned
+from qmpmerge.chain.plan import Direction, Plan, keeping, planned
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import ActiveOnly, LiveOnly, NotAgreed, OptionsConflict
-from qmpmerge.targets.target import ChainView
 
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Converge
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Request:
     """
-    `direction`, `base`, `top` and `shallow` say which layers go where, as `plan.planned` takes them. `ending` is how an active
+    `direction`, `base`, `top` and `shallow` say which layers go where, as `plan.planned` takes them, or `base` and `keep`, as
+    `plan.keeping` does. `ending` is how an active
     merge ends. `speed` is bytes a second, 0 for unlimited; None leaves a job that is at work as fast as it is. `verify`
     compares what base shows with what top shows before anything is switched; None does so where it is cheap. `merged_files`
     says what becomes of the merged files (see `policy`); `pause` lets the guest stand still for the pivot. `force` and
@@ -33,6 +34,7 @@ class Request:
     base: LayerName | None = None
     top: LayerName | None = None
     shallow: bool = False
+    keep: int | None = None
     ending: Ending = "pivot"
     speed: int | None = None
     verify: bool | None = None
@@ -53,7 +55,10 @@ class Request:
         given.see(self.merged_files, (None, *get_args(Policy)), "merged_files")
         given.see_amount(self.speed, "speed")
         given.see_amount(self.polite, "polite")
+        given.see_amount(self.keep, "keep")
         given.forced(self.force)
+        if self.keep is not None and (self.shallow or self.top is not None):
+            raise OptionsConflict(options=["--keep", "--shallow" if self.shallow else "--top"])
         if self.converge is not None and self.polite is not None:
             raise OptionsConflict(options=["--converge", "--polite"])
 
@@ -77,11 +82,11 @@ class Request:
         """Like `verify`; what is to be deleted must be compared."""
         return True if self.merged_files == "delete" else self.verify
 
-    def plan(self, view: ChainView) -> Plan:
-        """What is asked for, of this chain. Raises NoSuchLayer, BaseAboveTop, BaseIsTop, OptionsConflict."""
-        return planned(
-            self.direction, view.chain, disk=view.disk.name, base=self.base, top=self.top, shallow=self.shallow
-        )
+    def plan(self, chain: Chain, disk: str) -> Plan:
+        """What is asked for, of this chain of a disk. Raises NoSuchLayer, BaseAboveTop, BaseIsTop, OptionsConflict."""
+        if self.keep is not None:
+            return keeping(chain, self.keep, disk=disk, base=self.base)
+        return planned(self.direction, chain, disk=disk, base=self.base, top=self.top, shallow=self.shallow)
 
     def policy(self, plan: Plan) -> Policy:
         """What becomes of the files of merged images: those that a pull has only read stay, unless the user says otherwise."""

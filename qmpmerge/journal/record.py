@@ -11,13 +11,12 @@ QEMU's graph agree with it (`recovery.evidence`).
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image, Inode
-from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.plan import Direction, Plan
 from qmpmerge.chain.state import State
@@ -116,19 +115,16 @@ class Record:
         """Whether the chain is what this merge was to leave; its headers are looked at when it is proved."""
         return chain.same_files(self.plan.result)
 
-    def is_what(
-        self, direction: Direction, disk: str, *, base: LayerName | None, top: LayerName | None, shallow: bool
-    ) -> bool:
-        """Whether these words, said of the chain of this disk as it was, mean the very same merge."""
-        if direction != self.direction:
-            return False
+    def is_what(self, planned: Callable[[Chain], Plan]) -> bool:
+        """Whether what is `planned` of the chain as it was is the very same merge."""
         # By name, not by inode: a merged file may have been moved away since.
         images = tuple(replace(image, inode=None) for image in self.chain)
         try:
-            meant = plan.planned(direction, Chain(images), disk=disk, base=base, top=top, shallow=shallow)
+            meant = planned(Chain(images))
         except Refused:
             return False
-        return (meant.base_index, meant.chain.index(meant.top)) == (self.base, self.top)
+        found = (meant.direction, meant.base_index, meant.chain.index(meant.top))
+        return found == (self.direction, self.base, self.top)
 
     def as_called_now(self, chain: Chain) -> Plan:
         """The plan with the nodes that `chain` has: the QEMU that has the images now may have been started since."""

@@ -46,6 +46,7 @@ async def commit(
     base: LayerName | None = None,
     top: LayerName | None = None,
     shallow: bool = False,
+    keep: int | None = None,
     ending: Ending = "pivot",
     speed: int | None = None,
     verify: bool | None = None,
@@ -64,7 +65,8 @@ async def commit(
     """
     Merge the images above `base` up to `top` into `base`; by default the whole chain, the guest moving onto its base. One
     that lies in another folder must be named, or have its folder searched. Both are what `Chain.find` takes: an index from 1
-    (-1 is the active image), a path, or a word as the command takes it. `disk` can be left out where one disk has layers.
+    (-1 is the active image), a path, or a word as the command takes it. With `keep` the newest so many overlays above the base
+    stay, and what lies below them is merged: nothing where there are no more. `disk` can be left out where one disk has layers.
 
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
     where it is cheap, True does so for an active merge while the guest is paused. `merged_files` says what becomes of
@@ -94,6 +96,7 @@ async def commit(
         base=base,
         top=top,
         shallow=shallow,
+        keep=keep,
         ending=ending,
         speed=speed,
         verify=verify,
@@ -125,6 +128,7 @@ async def would_pivot(
     base: LayerName | None = None,
     top: LayerName | None = None,
     shallow: bool = False,
+    keep: int | None = None,
 ) -> bool:
     """
     Whether `commit` would begin a merge by which the guest moves onto its base; not where one is at work already.
@@ -132,7 +136,7 @@ async def would_pivot(
     Raises NoSuchDisk, DiskNeeded, NoDisk, ToolMissing, NoSuchLayer, BaseAboveTop, BaseIsTop.
     """
     view = await target.chain(disk)
-    planned = Request(base=base, top=top, shallow=shallow).plan(view)
+    planned = Request(base=base, top=top, shallow=shallow, keep=keep).plan(view.chain, view.disk.name)
     return planned.pivots and earlier.under_way(view, planned) is None
 
 
@@ -158,9 +162,7 @@ class _Beginning:
         view = await earlier.without_concluded(self._target, view, records, self._report)
         request = self._request
         for record in records:
-            meant = record.is_what(
-                request.direction, view.disk.name, base=request.base, top=request.top, shallow=request.shallow
-            )
+            meant = record.is_what(lambda chain: request.plan(chain, view.disk.name))
             if meant and record.is_done(view.chain):
                 return await self._ended_unseen(view, record)
         return await (self._settled(view, disk, records) if records else self._begun(view, records))
@@ -191,7 +193,7 @@ class _Beginning:
     async def _begun(self, view: ChainView, records: list[Record]) -> Run | Outcome:
         """The merge that is asked for: resumed where its job is at work, else checked; an outcome where that is all."""
         request = self._request
-        planned = request.plan(view)
+        planned = request.plan(view.chain, view.disk.name)
         if planned.is_empty:
             return proof.unchanged(view)
         operation = directions.operation(planned)

@@ -104,7 +104,7 @@ async def plan(
     forced, folders = given.forced(force), given.paths(search)
     asked = Request(base=base, top=top, shallow=shallow, speed=speed, force=forced, search=folders, dry_run=True)
     view = await target.chain(disk)
-    down = asked.plan(view)
+    down = asked.plan(view.chain, view.disk.name)
     if down.is_empty:
         proof.unchanged(view)
         return Ways(view.disk.name, view.chain, reason="there is nothing to merge")

@@ -59,6 +59,9 @@ def test_only_who_follows_a_job_has_a_time_limit(name: str) -> None:
     "words",
     [
         ["--shallow", "--base", "[1]"],
+        ["--keep", "0", "--top", "[2]"],
+        ["--keep", "1", "--shallow"],
+        ["--keep", "1", "--active"],
         ["--pivot", "--keep-overlay"],
         ["--keep-overlay", "--wait-ready"],
         ["--verify", "--no-verify"],

@@ -39,6 +39,7 @@ from qmpmerge.errors import (
     NotDurable,
     NotProven,
     NotWritable,
+    OptionsConflict,
     SessionLost,
     SeveralImages,
     ShorterLayer,
@@ -92,6 +93,37 @@ async def test_nobody_is_kept_waiting_for_a_figure(setup: Setup, monkeypatch: py
     async with qmpmerge.live(setup.machine.target) as target:
         outcome = await qmpmerge.commit(target, top="[3]", verify=False)
     assert (outcome.verdict, outcome.copied) == ("merged", None)
+
+
+# --- the newest overlays stay -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [drive, offline], ids=["live", "offline"])
+async def test_the_newest_overlays_are_kept(way: Kind, tmp_path: Path, images: list[Path], content: Content) -> None:
+    with way(tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            assert (await qmpmerge.commit(target, keep=3)).verdict == "unchanged"
+            outcome = await qmpmerge.commit(target, keep=1)
+            assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
+            assert (await qmpmerge.commit(target, keep=1)).verdict == "unchanged"
+        setup.check()
+
+
+async def test_the_same_words_go_on_with_a_merge_that_was_left(setup: Setup) -> None:
+    async with qmpmerge.live(setup.machine.target) as target:
+        with pytest.raises(StillRunning):
+            await qmpmerge.commit(target, keep=1, speed=1, patience=qmpmerge.Patience(detach=True))
+        outcome = await qmpmerge.commit(target, keep=1, speed=0)
+        assert (outcome.verdict, str(outcome.after)) == ("merged", "base.raw <-- c.qcow2")
+    setup.check()
+
+
+async def test_what_is_kept_is_no_negative_number_and_no_top(setup: Setup) -> None:
+    async with qmpmerge.live(setup.machine.target) as target:
+        with pytest.raises(ValueError, match="-1"):
+            await qmpmerge.commit(target, keep=-1)
+        with pytest.raises(OptionsConflict):
+            await qmpmerge.commit(target, keep=1, top=2)
 
 
 # --- the header of the overlay -----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def command_lines(word: str) -> Iterator[list[str]]:
         ["plan", "c.qcow2", word],
         ["plan", "c.qcow2", "--speed", word],
     )
-    for option in ("--base", "--top", "--speed", "--timeout", "--force", "--merged-files"):
+    for option in ("--base", "--top", "--keep", "--speed", "--timeout", "--force", "--merged-files"):
         yield ["commit", "c.qcow2", "--dry-run", option, word]
     yield ["commit", "c.qcow2", "--dry-run", "--converge-pause", word]
     yield from (["commit", "c.qcow2", "--dry-run", "--allow", word], ["active", word, "--json"])

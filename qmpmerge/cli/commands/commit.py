@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
 @click.option("--active", is_flag=True, hidden=True)  # as one types it with virsh, and as it is where top says so
 @options.habits("--wait", "--verbose")
+@options.keep
 @options.endings
 @click.option(
     "--speed",
@@ -74,6 +75,7 @@ def commit(
     base: str | None,
     top: str | None,
     shallow: bool,
+    keep: int | None,
     active: bool,
     pivot: bool,
     ending: "Ending",
@@ -113,6 +115,7 @@ def commit(
       qmpmerge commit vm1 vda                      everything into the base
       qmpmerge commit vm1 vda --dry-run            look first
       qmpmerge commit vm1 vda --shallow            the top layer only
+      qmpmerge commit vm1 vda --keep 2             all but the newest two overlays
       qmpmerge commit vm1 vda --speed 100M         gently
       qmpmerge commit /vm/c.qcow2                  images that no VM uses
 
@@ -133,6 +136,8 @@ def commit(
            chain is in use
     """
     refuse_together({"--base": base is not None, "--shallow": shallow})
+    if keep is not None:
+        refuse_together({"--keep": True, "--top": top is not None, "--shallow": shallow, "--active": active and keep})
     refuse_together({"--verify": verify, "--no-verify": no_verify})
     refuse_together({"--detach": options.patience.detach, "--converge": converge})
 
@@ -147,6 +152,7 @@ def commit(
             base=base,
             top=top,
             shallow=shallow,
+            keep=keep,
             ending=ending,
             speed=speed,
             verify=True if verify else False if no_verify else None,
@@ -165,7 +171,7 @@ def commit(
     async def plan(target: "Target", output: "Output") -> "Outcome | None":
         from qmpmerge.operations import commit as operation
 
-        pivots = await operation.would_pivot(target, disk, base=base, top=top, shallow=shallow)
+        pivots = await operation.would_pivot(target, disk, base=base, top=top, shallow=shallow, keep=keep)
         return await work(target, True, None, output) if pivots else None
 
     def merge(agreed: "Sequence[Outcome] | None" = None) -> "Callable[[Output], Awaitable[str]]":

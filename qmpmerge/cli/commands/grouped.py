@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import click
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "What is merged": ("--base", "--top", "--shallow"),
+    "What is merged": ("--base", "--top", "--shallow", "--keep"),
     "How it ends": ("--pivot", "--keep-overlay", "--wait-ready", "--merged-files"),
     "Safety": ("--dry-run", "--yes", "--verify", "--no-verify", "--no-pause", "--search", "--force"),
     "Waiting": ("--speed", "--converge", "--converge-pause", "--timeout", "--detach", "--polite"),

@@ -126,8 +126,8 @@ class TextOutput:
         """The verdict, the chain before and after, what is left to do."""
         verdict = Painted(outcome.verdict, COLOURS.get(outcome.verdict))
         if outcome.verdict == "unchanged":
-            reason = "has no backing file" if len(outcome.before) == 1 else "has nothing in between"
-            self._say(f"{outcome.disk}: nothing to merge, {outcome.before} {reason}")
+            why = f"{outcome.before}{'' if len(outcome.before) > 1 else ' has no backing file'}"
+            self._say(f"{outcome.disk}: nothing to merge, {why}")
         else:
             self._say(f"{outcome.disk}: ", verdict, humanize.cost(outcome))
             for line in merge.lines(outcome):

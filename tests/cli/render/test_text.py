@@ -265,6 +265,11 @@ PIVOTED = Outcome(
             ["vda: nothing to merge, base.raw has no backing file"],
             [],
         ),
+        (
+            Outcome("unchanged", "vda", THREE, THREE),
+            ["vda: nothing to merge, base.raw <-- a.qcow2 <-- b.qcow2"],
+            [],
+        ),
     ],
     ids=lambda value: value.verdict if isinstance(value, Outcome) else "",
 )
