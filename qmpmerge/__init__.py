@@ -6,7 +6,7 @@ Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
         print(outcome.verdict, outcome.after)
 
 To disks       `open`, or by name `live` (a running QEMU) and `offline` (images not in use): each gives a `Target`
-To their chain `snapshot`, `plan`, `commit`, `pull`, `follow` and `control` (its jobs)
+To their chain `snapshot`, `plan`, `commit`, `pull`, `follow` and `control` (its jobs); `tidy` (all disks)
 After a crash  `recover`, `clean`, `active` (which image to start from), `examine` and `examine_all` (what is wrong)
 Without asyncio the same functions are in `qmpmerge.sync`. What can go wrong is in `qmpmerge.errors`, all of it an `Error`.
 
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from qmpmerge.operations.control import Verb, control
     from qmpmerge.operations.examine import Examination, Examined, examine, examine_all
     from qmpmerge.operations.follow import follow
+    from qmpmerge.operations.places import LeftOut
     from qmpmerge.operations.plan import Sharer, Way, Ways, plan
     from qmpmerge.operations.pull import pull
     from qmpmerge.operations.recover import recover
     from qmpmerge.operations.snapshot import Overlay, snapshot
+    from qmpmerge.operations.tidy import Tidied, Tidying, tidy
     from qmpmerge.processes.vms import Vm, vms
     from qmpmerge.qemu.bitmaps import Bitmap
     from qmpmerge.qemu.blockgraph import Disk, Layout
@@ -72,6 +74,7 @@ _HOME = {
     "ImageDetails": "qemu.details",
     "Job": "qemu.jobs",
     "Layout": "qemu.blockgraph",
+    "LeftOut": "operations.places",
     "MergedFile": "chain.outcome",
     "Oddity": "images.headers",
     "OfflineTarget": "targets.offline",
@@ -88,6 +91,8 @@ _HOME = {
     "Shortage": "engine.pace.progress",
     "Slice": "chain.chain",
     "Target": "targets.target",
+    "Tidied": "operations.tidy",
+    "Tidying": "operations.tidy",
     "Verb": "operations.control",
     "Verdict": "chain.outcome",
     "Vm": "processes.vms",
@@ -109,6 +114,7 @@ _HOME = {
     "recover": "operations.recover",
     "snapshot": "operations.snapshot",
     "sync": "",
+    "tidy": "operations.tidy",
     "vms": "processes.vms",
 }
 """The file that each public name is in; none for a file that is public as a whole."""
@@ -135,6 +141,7 @@ __all__ = [
     "ImageDetails",
     "Job",
     "Layout",
+    "LeftOut",
     "MergedFile",
     "Oddity",
     "OfflineTarget",
@@ -151,6 +158,8 @@ __all__ = [
     "Shortage",
     "Slice",
     "Target",
+    "Tidied",
+    "Tidying",
     "Verb",
     "Verdict",
     "Vm",
@@ -172,6 +181,7 @@ __all__ = [
     "recover",
     "snapshot",
     "sync",
+    "tidy",
     "vms",
 ]
 

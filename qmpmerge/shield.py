@@ -1,7 +1,7 @@
 """Work that must not be left half done."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,3 +26,25 @@ async def finished(work: Coroutine[Any, Any, T], *, unless: Callable[[], bool] =
             assert current is not None, "a coroutine runs in a task"
             current.uncancel()
     return task.result()
+
+
+async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """
+    Finish all of them at the same time, and return their results.
+
+    A cancellation is passed on to each, as often as it comes, and raised when the last has ended; so is what one of them
+    raises.
+    """
+    tasks = [asyncio.ensure_future(work) for work in works]
+    is_cancelled = False
+    while left := {task for task in tasks if not task.done()}:
+        try:
+            await asyncio.wait(left)
+        except asyncio.CancelledError:
+            is_cancelled = True
+            for task in left:
+                task.cancel()
+    results = [task.result() for task in tasks]
+    if is_cancelled:
+        raise asyncio.CancelledError
+    return results

@@ -35,6 +35,7 @@ from qmpmerge.operations import plan as plan_
 from qmpmerge.operations import pull as pull_
 from qmpmerge.operations import recover as recover_
 from qmpmerge.operations import snapshot as snapshot_
+from qmpmerge.operations import tidy as tidy_
 from qmpmerge.operations.active import active
 from qmpmerge.processes.vms import vms
 from qmpmerge.targets import live as live_
@@ -61,6 +62,7 @@ __all__ = [
     "pull",
     "recover",
     "snapshot",
+    "tidy",
     "vms",
 ]
 
@@ -193,6 +195,7 @@ examine = _with_any(examine_.examine)
 examine_all = _without_target(examine_.examine_all)
 recover = _without_target(recover_.recover)
 clean = _without_target(clean_.clean)
+tidy = _without_target(tidy_.tidy)
 
 
 def __dir__() -> list[str]:

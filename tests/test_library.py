@@ -98,6 +98,9 @@ IN_JSON: dict[str, type] = {
     "image details": qmpmerge.ImageDetails,
     "bitmap": qmpmerge.Bitmap,
     "disk details": qmpmerge.DiskDetails,
+    "tidy": qmpmerge.Tidying,
+    "tidied": qmpmerge.Tidied,
+    "left out": qmpmerge.LeftOut,
 }
 
 ELSEWHERE = {

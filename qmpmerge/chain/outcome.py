@@ -136,6 +136,11 @@ class Outcome:
     other_way: OtherWay | None = None
 
     @property
+    def pivots(self) -> bool:
+        """Whether the VM is started from another image afterwards."""
+        return not self.after.active.same_as(self.before.active)
+
+    @property
     def direction(self) -> Literal["commit", "pull"]:
         """Which of the two it is the outcome of, where something was done."""
         return "pull" if self.verdict == "pulled" else "commit"

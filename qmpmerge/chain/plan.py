@@ -218,13 +218,15 @@ def pull(
     return replace(_pull(chain, min(base_index, into - 1), into), base_is_named=base is not None)
 
 
-def keeping(chain: Chain, keep: int, *, disk: str = "", base: LayerName | None = None) -> CommitPlan:
+def keeping(direction: Direction, chain: Chain, keep: int, *, disk: str = "", base: LayerName | None = None) -> Plan:
     """
-    Plan the merge that leaves the newest `keep` overlays above `base` (default: the lowest image), and is empty where there
-    are no more. Raises NoSuchLayer, AmbiguousLayer.
+    Plan what leaves the newest `keep` overlays above `base` (default: the lowest image), and is empty where there are no more.
+    What none stays to be pulled into is committed. Raises NoSuchLayer, AmbiguousLayer.
     """
     base_index = 1 if base is None else chain.index(chain.find(base, disk))
-    return replace(_commit(chain, base_index, max(base_index, len(chain) - keep)), base_is_named=base is not None)
+    top_index = max(base_index, len(chain) - keep)
+    way = direction if base_index < top_index < len(chain) else "commit"
+    return replace(between(way, chain, base_index, top_index), base_is_named=base is not None)
 
 
 def planned(

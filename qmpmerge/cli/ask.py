@@ -62,15 +62,20 @@ def before(
 
 def _agreed(planned: "Outcome") -> "Outcome":
     """The plan, if the user wants it. Raises Cancelled."""
+    question = QUESTION.format(base=visible(planned.after.active.name))
+    confirm(lambda screen: screen.commit(planned), question)
+    return planned
+
+
+def confirm(show: "Callable[[Output], None]", question: str) -> None:
+    """Ask the user about what is shown. Raises Cancelled for all but a yes."""
     from qmpmerge.cli.render.text import TextOutput
 
-    TextOutput(sys.stderr, sys.stderr).commit(planned)
-    question = QUESTION.format(base=visible(planned.after.active.name))
+    show(TextOutput(sys.stderr, sys.stderr))
     while (answer := _answer(question)) not in YES:
         if answer in NO:
             raise Cancelled
         question = AGAIN
-    return planned
 
 
 def _answer(question: str) -> bytes:

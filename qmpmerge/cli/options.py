@@ -241,14 +241,15 @@ def targets(function: Callable[..., Any]) -> Callable[..., Any]:
     return argument(function)
 
 
-def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+def keep(*, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare how many overlays stay."""
     return click.option(
         "--keep",
         type=click.IntRange(min=0),
+        required=required,
         metavar="N",
         help="Leave the newest N overlays above the base, and merge what lies below them; 0 merges everything.",
-    )(function)
+    )
 
 
 def endings(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -85,7 +85,7 @@ class Request:
     def plan(self, chain: Chain, disk: str) -> Plan:
         """What is asked for, of this chain of a disk. Raises NoSuchLayer, BaseAboveTop, BaseIsTop, OptionsConflict."""
         if self.keep is not None:
-            return keeping(chain, self.keep, disk=disk, base=self.base)
+            return keeping(self.direction, chain, self.keep, disk=disk, base=self.base)
         return planned(self.direction, chain, disk=disk, base=self.base, top=self.top, shallow=self.shallow)
 
     def policy(self, plan: Plan) -> Policy:

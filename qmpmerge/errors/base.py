@@ -8,6 +8,7 @@ What can go wrong, sorted by what the caller does next.
      +-- Failed                  5      the job ran and failed: the old chain is in use and right
      +-- Unknown                 6      the outcome is not proven: ask QEMU again
      +-- StillRunning            7      we stopped waiting, the job goes on
+     +-- Postponed               7      of several disks one that was not begun in time: it is as it was
      +-- Cancelled             130      the job was cancelled, or never started: the old chain is in use
 
 An error is a sentence plus its facts: the class holds the sentence and the hint, the constructor keeps the facts as
@@ -36,6 +37,7 @@ EXIT_CODES = {
     "failed": 5,
     "unknown": 6,
     "running": 7,
+    "postponed": 7,
     "cancelled": 130,
 }
 """Verdict to exit code. 1 is a bug of ours (a traceback), 2 is a usage error (click's)."""

@@ -348,3 +348,12 @@ class TimeUp(Cancelled, TimeoutError):
     seconds: float
     sentence = "not begun within {seconds:g} s; the disks are as they were"
     advice = "give it more time (`--timeout`)"
+
+
+class Postponed(Error, TimeoutError):
+    """Of several disks one whose turn did not come before the time limit (`tidy`): it is as it was."""
+
+    seconds: float
+    verdict = "postponed"
+    sentence = "not begun within {seconds:g} s; the disk is as it was"
+    advice = "the same command again goes on with it"

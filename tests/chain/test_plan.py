@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qmpmerge.chain import plan
 from qmpmerge.chain.backing import HEADER_LIMIT, backing_name
 from qmpmerge.chain.chain import Chain, Image, Slice
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import CommitPlan, Direction
 from qmpmerge.errors import BackingString, BaseAboveTop, BaseIsTop, NoSuchLayer, OptionsConflict, ShorterLayer
 
 MIB = 1024**2
@@ -323,16 +323,17 @@ def test_a_long_base_is_within_reach_where_its_relative_name_is_short() -> None:
 # --- the newest overlays stay -----------------------------------------------------------------------------------------
 
 
-@given(chains(), st.integers(0, 12))
-def test_what_is_kept_is_the_base_and_the_newest_overlays(chain: Chain, keep: int) -> None:
-    planned = plan.keeping(chain, keep)
+@given(st.sampled_from(["commit", "pull"]), chains(), st.integers(0, 12))
+def test_what_is_kept_is_the_base_and_the_newest_overlays(direction: Direction, chain: Chain, keep: int) -> None:
+    planned = plan.keeping(direction, chain, keep)
     kept = chain.files[:1] + chain.files[max(1, len(chain) - keep) :]
     assert planned.result.files == kept
     assert planned.merged == tuple(image for image in chain if image.file not in kept)
     assert planned.pivots == (keep == 0 and len(chain) > 1)
+    assert planned.is_empty or planned.direction == (direction if keep else "commit")
 
 
 def test_what_is_kept_is_counted_above_a_base_that_is_named() -> None:
-    planned = plan.keeping(linear(5), 2, base="[2]")
+    planned = plan.keeping("commit", linear(5), 2, base="[2]")
     assert (planned.result.files, planned.base_is_named) == (["/vm/1", "/vm/2", "/vm/4", "/vm/5"], True)
-    assert plan.keeping(linear(5), 4, base="[2]").is_empty
+    assert plan.keeping("commit", linear(5), 4, base="[2]").is_empty

@@ -111,6 +111,7 @@ WAYS: dict[str, Callable[[Setup], Run]] = {
     "unreachable": lambda setup: command.invoke("disks", f"{setup.machine.folder}/none", "--json"),
     "failed": failed,
     "unknown": unknown,
+    "postponed": plainly("tidy", "--keep", "1", "--timeout", "1ms"),
     "running": plainly("commit", "--speed", "1", "--detach"),
     "cancelled": cancelled,
 }

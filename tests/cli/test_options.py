@@ -38,8 +38,7 @@ def test_only_what_is_heeded_can_be_forced(name: str) -> None:
     heeded = {
         **dict.fromkeys(("disks", "chain", "jobs", "job", "doctor"), ("libvirt",)),
         "snapshot": ("in-use", "libvirt"),
-        "plan": FORCEABLE,
-        "commit": FORCEABLE,
+        **dict.fromkeys(("plan", "commit", "tidy"), FORCEABLE),
         "pull": tuple(name for name in FORCEABLE if name != "would-lose"),  # nothing is taken away
     }
     force = options_of(name).get("--force")
@@ -49,7 +48,7 @@ def test_only_what_is_heeded_can_be_forced(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_only_who_follows_a_job_has_a_time_limit(name: str) -> None:
-    assert ("--timeout" in options_of(name)) == (name in ("commit", "pull", "job"))
+    assert ("--timeout" in options_of(name)) == (name in ("commit", "pull", "job", "tidy"))
 
 
 # --- what does not go together, or is of no use -----------------------------------------------------------------------

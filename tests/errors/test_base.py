@@ -24,6 +24,7 @@ from qmpmerge.errors import (
     Error,
     Failed,
     NoSuchDisk,
+    Postponed,
     Refused,
     SessionLost,
     SeveralRefusals,
@@ -221,7 +222,7 @@ def test_a_branch_says_in_which_state_the_disks_are(branch: type[Error], codes: 
 
 
 def test_every_error_is_on_exactly_one_branch() -> None:
-    branches = (Refused, Unreachable, Failed, Unknown, StillRunning, Cancelled)
+    branches = (Refused, Unreachable, Failed, Unknown, StillRunning, Postponed, Cancelled)
     assert [kind for kind in CONCRETE if sum(issubclass(kind, branch) for branch in branches) != 1] == []
     assert (example(StillRunning).exit_code, example(Cancelled).exit_code) == (7, 130)
 
@@ -242,6 +243,7 @@ def test_the_exit_codes_are_those_of_the_design() -> None:
         "failed": 5,
         "unknown": 6,
         "running": 7,
+        "postponed": 7,
         "cancelled": 130,
     }
 
@@ -263,8 +265,8 @@ def test_an_error_can_be_raised_again_with_other_facts() -> None:
 
 def test_what_a_time_limit_raises_is_a_timeout_error() -> None:
     limits = {kind for kind in CONCRETE if issubclass(kind, TimeoutError)}
-    assert {StillRunning, TimeUp, TimedOut} <= limits
-    assert all(issubclass(kind, StillRunning | TimeUp | TimedOut) for kind in limits)
+    assert {StillRunning, Postponed, TimeUp, TimedOut} <= limits
+    assert all(issubclass(kind, StillRunning | Postponed | TimeUp | TimedOut) for kind in limits)
     assert str(example(StillRunning)) == "job the-job goes on in QEMU"  # and no errno is in it
 
 

@@ -42,6 +42,10 @@ def command_lines(word: str) -> Iterator[list[str]]:
     if word != "/":  # which takes as long as the machine has files
         yield from (["doctor", "c.qcow2", "--search", word], ["commit", "c.qcow2", "--dry-run", "--search", word])
     yield ["clean", ".", "--dry-run", "--older-than", word]
+    for option in ("--keep", "--parallel", "--speed", "--timeout", "--direction"):
+        yield ["tidy", "c.qcow2", "--keep", "1", "--dry-run", option, word]
+    if word != "/":
+        yield ["tidy", word, "--keep", "1", "--dry-run"]
     yield from (["snapshot", word, "a=b"], ["snapshot", "c.qcow2", word], ["snapshot", "c.qcow2", f"{word}={word}"])
     yield from (["snapshot", "c.qcow2", f"nope={word}"], ["recover", "c.qcow2", "--use", word], ["clean", ".", word])
     yield ["snapshot", "c.qcow2", "nope=x", "--quiesce", "--agent", word]

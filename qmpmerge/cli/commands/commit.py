@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
 @click.option("--active", is_flag=True, hidden=True)  # as one types it with virsh, and as it is where top says so
 @options.habits("--wait", "--verbose")
-@options.keep
+@options.keep()
 @options.endings
 @click.option(
     "--speed",

@@ -27,6 +27,7 @@ FILES = {
     "job": "job",
     "recover": "recover",
     "clean": "clean",
+    "tidy": "tidy",
     "doctor": "doctor",
     "completion": "completion",
 }

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import click
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "What is merged": ("--base", "--top", "--shallow", "--keep"),
+    "What is merged": ("--base", "--top", "--shallow", "--keep", "--all", "--direction"),
     "How it ends": ("--pivot", "--keep-overlay", "--wait-ready", "--merged-files"),
     "Safety": ("--dry-run", "--yes", "--verify", "--no-verify", "--no-pause", "--search", "--force"),
-    "Waiting": ("--speed", "--converge", "--converge-pause", "--timeout", "--detach", "--polite"),
+    "Waiting": ("--parallel", "--speed", "--converge", "--converge-pause", "--timeout", "--detach", "--polite"),
     "Images not in use (TARGET is an image)": ("--allow", "--format", "--secret"),
     "Output": ("--json", "--quiet", "--trace", "--help"),
 }

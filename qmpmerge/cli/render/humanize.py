@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Estimate, OtherWay, Outcome
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
+    from qmpmerge.operations.tidy import Tidying
     from qmpmerge.qemu.jobs import Job
 
 
@@ -59,6 +60,36 @@ def progress(value: Progress) -> str:
     elif value.status not in ("running", "created"):
         parts.append(value.status)
     return f"{visible(value.disk)}: {', '.join(parts)}"
+
+
+def together(at_work: Sequence[Progress]) -> tuple[float | None, str]:
+    """How far all of them are, in percent and in words: ``2 disks: vm1 vda 30 %, vm2 vda 5 %``, or `progress` of one."""
+    if len(at_work) == 1:
+        return at_work[0].percent, progress(at_work[0])
+    percents = [value.percent or 0.0 for value in at_work]
+    names = (f"{visible(value.disk)} {percent:.0f} %" for value, percent in zip(at_work, percents, strict=True))
+    return sum(percents) / len(percents), f"{len(percents)} disks: {', '.join(names)}"
+
+
+def name(target: str, disk: str | None) -> str:
+    """What a disk is called among those of several targets; an image is its own disk."""
+    return target if disk is None or os.path.basename(target) == disk else f"{target} {disk}"
+
+
+def result(outcome: "Outcome") -> str:
+    """What follows the verdict: `` in 0.42 s, 9 MiB copied: base.raw <-- c.qcow2``."""
+    before = f"{outcome.before}, then " if outcome.verdict == "planned" else ""
+    return f"{'' if before else cost(outcome)}: {before}{outcome.after}"
+
+
+def tidied(done: "Tidying") -> str:
+    """``40 disks: 38 merged, 1 failed, 1 refused; not looked at: vm9``."""
+    counted = Counter(one.verdict for one in done.tidied if one.disk is not None)
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
+    count = counted.total()
+    told = f"{count} disk{'' if count == 1 else 's'}{f': {verdicts}' if verdicts else ''}"
+    missed = [one.target for one in done.tidied if one.disk is None]
+    return f"{told}; not looked at: {', '.join(missed)}" if missed else told
 
 
 def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:

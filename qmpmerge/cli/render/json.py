@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.examine import Examination
     from qmpmerge.operations.plan import Way, Ways
     from qmpmerge.operations.snapshot import Overlay
+    from qmpmerge.operations.tidy import Tidied, Tidying
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.details import DiskDetails, ImageDetails
@@ -107,12 +108,28 @@ class JsonOutput:
         merges = [{**_keys(one, *keys), "merged": _merged(one.merged)} for one in found]
         verdict = verdict_of(found)
         error = next((one.error for one in found if one.error is not None and one.verdict == verdict), None)
-        self._print(verdict, merges=merges, **({"error": error.document} if error else {}))
+        self._print(verdict, merges=merges, **_error(error))
 
     def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
         """One entry for each stashed file."""
         stashed = [_keys(one, "file", "allocated", "action", "obstacle") for one in found]
         self._print(cleaned_verdict(found, dry_run=dry_run), stashed=stashed)
+
+    def tidied(self, *done: "Tidied") -> None:
+        """In the one object, with all others."""
+
+    def tidy(self, done: "Tidying") -> None:
+        """One entry for each disk; of a merge whose job goes on without us all that is known."""
+        tidied = [
+            {
+                **_keys(one, "target", "disk", "verdict"),
+                "outcome": _merge(outcome) if (outcome := _known(one)) is not None else None,
+                "error": one.error.document if one.error is not None else None,
+            }
+            for one in done.tidied
+        ]
+        left_out = [_keys(one, "target", "reason") for one in done.left_out]
+        self._print(done.verdict, tidied=tidied, left_out=left_out, **_error(done.error))
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs."""
@@ -130,9 +147,8 @@ class JsonOutput:
             {"target": one.target, "verdict": one.verdict, "error": one.error.document if one.error else None}
             for one in report.targets
         ]
-        failure = {"error": report.error.document} if report.error else {}
         looked_at = _keys(report, "vms", "images")
-        self._print(report.verdict, looked_at=looked_at, targets=targets, findings=findings, **failure)
+        self._print(report.verdict, looked_at=looked_at, targets=targets, findings=findings, **_error(report.error))
 
     def failure(self, error: "Error") -> None:
         """The error with its facts; with all that is known of a merge whose job goes on without us."""
@@ -152,7 +168,7 @@ class JsonOutput:
         self._line(
             "progress",
             job=_job(progress.job),
-            **_keys(progress, "disk", "counts", "rate", "seconds_left", "dirty_rate", "converging"),
+            **_keys(progress, "target", "disk", "counts", "rate", "seconds_left", "dirty_rate", "converging"),
             shortage=_keys(progress.shortage, "filesystem", "needed") if progress.shortage else None,
         )
         if progress.note:
@@ -183,6 +199,15 @@ class JsonOutput:
 def _keys(value: object, *names: str) -> dict[str, object]:
     """These of its fields."""
     return {name: getattr(value, name) for name in names}
+
+
+def _error(error: "Error | None") -> dict[str, object]:
+    """That of what has several outcomes, where there is one."""
+    return {} if error is None else {"error": error.document}
+
+
+def _known(done: "Tidied") -> "Outcome | None":
+    return done.error.outcome if isinstance(done.error, StillRunning) else done.outcome
 
 
 def _merge(outcome: "Outcome") -> dict[str, object]:

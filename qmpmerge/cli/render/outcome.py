@@ -52,7 +52,7 @@ def lines(outcome: "Outcome") -> Iterator[str]:
     yield from files(outcome.merged, planned=planned)
     if planned:
         yield from _of_plan(outcome)
-    yield from _unpassed(outcome.checks)
+    yield from unpassed(outcome.checks)
     for rung in outcome.converge:
         yield f"helped  {rung}"
 
@@ -79,13 +79,13 @@ def _of_plan(outcome: "Outcome") -> Iterator[str]:
     for check in passed:
         if check.scope:
             yield f"        {MEANINGS.get(check.name, check.name)} (looked at {check.scope})"
-    if not outcome.after.active.same_as(outcome.before.active):
+    if outcome.pivots:
         yield f"then    start the VM from {outcome.after.active.label}"
     if outcome.other_way is not None:
         yield f"or      {humanize.other_way(outcome.other_way, outcome.estimate)}"
 
 
-def _unpassed(checks: "Sequence[Checked]") -> Iterator[str]:
+def unpassed(checks: "Sequence[Checked]") -> Iterator[str]:
     """What was not looked at is not passed, and has to be told always."""
     for check in checks:
         meaning = f"that {MEANINGS.get(check.name, 'this is right')}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.examine import Examination
     from qmpmerge.operations.plan import Ways
     from qmpmerge.operations.snapshot import Overlay
+    from qmpmerge.operations.tidy import Tidied, Tidying
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.jobs import Job
@@ -54,6 +55,12 @@ class Output(Protocol):
 
     def cleaned(self, found: "Sequence[Cleaned]", *, dry_run: bool) -> None:
         """Which stashed files were removed, and why the others were not."""
+
+    def tidied(self, *done: "Tidied") -> None:
+        """Disks of several, each as soon as it is done."""
+
+    def tidy(self, done: "Tidying") -> None:
+        """All of them."""
 
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs of a target."""

@@ -4,6 +4,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from qmpmerge.cli.render import humanize
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
     from qmpmerge.cli.render import bar
     from qmpmerge.cli.render.table import Column
-    from qmpmerge.engine.pace.progress import Progress, Shortage
+    from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.engine.resume import Recovery
     from qmpmerge.errors import Error
     from qmpmerge.images.headers import Oddity
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.examine import Examination
     from qmpmerge.operations.plan import Ways
     from qmpmerge.operations.snapshot import Overlay
+    from qmpmerge.operations.tidy import Tidied, Tidying
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.jobs import Job
@@ -34,7 +36,7 @@ DRAW_AFTER_SECONDS = 0.5
 COLOURS: dict[str, Colour] = {
     **dict.fromkeys(("merged", "pivoted", "kept", "ready", "created", "done", "pulled"), "green"),
     **dict.fromkeys(("refused", "unreachable", "failed", "unknown", "harm"), "red"),
-    **dict.fromkeys(("running", "cancelled", "care", "problem"), "yellow"),
+    **dict.fromkeys(("running", "postponed", "cancelled", "care", "problem"), "yellow"),
 }
 """Of verdicts and severities; the others have none."""
 
@@ -64,8 +66,8 @@ class TextOutput:
         self._quiet = quiet
         self._clock = clock
         self._begun: float | None = None
-        self._tenth = 0
-        self._shortage: Shortage | None = None
+        self._tenths: dict[str, int] = {}
+        self._at_work: dict[str, Progress] = {}
 
     def vms(self, found: "Sequence[Vm]") -> None:
         """A table; monitors that can be used as TARGET come last."""
@@ -182,6 +184,26 @@ class TextOutput:
         elif len(found) > 1:
             self._say(f"{len(gone)} of {len(found)} files {fate}, {humanize.size(sum(gone))}")
 
+    def tidied(self, *done: "Tidied") -> None:
+        """A line for each, with what was not checked; an error as of any command, with the disk."""
+        for one in done:
+            name = humanize.name(one.target, one.disk)
+            self._at_work.pop(name, None)
+            if one.error is not None:
+                self._failed(one.error, f"{name}: ")
+            if one.outcome is not None:
+                self._say(f"{name}: ", Painted(one.verdict, COLOURS.get(one.verdict)), humanize.result(one.outcome))
+                for line in merge.unpassed(one.outcome.checks):
+                    self._say(f"  {line}")
+
+    def tidy(self, done: "Tidying") -> None:
+        """How many came to what, and once what there is left to do."""
+        for one in done.left_out:
+            self.note(f"left out: {one.target}, {one.reason}")
+        self._say(humanize.tidied(done))
+        for hint in dict.fromkeys(hint for one in done.tidied if one.outcome for hint in one.outcome.hints):
+            self._hint(hint)
+
     def jobs(self, found: "Sequence[Job]") -> None:
         """A table; then what can be done with each job, and the error that it ended with."""
         from qmpmerge.cli.render import listing
@@ -217,13 +239,21 @@ class TextOutput:
 
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""
+        self._failed(error)
+
+    def _failed(self, error: "Error", where: str = "") -> None:
         for part in error.parts:
-            self._tell(Painted(part.verdict, COLOURS.get(part.verdict)), f": {part}")
+            self._tell(Painted(part.verdict, COLOURS.get(part.verdict)), f": {where}{part}")
             if part.hint:
                 self._advise(part.hint)
 
     def progress(self, progress: "Progress") -> None:
-        """One redrawn line on a terminal, else a line every 10 %; nothing for what is over in a blink."""
+        """
+        One redrawn line on a terminal, for all that is at work, else a line every 10 % of each; nothing for what is over in a
+        blink.
+        """
+        if progress.target is not None:
+            progress = replace(progress, disk=humanize.name(progress.target, progress.disk))
         if progress.hint:
             self._hint(f"{progress.disk}: {progress.hint}")
         now = self._clock()
@@ -233,15 +263,17 @@ class TextOutput:
             self._begun = now
         if self._quiet or now - self._begun < DRAW_AFTER_SECONDS:
             return
+        before = self._at_work.get(progress.disk)
+        self._at_work[progress.disk] = progress
         if self._bar is not None:
-            self._bar.draw(progress.percent, humanize.progress(progress))
+            at_work = [progress] if progress.target is None else [*self._at_work.values()]
+            self._bar.draw(*humanize.together(at_work))
             return
-        if (progress.shortage is None) != (self._shortage is None):
-            self._shortage = progress.shortage
+        if (progress.shortage is None) != (before is None or before.shortage is None):
             self._tell(humanize.progress(progress))
         tenth = int((progress.percent or 0) // 10)
-        if tenth > self._tenth:
-            self._tenth = tenth
+        if tenth > self._tenths.get(progress.disk, 0):
+            self._tenths[progress.disk] = tenth
             self._tell(humanize.progress(progress))
 
     def note(self, text: str) -> None:

@@ -34,7 +34,8 @@ class Progress:
     `shortage` is what a job waits for that ran out of space. `note` is a sentence, said once, about a job that was there
     before us.
     Of an active merge `dirty_rate` is what the guest writes again, in bytes a second, and `converging` whether it gets
-    ready like this; None while nobody can say. `hint` is a sentence for the user, said once.
+    ready like this; None while nobody can say. `hint` is a sentence for the user, said once. `target`
+    is whose disk it is where one command merges those of several (`tidy`).
     """
 
     disk: str
@@ -47,6 +48,7 @@ class Progress:
     dirty_rate: float | None = None
     converging: bool | None = None
     hint: str | None = None
+    target: str | None = None
 
     @property
     def status(self) -> str:

@@ -32,11 +32,23 @@ from qmpmerge.cli.commands import group
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress, Shortage
 from qmpmerge.engine.resume import Recovery
-from qmpmerge.errors import EXIT_CODES, Error, NeedsSecret, NoReply, NoSuchTarget, NotDurable
+from qmpmerge.errors import (
+    EXIT_CODES,
+    Cancelled,
+    Error,
+    NeedsSecret,
+    NoReply,
+    NoSuchTarget,
+    NotDurable,
+    Postponed,
+    StillRunning,
+)
 from qmpmerge.journal import store
 from qmpmerge.operations.examine import Examination, Examined
+from qmpmerge.operations.places import LeftOut
 from qmpmerge.operations.plan import Ways
 from qmpmerge.operations.snapshot import Overlay
+from qmpmerge.operations.tidy import Tidied, Tidying
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.details import ImageDetails
 from qmpmerge.qemu.jobs import Job
@@ -227,6 +239,7 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     for error in (NoReply(target="vm1", command="query-jobs", seconds=1.0), NeedsSecret(image="/vm/b")):
         report = Examination((Examined("vm1", error=error),), 1, 0)
         yield _rendered("doctor", functools.partial(JsonOutput.doctor, report=report))
+    yield from _tidied(outcome, short)
     errors: tuple[Error, ...] = (
         NoReply(target="vm1", command="query-jobs", seconds=1.0),
         NeedsSecret(image="/vm/b"),
@@ -236,6 +249,30 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     for one in errors:
         recovery = Recovery(one.verdict, "/vm/b", None, str(one), hints=(one.hint,), error=one)
         yield _rendered("recover", functools.partial(JsonOutput.recovered, found=[recovery]))
+
+
+def _tidied(outcome: Outcome, short: Progress) -> Iterator[Run]:
+    def say(done: Tidied) -> Run:
+        def tidying(output: JsonOutput) -> None:
+            output.progress(replace(short, target="vm1"))
+            output.tidied(done)
+            output.tidy(Tidying((done,), (LeftOut("vm2", "libvirt manages it"),)))
+
+        return _rendered("tidy", tidying)
+
+    for verdict in ("pivoted", "planned", "unchanged"):
+        yield say(Tidied("vm1", "vda", replace(outcome, verdict=verdict)))
+    errors: tuple[Error, ...] = (
+        NoReply(target="vm1", command="query-jobs", seconds=1.0),
+        NeedsSecret(image="/vm/b"),
+        NoSuchTarget(target="vm1"),
+        NotDurable(node="n", reason="I/O error"),
+        StillRunning(target="vm1", job=JOB),
+        Postponed(seconds=1.0),
+        Cancelled(),
+    )
+    for one in errors:
+        yield say(Tidied("vm1", "vda", error=one))
 
 
 def _rendered(command: str, say: Callable[[JsonOutput], None]) -> Run:

@@ -360,6 +360,7 @@ def test_progress_is_one_object_a_line_on_stderr(streams: Streams) -> None:
     first, second = streams.lines()
     assert second == {
         "event": "progress",
+        "target": None,
         "disk": "vda",
         "job": SHOWN,
         "counts": "copied",

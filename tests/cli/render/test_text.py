@@ -23,6 +23,7 @@ from qmpmerge.images.headers import Oddity
 from qmpmerge.operations.clean import Cleaned
 from qmpmerge.operations.examine import Examination, Examined
 from qmpmerge.operations.snapshot import Overlay
+from qmpmerge.operations.tidy import Tidied
 from qmpmerge.processes.vms import Vm
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job
@@ -538,6 +539,20 @@ def test_a_bar_is_never_wider_than_the_terminal_or_it_could_not_be_drawn_over(
     lines = terminal.err.getvalue().replace("\x1b[K", "").split("\r")[1:]
     assert len(lines) == 2 and all(0 < width(line) < columns for line in lines)
     assert all(("━" in line) == (columns > 150) for line in lines)
+
+
+def test_disks_of_several_targets_share_the_line_until_each_is_done(terminal: Screen) -> None:
+    for target, done in (("vm1", 30), ("vm2", 10)):
+        terminal.output.progress(dataclasses.replace(told(done), target=target))
+    assert (
+        terminal.err.getvalue()
+        .rpartition("\r")[2]
+        .startswith("━" * 5 + "─" * 19 + " 2 disks: vm1 vda 30 %, vm2 vda 10 %")
+    )
+    terminal.output.tidied(Tidied("vm1", "vda", Outcome("merged", "vda", THREE, ONE)))
+    terminal.output.progress(dataclasses.replace(told(20), target="vm2"))
+    assert " vm2 vda: 20 %, copied " in terminal.err.getvalue().rpartition("\r")[2]
+    assert terminal.out.getvalue().startswith("vm1 vda: ")
 
 
 def test_a_dumb_terminal_gets_lines(terminal: Screen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,180 @@
+"""`tidy`: shorten the chains of several VMs and folders."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from qmpmerge.cli import ask, options, streams
+from qmpmerge.cli.commands import group
+from qmpmerge.cli.options import Options, forcing, refuse_together, shared
+from qmpmerge.cli.quantities import Duration, Size
+from qmpmerge.cli.run import awaited, door, look
+from qmpmerge.errors import FORCEABLE
+
+if TYPE_CHECKING:
+    from qmpmerge.chain.outcome import Outcome, Policy
+    from qmpmerge.cli.render.output import Output
+    from qmpmerge.operations.tidy import Direction, Tidied, Tidying, Told
+
+QUESTION = f"Merge, and have the VMs use the bases from now on? {ask.CHOICE}"
+
+
+@group.cli.command()
+@options.targets
+@options.keep(required=True)
+@click.option("--all", "every", is_flag=True, help="All VMs of this host that are root's or yours, but libvirt's.")
+@click.option(
+    "--direction",
+    type=click.Choice(["commit", "pull", "auto"]),
+    default="commit",
+    show_default=True,
+    metavar="WAY",
+    help="commit merges into the base; pull leaves the base as it is, and pulls into the oldest overlay that stays; auto pulls "
+    "where others use the base.",
+)
+@click.option(
+    "--parallel",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Merge so many disks at the same time.",
+)
+@click.option(
+    "--speed",
+    type=Size(),
+    metavar="SIZE",
+    help="Copy at most so much a second, all together, as in 100M; 0 for no limit.",
+)
+@click.option(
+    "--merged-files",
+    type=click.Choice(["stash", "delete", "keep"]),
+    metavar="ACTION",
+    help="What becomes of merged files: stash (default) renames them to NAME.merged, delete compares and removes them, keep "
+    "(default of a pull) leaves them alone.",
+)
+@options.search
+@options.allow("A folder, file or device that headers may name, besides the image's folder.")
+@click.option("--dry-run", is_flag=True, help="Make all checks, show what would be merged, change nothing.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before guests are moved onto their bases.")
+@click.option(
+    "--timeout",
+    type=Duration(positive=True),
+    metavar="TIME",
+    help="Begin nothing more after this time, as in 90 (seconds) or 4h, and leave what is at work (exit code 7).",
+)
+@forcing(*FORCEABLE)
+@shared
+def tidy(
+    targets: tuple[str, ...],
+    keep: int,
+    every: bool,
+    direction: "Direction",
+    parallel: int,
+    speed: int | None,
+    merged_files: "Policy | None",
+    search: tuple[str, ...],
+    dry_run: bool,
+    yes: bool,
+    options: Options,
+) -> int:
+    """
+    Shorten the chains of many disks.
+
+    Each is left its base and its newest overlays.
+
+    TARGET may also be a folder: its images that no VM uses, each chain whose active image lies right there. Disks whose chains
+    are short enough are left alone, and one that is refused or fails stops no other.
+
+    \b
+    Examples:
+      qmpmerge tidy vm1 vm2 --keep 2
+      qmpmerge tidy --all /vm --keep 2 --speed 100M --timeout 4h
+      qmpmerge tidy /vm --keep 1 --dry-run
+
+    Each merge is as of `commit`; with --keep 0 guests are moved onto their bases, and on a terminal you are asked before. The
+    exit code is that of the worst outcome.
+
+    Ctrl-C cancels what is at work and begins nothing more; a second Ctrl-C, a closed terminal and --timeout leave the jobs
+    that are QEMU's, and the same command again goes on from there. It may be killed, and may run twice: where another qmpmerge
+    is at work a disk is refused, or its monitor is taken.
+
+    \b
+    Exit codes:
+      0    all are as short as was asked
+      3    a disk was refused: it is untouched
+      4    no session with a TARGET: its disks are untouched
+      5    a job failed: the old chain is in use and right
+      6    an outcome is not proven
+      7    a job goes on in QEMU, or a disk's turn did not come before --timeout
+      130  cancelled by Ctrl-C: the old chains are in use
+    """
+    if not (targets or every):
+        raise click.UsageError("name VMs, images or folders, as in `qmpmerge tidy vm1 /vm --keep 2`, or say `--all`")
+    refuse_together({"--direction": direction != "commit", "--merged-files delete": merged_files == "delete"})
+
+    async def work(output: "Output", dry_run: bool, agreed: "Sequence[Outcome] | None", show: "Told") -> "Tidying":
+        import asyncio
+
+        from qmpmerge.operations import tidy as operation
+
+        done: list[Tidied] = []
+
+        def told(entry: "Tidied") -> None:
+            done.append(entry)
+            show(entry)
+
+        try:
+            return await operation.tidy(
+                targets,
+                keep=keep,
+                every=every,
+                direction=direction,
+                parallel=parallel,
+                speed=speed,
+                merged_files=merged_files,
+                force=options.force,
+                allow=options.allow,
+                search=search,
+                dry_run=dry_run,
+                agreed=agreed,
+                patience=options.patience,
+                door=lambda name, **how: door(options, output, allow=options.allow, **how)(name),
+                told=told,
+                report=output.progress,
+            )
+        except asyncio.CancelledError:  # all old chains are back, and what was merged before is told too
+            return operation.Tidying(tuple(done))
+
+    def carried_out(output: "Output", agreed: "Sequence[Outcome] | None" = None) -> str:
+        def show(entry: "Tidied") -> None:
+            _show(entry, options, output)
+
+        result = awaited(options, lambda output: work(output, dry_run, agreed, show), output)
+        output.tidy(result)
+        return result.verdict
+
+    def asked(output: "Output") -> str:
+        plans = awaited(options, lambda output: work(output, True, None, _silent), output)
+        moved = [one for one in plans.tidied if one.outcome is not None and one.outcome.pivots]
+        if moved:
+            ask.confirm(lambda screen: screen.tidied(*moved), QUESTION)
+            options.patience.begin_again()  # the question took its time
+        return carried_out(output, [one.outcome for one in moved if one.outcome is not None])
+
+    if keep or dry_run or yes or options.json or not ask.can_be_asked():
+        return look(options, carried_out)
+    return look(options, asked)
+
+
+def _silent(entry: "Tidied") -> None:
+    """A plan is shown as a whole."""
+
+
+def _show(entry: "Tidied", options: Options, output: "Output") -> None:
+    """Say it, on stdout where stderr does not take an error."""
+    output.tidied(entry)
+    if entry.error is not None and not options.json and streams.is_failing(sys.stderr):
+        options.output(err=sys.stdout).tidied(entry)
