@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from rig import faults, kills
 from rig.command import COMMAND, Run, held, invoke
-from rig.machines import Content, Machine, fill, machine, make_chain, run
+from rig.machines import Content, Machine, fill, have, machine, make_chain, run
 
 import qmpmerge
 from qmpmerge.operations.tidy import Tidied
@@ -382,3 +383,48 @@ async def test_the_library_gives_each_disk_in_the_order_of_the_targets(tmp_path:
     assert [each.target for each in done.tidied] == [str(images[-1]), one.target, one.target]
     with pytest.raises(ValueError, match="parallel"):
         await qmpmerge.tidy([], keep=1, parallel=0)
+
+
+# --- every night ------------------------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def nightly() -> dict[str, str]:
+    """The command lines of the examples."""
+    cron = (EXAMPLES / "qmpmerge-tidy.cron").read_text().splitlines()[-1]
+    (service,) = re.findall(r"^ExecStart=(.*)$", (EXAMPLES / "qmpmerge-tidy.service").read_text(), re.MULTILINE)
+    return {"cron": cron.split(None, 6)[6], "systemd": service}
+
+
+@pytest.mark.parametrize("kind", ["cron", "systemd"])
+def test_the_example_shortens_chains_and_says_only_what_went_wrong(kind: str, tmp_path: Path) -> None:
+    """With our paths for those that it names; and without `--all`, which would be the VMs of other tests."""
+    images, content = chain(tmp_path / "vm")
+    (tmp_path / "vm/broken.qcow2").write_bytes((tmp_path / "vm/c.qcow2").read_bytes().replace(b"b.qcow2", b"gone.qc"))
+    line = nightly()[kind]
+    for theirs, ours in (
+        ("/usr/local/bin/qmpmerge", COMMAND),
+        (" --all /vm ", f" {tmp_path}/vm "),
+        ("/run/", f"{tmp_path}/"),
+    ):
+        assert kind == "systemd" or theirs in line
+        line = line.replace(theirs, ours)
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert (
+        done.returncode == 3
+        and f"refused: {tmp_path}/vm/broken.qcow2: " in done.stderr
+        and done.stderr.count("\n") == 2
+    )
+    assert (done.stdout == "") == (kind == "cron")
+    assert entries(tidy(images[-1], "--keep", "2")) == {(str(images[-1]), "c.qcow2"): "unchanged"}
+    assert not images[1].exists()
+    content.check(images[-1])
+
+
+@pytest.mark.skipif(not have("systemd-analyze"), reason="no systemd")
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    for unit in ("qmpmerge-tidy.service", "qmpmerge-tidy.timer"):
+        text = (EXAMPLES / unit).read_text().replace("/usr/local/bin/qmpmerge", COMMAND)
+        (tmp_path / unit).write_text(text)
+    run("systemd-analyze", "verify", *tmp_path.iterdir())
