@@ -21,7 +21,7 @@ from typing import Any
 from rig.machines import run
 
 import qmpmerge
-from speed import growth, guest, listing, live, offline
+from speed import growth, guest, listing, live, offline, tidying
 from speed.figures import Figures
 from speed.peers import Libvirt, install_libvirt, libvirt
 
@@ -53,12 +53,17 @@ def grow(figures: Figures, folder: Path, runs: int, _peer: Libvirt | None) -> No
     growth.disks(figures, folder, runs, [1, 8, 24])
 
 
+def tidy(figures: Figures, folder: Path, runs: int, _peer: Libvirt | None) -> None:
+    tidying.measure(figures, folder, runs, 20)
+
+
 SECTIONS: dict[str, Section] = {
     "look": look,
     "live": merge_live,
     "offline": merge_offline,
     "guest": feel,
     "growth": grow,
+    "tidy": tidy,
 }
 LIVE = {"live", "guest"}
 """The sections in which virsh is a peer."""

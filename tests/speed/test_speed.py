@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from speed import growth, listing, live, offline
+from speed import growth, listing, live, offline, tidying
 from speed.figures import BARE, OURS, QEMU_IMG, Case, Figures, alternating
 
 
@@ -40,8 +40,10 @@ def test_every_section_measures_every_peer(tmp_path: Path) -> None:
     listing.vms(figures, tmp_path, 1, [1])
     growth.layers(figures, tmp_path, 1, [3])
     growth.disks(figures, tmp_path, 1, [2])
+    tidying.measure(figures, tmp_path, 1, 1)
     cases = {case["case"]: case for case in figures.document()}
     assert set(cases["active, pivot, 1 MiB in 3 layers"]["ratios"]) == {BARE}
     assert set(cases["middle layers, 4 MiB in 10 layers"]["ratios"]) == {QEMU_IMG}
+    assert set(cases["1 VMs of 2 disks"]["ratios"]) == {tidying.ALONE}
     assert cases["disks, 3 layers: QMP round trips"]["peers"][OURS]["median"] == 4
     assert all(run > 0 for case in cases.values() for peer in case["peers"].values() for run in peer["runs"])
