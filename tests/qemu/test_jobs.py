@@ -294,7 +294,7 @@ async def test_a_verb_that_an_ended_job_cannot_take_is_refused(vm: Machine, sess
 async def test_a_job_that_is_not_there_is_refused_with_those_that_are(vm: Machine, session: Monitor) -> None:
     with pytest.raises(NoSuchJob) as error:
         await jobs.control(session, "other", "cancel")
-    assert error.value.facts == {"job": "other", "target": vm.target, "known": []}
+    assert error.value.facts == {"job": "other", "target": vm.target, "known": [], "is_disk": False}
     begin(vm)
     with pytest.raises(NoSuchJob) as error:
         await jobs.control(session, "other", "cancel")
