@@ -8,7 +8,7 @@ import struct
 import subprocess
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Inode
@@ -67,7 +67,7 @@ class User:
     pid: int | None
     name: str
     vm: Vm | None = None
-    release: str = ""
+    release: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         if self.pid is None:
@@ -125,7 +125,7 @@ def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[Use
     All that have one of the files open, as far as we may see: processes but for ours and those `excluding`, and what the
     kernel itself has put on them (`kernel`); by the order of the files.
     """
-    found = (*processes(files, excluding=excluding), *of_kernel(kernel.look(files)))
+    found = (*processes(files, excluding=excluding), *of_kernel(kernel.look(files), excluding=excluding))
     return tuple(sorted(found, key=lambda user: files.index(user.file)))
 
 
@@ -141,9 +141,20 @@ async def lasting(files: Sequence[str], *, excluding: Collection[int] = ()) -> t
     return found
 
 
-def of_kernel(look: kernel.Look) -> tuple[User, ...]:
-    """What was found of the kernel's, as users."""
-    return tuple(User(use.file, None, use.what, release=use.release) for use in look.uses)
+def of_kernel(look: kernel.Look, *, excluding: Collection[int] = ()) -> tuple[User, ...]:
+    """
+    What was found of the kernel's, as users, and the processes but for those `excluding` that have a file open through a loop
+    device.
+
+    The kernel would detach such a device once they close it, so no command for that is told.
+    """
+    files = {device: use.file for use in look.uses for device in use.devices}
+    through = processes(list(files)) if files else ()
+    held = {user.file for user in through}
+    uses = [
+        User(use.file, None, use.what, release=use.release if held.isdisjoint(use.devices) else "") for use in look.uses
+    ]
+    return (*uses, *(replace(user, file=files[user.file]) for user in through if user.pid not in excluding))
 
 
 def processes(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:

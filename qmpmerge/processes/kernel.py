@@ -11,7 +11,7 @@ import os
 import shlex
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qmpmerge import folder
 from qmpmerge.mounts import Mount, mounts, plain
@@ -26,11 +26,16 @@ _LOOP_INFO = struct.Struct("QQQ208x")
 
 @dataclass(frozen=True)
 class Use:
-    """`what` has the image `file`; `release` are the commands that make it let go, as a shell takes them, "" if not known."""
+    """
+    `what` has the image `file`; `release` are the commands that make it let go, as a shell takes them, "" if not known.
+
+    Through the loop `devices`, and their partitions, a process may have it open.
+    """
 
     file: str
     what: str
     release: str
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def look(files: Sequence[str]) -> Look:
             if lies_on in wanted:
                 loop = _Thing(f"loop device /dev/{name}", f"losetup -d /dev/{name}")
                 above = lying.on_device(proc.read_text(f"{SYS}/block/{name}/dev").strip())
-                uses.append(_use(wanted[lies_on], [*above, loop]))
+                uses.append(replace(_use(wanted[lies_on], [*above, loop]), devices=_devices(name)))
         for identity, file in wanted.items():
             is_device = identity[0] == "device"
             things = lying.on_device(_number(identity)) if is_device else lying.on_itself(identity)
@@ -108,6 +113,12 @@ def _loops(unseen: list[str]) -> Iterator[tuple[str, Identity]]:
             yield name, lies_on
         elif backing and backing == _backing(name):  # else it was let go meanwhile
             unseen.append(f"/dev/{name} lies on {backing}, which cannot be seen from here")
+
+
+def _devices(name: str) -> tuple[str, ...]:
+    folder = f"{SYS}/block/{name}"
+    partitions = [one for one in _listed(folder) if os.path.exists(f"{folder}/{one}/partition")]
+    return tuple(f"/dev/{one}" for one in (name, *partitions))
 
 
 def _backing(name: str) -> str:

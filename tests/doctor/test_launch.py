@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rig import advice
 from rig.command import invoke
+from rig.devices import loop
 from rig.disks import Setup, blockdev, drive
 from rig.machines import MIB, Content, machine, make_chain, run
 
@@ -150,6 +151,15 @@ def test_what_is_told_is_not_told_twice(base: Path, tmp_path: Path) -> None:
     assert invoke("active", str(base)).code == 3
     (told,) = advice.findings(tmp_path)
     assert "is not there" in told["message"]
+
+
+def test_an_active_image_on_a_loop_device_that_a_vm_uses(base: Path, tmp_path: Path) -> None:
+    image = overlay(tmp_path / "dev.img", base, "raw")
+    with loop(image) as device, machine(tmp_path, "-drive", f"file={device},format=qcow2,if=none,id=vda"):
+        told = advice.findings(image)
+    assert {one["name"] for one in told} == {"in-use"}
+    assert any("VM" in one["message"] or "qemu" in one["message"] for one in told)
+    assert not any("losetup" in (one["fix"] or "") for one in told)
 
 
 async def test_an_empty_overlay_on_which_another_is_built_is_needed(base: Path, tmp_path: Path) -> None:
