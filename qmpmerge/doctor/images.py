@@ -53,7 +53,7 @@ async def look(
     for layer in () if users else layers:
         findings += await marks(layer)
     seen = frozenset(inode for layer in layers for inode in layer.inodes)
-    return Looked(sort([*findings, *leftovers.beside(chain, search)]), seen)
+    return Looked(sort([*findings, *await leftovers.beside(chain, search)]), seen)
 
 
 def walked(image: str, allow: Collection[str], form: str | None = None) -> tuple[Layer, ...] | Finding:

@@ -8,13 +8,14 @@ for a moment: a lock is looked up and not tried.
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.state import State
 from qmpmerge.doctor import launch
 from qmpmerge.doctor.findings import Finding, Severity
-from qmpmerge.images import dependents, files, notes, overlays, qcow2, stashed
+from qmpmerge.errors import ImageUnreadable, ToolMissing
+from qmpmerge.images import dependents, files, notes, overlays, qcow2, qemuimg, stashed
 from qmpmerge.images.dependents import Dependent, Look
 from qmpmerge.journal import locks, lookup, store
 from qmpmerge.journal.locks import Note
@@ -28,7 +29,7 @@ _ANY = re.compile(r"(?P<image>.+)", re.DOTALL)
 _OWNED = re.compile(r"qmpmerge-(?:[a-z]+-)?(\d+)-")
 
 
-def beside(
+async def beside(
     chain: Chain, search: Collection[str] = (), *, pid: int | None = None, jobs: Collection[str] = ()
 ) -> list[Finding]:
     """
@@ -41,7 +42,7 @@ def beside(
     for folder in dependents.folders(chain, search):
         found += in_folder(folder, jobs)
     far = elsewhere(chain.active.file, jobs) if chain.active.has_path else ()
-    return [*found, *far, *_built_on(chain, search, pid)]
+    return [*found, *far, *[one async for one in _built_on(chain, search, pid)]]
 
 
 def in_folder(folder: str, jobs: Collection[str] = ()) -> list[Finding]:
@@ -62,12 +63,6 @@ def _is_known(record: Record, jobs: Collection[str]) -> bool:
     """Whether its job tells more, or a qmpmerge is at work on it."""
     locked = [locks.lock_path(image) for image in record.chain if image.has_path]
     return record.job in jobs or any(map(locks.is_held, filter(os.path.exists, locked)))
-
-
-def started_stale(chain: Chain, pid: int | None) -> list[Finding]:
-    """Whether the VM with this pid, which has the chain, was started from older data."""
-    found = (*_built_on(chain, (), pid), *launch.merged_away(chain))
-    return [one for one in found if one.name == "started-stale"]
 
 
 def is_orphan(name: str) -> bool:
@@ -142,21 +137,22 @@ def _kept(folder: str) -> Iterator[Finding]:
         yield Finding("stale-image", "care", path, what, why, command)
 
 
-def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> Iterator[Finding]:
+async def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> AsyncIterator[Finding]:
     """Images outside the chain whose headers name an image of it, or one that is built on it."""
     noted, odd = _noted(chain)
-    yield from odd
+    for one in odd:
+        yield one
     search = [*search, *noted]
     look = dependents.look_now(chain.images, chain, search)
     for reason in look.unseen:
         why = "an image that is built on the chain could lie there: a merge would ruin it"
         yield Finding("not-looked-at", "care", chain.active.file, reason, why)
-    found = [one for one in _above(chain, look, search) if notes.base_of(one.file) is None]
+    found = [above for above in _above(chain, look, search) if notes.base_of(above.file) is None]
     roots = _started_from(chain, found, pid)
     for dependent in found:
         users = holders.users([dependent.file])
         if pid is None or pid not in {user.pid for user in users}:
-            yield _beyond(chain, dependent, users, roots, is_live=pid is not None)
+            yield await _beyond(chain, dependent, users, roots, is_live=pid is not None)
 
 
 def _started_from(chain: Chain, found: list[Dependent], pid: int | None) -> set[str]:
@@ -171,15 +167,18 @@ def _started_from(chain: Chain, found: list[Dependent], pid: int | None) -> set[
     return {chain.active.file, launch.started_from(chain, launched) or chain.active.file}
 
 
-def _beyond(chain: Chain, dependent: Dependent, users: tuple[User, ...], roots: set[str], *, is_live: bool) -> Finding:
+async def _beyond(
+    chain: Chain, dependent: Dependent, users: tuple[User, ...], roots: set[str], *, is_live: bool
+) -> Finding:
     """What an image outside the chain means. That it is a leftover nothing proves, so no command takes it away."""
     file, image = dependent.file, dependent.image
     what = f"it is built on {image}, but is not in the chain"
     if users:
         why = f"{users[0]} has it open: what is written to {image}, by a merge too, changes what that sees"
         return Finding("dependent", "care", file, what, why)
-    if is_live and _holds_nothing(file, chain):
-        why = f"it holds nothing, and shows what {image} does: a snapshot that was not carried out has left it"
+    if is_live and await _holds_nothing(file, chain):
+        origin = "a snapshot that was not carried out has left it, or it was made for one"
+        why = f"it holds nothing, and shows what {image} does: {origin}"
         left = [file, *(note.path for note in notes.above(image) if note.file == os.path.realpath(file))]
         return Finding("empty-overlay", "care", file, what, why, shlex.join(["rm", "-f", "--", *left]))
     if image in roots:
@@ -204,12 +203,14 @@ def _has_one_active(image: str) -> bool:
     return len(above.leaves) == 1 and not above.odd
 
 
-def _holds_nothing(file: str, chain: Chain) -> bool:
-    """Nor is it needed by an image that is built on it."""
+async def _holds_nothing(file: str, chain: Chain) -> bool:
+    """As `snapshot --reuse` takes it for empty; nor is it needed by an image that is built on it."""
     try:
         needed = dependents.look_now([Image(file, "qcow2", 0, inode=files.inode(file))], chain).dependents
-        return qcow2.is_empty(file) and not needed
-    except OSError:
+        header = qcow2.read(file)
+        is_alone = header is not None and header.data_file is None and not header.snapshots and not needed
+        return is_alone and not await qemuimg.held_by(file)
+    except (OSError, ImageUnreadable, ToolMissing):
         return False
 
 

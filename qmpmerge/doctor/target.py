@@ -59,7 +59,7 @@ async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
     for disk in layout.disks:
         if disk.chain is not None and disk.root in layout.held:
             findings += await _chain(target, disk)
-            findings += leftovers.beside(disk.chain, search, pid=target.pid, jobs=at_work)
+            findings += await leftovers.beside(disk.chain, search, pid=target.pid, jobs=at_work)
     return Looked(sort(findings), frozenset(image.inode or image.file for chain in chains for image in chain))
 
 

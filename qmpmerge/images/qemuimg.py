@@ -167,6 +167,16 @@ async def held(images: Sequence[Image]) -> list[Extent]:
     return [extent for extent, _depth in await _mapped(images)]
 
 
+async def held_by(overlay: str) -> list[Extent]:
+    """
+    What a qcow2 image holds of its own, as `held`; nothing where its header tells that, without asking QEMU.
+
+    Before 6.1 qemu-img does not tell what is not there from zeros that are: then only an image without any table is empty.
+    Raises OSError besides.
+    """
+    return [] if qcow2.is_empty(overlay) else await held([Image(overlay, "qcow2", 0)])
+
+
 async def shown_of_below(images: Sequence[Image]) -> list[Extent]:
     """What the last of these images shows of the others, as `held` reads."""
     return [extent for extent, depth in await _mapped(images) if depth > 0]

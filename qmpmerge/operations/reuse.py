@@ -111,13 +111,11 @@ async def see_empty(disk: str, path: str) -> None:
     """
     The overlay shows what it is built on: what it has of its own would be there in the place of what the guest has written.
 
-    Before 6.1 qemu-img does not tell what is not there from zeros that are: then only an overlay without any table is empty.
     Raises OverlayNotEmpty, ImageUnreadable.
     """
     try:
-        is_empty = qcow2.is_empty(path)
+        held = await qemuimg.held_by(path)
     except OSError as error:
         raise ImageUnreadable(file=path, reason=error.strerror or str(error)) from None
-    held = [] if is_empty else await qemuimg.held([Image(path, "qcow2", 0)])
     if held:
         raise OverlayNotEmpty(file=path, disk=disk, held=sum(extent.length for extent in held))

@@ -162,6 +162,29 @@ def test_an_active_image_on_a_loop_device_that_a_vm_uses(base: Path, tmp_path: P
     assert not any("losetup" in (one["fix"] or "") for one in told)
 
 
+def test_an_empty_overlay_that_was_made_for_a_snapshot_is_no_harm(vm: Setup, base: Path, tmp_path: Path) -> None:
+    """With tables and room of its own, and still what `snapshot --reuse` takes."""
+    assert invoke("snapshot", vm.machine.target, f"vda={tmp_path}/p.qcow2").code == 0
+    options = ["-o", "preallocation=metadata,extended_l2=on"]
+    prepared = tmp_path / "prepared.qcow2"
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        base,
+        "-F",
+        "raw",
+        *options,
+        prepared,
+        str(base.stat().st_size),
+    )
+    assert set(found(vm)) == {"launch-path", "empty-overlay"}
+
+
 async def test_an_empty_overlay_on_which_another_is_built_is_needed(base: Path, tmp_path: Path) -> None:
     empty = overlay(tmp_path / "empty.qcow2", base, "raw")
     above = overlay(tmp_path / "above.qcow2", empty, "qcow2")
