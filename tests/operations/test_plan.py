@@ -210,11 +210,12 @@ def test_what_is_shown_fits_a_terminal(setup: Setup, tmp_path: Path) -> None:
     ]
     assert table[-1].split() == ["refused", "dependents", "no"]
     assert rest[0] == "time        at 1 MiB/s (as given)"
-    assert rest[-3:] == [
-        "take        pull: commit is refused (dependents)",
-        f"commit      qmpmerge commit {named(setup)} vda --speed {MIB}",
-        f"pull        qmpmerge pull {named(setup)} vda --speed {MIB}",
-    ]
+    answer = " ".join(" ".join(rest).split())  # long lines are broken on a terminal
+    assert answer.endswith(
+        "take pull: commit is refused (dependents) "
+        f"commit qmpmerge commit {named(setup)} vda --speed {MIB} "
+        f"pull qmpmerge pull {named(setup)} vda --speed {MIB}"
+    )
 
 
 async def test_nothing_to_merge(tmp_path: Path) -> None:
