@@ -1,9 +1,9 @@
 """
 What a merge or a pull will copy, by how much the image will grow that it goes into, and whether there is room for it.
 
-Exact for images at rest: of a merge the union of what the merged images hold, less what base has room for already; of a pull
-what is read from the images that leave, and not from one above them. Where a guest
-writes meanwhile it is a lower bound, and where an image cannot be looked into (network, encryption) nothing is claimed.
+Exact for images at rest: what is shown of the images that leave, less what the image that it goes into has room for already, or
+of a pull holds itself. Where a guest writes meanwhile it is a lower bound, and where an image cannot be looked into (network,
+encryption) nothing is claimed.
 """
 
 import asyncio
@@ -111,8 +111,8 @@ async def _look_into(images: Sequence[Image], maps: Maps) -> None:
 def _growth_of(plan: Plan, maps: Maps, version: tuple[int, int, int]) -> int | None:
     held, merged = maps[plan.receiver], [maps[image] for image in plan.merged]
     if isinstance(plan, CommitPlan):
-        extents = [extent for layer in merged for extent in layer]
-        return _growth(plan, held, extents, zeros_stay=plan.pivots or version >= ZEROS_STAY)
+        data, zeros = _shown(plan, [], merged)
+        return _growth(plan, held, [*data, *zeros], zeros_stay=plan.pivots or version >= ZEROS_STAY)
     return _growth_of_pull(plan, held, merged)
 
 
@@ -164,7 +164,7 @@ def _growth_of_pull(plan: Plan, held: Sequence[Extent], merged: Sequence[Sequenc
 
 
 def _shown(plan: Plan, held: Sequence[Extent], merged: Sequence[Sequence[Extent]]) -> tuple[list[Extent], list[Extent]]:
-    """What the overlay shows of the images that leave: data, and zeros, which become zeros and take tables only."""
+    """What is shown of the images that leave through one above that holds so much: data, and zeros."""
     hidden, data, size = _union(held), list[Extent](), _size(plan)
     zeros = [Extent(0, size, zero=True)] if plan.base is None and plan.top.format == "raw" else []
     for layer in reversed(merged):

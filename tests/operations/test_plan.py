@@ -46,12 +46,13 @@ def carried_out(command: str) -> Any:
     return json.loads(done.stdout)
 
 
-def chain(folder: Path, names: Sequence[str]) -> list[Path]:
+def chain(folder: Path, names: Sequence[str], *options: str) -> list[Path]:
     """A chain with absolute names."""
     images = [folder / name for name in names]
-    run("qemu-img", "create", "-qf", form(images[0]), images[0], str(8 * MIB))
+    more = [word for option in options for word in ("-o", option)]
+    run("qemu-img", "create", "-qf", form(images[0]), *more, images[0], str(8 * MIB))
     for below, image in itertools.pairwise(images):
-        run("qemu-img", "create", "-qf", "qcow2", "-b", below, "-F", form(below), image)
+        run("qemu-img", "create", "-qf", "qcow2", *more, "-b", below, "-F", form(below), image)
     return images
 
 
@@ -265,3 +266,50 @@ def test_the_rule(down: Any, up: Any, more: Any, choice: str | None) -> None:
     given = {"is_shared": False, "is_seen": True, **more}
     chosen, reason = choose(way("commit", **down), way("pull", **up), **given)
     assert chosen == choice and reason
+
+
+# --- by how much it grows ---------------------------------------------------------------------------------------------
+
+
+def clusters(image: Path, size: int) -> int:
+    """Bytes of the clusters of data that the image has itself."""
+    found = json.loads(run("qemu-img", "map", "-U", "--output=json", "-f", "qcow2", image))
+    held = [one for one in found if one["depth"] == 0 and one["data"]]
+    touched = {
+        number for one in held for number in range(one["start"] // size, -(-(one["start"] + one["length"]) // size))
+    }
+    return len(touched) * size
+
+
+WRITES = (
+    ("write -P 1 0 1M", "write -P 1 6M 64k"),
+    ("write -P 2 512k 1M", "write -P 2 3M 4k", "write -P 2 5M 100k", "write -c -P 2 6M {cluster}"),
+    ("write -P 3 2M 300k", "write -z 5M 64k"),
+    ("write -P 4 2100k 512k", "discard 3M 64k"),
+)
+"""Of four layers: data over data, a part of a cluster, compressed, zeros over data, and what was discarded in the top."""
+
+RANGES = [
+    ["pull"],
+    ["pull", "--base", "1"],
+    ["pull", "--base", "2"],
+    ["commit"],
+    ["commit", "--top", "3"],
+    ["commit", "--shallow"],
+]
+
+
+@pytest.mark.parametrize("cluster", [64 * 1024, 2 * MIB])
+@pytest.mark.parametrize("words", RANGES, ids=" ".join)
+def test_the_clusters_that_are_written_are_those_foreseen(words: list[str], cluster: int, tmp_path: Path) -> None:
+    """Exactly; where any are, two more are foreseen for reference counts."""
+    images = chain(tmp_path, ["l0.qcow2", "l1.qcow2", "l2.qcow2", "l3.qcow2"], f"cluster_size={cluster}")
+    for image, writes in zip(images, WRITES, strict=True):
+        commands = [word for write in writes for word in ("-c", write.format(cluster=cluster))]
+        run("qemu-io", "-f", "qcow2", "-d", "unmap", *commands, image)
+    command, *options = words
+    told = invoke(command, str(images[3]), *options, "--dry-run", "--json").document["estimate"]
+    before = clusters(Path(told["file"]), cluster)
+    assert invoke(command, str(images[3]), *options).code == 0
+    grown = clusters(Path(told["file"]), cluster) - before
+    assert told["growth"] == (grown + 2 * cluster if grown else 0)
