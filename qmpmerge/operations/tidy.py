@@ -19,7 +19,7 @@ from qmpmerge.chain.chain import Inode
 from qmpmerge.chain.outcome import Outcome, Policy
 from qmpmerge.engine import proof, resume
 from qmpmerge.engine.pace.patience import Patience
-from qmpmerge.engine.pace.progress import Progress, Report
+from qmpmerge.engine.pace.progress import Progress, Report, unreported
 from qmpmerge.engine.pace.shares import Shares
 from qmpmerge.engine.request import Request
 from qmpmerge.errors import (
@@ -94,6 +94,10 @@ Told = Callable[[Tidied], None]
 """Who is told of each disk as soon as it is done."""
 
 
+def _untold(done: "Tidied") -> None:
+    """Nobody is."""
+
+
 async def tidy(
     targets: Paths = (),
     *,
@@ -111,8 +115,8 @@ async def tidy(
     timeout: float | None = None,
     patience: Patience | None = None,
     door: Door | None = None,
-    told: Told = lambda done: None,
-    report: Report = lambda progress: None,
+    told: Told | None = None,
+    report: Report | None = None,
 ) -> Tidying:
     """
     Bring every disk of every target down to its base and its newest `keep` overlays: running QEMUs, images, and folders, of
@@ -144,7 +148,7 @@ async def tidy(
     opens = door or _door(force, allowed)
     found, left_out = places.every() if every else ([], [])
     names = places.once([*given.paths(targets), *found])
-    run = _Tidy(request, direction, opens, told, report, Shares(speed), parallel, allowed)
+    run = _Tidy(request, direction, opens, told or _untold, report or unreported, Shares(speed), parallel, allowed)
     disks = await run.all(names)
     return Tidying(tuple(disks), tuple(left_out))
 

@@ -50,7 +50,7 @@ def commands(folder: Path, parity: int) -> Iterator[list[str]]:
     """One of each kind that works and that does not, on images that are there already; every other one with --json."""
     active = str(folder / "c.qcow2")
     plain = (["--version"], ["--help"], ["--nonsense"], ["completion", "bash"])
-    shared = (["vms"], ["chain", active], ["chain", active, "nope"], ["chain"], ["jobs", active], ["recover", "nope"],
+    shared = (["disks", active], ["chain", active], ["chain", active, "nope"], ["chain"], ["jobs", active], ["recover", "nope"],
               ["doctor", str(folder)], ["clean", str(folder)], ["commit", active])  # fmt: skip
     yield from plain
     for number, command in enumerate(shared):

@@ -116,7 +116,7 @@ async def test_another_range_is_busy_and_leaves_the_job_alone(setup: Setup, top:
     await leave(setup, "[3]")
     with pytest.raises(Busy) as busy:
         await commit(setup, top, base=base)
-    assert f"{JOB} follow" in busy.value.hint
+    assert f"{JOB} cancel" in busy.value.hint and "follow" in busy.value.hint
     (job,) = setup.machine.session.execute("query-block-jobs")
     assert (job["device"], job["speed"], job["paused"]) == (JOB, 1, False)
 

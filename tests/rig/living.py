@@ -134,7 +134,7 @@ class Living:
     def advice(self) -> bool:
         target = self._machine.target if self._machine is not None and self.is_running() else self.launch
         found = advice.findings(target)
-        self.commands += [f"doctor: {one['name']} {one['where']}: {one['command']}" for one in found]
+        self.commands += [f"doctor: {one['name']} {one['where']}: {one['fix']}" for one in found]
         self.commands += advice.carry_out(target)
         return any(one["severity"] == "harm" for one in found)
 
