@@ -153,6 +153,10 @@ async def tidy(
     return Tidying(tuple(disks), tuple(left_out))
 
 
+def _untold(done: Tidied) -> None:
+    """Tells nobody."""
+
+
 def _door(force: Collection[str], allow: Sequence[str]) -> Door:
     def opened(name: str, *, write: bool, dry_run: bool) -> AbstractAsyncContextManager[Target]:
         return doors.open(name, write=write, dry_run=dry_run, force=force, allow=allow)
