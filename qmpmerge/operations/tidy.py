@@ -94,10 +94,6 @@ Told = Callable[[Tidied], None]
 """Who is told of each disk as soon as it is done."""
 
 
-def _untold(done: "Tidied") -> None:
-    """Nobody is."""
-
-
 async def tidy(
     targets: Paths = (),
     *,
