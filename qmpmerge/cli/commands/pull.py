@@ -94,7 +94,8 @@ def pull(
     started from the same image as before. What is pulled takes space where the active image lies.
 
     LAYER is an index as `qmpmerge chain` shows it (`3`; 1 is the base, `-1` the active image), a file name as it shows it,
-    a path, or a node name. What means two images is refused.
+    a path, or a node name. What means two images is refused. An index means another image
+    once layers are gone: name files in what is run more than once.
 
     \b
     Examples:
