@@ -6,11 +6,14 @@ While it stands nothing is locked and no session is open: a monitor serves one c
 out must be the plan that was shown; where the chain is another one by then, its plan is shown.
 """
 
-import sys
+import functools
+import io
+import os
 import termios
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
+from qmpmerge.cli import streams
 from qmpmerge.cli.render.visible import visible
 from qmpmerge.errors import Cancelled, NotAgreed, Refused
 
@@ -26,8 +29,23 @@ YES, NO = (b"y", b"yes"), (b"n", b"no", b"")
 
 
 def can_be_asked() -> bool:
-    """Whether somebody sits at a terminal, sees what is shown and can answer. Results may go elsewhere."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    """Whether somebody sits at a terminal: one of the three streams is on it, wherever the others lead."""
+    return _terminal() is not None
+
+
+@functools.cache
+def _terminal() -> tuple[int, int] | None:
+    """
+    Where an answer is read from and a question is written to. Our own terminal, as of ssh and sudo: what is piped in is no
+    answer, and who sends stderr elsewhere has still to see what is asked.
+    """
+    if not any(map(os.isatty, range(3))):
+        return None
+    try:
+        terminal = os.open("/dev/tty", os.O_RDWR)
+    except OSError:  # one that is not ours, as a service may have for its output, is asked only if it can answer
+        return (0, 2) if os.isatty(0) and os.isatty(2) else None
+    return terminal, terminal
 
 
 def before(
@@ -68,25 +86,27 @@ def _agreed(planned: "Outcome") -> "Outcome":
 
 
 def confirm(show: "Callable[[Output], None]", question: str) -> None:
-    """Ask the user about what is shown. Raises Cancelled for all but a yes."""
+    """Ask the user, who can be asked, about what is shown. Raises Cancelled for all but a yes."""
     from qmpmerge.cli.render.text import TextOutput
 
-    show(TextOutput(sys.stderr, sys.stderr))
-    while (answer := _answer(question)) not in YES:
+    source, sink = _terminal() or (0, 2)
+    screen = streams.text(sink)
+    show(TextOutput(screen, screen))
+    while (answer := _answer(question, source, screen)) not in YES:
         if answer in NO:
             raise Cancelled
         question = AGAIN
 
 
-def _answer(question: str) -> bytes:
+def _answer(question: str, source: int, screen: TextIO) -> bytes:
     """What was answered, lower case and without its newline; b"" for no more than Enter, Ctrl-C or a terminal that is gone."""
     try:
-        termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed before the question stands is no answer
-        sys.stderr.write(question)
-        answer = sys.stdin.buffer.readline()
-    except (KeyboardInterrupt, OSError):
+        termios.tcflush(source, termios.TCIFLUSH)  # what was typed before the question stands is no answer
+        screen.write(question)
+        answer = io.FileIO(source, closefd=False).readline()
+    except (KeyboardInterrupt, OSError, termios.error):
         answer = b""
     if not answer.endswith(b"\n"):
-        sys.stderr.write("\n")
+        screen.write("\n")
         return b""
     return answer.strip().lower()

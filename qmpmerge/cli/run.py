@@ -208,6 +208,7 @@ LONGEST_SECRET = 65536
 """Characters; /dev/zero has no end."""
 
 
+@functools.cache  # a pipe gives it only once, and TARGET may be opened again
 def _read_secret(file: str) -> str:
     try:
         with open(file, encoding="utf-8") as stream:

@@ -81,7 +81,7 @@ def take() -> None:
         os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if 0 in closed:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as we live
-    sys.stdout, sys.stderr = (_text(number, closed=number in closed) for number in (1, 2))
+    sys.stdout, sys.stderr = (text(number, closed=number in closed) for number in (1, 2))
 
 
 def _is_open(number: int) -> bool:
@@ -92,7 +92,8 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _text(number: int, *, closed: bool) -> TextIO:
+def text(number: int, *, closed: bool = False) -> TextIO:
+    """What is open there, as one of ours."""
     stream = Stream(number, OSError(errno.EBADF, os.strerror(errno.EBADF)) if closed else None)
     return io.TextIOWrapper(stream, "utf-8", "backslashreplace", write_through=True)  # type: ignore[type-var]
 

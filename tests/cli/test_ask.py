@@ -133,11 +133,29 @@ def test_who_has_said_so_or_moves_no_guest_is_not_asked(options: list[str], setu
     assert ended.code == 0 and CHOICE not in ended.out
 
 
-@pytest.mark.parametrize("elsewhere", ["< /dev/null", "2> /dev/null"])
-def test_who_cannot_be_asked_is_not(elsewhere: str, setup: Setup) -> None:
-    with on_terminal("commit", setup.machine.target, elsewhere=elsewhere) as seen:
+@pytest.mark.parametrize("elsewhere", ["< {0}/no", "2> {0}/err", "< {0}/yes > {0}/out", "< {0}/yes 2> {0}/err"])
+def test_one_stream_on_the_terminal_is_enough_to_be_asked_there(elsewhere: str, setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "no").write_text("n\n" * 9)
+    (tmp_path / "yes").write_text("y\n" * 9)
+    with on_terminal("commit", setup.machine.target, elsewhere=elsewhere.format(tmp_path)) as seen:
+        seen.wait_for(AFTER)
+        seen.wait_for(CHOICE)
+        seen.type("n" + ENTER)
+        assert seen.end().code == 130
+    assert "c.qcow2" in invoke("chain", setup.machine.target).out
+
+
+def test_who_has_no_stream_on_the_terminal_is_not_asked(setup: Setup, tmp_path: Path) -> None:
+    with on_terminal("commit", setup.machine.target, elsewhere=f"< /dev/null > {tmp_path}/out 2>&1") as seen:
         ended = seen.end()
-    assert ended.code == 0 and "pivoted" in ended.out and CHOICE not in ended.out
+    assert (ended.code, ended.out) == (0, "")
+    assert "pivoted" in (tmp_path / "out").read_text()
+
+
+def test_a_terminal_that_is_not_ours_is_asked_only_if_it_can_answer(setup: Setup) -> None:
+    """A service's output may go to the console, where nobody sits."""
+    with on_terminal("commit", setup.machine.target, elsewhere="< /dev/null", is_ours=False) as seen:
+        assert "pivoted" in seen.end().out
 
 
 def test_a_result_that_goes_elsewhere_is_asked_about_all_the_same(setup: Setup, tmp_path: Path) -> None:
@@ -191,6 +209,17 @@ def test_a_passphrase_is_asked_for_once(tmp_path: Path) -> None:
         seen.type("y" + ENTER)
         ended = seen.end()
     assert ended.code == 0 and ended.out.count("passphrase of ") == 1
+
+
+def test_a_passphrase_that_is_piped_in_is_read_once(tmp_path: Path) -> None:
+    key = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.hash-alg=sha512"
+    create_encrypted("--object", "secret,id=s,data=open", "-f", "qcow2", "-o", key, tmp_path / "base.qcow2", "1M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", tmp_path / "top.qcow2", "1M")
+    words = ["commit", str(tmp_path / "top.qcow2"), "--secret", "/dev/stdin"]
+    with on_terminal(*words, elsewhere="<< END\nopen\nEND\n") as seen:
+        seen.wait_for(CHOICE)
+        seen.type("y" + ENTER)
+        assert seen.end().code == 0
 
 
 def test_the_time_limit_counts_from_the_answer_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,13 @@ class Begun:
 
 def invoke(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> Run:
     done = subprocess.run(
-        [COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, check=False
+        [COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,  # whoever runs the tests is asked nothing
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        check=False,
     )
     run = Run(done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in run.out + run.err, run

@@ -94,13 +94,25 @@ class Seen:
 
 @contextlib.contextmanager
 def on_terminal(
-    *arguments: str, columns: int = 80, env: dict[str, str] | None = None, elsewhere: str = ""
+    *arguments: str, columns: int = 80, env: dict[str, str] | None = None, elsewhere: str = "", is_ours: bool = True
 ) -> Iterator[Seen]:
-    """The command on a terminal so wide; `elsewhere` redirects streams that are not on it (``< /dev/null``)."""
+    """
+    The command on a terminal so wide, which controls it if it `is_ours`; `elsewhere` redirects streams that are not on it
+    (``< /dev/null``).
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
-    command = ["setsid", "--ctty", "--wait", "sh", "-c", f'exec "$0" "$@" {elsewhere}', COMMAND, *arguments]
+    command = [
+        "setsid",
+        *(["--ctty"] if is_ours else []),
+        "--wait",
+        "sh",
+        "-c",
+        f'exec "$0" "$@" {elsewhere}',
+        COMMAND,
+        *arguments,
+    ]
     environment = {**clean, "TERM": "xterm", **(env or {})}
     with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)

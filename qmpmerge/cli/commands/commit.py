@@ -120,7 +120,8 @@ def commit(
       qmpmerge commit vm1 vda --speed 100M         gently
       qmpmerge commit /vm/c.qcow2                  images that no VM uses
 
-    On a terminal the plan is shown first, and the guest is moved only if you say yes; --yes does not ask.
+    Where stdin, stdout or stderr is a terminal the plan is shown on it first, and the guest is moved only if you type yes
+    there; what is piped in is no answer. Not asked are --yes and --json, and what has no terminal, such as a cron job.
 
     The job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
     the same command again goes on from where it stands. `timeout -s INT 10m qmpmerge commit ...` cancels it after that time.

@@ -94,8 +94,8 @@ def tidy(
       qmpmerge tidy --all /vm --keep 2 --speed 100M --timeout 4h
       qmpmerge tidy /vm --keep 1 --dry-run
 
-    Each merge is as of `commit`; with --keep 0 guests are moved onto their bases, and on a terminal you are asked before. The
-    exit code is that of the worst outcome.
+    Each merge is as of `commit`; with --keep 0 guests are moved onto their bases, and on a terminal you are asked before, as
+    by `commit`. The exit code is that of the worst outcome.
 
     Ctrl-C cancels what is at work and begins nothing more; a second Ctrl-C, a closed terminal and --timeout leave the jobs
     that are QEMU's, and the same command again goes on from there. It may be killed, and may run twice: where another qmpmerge
