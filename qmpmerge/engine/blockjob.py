@@ -151,7 +151,7 @@ def tell(run: Run, meter: Meter, job: Job) -> None:
     """Report a sighting of the job."""
     job = see(run, job)
     sighting = meter.read(job, _shortage(run, job))
-    run.report(run.watch.read(job, sighting) if run.operation.pivots else sighting)
+    run.tell(run.watch.read(job, sighting) if run.operation.pivots else sighting)
 
 
 def see(run: Run, job: Job) -> Job:

@@ -16,6 +16,7 @@ from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import NEXT, State
 from qmpmerge.engine import blockjob, proof, reconnect, safeguards
 from qmpmerge.engine.pace.patience import Patience
+from qmpmerge.engine.pace.progress import ReportRaised
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     Cancelled,
@@ -57,8 +58,8 @@ async def go(run: Run) -> Outcome:
     """
     Carry `run` out, to a proved outcome, or to `ready`.
 
-    Cancelled before the switch it takes the job back, even one whose start was not confirmed yet; after it, it waits. The
-    record goes when the outcome is known, and stays when it is not, or the job goes on.
+    Cancelled before the switch, or where `report` raises, it takes the job back, even one whose start was not confirmed yet;
+    after it, it waits. The record goes when the outcome is known, and stays when it is not, or the job goes on.
 
     Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome could
     not be proved, StillRunning, TimeUp.
@@ -75,8 +76,15 @@ async def go(run: Run) -> Outcome:
     except StillRunning as error:
         error.outcome = proof.left(run)
         raise
+    except ReportRaised as raised:
+        await _ended_by_report(run)
+        callers = raised.error
     finally:
         run.close()
+    try:
+        raise callers
+    finally:
+        del callers  # or it holds itself, and the descriptors that its traceback holds
 
 
 async def _within_limits(run: Run) -> Outcome:
@@ -86,18 +94,32 @@ async def _within_limits(run: Run) -> Outcome:
         async with limit:
             return await _followed(run)
     except asyncio.CancelledError:
-        mine = run.speed is not None or run.job.startswith(jobs.PREFIX)
-        if not mine or (patience.leaving and run.target.is_live):
-            raise _left(run) from None  # leaving somebody else's job is not ending it
+        if not _is_ours_to_end(run):
+            raise _left(run) from None
         await _taken_back(run)
         raise
     except LeftDisplaced:
         _leave(run)
         raise
     except TimeoutError as error:
-        if not (limit.expired() or isinstance(error, StillRunning)):  # a caller's own, from `report`
+        if not (limit.expired() or isinstance(error, StillRunning)):  # none of a time limit, as a system call's
             raise
         return await _stop_waiting(run)
+
+
+def _is_ours_to_end(run: Run) -> bool:
+    """To leave somebody else's job is not to end it."""
+    is_ours = run.speed is not None or run.job.startswith(jobs.PREFIX)
+    return is_ours and not (run.request.patience.leaving and run.target.is_live)
+
+
+async def _ended_by_report(run: Run) -> None:
+    """As cancelled; what the caller's `report` has raised says the rest."""
+    if _is_ours_to_end(run):
+        await _taken_back(run)
+        run.undone()
+    else:
+        _leave(run)
 
 
 async def _stop_waiting(run: Run) -> NoReturn:

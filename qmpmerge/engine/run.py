@@ -1,5 +1,6 @@
 """One operation under way: its state, its record, and the only place where either is changed."""
 
+import asyncio
 import contextlib
 import errno
 import time
@@ -12,7 +13,7 @@ from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import NEXT, RECORDED, State
 from qmpmerge.engine import first_record, log
 from qmpmerge.engine.operation import Operation
-from qmpmerge.engine.pace.progress import Report, unreported
+from qmpmerge.engine.pace.progress import Progress, Report, ReportRaised, unreported
 from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.engine.request import Request
 from qmpmerge.errors import CannotRecord, CannotRecover, JobFailed, NotDurable, NotVerified
@@ -183,6 +184,15 @@ class Run:
         if state is not self.state:
             self.log("%s to %s", self.state.value, state.value)
         self.state = state
+
+    def tell(self, progress: Progress) -> None:
+        """Report it. Raises ReportRaised."""
+        try:
+            self.report(progress)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            raise ReportRaised(error) from None
 
     def log(self, step: str, *facts: object) -> None:
         """Tell the logger of a step, %-formatted as it does that."""

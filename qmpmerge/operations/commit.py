@@ -84,7 +84,8 @@ async def commit(
 
     A job of an earlier qmpmerge that does this very thing is taken over, and what it has done already is only proved.
 
-    Cancelling the task cancels the job and waits until the old chain is back; from the switch to the proof it waits.
+    Cancelling the task cancels the job and waits until the old chain is back; from the switch to the proof it waits. What
+    `report` raises does the same, and is raised then; a job that somebody else has begun is only left.
 
     What an earlier merge of the chain left unfinished is put right first, where that is beyond doubt. If that was this
     very merge, its outcome is returned.

@@ -15,6 +15,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig import faults, folder
@@ -329,6 +330,40 @@ async def test_a_cancelled_task_puts_the_old_chain_back(
         async with qmpmerge.live(setup.machine.target) as target:
             assert (await target.chain()).chain.files == [str(image) for image in images]
         setup.check()
+
+
+@pytest.mark.parametrize("top", ["[3]", "[4]"])
+@pytest.mark.parametrize("options", [{}, {"polite": 0.1}, {"converge": qmpmerge.Converge()}], ids=" ".join)
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("mine"), TimeoutError("mine"), NotProven(target="t", expected="a", found="b")], ids=repr
+)
+async def test_what_report_raises_puts_the_old_chain_back_and_is_raised(
+    error: Exception, options: dict[str, Any], top: str, setup: Setup, images: list[Path]
+) -> None:
+    def report(progress: qmpmerge.Progress) -> None:
+        raise error
+
+    async with qmpmerge.live(setup.machine.target) as target:
+        with pytest.raises(type(error)) as raised:
+            await qmpmerge.commit(target, "vda", top=top, speed=1, report=report, **options)
+        assert raised.value is error
+        assert not setup.machine.session.execute("query-jobs")
+        assert (await target.chain()).chain.files == [str(image) for image in images]
+    assert folder.litter(images[0].parent) == []
+    setup.check()
+
+
+async def test_what_report_raises_leaves_somebody_elses_job(setup: Setup) -> None:
+    top = str(setup.machine.folder / "b.qcow2")
+    setup.machine.session.execute("block-commit", job_id="theirs", device="vda", top=top, speed=1, auto_dismiss=False)
+
+    def report(progress: qmpmerge.Progress) -> None:
+        raise ZeroDivisionError
+
+    async with qmpmerge.live(setup.machine.target) as target:
+        with pytest.raises(ZeroDivisionError):
+            await qmpmerge.follow(target, "theirs", report=report)
+    assert [job["id"] for job in setup.machine.session.execute("query-jobs")] == ["theirs"]
 
 
 @pytest.mark.parametrize(("top", "verdict"), [("[3]", "merged"), ("[4]", "pivoted")])

@@ -75,6 +75,14 @@ Report = Callable[[Progress], None]
 """Who is told of progress. May do nothing at all."""
 
 
+class ReportRaised(Exception):
+    """A caller's `report` has raised `error`, which is none of ours whatever its type."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def unreported(progress: Progress) -> None:
     """Tells nobody."""
 
