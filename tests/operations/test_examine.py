@@ -73,6 +73,15 @@ def test_an_error_of_one_target_stops_no_other_and_comes_before_what_was_found(t
     ]
     assert [one["target"] for one in done.document["findings"]] == [str(harm)]
     assert done.document["error"] == done.document["targets"][0]["error"]
+    assert "only where\nevery TARGET could be looked at" in README.read_text()
+    assert "What could not be looked at comes first" in invoke("doctor", "--help").out
+
+
+def test_quiet_prints_nothing_where_nobody_has_to_do_anything(tmp_path: Path) -> None:
+    note, harm = old(tmp_path / "note"), broken(tmp_path / "harm")
+    assert invoke("doctor", "--exit-code", "-q", str(note)) == Run(0, "", "")
+    told = invoke("doctor", "--exit-code", "-q", str(note), str(harm))
+    assert told.code == 11 and told.out.startswith("harm: ") and "\nnote: " not in told.out
     said = invoke("doctor", f"{tmp_path}/none", str(harm), "no-such-vm")
     assert said.code == 4 and said.err.count("unreachable: ") == said.err.count("hint: ") == 2
     assert said.out.splitlines()[0] == f"harm: {harm} (image-unreadable)"

@@ -29,13 +29,15 @@ def doctor(targets: tuple[str, ...], search: tuple[str, ...], exit_code: bool, o
     not followed, and other filesystems not entered. What cannot be looked at is said, and stops no other TARGET.
 
     Nothing is changed. The worst comes first: `harm` is for data or a guest that suffer now or at the next start, `care` for
-    what somebody has to decide or to look at, `note` for what nobody has to do anything about now.
+    what somebody has to decide or to look at, `note` for what nobody has to do anything about now. With -q notes are left out,
+    and where there is nothing else nothing is printed, so that cron sends no mail.
 
     \b
     Examples:
       qmpmerge doctor vm1
       qmpmerge doctor vm1 vm2 /vm
-      qmpmerge doctor --exit-code -q /vm || mail -s "look after the images" root
+      qmpmerge doctor -q /vm              for cron: silent but for harm and care
+      qmpmerge doctor --exit-code /vm > report || mail -s images root < report
 
     \b
     Exit codes:
@@ -45,6 +47,8 @@ def doctor(targets: tuple[str, ...], search: tuple[str, ...], exit_code: bool, o
       6    a TARGET has stopped answering
       10   with --exit-code: care
       11   with --exit-code: harm
+
+    What could not be looked at comes first: 6, 4 or 3 leave open what was found in the others, which is printed all the same.
     """
     if not targets:
         raise click.UsageError("name a VM, an image or a folder, as in `qmpmerge doctor vm1`")

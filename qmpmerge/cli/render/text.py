@@ -223,8 +223,14 @@ class TextOutput:
             self._say(f"{job_id}: ", humanize.status(job), f", {limit}")
 
     def doctor(self, report: "Examination") -> None:
-        """Each finding: how bad and where, what, why, and the command that fixes it, if one does; how much was looked at."""
-        for target, finding in report.findings:
+        """
+        Each finding: how bad and where, what, why, and the command that fixes it, if one does; how much was looked at. Who
+        wants quiet is told only what there is to do, so that cron sends no mail about nothing.
+        """
+        findings = [one for one in report.findings if not self._quiet or one[1].severity != "note"]
+        if self._quiet and not findings:
+            return
+        for target, finding in findings:
             where = (
                 finding.where
                 if finding.where.startswith("/") or len(report.targets) == 1

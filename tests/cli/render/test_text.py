@@ -328,6 +328,18 @@ def test_several_notes_are_notes(screen: Screen) -> None:
     assert screen.out.getvalue().endswith("looked at 1 VM, 3 images: 2 care, 2 notes\n")
 
 
+@pytest.mark.parametrize(
+    ("severities", "said"),
+    [((), []), (("note",), []), (("note", "care"), ["care: vda (b)", "  what  it is", "  why   look"])],
+)
+def test_who_wants_quiet_is_told_only_what_there_is_to_do(severities: tuple[Severity, ...], said: list[str]) -> None:
+    out = io.StringIO()
+    found = tuple(Finding("ab"[place], one, "vda", "it is", "look") for place, one in enumerate(severities))
+    TextOutput(out, out, quiet=True).doctor(Examination((Examined("vm1", found),), vms=1, images=3))
+    told = out.getvalue().splitlines()
+    assert told == ([*said, "looked at 1 VM, 3 images: 1 care, 1 note"] if said else [])
+
+
 def test_a_finding_has_a_fix_where_there_is_one(screen: Screen) -> None:
     harm = Finding("a", "harm", "vda", "it hurts", "it will", "mend it")
     note = Finding("b", "note", "vdb", "it is", "look yourself")
