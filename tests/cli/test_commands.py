@@ -408,6 +408,14 @@ def readme_commands() -> list[list[str]]:
     return [re.split(r" {2,}| > ", line)[0].replace("'", "").split() for line in lines]
 
 
+def test_an_index_means_another_image_the_second_time_and_the_help_and_the_readme_say_so(images: list[Path]) -> None:
+    active = str(images[3])
+    first, second = (command.invoke("commit", active, "--top", "2", "--json").document["merged"] for _ in range(2))
+    assert [[one["file"] for one in merged] for merged in (first, second)] == [[str(images[1])], [str(images[2])]]
+    assert "name files in what is run more than once" in " ".join(command.invoke("commit", "--help").out.split())
+    assert "so name files in what is run more than once" in README.read_text()
+
+
 def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path, images: list[Path], content: Content) -> None:
     """Each is run, on a VM or on images that are called like those there; commits come last."""
     name = f"vm1-{os.getpid()}"
