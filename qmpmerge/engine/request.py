@@ -98,6 +98,8 @@ class Request:
             raise ActiveOnly(option=self.option.strip(), top=plan.top.file, active=plan.chain.active.file)
 
     def refuse_offline(self) -> None:
-        """Offline nothing goes on without us. Raises LiveOnly."""
+        """Offline nothing goes on without us, and there is no guest to help. Raises LiveOnly."""
         if self.ending == "ready" or self.patience.detach:
             raise LiveOnly(option="--detach" if self.patience.detach else "--wait-ready")
+        if self.converge is not None:
+            raise LiveOnly(option="--converge-pause" if self.converge.pause else "--converge")

@@ -134,11 +134,11 @@ class ActiveOnly(Refused):
 
 
 class LiveOnly(Refused):
-    """An option that leaves a job behind, on images that are opened for as long as the command runs."""
+    """An option about a job that is left, or a guest that writes, on images that no VM uses."""
 
     option: str
-    sentence = "{option} is for a running VM: offline the job ends with the command"
-    advice = "leave it out, or use --keep-overlay"
+    sentence = "{option} is for a running VM: offline no guest writes, and the job ends with the command"
+    advice = "leave it out; instead of --wait-ready use --keep-overlay"
 
 
 class NeedsSecret(Refused):

@@ -158,6 +158,13 @@ async def test_offline_nothing_can_be_left(images: list[Path], content: Content)
             await library.commit(target, patience=library.Patience(detach=True))
 
 
+@pytest.mark.parametrize("option", [["--converge"], ["--converge-pause", "2s"]], ids=" ".join)
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["", "dry-run"])
+def test_offline_there_is_no_guest_to_slow_down(option: list[str], dry_run: list[str], images: list[Path]) -> None:
+    told = invoke("commit", str(images[3]), *option, *dry_run, "--json").document["error"]
+    assert (told["name"], told["facts"]["option"]) == ("live-only", option[0])
+
+
 @ALL_TOPS
 def test_timeout_of_coreutils_cancels(setup: Setup, top: str) -> None:
     """What the README tells to those who want no job to be left."""
