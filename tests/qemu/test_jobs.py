@@ -48,6 +48,13 @@ def test_rate_and_time_left_are_told_after_a_second() -> None:
     assert (told.rate, told.seconds_left, told.percent) == (10 * MIB, 7.0, 30.0)
 
 
+def test_a_rate_is_whole_bytes() -> None:
+    bench = Bench()
+    bench.see(0, 0)
+    rate = bench.see(3, MIB).rate
+    assert (rate, type(rate)) == (349525, int)
+
+
 def test_the_rate_is_that_of_the_last_seconds_only() -> None:
     bench = Bench()
     bench.see(0, 0)

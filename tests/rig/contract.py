@@ -16,7 +16,7 @@ PLAIN: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "integer": (int,),
     "bytes": (int,),
-    "bytes/s": (int, float),
+    "bytes/s": (int,),
     "seconds": (int, float),
     "anything": (object,),
 }

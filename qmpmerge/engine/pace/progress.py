@@ -41,11 +41,11 @@ class Progress:
     disk: str
     job: "Job"
     counts: str
-    rate: float | None = None
+    rate: int | None = None
     seconds_left: float | None = None
     shortage: Shortage | None = None
     note: str | None = None
-    dirty_rate: float | None = None
+    dirty_rate: int | None = None
     converging: bool | None = None
     hint: str | None = None
     target: str | None = None
@@ -114,10 +114,10 @@ class Meter:
             shortage=shortage,
         )
 
-    def _rate(self) -> float | None:
+    def _rate(self) -> int | None:
         (first, done), (last, done_now) = self._sightings[0], self._sightings[-1]
         # Never from the first second: the job's first steps say nothing about the rest.
-        return (done_now - done) / (last - first) if last - first >= 1 and done_now > done else None
+        return round((done_now - done) / (last - first)) if last - first >= 1 and done_now > done else None
 
 
 CLUSTER = 64 * 1024

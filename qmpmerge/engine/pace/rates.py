@@ -75,7 +75,7 @@ class Watch:
         self._hinted = self._hinted or hint is not None
         return replace(
             sighting,
-            dirty_rate=self.rates.dirty,
+            dirty_rate=round(self.rates.dirty),
             converging=converging,
             seconds_left=self.rates.seconds_left,
             hint=hint,

@@ -222,7 +222,9 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     disk = Disk("vda", drive="vda", qdev=None, root="#block1", chain=chain, nodes=(), job=job)
     details = ImageDetails(1, None, None, None, "luks", None, None, None, None, (), ())
     outcome = Outcome("pivoted", "vda", chain, chain, converge=("limited",))
-    short = Progress("vda", job, "copied", 1e6, 3.0, Shortage("/vm", 4096), "going on", 1e5, True, "it helps to wait")
+    short = Progress(
+        "vda", job, "copied", 10**6, 3.0, Shortage("/vm", 4096), "going on", 10**5, True, "it helps to wait"
+    )
     obstacle = MergedFile("/vm/b", "keep", "/vm/b", "it is in use")
     overlay = Overlay("vda", "/vm/b", "n", "/vm/a.raw", hint="it could not be noted", backing="a.raw")
 

@@ -29,7 +29,7 @@ BASE = Image("/vm/base.raw", "raw", 10 * GIB, node="#block2", allocated=4 * GIB)
 TOP = Image("/vm/a.qcow2", "qcow2", 10 * GIB, node="#block1", backing="base.raw", backing_format="raw", allocated=GIB)
 CHAIN, RESULT = Chain((BASE, TOP)), Chain((BASE,))
 JOB = Job("qmpmerge-commit-vda", "commit", "ready", GIB, 4 * GIB, ready=True, speed=1024, disk="vda")
-COPYING = Progress("vda", JOB, "copied", rate=1e8, seconds_left=30.0)
+COPYING = Progress("vda", JOB, "copied", rate=10**8, seconds_left=30.0)
 SHOWN = {
     "id": "qmpmerge-commit-vda",
     "type": "commit",

@@ -337,6 +337,7 @@ def test_rates_are_those_between_updates_of_the_total() -> None:
     watch, told = watched(lambda second: (8 * second, 1000 + 8 * (second // 2)), 12)
     assert watch.rates is not None
     assert (watch.rates.dirty, watch.rates.copy) == (4 * MIB, 8 * MIB)
+    assert (told.dirty_rate, type(told.dirty_rate)) == (4 * MIB, int)
     assert told.converging is True and not watch.stuck.is_set()
     assert told.seconds_left == watch.rates.rest / (4 * MIB) == (1040 - 88) / 4
 
