@@ -34,7 +34,7 @@ NAMES = ("base.raw", "a.qcow2", "b.qcow2", "c.qcow2")
 SECONDS = 150.0
 CODES = {0, 3, 4, 5, 6, 7}
 """What the command may end with: its verdicts, and no wrong usage, and no bug."""
-SAMPLE = 3
+SAMPLE = 2
 """So many moments of each story are in the default run."""
 
 

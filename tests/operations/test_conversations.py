@@ -28,7 +28,7 @@ def stage(stock: Stock, tmp_path: Path) -> Iterator[Stage]:
 
 
 def lies(scene: Scene) -> list[str]:
-    """Other ones for each scene, all of them in turn."""
+    """Other ones for each scene, all of them in turn; `scripts/faults FQ` takes each of them everywhere."""
     names, first = list(LIES), SCENES.index(scene) * LIES_A_SCENE
     return [names[number % len(names)] for number in range(first, first + LIES_A_SCENE)]
 
@@ -38,8 +38,8 @@ def test_one_wrong_word_in_a_merge(scene: Scene, stock: Stock, tmp_path: Path) -
     with conversations.staged(stock, tmp_path / "plain", runs=True, known=True) as stage:
         plain, found = conversations.judged(stage, scene)
     assert plain.run.code == 0 and not found, found.lines()
-    lied = 0
-    for number, lie in enumerate(lies(scene)):
+    lied, chosen = 0, lies(scene)[::2]
+    for number, lie in enumerate(chosen):
         _, at = conversations.choose(plain.liar.told, number)
         place = tmp_path / str(number)
         with conversations.staged(stock, place, runs=number % 3 != 0, known=number % 2 == 0) as stage:
@@ -47,7 +47,7 @@ def test_one_wrong_word_in_a_merge(scene: Scene, stock: Stock, tmp_path: Path) -
         lied += bool(told.liar.lied)
         found.add(wrong)
     assert not found, "\n".join(found.lines())
-    assert lied > LIES_A_SCENE / 2
+    assert lied > len(chosen) / 2
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["pid", "no-pid"])
