@@ -169,14 +169,20 @@ def _leads(overlay: Image, name: str, base: Image, top: Image) -> bool:
 
 
 async def would_lose(question: Question) -> AsyncIterator[Refused]:
-    """Internal snapshots, and the dirty bitmaps that cannot be carried over; images that are left alone keep theirs."""
+    """
+    Internal snapshots, and the dirty bitmaps that cannot be carried over; images that are left alone keep theirs. Of a pull
+    those of the image that is pulled into: a stream fills what it shows now, and its snapshots show what lies below, too.
+    """
     plan, layout = question.plan, question.view.layout
-    if question.keeps or not isinstance(plan, CommitPlan):
+    if question.keeps:
         return
-    lost = bitmaps.snapshots(layout, plan.merged)
-    for bitmap in bitmaps.of(layout, plan.merged):
-        reason = bitmaps.obstacle(layout, plan, bitmap)
-        lost += [f"{bitmap} ({reason})"] if reason is not None else []
+    if not isinstance(plan, CommitPlan):
+        lost = bitmaps.snapshots(layout, plan.written)
+    else:
+        lost = bitmaps.snapshots(layout, plan.merged)
+        for bitmap in bitmaps.of(layout, plan.merged):
+            reason = bitmaps.obstacle(layout, plan, bitmap)
+            lost += [f"{bitmap} ({reason})"] if reason is not None else []
     if lost:
         yield WouldLose(lost=lost)
 

@@ -364,12 +364,15 @@ class DeviceTooSmall(Refused):
 
 
 class WouldLose(Refused):
-    """Merged images hold what cannot be carried over: internal snapshots, and dirty bitmaps for a reason of each."""
+    """
+    Merged images hold what cannot be carried over: internal snapshots, and dirty bitmaps for a reason of each; or the image
+    that is pulled into has internal snapshots, which need what leaves the chain.
+    """
 
     lost: list[str]
-    sentence = "the merge would lose {lost}"
+    sentence = "it would lose {lost}"
     advice = (
-        "`--force would-lose` merges without: internal snapshots can be copied out before, with `qemu-img convert -l NAME`, "
+        "`--force would-lose` goes on without: internal snapshots can be copied out before, with `qemu-img convert -l NAME`, "
         "and after a lost dirty bitmap the next backup must be a full one"
     )
 

@@ -3,7 +3,7 @@ Plan: both ways to a shorter chain side by side, a merge down (`commit`) and a p
 changed.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,9 +77,9 @@ class Ways:
         """``planned``, or ``unchanged`` where there is nothing to merge."""
         return "planned" if self.ways else "unchanged"
 
-    def typed(self, more: Mapping[Direction, str]) -> "Ways":
+    def typed(self, more: str) -> "Ways":
         """The same, with more options in the commands."""
-        ways = [replace(way, run=f"{way.run} {more[way.direction]}".rstrip()) for way in self.ways]
+        ways = [replace(way, run=f"{way.run} {more}".rstrip()) for way in self.ways]
         return replace(self, ways=tuple(ways))
 
 

@@ -233,7 +233,7 @@ def test_what_was_typed_is_in_both_commands(images: list[Path], content: Content
     search = f"--format qcow2 --search {tmp_path}/else"
     assert [way["run"] for way in told["ways"]] == [
         f"qmpmerge commit {images[3]} --top 3 {search} --force no-space --force would-lose",
-        f"qmpmerge pull {images[3]} --base 1 {search} --force no-space",
+        f"qmpmerge pull {images[3]} --base 1 {search} --force no-space --force would-lose",
     ]
     assert all(typed(f"{way['run']} --dry-run").returncode == 0 for way in told["ways"])
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig import faults
@@ -21,7 +22,7 @@ from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
 import qmpmerge
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.errors import Busy, InUse, JobFailed, NotDurable, NotWritable, ShorterLayer, StillRunning
+from qmpmerge.errors import Busy, InUse, JobFailed, NotDurable, NotWritable, ShorterLayer, StillRunning, WouldLose
 from qmpmerge.images import space
 from qmpmerge.qemu import jobs
 
@@ -230,6 +231,41 @@ def test_plain_block_stream_takes_an_empty_name(tmp_path: Path, images: list[Pat
         setup.off()
     with pytest.raises(AssertionError, match="differs"):
         content.check(images[3])
+
+
+def snapshot(image: Path) -> bytes:
+    """What an internal snapshot of the image shows."""
+    view = image.with_name("view")
+    run("qemu-img", "convert", "-l", "snapshot.name=s1", "-f", "qcow2", "-O", "raw", image, view)
+    return view.read_bytes()
+
+
+@harm("would-lose", "after a pull they show zeros for what lay below")
+def test_plain_block_stream_ruins_internal_snapshots(tmp_path: Path, images: list[Path], content: Content) -> None:
+    run("qemu-img", "snapshot", "-c", "s1", images[3])
+    shown = snapshot(images[3])
+    with blockdev(tmp_path, images, content) as setup:
+        stream(setup.machine, device="c", auto_dismiss=False)
+    ruined = snapshot(images[3])
+    assert ruined != shown and set(ruined) < set(shown)
+
+
+@pytest.mark.parametrize("asked", [{}, {"base": "[1]"}, {"top": "[3]"}], ids=["whole", "partial", "middle"])
+async def test_internal_snapshots_of_what_is_pulled_into_are_not_lost(
+    asked: dict[str, Any], tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """Nor by the advice of `plan`; those of images that are only read stay as they are."""
+    into = images[2] if "top" in asked else images[3]
+    for image in (images[1], into):
+        run("qemu-img", "snapshot", "-c", "s1", image)
+    with blockdev(tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            with pytest.raises(WouldLose) as refused:
+                await qmpmerge.pull(target, **asked)
+            assert (await qmpmerge.pull(target, **asked, force=["would-lose"], dry_run=True)).verdict == "planned"
+            if not asked:
+                assert (await qmpmerge.plan(target)).choice is None
+    assert refused.value.lost == [f"internal snapshot s1 of {into}"]
 
 
 async def test_another_vm_on_the_image_that_is_pulled_into_is_a_no(

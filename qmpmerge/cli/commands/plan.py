@@ -13,9 +13,6 @@ from qmpmerge.cli.run import on_target, run
 from qmpmerge.errors import FORCEABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from qmpmerge.chain.plan import Direction
     from qmpmerge.cli.render.output import Output
     from qmpmerge.targets.target import Target
 
@@ -94,11 +91,7 @@ def plan(
             target, disk, base=base, top=top, shallow=shallow, speed=speed, force=options.force, search=search
         )
         words = _typed(options, search, speed)
-        forced: dict[Direction, list[str]] = {
-            "commit": sorted(options.force),
-            "pull": sorted(options.force - {"would-lose"}),
-        }
-        output.plan(ways.typed({way: shlex.join([*words, *_forcing(names)]) for way, names in forced.items()}))
+        output.plan(ways.typed(shlex.join(words)))
         return ways.verdict
 
     return run(options, on_target(target, options, work, write=True, dry_run=True))
@@ -108,9 +101,5 @@ def _typed(options: Options, search: tuple[str, ...], speed: int | None) -> list
     """What was typed here and both commands heed; --allow is in them already."""
     given = {"--format": options.form, "--secret": options.secret, "--speed": speed}
     words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
-    return words + [word for folder in search for word in ("--search", folder)]
-
-
-def _forcing(names: "Sequence[str]") -> "Iterator[str]":
-    for name in names:
-        yield from ("--force", name)
+    words += [word for folder in search for word in ("--search", folder)]
+    return words + [word for name in sorted(options.force) for word in ("--force", name)]

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 @waiting
 @detaching
 @for_images
-@forcing(*(name for name in FORCEABLE if name != "would-lose"))
+@forcing(*FORCEABLE)
 @shared
 def pull(
     target: str,
