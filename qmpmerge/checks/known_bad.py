@@ -9,6 +9,7 @@ from qmpmerge.chain.chain import ELSEWHERE, Image
 from qmpmerge.chain.plan import Plan
 from qmpmerge.errors import KnownBad, QemuRefused
 from qmpmerge.images import qcow2
+from qmpmerge.images.qcow2 import Qcow2Header
 from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.qemu.monitor import Monitor
@@ -33,6 +34,12 @@ async def found(monitor: Monitor, view: ChainView, plan: Plan, *, pivots: bool) 
         # Aborted on 7.2.22, 10.0.2 and 11.1.3, when base is opened again; fine with locking=off, which nobody can ask for.
         reason = "it aborts over its own locks where the base was handed to it as a descriptor, but for `locking=off`"
         yield KnownBad(reason=reason, instead="start the VM with the file name of the base, or merge with the VM off")
+    if plan.direction == "pull" and monitor.version < (10, 0, 0) and _has_subclusters(plan.receiver):
+        # Aborted on 7.2.22 where a cluster was there in part, not on 10.0.2 and 11.1.3: bdrv_co_do_copy_on_readv.
+        reason = f"versions like 7.2 abort when they pull into an image with `extended_l2`, as {plan.receiver.file} is"
+        yield KnownBad(
+            reason=reason, instead="merge into its base (`qmpmerge commit`), or use a QEMU of version 10.0 or later"
+        )
     for bad in _dirty(monitor, plan):
         yield bad
     if pivots:
@@ -57,11 +64,20 @@ def _dirty(monitor: Monitor, plan: Plan) -> Iterator[KnownBad]:
 
 
 def _is_dirty(image: Image) -> bool:
-    try:
-        header = qcow2.read_of(image) if image.format == "qcow2" and image.has_path else None
-    except OSError:  # which is told by others
-        return False
+    header = _header(image)
     return header is not None and header.dirty
+
+
+def _has_subclusters(image: Image) -> bool:
+    header = _header(image)
+    return header is not None and header.entry_size > 8
+
+
+def _header(image: Image) -> Qcow2Header | None:
+    try:
+        return qcow2.read_of(image) if image.format == "qcow2" and image.has_path else None
+    except OSError:  # which is told by others
+        return None
 
 
 async def of_pivot(monitor: Monitor, view: ChainView) -> AsyncIterator[KnownBad]:

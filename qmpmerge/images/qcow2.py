@@ -60,7 +60,8 @@ class Qcow2Header:
     """
     Names as they are written; sizes in bytes; `encrypted` also for the old AES method.
 
-    `entry_size` is that of an entry of the second-level tables, 16 with extended entries. `dirty` says that its reference
+    `version` is 2 (`compat=0.10`) or 3. `entry_size` is that of an entry of the second-level tables, 16 with extended entries
+    (`extended_l2`). `dirty` says that its reference
     counts are not to be trusted (`lazy_refcounts`): QEMU counts anew as it opens the image for writing. `corrupt` is QEMU's
     mark, `snapshots` the number of internal ones.
     """
@@ -70,6 +71,7 @@ class Qcow2Header:
     backing_format: str | None
     data_file: str | None
     encrypted: bool
+    version: int = field(default=3, compare=False)
     cluster_size: int = field(default=65536, compare=False)
     entry_size: int = field(default=8, compare=False)
     dirty: bool = field(default=False, compare=False)
@@ -186,6 +188,7 @@ def decode(data: bytes) -> Qcow2Header | None:
         backing_format=names.get(_BACKING_FORMAT),
         data_file=names.get(_DATA_FILE),
         encrypted=crypt != 0,
+        version=version,
         cluster_size=1 << min(bits, 21),  # 2 MiB is the most that QEMU takes
         entry_size=16 if features & _EXTENDED_ENTRIES else 8,
         dirty=bool(features & _DIRTY),

@@ -197,9 +197,9 @@ def _growth(plan: CommitPlan, base: Sequence[Extent], merged: Sequence[Extent], 
 
 
 def _qcow2_growth(header: qcow2.Qcow2Header, held: list[Range], merged: Sequence[Extent], *, zeros_stay: bool) -> int:
-    """Clusters of data, and of the tables that lead to them."""
+    """Clusters of data, and of the tables that lead to them. Images of version 2 have no way to note zeros."""
     cluster = header.cluster_size
-    data = _union(extent for extent in merged if not (extent.zero and zeros_stay))
+    data = _union(extent for extent in merged if not (extent.zero and zeros_stay and header.version >= 3))
     new = _length(_without(_aligned(data, cluster), held))
     span = cluster // header.entry_size * cluster  # what one second-level table covers
     tables = _length(_without(_aligned(_union(merged), span), _aligned(held, span))) // span * cluster

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -22,7 +23,17 @@ from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
 import qmpmerge
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.errors import Busy, InUse, JobFailed, NotDurable, NotWritable, ShorterLayer, StillRunning, WouldLose
+from qmpmerge.errors import (
+    Busy,
+    InUse,
+    JobFailed,
+    KnownBad,
+    NotDurable,
+    NotWritable,
+    ShorterLayer,
+    StillRunning,
+    WouldLose,
+)
 from qmpmerge.images import space
 from qmpmerge.qemu import jobs
 
@@ -250,6 +261,39 @@ def test_plain_block_stream_ruins_internal_snapshots(tmp_path: Path, images: lis
     assert ruined != shown and set(ruined) < set(shown)
 
 
+@pytest.fixture
+def subclusters(tmp_path: Path) -> list[Path]:
+    """An overlay with a cluster that is there in part."""
+    images = make_chain(tmp_path, ["base.qcow2"])
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 4M", images[0])
+    top = tmp_path / "top.qcow2"
+    options = ["-o", "extended_l2=on,cluster_size=128k", "-b", "base.qcow2", "-F", "qcow2"]
+    run("qemu-img", "create", "-qf", "qcow2", *options, top)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 2 4k 4k", "-c", "write -P 2 1M 8k", top)
+    return [*images, top]
+
+
+@harm("known-bad", "QEMU 7.2 aborts with its guest as it pulls into an image with `extended_l2`")
+def test_plain_block_stream_aborts_over_subclusters(tmp_path: Path, subclusters: list[Path]) -> None:
+    with machine(tmp_path, *nodes(subclusters), *device("top")) as vm:
+        if version_of(vm) >= (10, 0):
+            pytest.skip("a QEMU that takes them")
+        vm.session.ask("block-stream", job_id="j", device="top")
+        assert vm.process.wait(20) == -signal.SIGABRT
+
+
+async def test_subclusters(tmp_path: Path, subclusters: list[Path]) -> None:
+    before = views(subclusters)
+    with machine(tmp_path, *nodes(subclusters), *device("top")) as vm:
+        async with qmpmerge.open(vm.target) as target:
+            if version_of(vm) < (10, 0):
+                with pytest.raises(KnownBad, match="extended_l2"):
+                    await qmpmerge.pull(target)
+            else:
+                assert (await qmpmerge.pull(target)).verdict == "pulled"
+    assert views(subclusters) == before
+
+
 @pytest.mark.parametrize("asked", [{}, {"base": "[1]"}, {"top": "[3]"}], ids=["whole", "partial", "middle"])
 async def test_internal_snapshots_of_what_is_pulled_into_are_not_lost(
     asked: dict[str, Any], tmp_path: Path, images: list[Path], content: Content
@@ -310,6 +354,22 @@ async def test_the_guests_filesystem_is_left_a_reserve(
         with pytest.raises(qmpmerge.errors.NoSpace) as refused:
             await qmpmerge.pull(target)
         assert (refused.value.base, refused.value.reserve) == (str(images[3]), 8 * MIB)
+
+
+@pytest.mark.parametrize("base", ["raw", "qcow2"])
+async def test_the_growth_where_zeros_cannot_be_noted(tmp_path: Path, base: str) -> None:
+    """An image of `compat=0.10` has no way to: what shows zeros is written out."""
+    images = make_chain(tmp_path, [f"base.{base}"])
+    top = tmp_path / "top.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", "-o", "compat=0.10", "-b", images[0].name, "-F", base, top)
+    run("qemu-io", "-f", base, "-c", "write -z 0 4M", "-c", "write -P 1 4M 64k", images[0])
+    async with qmpmerge.open(str(top)) as target:
+        planned = await qmpmerge.pull(target, dry_run=True)
+        before = os.stat(top).st_size
+        await qmpmerge.pull(target)
+    assert planned.estimate is not None and planned.estimate.growth is not None
+    grown = os.stat(top).st_size - before
+    assert 4 * MIB < grown <= planned.estimate.growth <= grown + 128 * 1024
 
 
 @pytest.mark.parametrize("cluster", ["64k", "2M"])
