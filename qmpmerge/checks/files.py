@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 UNSEEN = Unseen("what QEMU has open cannot be seen from here")
-UNKNOWN_HOLDER = "it may be in another container or of another user: look there, or as root"
 
 
 async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
@@ -78,7 +77,8 @@ def _place(name: str, pid: int) -> str:
 
 async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
     """
-    Of a running VM: at the offline door nobody may hold anything. One with ``locking=off`` is seen too.
+    What only the plan may have open. One with ``locking=off`` is seen too. At the offline door who has the images was looked
+    for already.
 
     What the kernel has is looked for also where QEMU cannot be told from others who have its images open.
     """
@@ -87,13 +87,14 @@ async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
     pid = question.pid
     files = [image.file for image in question.plan.exclusive if image.has_path]
     look = kernel.look(files)
-    users = await holders.lasting(files, excluding=[pid]) if pid is not None else holders.of_kernel(look)
-    if question.target.is_live:
-        for refusal in held(files, users):
-            yield refusal
+    users = question.target.users
+    if users is None:
+        users = await holders.lasting(files, excluding=[pid]) if pid is not None else holders.of_kernel(look)
+    for refusal in held(files, users):
+        yield refusal
     if pid is None:
         yield UNSEEN
-    elif question.target.is_live:
+    else:
         async for answer in _by_locks([file for file in files if file not in {user.file for user in users}], pid):
             yield answer
     for reason in look.unseen:
@@ -116,7 +117,7 @@ async def _by_locks(files: list[str], pid: int) -> AsyncIterator[InUse | Unseen]
 
     locked = await holders.locked_besides(files, pid)
     for file in (file for file in files if locked[file]):
-        yield InUse(file=file, holders=["a process that we may not see"], command=UNKNOWN_HOLDER)
+        yield InUse(file=file, holders=["a process that we may not see"], command=holders.UNKNOWN)
     if files and holders.are_hidden():
         yield Unseen("we may not look at all processes, and who has an image open without QEMU's locks does not show")
 

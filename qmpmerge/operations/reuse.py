@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.checks.files import UNKNOWN_HOLDER
 from qmpmerge.errors import ImageUnreadable, InUse, NotAnOverlay, NotWritable, OverlayNotEmpty
 from qmpmerge.images import dependents, qcow2, qemuimg
 from qmpmerge.images.files import is_device
@@ -99,7 +98,7 @@ async def _see_alone(disk: Disk, below: Image, path: str) -> None:
     users = await holders.lasting([path])
     names = [str(user) for user in users] or (["a process that we may not see"] if holders.is_locked(path) else [])
     if names:
-        command = "wait until it is closed, or name another overlay" if users else UNKNOWN_HOLDER
+        command = "wait until it is closed, or name another overlay" if users else holders.UNKNOWN
         raise InUse(file=path, holders=names, command=command)
     image = dependents.image_at(path)
     look = await dependents.look([image], Chain((image,)), opened=holders.qemu_files())

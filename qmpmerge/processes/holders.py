@@ -19,6 +19,9 @@ LOOKS, LOOK_AGAIN_SECONDS = 5, 0.05
 """How often a process must be seen again to have a file for more than a moment, and how long we wait before each look."""
 _SS_SECONDS = 0.9
 
+UNKNOWN = "it may be in another container or of another user: look there, or as root"
+"""What to do about somebody whom we may not see."""
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -75,6 +78,11 @@ class User:
         if self.vm is None or not self.vm.name:
             return f"{self.name} (pid {self.pid})"
         return f"VM {self.vm.name} ({self.name}, pid {self.pid})"
+
+    @property
+    def may_write(self) -> bool:
+        """Whether it has the file open to write to it, at this moment; the kernel always."""
+        return self.pid is None or proc.identity(self.file) in proc.written(self.pid)
 
     @property
     def instead(self) -> str:

@@ -42,7 +42,7 @@ SECRET = "qmpmerge-secret"  # noqa: S105 - the id of the object, not the passphr
 
 
 class OfflineTarget(Target):
-    """One disk: the chain whose active image the user named. `users` are the processes that hold an image of it."""
+    """One disk: the chain whose active image the user named."""
 
     is_live = False
 
@@ -50,7 +50,7 @@ class OfflineTarget(Target):
         super().__init__(session, target)
         self._name = os.path.basename(target)
         self._layers = layers
-        self._users = users
+        self.users = users
 
     async def open_for_writing(self, images: Collection[Image]) -> None:
         """The last time that they are opened by name. Raises NotWritable, Replaced."""
@@ -86,7 +86,8 @@ class OfflineTarget(Target):
         """As of any target, and who has it in use."""
         view = await super().view(layout, disk)
         odd = [
-            Oddity("in-use", user.file, f"in use by {user}: what is shown may be out of date") for user in self._users
+            Oddity("in-use", user.file, f"in use by {user}: what is shown may be out of date")
+            for user in self.users or ()
         ]
         return replace(view, oddities=(*view.oddities, *odd))
 
@@ -105,11 +106,11 @@ async def offline(
     """
     Open the chain whose active image is `image`.
 
-    With `write` all images are locked, and it is refused when anybody holds one; without, they are read shared with
-    whoever writes them. A `dry_run` asks for the same and changes nothing: QEMU repairs an image that it opens for writing, and
-    clears marks in its header that it does not know. `allow` are files and folders that headers may name besides the image's
-    folder. `form` is the image's own format, where it is a device or is called raw. `secret` is the passphrase of encrypted
-    images.
+    With `write` the active image is locked, and it is refused when anybody holds that one, or may write to another: who only
+    reads those below is in the target's `users`. Without, they are read shared with whoever writes them. A `dry_run` asks for
+    the same and changes nothing: QEMU repairs an image that it opens for writing, and clears marks in its header that it does
+    not know. `allow` are files and folders that headers may name besides the image's folder. `form` is the image's own format,
+    where it is a device or is called raw. `secret` is the passphrase of encrypted images.
 
     Raises InUse, NeedsSecret, Replaced, TooFewFiles, what `walk.walk` raises, ToolMissing.
     """
@@ -128,14 +129,14 @@ async def offline(
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
-    if users:
-        file = users[-1].file
-        names = [str(user) for user in users if user.file == file]
-        raise InUse(file=file, holders=names, command=_instead(users[-1]))
-    for layer in layers:
-        if holders.is_locked(layer.file):
-            command = "it may be in another container or of another user: look there, or as root"
-            raise InUse(file=layer.file, holders=["a process that we may not see"], command=command)
+    active = layers[-1].file
+    harmful = [user for user in users if user.file == active or user.may_write]
+    if harmful:
+        file = harmful[-1].file
+        names = [str(user) for user in harmful if user.file == file]
+        raise InUse(file=file, holders=names, command=_instead(harmful[-1]))
+    if holders.is_locked(active):
+        raise InUse(file=active, holders=["a process that we may not see"], command=holders.UNKNOWN)
 
 
 def _instead(user: User) -> str:

@@ -27,6 +27,7 @@ from qmpmerge.targets import identity
 
 if TYPE_CHECKING:
     from qmpmerge.journal.record import Record
+    from qmpmerge.processes.holders import User
     from qmpmerge.qemu.details import ImageDetails
 
 
@@ -49,7 +50,8 @@ class Target:
     Disks and the QMP session to them. `name` is what the user called it, `allowed` are the files and folders that headers, and
     records, may name besides those of the image.
 
-    `is_live` says that somebody else, a guest, can write to the disks at any time. `notes` is what the user should know of
+    `is_live` says that somebody else, a guest, can write to the disks at any time. `users` are the others that have an image of
+    the chain, None where that was not looked for as it was opened. `notes` is what the user should know of
     how it was found.
     """
 
@@ -59,6 +61,7 @@ class Target:
         self.monitor = session
         self.name = name
         self.allowed: tuple[str, ...] = ()
+        self.users: tuple[User, ...] | None = None
         self.notes: list[str] = []
         self._connect = connect
         self._files: dict[tuple[int | None, str], Inode] = {}

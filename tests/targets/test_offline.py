@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rig.command import invoke
 from rig.devices import loop
-from rig.disks import blockdev, drive, nbd_server, nodes, remove, storage_daemon
+from rig.disks import blockdev, device, drive, nbd_server, nodes, remove, storage_daemon
 from rig.folder import beside
 from rig.headers import raw_header
 from rig.machines import MIB, SIZE, Content, create_encrypted, fill, have, machine, make_chain, run
@@ -671,9 +671,40 @@ def test_held_in_the_middle_or_as_another_vms_base(
     read_only = f"file={other},format={other.suffix[1:]},if=none,id=x,readonly=on"
     with machine(tmp_path, "-drive", read_only) as vm, unchanged(folder):
         error = invoke("commit", str(images[3]), "--json").document["error"]
-        assert error["name"] == "in-use"
-        assert any(f"pid {vm.process.pid}" in holder for holder in error["facts"]["holders"])
-        assert error["facts"]["file"] in map(str, images[: which + 1])
+        used = [one for one in error["facts"].get("refusals", [error]) if one["name"] == "in-use"]
+        told = images[3:] if which == 3 else images[: which + 1]  # who has the active image is told before all else
+        assert [one["facts"]["file"] for one in used] == list(map(str, told))
+        assert all(f"pid {vm.process.pid}" in holder for one in used for holder in one["facts"]["holders"])
+
+
+def test_who_only_reads_what_lies_below_is_in_the_way_of_a_merge_alone(
+    name: str, images: list[Path], content: Content, folder: Path, tmp_path: Path
+) -> None:
+    """Another VM runs on the same golden base, with an overlay of its own: no command is to be typed for that one."""
+    other = folder / "other.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", "-b", "base.raw", "-F", "raw", other)
+    with machine(tmp_path, "-name", name, "-drive", f"file={other},if=none,id=vda", *device("vda")) as vm:
+        refused = invoke("commit", str(images[3]), "--json")
+        assert refused.code == 3 and f"`{name}`" not in refused.document["error"]["hint"]
+        assert [way["direction"] for way in invoke("plan", str(images[3]), "--json").document["ways"]] == [
+            "commit",
+            "pull",
+        ]
+        assert invoke("pull", str(images[3]), "--json").document["verdict"] == "pulled"
+        vm.io("vda", "write -P 7 0 64k")
+    content.check(images[3])
+
+
+def test_who_writes_to_what_lies_below_is_in_the_way_of_a_pull_too(images: list[Path], folder: Path) -> None:
+    with open(images[1], "r+b") as stream:
+        writer = subprocess.Popen(["sleep", "600"], stdin=stream)
+    with writer:
+        try:
+            with unchanged(folder):
+                error = invoke("pull", str(images[3]), "--json").document["error"]
+        finally:
+            writer.kill()
+    assert (error["name"], error["facts"]["file"]) == ("in-use", str(images[1]))
 
 
 def test_held_by_qemu_nbd(images: list[Path], folder: Path, tmp_path: Path) -> None:
@@ -717,9 +748,9 @@ async def test_held_by_a_process_that_we_may_not_see(
         "nbd": nbd_server(tmp_path, images[3]),
     }
     with ways[way], unchanged(folder):
-        with pytest.raises(InUse, match="a process that we may not see") as refused:
+        with pytest.raises(Refused, match="a process that we may not see") as refused:
             await merged(images[3], top="[3]")
-        assert refused.value.file in map(str, images)
+        assert {type(one) for one in refused.value.parts} == {InUse}
     content.check(images[3])
 
 
