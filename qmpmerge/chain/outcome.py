@@ -112,7 +112,8 @@ class Outcome:
 
     `before` and `after` are chains as discovered; of what is ``running`` nobody has looked, and `after` is the old chain.
     `job` is the one that is at work, as it was seen last, None where there is none any more. `copied` is bytes: of an active
-    merge what the job has copied, of an intermediate one what the merged images held, None where nobody has counted.
+    merge what the job has copied, of an intermediate one what the merged images held, of a pull what was shown of them; None
+    where nobody has counted.
     `verified` says that base and top were compared before the switch. `paused_seconds` is how long the guest stood still for
     the pivot, None where it was not paused. `hints` are sentences for the user, `converge` those about what was done to a guest
     that wrote as fast as was copied. `checks` are what was found out before, none where an earlier qmpmerge has begun;

@@ -136,7 +136,7 @@ def failure(run: Run, reason: str) -> JobFailed:
 
 async def copy(run: Run, doorbell: Doorbell) -> Job | None:
     """Follow the job until it wants a decision, or is over."""
-    meter = Meter(run.disk.name, run.operation.counts)
+    meter = Meter(run.disk.name)
     return await jobs.follow(
         run.target.monitor,
         doorbell,
@@ -150,7 +150,10 @@ async def copy(run: Run, doorbell: Doorbell) -> Job | None:
 def tell(run: Run, meter: Meter, job: Job) -> None:
     """Report a sighting of the job."""
     job = see(run, job)
-    sighting = meter.read(job, _shortage(run, job))
+    counts = run.operation.counts
+    if run.course is not None:
+        job, counts = replace(job, done=run.course.done(job.done), total=run.course.total), "copied"
+    sighting = meter.read(job, counts, _shortage(run, job))
     run.tell(run.watch.read(job, sighting) if run.operation.pivots else sighting)
 
 

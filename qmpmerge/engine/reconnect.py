@@ -103,7 +103,7 @@ async def follow_politely(run: Run, every: float) -> Job | None:
 
     Where somebody else holds it then, we wait for our turn. Raises StillRunning at the deadline.
     """
-    meter = Meter(run.disk.name, run.operation.counts)
+    meter = Meter(run.disk.name)
     while True:
         job = await jobs.look(run.target.monitor, run.job)
         if job is None or job.status in run.operation.decisions:

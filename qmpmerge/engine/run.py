@@ -13,6 +13,7 @@ from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import NEXT, RECORDED, State
 from qmpmerge.engine import first_record, log
 from qmpmerge.engine.operation import Operation
+from qmpmerge.engine.pace.course import Course
 from qmpmerge.engine.pace.progress import Progress, Report, ReportRaised, unreported
 from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.engine.request import Request
@@ -42,7 +43,8 @@ class Run:
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_sent` says that
     the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
     that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
-    that the operation leaves open, top down. `seen` is the job as it was seen last. `notes` are sentences for the user.
+    that the operation leaves open, top down. `seen` is the job as it was seen last,
+    `course` what it has to copy, where that was found out. `notes` are sentences for the user.
     """
 
     operation: Operation
@@ -71,6 +73,7 @@ class Run:
     deadman: Switch | None = None
     paused_seconds: float | None = None
     seen: Job | None = None
+    course: Course | None = None
     copied: int | None = None
     notes: list[str] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)

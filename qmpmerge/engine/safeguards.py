@@ -4,11 +4,12 @@ What must be so before anything is switched: base durable, compared, bitmaps car
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from qmpmerge import shield
 from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.engine import blockjob, rest
+from qmpmerge.engine.pace.course import Course
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     BitmapsNotCarried,
@@ -25,7 +26,6 @@ from qmpmerge.errors import (
     VmState,
 )
 from qmpmerge.images import compare
-from qmpmerge.images.qemuimg import Extent
 from qmpmerge.qemu import bitmaps, flush, mutex, vmstate
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
@@ -166,9 +166,7 @@ async def _is_same(run: Run) -> bool:
     elif run.operation.pivots:
         same = await compare.same(run.plan)
     else:
-        copied = await compare.held(run.plan)
-        run.copied = _length(copied)
-        same = await compare.same(run.plan, copied)
+        same = await compare.same(run.plan, run.course.extents if run.course is not None else None)
     if not same:
         _see_what_is_compared(run)  # it may have been given to another file meanwhile
     return same
@@ -205,32 +203,27 @@ def not_compared(planned: Plan, reason: str) -> str:
 @contextlib.asynccontextmanager
 async def counting(run: Run) -> AsyncIterator[None]:
     """
-    While QEMU copies find out how much an intermediate merge copies, of which QEMU tells only what it has walked. Where base
-    and top are compared that is told on the way, and where many images have to be opened it takes too long.
+    While QEMU copies find out what there is to copy, of which it tells only how far it has walked; not where many images have
+    to be opened for that, nor of what an earlier run has pulled a part of.
     """
-    if run.operation.pivots or run.plan.direction == "pull" or _is_compared(run) or len(run.plan.merged) > CHEAP_LAYERS:
+    is_continued = run.speed is None and run.plan.direction == "pull"
+    if run.operation.pivots or is_continued or len(run.plan.merged) > CHEAP_LAYERS:
         yield
         return
-    counted = asyncio.ensure_future(_counted(run))
+    counted = asyncio.ensure_future(_count(run))
     try:
         yield
         await asyncio.wait([counted], timeout=COUNT_SECONDS)
-        run.copied = counted.result() if counted.done() else None
     finally:
         counted.cancel()
         await asyncio.wait([counted])
 
 
-async def _counted(run: Run) -> int | None:
-    try:
+async def _count(run: Run) -> None:
+    with contextlib.suppress(ImageUnreadable, ToolMissing, OSError):  # a figure is no reason to fail
         _see_what_is_compared(run)
-        return _length(await compare.held(run.plan))
-    except (ImageUnreadable, ToolMissing, OSError):  # a figure is no reason to fail
-        return None
-
-
-def _length(extents: Sequence[Extent]) -> int:
-    return sum(extent.length for extent in extents)
+        run.course = Course(await compare.copied(run.plan))
+        run.copied = run.course.total
 
 
 def _is_compared(run: Run) -> bool:

@@ -21,24 +21,30 @@ DIFFERENT = "they show different data"
 """What is wrong with a base that was compared; all else is a comparison that could not be made."""
 
 
-async def held(planned: Plan) -> list[Extent]:
-    """What the merged images hold between them, in order, which is what a merge copies. Raises ImageUnreadable, ToolMissing."""
-    await nbd.see_that_they_answer(planned.merged)
+async def copied(planned: Plan) -> list[Extent]:
+    """
+    What is copied, in order: what the merged images hold between them, or what the overlay that is pulled into shows of them,
+    zeros left out, as it is now. Raises ImageUnreadable, ToolMissing.
+    """
+    await nbd.see_that_they_answer(planned.touched if isinstance(planned, PullPlan) else planned.merged)
+    if isinstance(planned, PullPlan):
+        shown = await qemuimg.shown_of_below((*planned.merged, planned.overlay))
+        return [extent for extent in shown if not extent.zero]
     return await qemuimg.held(planned.merged)
 
 
-async def same(planned: Plan, copied: Sequence[Extent] | None = None) -> bool:
+async def same(planned: Plan, held: Sequence[Extent] | None = None) -> bool:
     """
     Whether the plan's two views show the same wherever a merged image holds anything; elsewhere both show base's own data.
 
-    `copied` is what `held` says, where that was asked already. Nobody may write to the images meanwhile, and what was written
-    must be flushed. Raises ImageUnreadable, ToolMissing.
+    `held` is what `copied` says of a merge, where that was asked already. Nobody may write to the images meanwhile, and what
+    was written must be flushed. Raises ImageUnreadable, ToolMissing.
     """
     upto, below = planned.views
     await nbd.see_that_they_answer(upto)
-    copied = await qemuimg.held(planned.merged) if copied is None else copied
+    held = await qemuimg.held(planned.merged) if held is None else held
     try:
-        for part in parts(copied, upto[-1].virtual_size):
+        for part in parts(held, upto[-1].virtual_size):
             if not await qemuimg.same(upto, below, part):
                 return False
     except ImageUnreadable:  # a qemu-img that was built without what a part of a disk takes

@@ -23,6 +23,7 @@ from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
 import qmpmerge
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.errors import (
     Busy,
     InUse,
@@ -399,6 +400,18 @@ async def test_the_growth_is_what_was_said(tmp_path: Path, base: str | None, clu
     assert planned.estimate is not None and planned.estimate.growth is not None
     grown = os.stat(images[3]).st_size - before
     assert grown <= planned.estimate.growth <= grown + 2 * grain
+
+
+async def test_what_is_copied_is_counted(setup: Setup) -> None:
+    """And the way to it is told in bytes of that, not of the disk with its holes."""
+    seen: list[Progress] = []
+    async with setup.target() as target:
+        planned = await qmpmerge.pull(target, base="[1]", dry_run=True)
+        outcome = await qmpmerge.pull(target, base="[1]", speed=2 * MIB, report=seen.append)
+    assert planned.estimate is not None
+    assert outcome.copied == planned.estimate.copy
+    last = seen[-1]
+    assert (last.counts, last.done, last.total) == ("copied", outcome.copied, outcome.copied)
 
 
 # --- leaving, cancelling, coming back ----------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rig.machines import MIB, Content, Machine, fill, machine, make_chain
 
-from qmpmerge.engine.pace.progress import Meter, Progress
+from qmpmerge.engine.pace.course import Course
+from qmpmerge.engine.pace.progress import Meter, Progress, Shortage
 from qmpmerge.errors import JobVerb, NoSuchJob, QemuRefused, StillRunning
+from qmpmerge.images.qemuimg import Extent
 from qmpmerge.qemu import connect, jobs
 from qmpmerge.qemu.jobs import VERBS, Job
 from qmpmerge.qemu.monitor import Monitor
@@ -23,14 +25,18 @@ from qmpmerge.qemu.monitor import Monitor
 class Bench:
     """A meter under a fake clock."""
 
+    counts = "copied"
+    shortage: Shortage | None = None
+
     def __init__(self) -> None:
         self.now = 1000.0
-        self.meter = Meter("vda", "copied", clock=lambda: self.now)
+        self.meter = Meter("vda", clock=lambda: self.now)
 
     def see(self, after: float, done: int, total: int = 100 * MIB, **facts: str) -> Progress:
         """What is told of a sighting `after` so many seconds."""
         self.now += after
-        return self.meter.read(Job("j", "commit", facts.pop("status", "running"), done, total, **facts))  # type: ignore[arg-type]
+        job = Job("j", "commit", facts.pop("status", "running"), done, total, **facts)  # type: ignore[arg-type]
+        return self.meter.read(job, self.counts, self.shortage)
 
 
 def test_the_first_second_says_nothing_about_the_rest() -> None:
@@ -68,6 +74,32 @@ def test_a_job_that_stands_still_has_no_rate_and_no_end_in_sight() -> None:
     bench.see(0, 50 * MIB)
     told = bench.see(5, 50 * MIB)
     assert (told.rate, told.seconds_left) == (None, None)
+
+
+def test_a_job_that_waits_for_space_has_no_rate_and_no_end_in_sight() -> None:
+    bench = Bench()
+    bench.see(0, 0)
+    bench.shortage = Shortage("/vm", MIB)
+    told = bench.see(2, 50 * MIB)
+    assert (told.rate, told.seconds_left) == (None, None)
+
+
+def test_once_something_else_is_counted_the_rate_is_measured_anew() -> None:
+    bench = Bench()
+    bench.counts = "scanned"
+    bench.see(0, 90 * MIB)
+    bench.counts = "copied"
+    assert bench.see(2, MIB).rate is None
+    assert bench.see(2, 5 * MIB).rate == 2 * MIB
+
+
+@pytest.mark.parametrize(
+    ("offset", "done"), [(0, 0), (4, 0), (10, 0), (12, 2), (15, 5), (19, 5), (20, 5), (22, 7), (90, 10)]
+)
+def test_what_of_the_way_was_copied(offset: int, done: int) -> None:
+    course = Course([Extent(10, 5), Extent(20, 5)])
+    assert (course.done(offset), course.total) == (done, 10)
+    assert Course([]).done(offset) == 0
 
 
 def test_after_a_long_silence_the_rate_is_measured_anew() -> None:

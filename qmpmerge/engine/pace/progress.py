@@ -26,10 +26,10 @@ class Shortage:
 @dataclass(frozen=True)
 class Progress:
     """
-    How far a merge is: its `job` as seen last. `counts` says what `done` and `total` (bytes) are: an intermediate merge
-    walks the whole virtual disk (``scanned``), an active one counts what it has to copy (``copied``), and its total grows
-    while the guest writes. `rate` is bytes a second, `seconds_left` what the rest takes at it; both None while nothing sensible
-    can be said.
+    How far a merge is: its `job` as seen last. `counts` says what `done` and `total` (bytes) are: what has to be copied
+    (``copied``), of which an active merge gets more while the guest writes; or the virtual disk, which all others walk
+    (``scanned``), until we know how much of it that is. `rate` is bytes a second, `seconds_left` what the rest takes at it;
+    both None while nothing sensible can be said.
 
     `shortage` is what a job waits for that ran out of space. `note` is a sentence, said once, about a job that was there
     before us.
@@ -92,25 +92,27 @@ class Meter:
 
     WINDOW_SECONDS = 10.0
 
-    def __init__(self, disk: str, counts: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, disk: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._disk = disk
-        self._counts = counts
+        self._counts = ""
         self._clock = clock
         self._sightings: list[tuple[float, int]] = []
 
-    def read(self, job: "Job", shortage: Shortage | None = None) -> Progress:
-        """What to tell about this sighting."""
+    def read(self, job: "Job", counts: str, shortage: Shortage | None = None) -> Progress:
+        """What to tell about this sighting, of a job that counts this now."""
         now = self._clock()
+        if counts != self._counts:
+            self._counts, self._sightings = counts, []
         self._sightings = [seen for seen in self._sightings if now - seen[0] <= self.WINDOW_SECONDS]
         self._sightings.append((now, job.done))
-        rate = self._rate()
+        rate = self._rate() if shortage is None else None
         left = max(0, job.total - job.done)
         return Progress(
             disk=self._disk,
             job=job,
             counts=self._counts,
             rate=rate,
-            seconds_left=left / rate if rate else None,
+            seconds_left=round(left / rate, 1) if rate else None,
             shortage=shortage,
         )
 

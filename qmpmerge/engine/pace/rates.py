@@ -39,7 +39,7 @@ class Rates:
     @property
     def seconds_left(self) -> float | None:
         """Seconds until it is ready, None for never."""
-        return self.rest / (self.copy - self.dirty) if self.converging else None
+        return round(self.rest / (self.copy - self.dirty), 1) if self.converging else None
 
 
 class Watch:
