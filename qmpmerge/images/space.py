@@ -82,10 +82,10 @@ async def estimate(
         return replace(known, reason=f"looking into the images takes more than {SECONDS:g} s")
     except (ImageUnreadable, OSError) as error:
         return replace(known, reason=str(error))
-    return replace(known, copy=copied(plan, maps), growth=growth, at_least=live and plan.pivots)
+    return replace(known, copy=_copied(plan, maps), growth=growth, at_least=live and plan.pivots)
 
 
-def copied(plan: Plan, maps: Maps) -> int | None:
+def _copied(plan: Plan, maps: Maps) -> int | None:
     """Bytes that are copied, of images that were looked into; None where one of them was not."""
     if not maps.keys() >= {plan.receiver, *plan.merged}:
         return None

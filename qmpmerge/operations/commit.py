@@ -21,9 +21,8 @@ from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import NoSuchLayer, OptionsConflict
+from qmpmerge.errors import NoSuchLayer, OptionsConflict, Refused
 from qmpmerge.given import Paths
-from qmpmerge.images import space
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
@@ -208,7 +207,7 @@ class _Beginning:
         answer = await self._checked(view, planned)
         await earlier.refuse_suspect(self._target, operation, lock.note.suspect)
         if request.dry_run:
-            other = self._other_way(view, planned, answer)
+            other = await self._other_way(view, planned, answer)
             return proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate, other)
         run = Run.begin(self._target, operation, request, lock, view=view, report=self._report)
         run.bitmaps, run.checks = answer.bitmaps, answer.checks
@@ -256,11 +255,14 @@ class _Beginning:
             estimate=request.estimate,
         )
 
-    def _other_way(self, view: ChainView, planned: Plan, answer: Answer) -> OtherWay | None:
-        """As told by what was looked into anyway; None where it would be refused, as far as the plan shows."""
+    async def _other_way(self, view: ChainView, planned: Plan, answer: Answer) -> OtherWay | None:
+        """None where it would be refused."""
         other = other_way(planned)
         if other.refusals or self._request.ending != "pivot" or self._request.estimate is not None:
             return None
-        return OtherWay(
-            command(self._target, view.disk.name, other), other.receiver.file, space.copied(other, answer.maps)
-        )
+        estimate = await check.estimated(self._target, other, answer.maps)
+        try:
+            await check.check(self._target, view, other, search=self._request.search, dry_run=True, estimate=estimate)
+        except Refused:
+            return None
+        return OtherWay(command(self._target, view.disk.name, other), other.receiver.file, estimate.copy)

@@ -126,7 +126,8 @@ def other_way(value: "OtherWay", this: "Estimate | None") -> str:
     """``qmpmerge pull vm1 vda (copies 3 GiB instead of 10 GiB, into c.qcow2)``."""
     if value.copy is None:
         return value.run
-    instead = f" instead of {size(this.copy)}" if this is not None and this.copy is not None else ""
+    known = this.copy if this is not None else None
+    instead = " as well" if known == value.copy else f" instead of {size(known)}" if known is not None else ""
     return f"{value.run} (copies {size(value.copy)}{instead}, into {os.path.basename(value.file)})"
 
 

@@ -35,13 +35,13 @@ def notes(found: "Ways") -> Iterator[str]:
         by = "" if one.kind == "process" else "what is built on it: "
         yield f"shared      {one.file} is needed by {by}{one.name}"
     for reason in found.not_seen:
-        yield f"not seen  whether others need the images: {reason}"
+        yield f"not seen    whether others need the images: {reason}"
     for way in found.ways:
         if way.estimate.reason:
-            yield f"not known  what a {way.direction} copies: {way.estimate.reason}"
+            yield f"not known   what a {way.direction} copies: {way.estimate.reason}"
         unchecked = [check.name for check in way.checks if check.result == "not checked"]
         if unchecked:
-            yield f"not checked  for a {way.direction}: {', '.join(unchecked)}"
+            yield f"not checked for a {way.direction}: {', '.join(unchecked)}"
 
 
 def answer(found: "Ways") -> Iterator[str]:
