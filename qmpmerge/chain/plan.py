@@ -212,9 +212,9 @@ def pull(
     lowest = max(0, into - 2) if shallow else 0
     base_index = lowest if base is None else chain.index(chain.find(base, disk))
     if base_index > into:
-        raise BaseAboveTop(base=chain[base_index].file, top=chain[into].file)
+        raise BaseAboveTop(base=chain[base_index].file, top=chain[into].file, pulls=True)
     if base_index == into and len(chain) > 1:
-        raise BaseIsTop(base=chain[base_index].file, is_lowest=base_index == 1)
+        raise BaseIsTop(base=chain[base_index].file, is_lowest=base_index == 1, pulls=True)
     return replace(_pull(chain, min(base_index, into - 1), into), base_is_named=base is not None)
 
 

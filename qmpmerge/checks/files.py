@@ -37,9 +37,10 @@ async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
     if question.pid is None or not question.opened:
         yield UNSEEN
         return
+    needed = {*question.written, *question.plan.named}
     for image in question.touched:
         astray = identity.astray(image, question.pid)
-        if astray is not None and (astray.there is not None or image in question.written):
+        if astray is not None and (astray.there is not None or image in needed):
             yield identity.refusal(astray, question.target)
         elif image in question.written and (lost := _lost_name(question, image, question.pid)) is not None:
             yield lost

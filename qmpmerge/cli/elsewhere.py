@@ -53,8 +53,23 @@ itself; {:.0} takes the value away.
 """
 
 
-def translated(words: Sequence[str]) -> list[str]:
-    """The words without the options of other tools, or with ours in their place."""
+_OF_QEMU_IMG = frozenset({"-d", "-f", "-p", "-t"})
+
+
+def translated(name: str, words: Sequence[str]) -> list[str]:
+    """
+    The words after the command `name` of this or another tool, without the options of other tools, or with ours in their place;
+    and with what has to be said here where the other command does less than ours.
+    """
+    found = _translated(words)
+    if name == "commit" and not _OF_QEMU_IMG.isdisjoint(words) and "-b" not in words:
+        return [*found, "--shallow"]  # into the image right below
+    if name == "blockcommit" and "--active" in words and {"--pivot", "--keep-overlay"}.isdisjoint(words):
+        return [*found, "--wait-ready"]
+    return found
+
+
+def _translated(words: Sequence[str]) -> list[str]:
     found: list[str] = []
     left = list(words)
     while left:

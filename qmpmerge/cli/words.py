@@ -32,7 +32,7 @@ def hint(error: click.ClickException, line: Sequence[str]) -> str | None:
     name, *rest = [*line[1:], "--help"] if line[0] == "help" else line
     if context.command is not cli:
         found = _first_that_parses(line for line in _put_right(name, rest) if line != [name, *rest])
-        is_virsh = elsewhere.translated(rest) != rest
+        is_virsh = elsewhere.translated(name, rest) != rest
         return (_as_virsh_has_it(found) if is_virsh else _told("that is", found)) or _example(error, name, rest)
     if name in FILES:
         return None
@@ -136,7 +136,7 @@ def _renamed(name: str, rest: Sequence[str]) -> str | None:
         return elsewhere.OTHERWISE[name.casefold()]
     if name == "rebase" and "-u" in rest:
         return "`qemu-img rebase -u` moves no data, and looks at none: there is nothing like it here"
-    words = elsewhere.translated(rest)
+    words = elsewhere.translated(name, rest)
     names = [ours for ours, others in elsewhere.COMMANDS.items() if name.casefold() in others]
     lines = [[ours, *words] for ours in names]
     if name in VERBS:
@@ -187,7 +187,7 @@ def _put_right(name: str, rest: Sequence[str]) -> Iterator[list[str]]:
     """What may have been meant, the likeliest first."""
     if name == "snapshot" and "-l" in rest:  # which qemu-img lists the snapshots with that are inside of an image
         yield ["chain", *(word for word in rest if word != "-l"), "--details"]
-    words = elsewhere.translated(rest)
+    words = elsewhere.translated(name, rest)
     if words != rest:
         yield [name, *words]
     if name == "job":

@@ -91,7 +91,9 @@ def _used(chain: Chain, users: tuple[User, ...], asked: Collection[object]) -> I
         else:
             why = "what is said here may be out of date"
             yield Finding("in-use", "note", user.file, f"{user} has it open", why, user.release or None)
-        if user.file != chain.active.file and user.vm is not None:
+        if (
+            user.file != chain.active.file and user.vm is not None and user.may_write
+        ):  # who only reads runs on another overlay
             what = f"{user} has {user.file}, below it, open, and this image not"
             why = "if a merge left it, it shows older data; else every write of that VM to what lies below ruins it"
             yield Finding("used-below", "care", chain.active.file, what, why)

@@ -3,6 +3,7 @@ Refusals: a check said no, and nothing was changed. Longer than other files: a c
 """
 
 from qmpmerge.errors.base import Refused
+from qmpmerge.errors.sizes import size
 
 
 class VmState(Refused):
@@ -343,11 +344,13 @@ class NoSpace(Refused):
     free: int
     reserve: int = 0
     """Bytes that must be left for what the guest writes to the same image."""
-    sentence = "{base} would grow by {growth} bytes, its filesystem has {free} left for QEMU{kept}"
+    sentence = "{base} would grow by {growth}, and its filesystem has {free} left for QEMU{kept}"
     advice = "free space there, or merge fewer images at a time; `--force no-space` lets the job wait for space when it is full"
 
     def _words(self) -> dict[str, object]:
-        return {**super()._words(), "kept": f", of which {self.reserve} are the guest's" if self.reserve else ""}
+        known = {name: size(count) for name, count in (("growth", self.growth), ("free", self.free))}
+        kept = f", where {size(self.reserve)} are to be left for what the guest writes" if self.reserve else ""
+        return {**super()._words(), **known, "kept": kept}
 
 
 class DeviceTooSmall(Refused):

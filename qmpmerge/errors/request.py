@@ -81,12 +81,19 @@ class AmbiguousLayer(Refused):
 
 
 class BaseAboveTop(Refused):
-    """The base lies above the top."""
+    """The base lies above the top, of a merge as of a pull (`pulls`)."""
 
     base: str
     top: str
+    pulls: bool = False
     sentence = "the base {base} lies above the top {top}"
-    advice = "a merge goes down: swap --base and --top"
+    advice = "swap --base and --top"
+
+    @property
+    def hint(self) -> str:
+        """Of a pull the base itself is not copied, and what is meant by it may be."""
+        below = "; what is pulled lies between them: to pull the base too name the image below it, or none"
+        return super().hint + (below if self.pulls else "")
 
 
 class BaseIsTop(Refused):
@@ -94,13 +101,18 @@ class BaseIsTop(Refused):
 
     base: str
     is_lowest: bool = False
+    pulls: bool = False
     sentence = "base and top are both {base}, so there is nothing to merge"
     advice = "name a base further down, or leave --base out to merge into the lowest image"
 
     @property
     def hint(self) -> str:
-        """There is nothing below the lowest image."""
-        return "name a --top further up: this is the lowest image" if self.is_lowest else super().hint
+        """There is nothing below the lowest image; a pull without a base leaves none."""
+        if self.is_lowest:
+            return "name a --top further up: this is the lowest image"
+        return (
+            "name a base further down, or leave --base out to pull all that lies below" if self.pulls else super().hint
+        )
 
 
 class OptionsConflict(Refused):

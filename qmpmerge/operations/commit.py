@@ -6,6 +6,7 @@ What an earlier qmpmerge has begun is gone on with from where it stands.
 
 import contextlib
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpmerge import given
@@ -195,7 +196,7 @@ class _Beginning:
         request = self._request
         planned = request.plan(view.chain, view.disk.name)
         if planned.is_empty:
-            return proof.unchanged(view)
+            return _unchanged(view, planned)
         operation = directions.operation(planned)
         self._refuse_what_does_not_go_together(operation)
         lock = self._locked(planned)
@@ -266,3 +267,12 @@ class _Beginning:
         except Refused:
             return None
         return OtherWay(command(self._target, view.disk.name, other), other.receiver.file, estimate.copy)
+
+
+def _unchanged(view: ChainView, planned: Plan) -> Outcome:
+    """Who knows merges takes the base of a pull for what is pulled."""
+    outcome = proof.unchanged(view)
+    if planned.direction == "commit" or planned.base is None:
+        return outcome
+    why = f"a pull leaves its base as it is, and nothing lies above {planned.base.name} to be pulled"
+    return replace(outcome, hints=(*outcome.hints, f"{why}: name the image below it for the base, or none"))

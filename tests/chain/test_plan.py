@@ -154,9 +154,19 @@ def test_a_base_above_the_top_or_equal_to_it_is_refused(asked: Asked) -> None:
         asked.planned()
     base, top = asked.chain[asked.base_index].file, asked.chain[asked.top_index].file
     if base == top:
-        assert (error.type, error.value.facts) == (BaseIsTop, {"base": base, "is_lowest": asked.base_index == 1})
+        lowest = asked.base_index == 1
+        assert (error.type, error.value.facts) == (BaseIsTop, {"base": base, "is_lowest": lowest, "pulls": False})
     else:
-        assert (error.type, error.value.facts) == (BaseAboveTop, {"base": base, "top": top})
+        assert (error.type, error.value.facts) == (BaseAboveTop, {"base": base, "top": top, "pulls": False})
+
+
+def test_of_a_pull_the_base_is_not_what_is_pulled() -> None:
+    with pytest.raises(BaseAboveTop, match="lies above") as error:
+        plan.pull(linear(3), base="[3]", top="[2]")
+    assert "name the image below it" in error.value.hint
+    with pytest.raises(BaseIsTop) as same:
+        plan.pull(linear(3), base="[3]")
+    assert "pull all that lies below" in same.value.hint
 
 
 def test_shallow_from_the_lowest_image_is_refused() -> None:

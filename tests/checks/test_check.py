@@ -143,7 +143,8 @@ def test_a_dry_run_tells_what_passed_and_what_it_takes(vm: Machine, tmp_path: Pa
     said = invoke("commit", vm.target, "--dry-run").out
     assert f"  checks  {len(check.CHECKS)} of {len(check.CHECKS)} passed\n" in said
     assert re.search(
-        rf"no other image is built on them \(looked at \d files in 1 folder: {re.escape(str(tmp_path))}/vm\)", said
+        rf"no other image is built on what changes \(looked at \d files in 1 folder: {re.escape(str(tmp_path))}/vm\)",
+        said,
     )
     assert "at least" in said and "200 MiB/s (assumed)" in said
 

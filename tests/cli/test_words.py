@@ -89,6 +89,7 @@ def test_what_is_text_is_so_with_json_too(line: str, same: str, command: Forks, 
         ("merge vm1 vda --top 3", "commit vm1 vda --top 3"),
         ("blockcommit vm1 vda", "commit vm1 vda"),
         ("blockcommit --domain vm1 --path vda --active --wait --verbose --pivot", "commit vm1 vda --pivot"),
+        ("blockcommit vm1 vda --active --wait", "commit vm1 vda --wait-ready"),
         ("blockcommit vm1 vda --bandwidth=50 --delete", "commit vm1 vda --speed 50M --merged-files delete"),
         ("blockjob vm1 vda --info", "jobs vm1"),
         ("blockjob vm1 vda --abort", "job vm1 vda cancel"),
@@ -210,7 +211,8 @@ def test_options_that_are_called_otherwise_here(command: Forks, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("line", "meant"),
     [
-        ("commit -f qcow2 -p -t none c.qcow2", "commit --format qcow2 c.qcow2"),
+        ("commit -f qcow2 -p -t none c.qcow2", "commit --format qcow2 c.qcow2 --shallow"),
+        ("commit -d c.qcow2", "commit --merged-files keep c.qcow2 --shallow"),
         ("commit -d -b base.raw -r 10M c.qcow2", "commit --merged-files keep --base base.raw --speed 10M c.qcow2"),
         ("snapshot -l c.qcow2", "chain c.qcow2 --details"),
         ("commit vm1 vda 10 --shallow", "commit vm1 vda --shallow --speed 10M"),

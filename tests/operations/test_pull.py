@@ -31,6 +31,7 @@ from qmpmerge.errors import (
     KnownBad,
     NotDurable,
     NotWritable,
+    Replaced,
     ShorterLayer,
     StillRunning,
     WouldLose,
@@ -568,9 +569,25 @@ async def test_what_was_pulled_from_is_no_image_to_start_from(setup: Setup, imag
     assert told.out.strip() == str(images[3])
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["gone", "another"])
+async def test_a_base_that_has_lost_its_name_is_missed_before_anything_is_copied(
+    there: bool, setup: Setup, images: list[Path]
+) -> None:
+    """A pull of all does not need it any more."""
+    images[0].rename(images[0].with_name("moved"))
+    if there:
+        run("qemu-img", "create", "-qf", "raw", images[0], "8M")
+    async with setup.target() as target:
+        with pytest.raises(Replaced):
+            await qmpmerge.pull(target, base="[1]", dry_run=True)
+        if not there:
+            assert (await qmpmerge.pull(target)).verdict == "pulled"
+
+
 async def test_nothing_in_between_is_unchanged(setup: Setup) -> None:
     async with setup.target() as target:
-        assert (await qmpmerge.pull(target, base="[3]")).verdict == "unchanged"
+        told = await qmpmerge.pull(target, base="[3]")
+        assert (told.verdict, "nothing lies above b.qcow2" in told.hints[0]) == ("unchanged", True)
         assert (await qmpmerge.pull(target, top="[1]")).verdict == "unchanged"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qmpmerge.cli.render.page import Colour, Painted
 from qmpmerge.cli.render.visible import visible
 from qmpmerge.engine.pace.progress import Progress
+from qmpmerge.errors.sizes import size as size
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Estimate, OtherWay, Outcome
@@ -15,21 +16,6 @@ if TYPE_CHECKING:
     from qmpmerge.operations.examine import Examination
     from qmpmerge.operations.tidy import Tidying
     from qmpmerge.qemu.jobs import Job
-
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-
-
-def size(count: float | None) -> str:
-    """``1.5 GiB``; a dash for what is not known."""
-    if count is None:
-        return "-"
-    power = 0
-    while round(count / 1024**power, 1) >= 1024 and power < len(_UNITS) - 1:
-        power += 1
-    value = round(count / 1024**power, 1)
-    digits = 0 if value >= 100 or value == int(value) else 1
-    return f"{value:.{digits}f} {_UNITS[power]}"
 
 
 def duration(seconds: float) -> str:

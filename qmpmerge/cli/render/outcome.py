@@ -29,7 +29,7 @@ MEANINGS = {
     "no-format": "the format of the base is recorded",
     "backing-string": "the overlay can name the base",
     "in-use": "nobody else uses the images",
-    "dependents": "no other image is built on them",
+    "dependents": "no other image is built on what changes",
     "shared-base": "the base is of use to this VM alone",
     "no-space": "there is room for what is copied",
     "device-too-small": "the device of the base is large enough",
@@ -93,4 +93,4 @@ def unpassed(checks: "Sequence[Checked]") -> Iterator[str]:
             looked_at = f"; looked at {check.scope}" if check.scope else ""
             yield f"not checked  {meaning} ({check.name}): {check.reason}{looked_at}"
         elif check.result == "forced":
-            yield f"forced  {check.name}: it is not true {meaning}"
+            yield f"forced  {check.name}: it is not sure {meaning}"

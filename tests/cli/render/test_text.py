@@ -369,7 +369,7 @@ def test_what_was_not_looked_at_and_what_was_forced_is_told_of_every_merge_and_w
     screen.output.commit(Outcome("planned", "vda", THREE, ONE, checks=checks))
     unpassed = [
         "  not checked  that nobody else uses the images (in-use): it is hidden",
-        "  forced  no-space: it is not true that there is room for what is copied",
+        "  forced  no-space: it is not sure that there is room for what is copied",
     ]
     assert screen.says(
         "vda: pivoted in 12.35 s, 1 GiB copied",
@@ -380,7 +380,7 @@ def test_what_was_not_looked_at_and_what_was_forced_is_told_of_every_merge_and_w
         "  before  base.raw <-- a.qcow2 <-- b.qcow2",
         "  after   base.raw",
         "  checks  2 of 4 passed",
-        "          no other image is built on them (looked at 2 files in 1 folder: /vm)",
+        "          no other image is built on what changes (looked at 2 files in 1 folder: /vm)",
         "  then    start the VM from /vm/base.raw",
         *unpassed,
     )
