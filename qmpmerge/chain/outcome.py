@@ -25,7 +25,8 @@ class Estimate:
 
     `free` is what QEMU may still use on its filesystem, of which `reserve` is left for a guest that writes there; `seconds`
     what the copy takes at `rate`, bytes a second; `rate_given` says that it is the user's limit, not an assumption. With
-    `at_least` a guest can add to `copy` and `growth` meanwhile. `reason` says why there are no figures.
+    `at_least` a guest can add to `copy` and `growth` meanwhile. `reason` says why there are no figures. `limited` are the bytes
+    that a limit is for, where those are more than what is copied: of a raw image QEMU reads the holes too, and so as slowly.
     """
 
     copy: int | None = None
@@ -37,11 +38,13 @@ class Estimate:
     reason: str | None = None
     file: str = ""
     reserve: int = 0
+    limited: int | None = None
 
     @property
     def seconds(self) -> float | None:
         """How long the copy takes at `rate`."""
-        return None if self.copy is None else self.copy / self.rate
+        count = self.limited if self.rate_given and self.limited is not None else self.copy
+        return None if count is None else count / self.rate
 
     @property
     def is_enough(self) -> bool:

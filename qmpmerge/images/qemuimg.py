@@ -194,7 +194,7 @@ async def _mapped(images: Sequence[Image]) -> list[tuple[Extent, int]]:
         raise ImageUnreadable(file=images[-1].file, reason=_first_line(complaints))
     with _understood(images[-1].file):  # `present` came with QEMU 6.1
         return [
-            (Extent(int(entry["start"]), int(entry["length"])), int(entry["depth"]))
+            (Extent(int(entry["start"]), int(entry["length"]), zero=bool(entry["zero"])), int(entry["depth"]))
             for entry in json.loads(output)
             if entry.get("present", True)
         ]

@@ -82,7 +82,8 @@ async def estimate(
         return replace(known, reason=f"looking into the images takes more than {SECONDS:g} s")
     except (ImageUnreadable, OSError) as error:
         return replace(known, reason=str(error))
-    return replace(known, copy=_copied(plan, maps), growth=growth, at_least=live and plan.pivots)
+    copy, limited = _copied(plan, maps), _limited(plan, maps)
+    return replace(known, copy=copy, growth=growth, at_least=live and plan.pivots, limited=limited)
 
 
 def _copied(plan: Plan, maps: Maps) -> int | None:
@@ -93,6 +94,14 @@ def _copied(plan: Plan, maps: Maps) -> int | None:
     if isinstance(plan, CommitPlan):
         return _length(_union(extent for layer in merged for extent in layer))
     return _length(_union(_shown(plan, maps[plan.receiver], merged)[0]))
+
+
+def _limited(plan: Plan, maps: Maps) -> int | None:
+    """What a stream reads in all, zeros too (block/stream.c)."""
+    if isinstance(plan, CommitPlan):
+        return None
+    data, zeros = _shown(plan, maps[plan.receiver], [maps[image] for image in plan.merged])
+    return _length(_union([*data, *zeros]))
 
 
 async def _look_into(images: Sequence[Image], maps: Maps) -> None:

@@ -403,6 +403,18 @@ async def test_the_growth_is_what_was_said(tmp_path: Path, base: str | None, clu
     assert grown <= planned.estimate.growth <= grown + 2 * grain
 
 
+async def test_the_holes_of_a_raw_image_take_their_time_at_a_limit(tmp_path: Path) -> None:
+    """QEMU reads them as slowly as data, and writes nothing."""
+    images = make_chain(tmp_path, ["base.raw", "top.qcow2"], 12 * MIB)
+    run("qemu-io", "-f", "raw", "-c", "write -P 1 0 1M", images[0])
+    async with qmpmerge.open(images[1]) as target:
+        planned = await qmpmerge.pull(target, speed=4 * MIB, dry_run=True)
+        outcome = await qmpmerge.pull(target, speed=4 * MIB)
+    assert planned.estimate is not None
+    assert (planned.estimate.copy, outcome.copied, planned.estimate.seconds) == (MIB, MIB, 3.0)
+    assert outcome.seconds > 1.5  # at 4 MiB/s the data alone takes a quarter of a second
+
+
 async def test_what_is_copied_is_counted(setup: Setup) -> None:
     """And the way to it is told in bytes of that, not of the disk with its holes."""
     seen: list[Progress] = []
