@@ -115,6 +115,8 @@ def _refuse_unfinished(path: str, image: str, folders: list[str], above: Above |
                 if found.concerns(inodes):
                     reason = f"{found.path} is not believed ({found.reason})"
                     raise ActiveUnknown(path=path, reason=reason, cure=found.cure)
+            elif found.direction == "pull":  # which image shows the newest data is the same before, meanwhile and after
+                continue
             elif found.concerns(inodes) or any(map(found.is_called, names)):
                 reason = f"a merge of {found.chain.active.file} was left or interrupted in state {found.state.value}"
                 cure = f"run `qmpmerge recover {shlex.quote(found.chain.active.file)}`"

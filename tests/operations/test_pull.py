@@ -500,6 +500,8 @@ async def test_a_killed_tool_is_followed_by_the_same_command(
     assert b'"progress"' in tool.stderr.readline()
     tool.kill()
     tool.communicate()
+    for image in images:  # the VM is started from the same one before, meanwhile and after
+        assert invoke("active", str(image)).out.split() == [str(images[3])]
     done = invoke("pull", setup.machine.target, "vda", "--speed", "0", "--json")
     assert done.document["verdict"] == "pulled"
     setup.check()
