@@ -260,7 +260,7 @@ def test_a_list_of_facts_is_read_as_words() -> None:
 
 def test_an_error_can_be_raised_again_with_other_facts() -> None:
     error = BaseIsTop(base="/b")
-    assert error.facts == {"base": "/b", "is_lowest": False} and "/b" in str(error)
+    assert error.facts == {"base": "/b", "is_lowest": False, "pulls": False} and "/b" in str(error)
 
 
 def test_what_a_time_limit_raises_is_a_timeout_error() -> None:
@@ -285,6 +285,6 @@ def test_an_error_comes_back_from_another_process() -> None:
     assert isinstance(error, SeveralRefusals)
     one, two = error.refusals
     assert (repr(one), repr(two)) == (
-        "BaseIsTop(base='/one', is_lowest=False)",
+        "BaseIsTop(base='/one', is_lowest=False, pulls=False)",
         "ShorterLayer(image='a', size=1, base='b', base_size=2, instead='merge into an image above the short one')",
     )
