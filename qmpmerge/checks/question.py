@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import Ending, Estimate
-from qmpmerge.chain.plan import Plan
+from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.images.dependents import Look
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
@@ -62,11 +62,15 @@ class Question:
     @property
     def rewrites(self) -> bool:
         """
-        Whether QEMU can be asked to rewrite the overlay's header as it is: it records the overlay's own format as that of
-        the backing file.
+        Whether QEMU is asked to rewrite the overlay's header as it is: where it records the right format for the backing file,
+        the overlay's own. Not one in the middle that is pulled into: QEMU opens that for writing for this alone, and where its
+        storage fails and goes on failing it aborts with the guest (7.2 to 11.1); a header that fails at the end of a pull harms
+        nobody.
         """
-        overlay = self.plan.overlay
-        return overlay is not None and overlay.format == self.plan.top.format and overlay.backing is not None
+        plan = self.plan
+        if plan.overlay is None or (isinstance(plan, PullPlan) and plan.is_in_the_middle):
+            return False
+        return plan.overlay.format == plan.top.format and plan.overlay.backing is not None
 
     @property
     def keeps(self) -> bool:

@@ -4,13 +4,15 @@ A sample of the sweeps, the operations around the switch always among it, and th
 All of them: scripts/faults.
 """
 
+import errno
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 
 from faults import darkness, gate, sweeps, tools
-from faults.cases import LIVE, LIVE_ACTIVE, NETWORK, OFFLINE, WRITING, WRITING_ACTIVE
+from faults.cases import LIVE, LIVE_ACTIVE, NETWORK, OFFLINE, PULLS, WRITING, WRITING_ACTIVE
+from faults.log import Fault
 from faults.stage import LAYOUTS, Story, make_stock
 from faults.sweeps import Bench, Sweep
 
@@ -38,6 +40,13 @@ def test_nothing_is_lost_and_nothing_called_what_it_is_not(
     found = sweep(bench, story, "qmpmerge").figures()
     assert found["faults"] > 0
     assert found["wrong_at"] == []
+
+
+def test_a_middle_image_whose_storage_fails_for_good_costs_no_guest(bench: Bench) -> None:
+    """QEMU aborts where a header fails that it has opened for writing for that alone, and it cannot go back."""
+    fault = Fault(1, errno=errno.EIO, for_ever=True)
+    point = sweeps.one(bench, PULLS["LMP"], "qmpmerge", fault, "its first write")
+    assert (point.reached, point.found.wrong, point.played.alive) == (True, [], True)
 
 
 @pytest.mark.parametrize(("story", "sweep"), [(LIVE, sweeps.kills), (LIVE, errors), (NETWORK, sweeps.kills)])
