@@ -10,6 +10,7 @@ The job dismisses itself: QEMU 7.2 and 10.0 crash when anybody asks for their no
 ended is read from the graph and the header; its error is heard as it goes.
 """
 
+import shlex
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,7 @@ from qmpmerge.errors import (
     CannotRecover,
     FlushUnavailable,
     HeaderNotDurable,
+    NoSuchDisk,
     NotDurable,
     NotProven,
     NotWritable,
@@ -119,55 +121,50 @@ class Pull:
         return Job(run.job, self.job_type, "null", 0, 0, reason=reason)
 
     async def make_durable(self, run: Run) -> None:
-        """The overlay, and its header."""
-        await self._mended(run)
+        """The overlay, and its header, which is written once more where it could not be at the end of the job."""
         try:
+            await self._mended(run)
             await flush.flush(run.target.monitor, self.plan.overlay)
-        except (NotDurable, FlushUnavailable) as error:
+        except (NotDurable, FlushUnavailable, QemuRefused) as error:
             overlay = self.plan.overlay.file
             raise HeaderNotDurable(target=run.target.name, overlay=overlay, reason=error.reason) from None
 
     async def _mended(self, run: Run) -> None:
-        """
-        A header that could not be written at the end of the job has stayed behind the graph, and both show the right data. QEMU
-        is asked to write it once more, where it would write the right format: it takes the overlay's own for that of base.
-        """
+        """A header that has stayed behind the graph is written; both show the right data. Raises QemuRefused, NotDurable."""
         after = await proof.view_after(run, self.plan.result)
         image = next((image for image in after.chain if image.same_as(self.plan.overlay)), None)
-        if image is None or not self._is_behind(image.backing):
-            return
-        try:
+        if image is not None and self._is_behind(image.backing):
             await self._relink(run, after.disk.root)
-        except QemuRefused as error:
-            run.notes.append(f"the header of {self.plan.overlay.file} could not be written: {error.reason}")
 
     async def relink(self, run: Run) -> None:
         """As at the end of the job. Raises CannotRecover."""
         overlay = self.plan.overlay
         try:
             header = qcow2.read_of(overlay) if overlay.has_path else None
-            if run.carrier is None or header is None or not self._is_behind(header.backing):
+            if run.carrier is None or run.record is None or header is None or not self._is_behind(header.backing):
                 return
-            await self._relink(run, (run.record and run.record.device) or self.plan.chain.active.node or "")
-            header = qcow2.read_of(overlay)
-        except (OSError, QemuRefused) as error:
+            disk = run.record.device or self.plan.chain.active.node
+            await self._relink(run, (await run.carrier.layout()).find(disk, run.carrier.name).root)
+        except (OSError, NoSuchDisk) as error:
             raise CannotRecover(file=overlay.file, reason=str(error)) from None
-        if header is None or self._is_behind(header.backing):
-            reason = "QEMU uses the new chain, and its header names the old one"
-            raise CannotRecover(file=overlay.file, reason=reason)
+        except (NotDurable, QemuRefused) as error:
+            raise CannotRecover(file=overlay.file, reason=error.reason) from None
 
     def _is_behind(self, backing: str | None) -> bool:
         return backing == self.plan.overlay.backing != self.plan.backing_name
 
-    async def _relink(self, run: Run, device: str) -> None:
-        plan = self.plan
-        if plan.base is not None and not (plan.overlay.format == plan.base.format == run.base_driver):
-            return
+    async def _relink(self, run: Run, root: str) -> None:
+        """
+        Have QEMU write the header once more: only where it takes the right format for that of base, the overlay's own, and not
+        where there is no base any more, which it refuses. Raises QemuRefused, NotDurable.
+        """
+        base, overlay = self.plan.base, self.plan.overlay
+        if base is None or not (overlay.format == base.format == run.base_driver):
+            command = shlex.join(["qmpmerge", "recover", self.plan.chain.active.file])
+            reason = f"it is the old one, which QEMU does not change now; with the VM off `{command}` ends this"
+            raise NotDurable(node=overlay.file, reason=reason)
         await run.target.monitor.execute(
-            "change-backing-file",
-            device=device,
-            image_node_name=plan.overlay.node,
-            backing_file=plan.backing_name or "",
+            "change-backing-file", device=root, image_node_name=overlay.node, backing_file=self.plan.backing_name
         )
 
     async def let_go(self, run: Run) -> None:

@@ -156,7 +156,10 @@ class HeaderNotDurable(Unknown):
     overlay: str
     reason: str
     sentence = "merged, but the storage did not make the new header of {overlay} durable: {reason}"
-    advice = "keep the merged files until the storage is well: after a power cut the header may name them again"
+    advice = (
+        "keep the merged files, which the header may still name, or name again after a power cut; once the storage is well, "
+        "run the same command again"
+    )
 
 
 class SessionLost(Unknown):

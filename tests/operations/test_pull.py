@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.errors import (
     Busy,
+    HeaderNotDurable,
     InUse,
     JobFailed,
     KnownBad,
@@ -171,6 +173,47 @@ async def test_an_image_whose_header_cannot_be_written_is_refused(
                 await qmpmerge.pull(target)
         await faults.untouched(vm)
         vm.stop()
+    content.check(images[3])
+
+
+def failing_at_the_end(times: int) -> str:
+    """The first so many writes of the header once something was copied."""
+    rule = "inject-error.{0}.event=cluster_alloc,inject-error.{0}.iotype=write,inject-error.{0}.sector=0,"
+    return ",".join(f"{rule}inject-error.{{0}}.once=on".format(number) for number in range(times))
+
+
+async def test_a_header_that_fails_at_the_end_is_written_once_more(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """QEMU uses the new chain by then: at once, or where that fails too, when somebody comes to recover."""
+    with machine(tmp_path, *faults.injecting(images, "c", failing_at_the_end(2))) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            with pytest.raises(HeaderNotDurable, match="Input/output error"):
+                await qmpmerge.pull(target, base="[2]")
+        assert invoke("recover", str(images[3])).code == 0
+        vm.kill()
+    content.check(images[3])
+    async with qmpmerge.offline(images[3]) as target:
+        assert str((await target.chain()).chain) == "base.raw <-- a.qcow2 <-- c.qcow2"
+
+
+async def test_a_header_that_qemu_cannot_write_any_more_is_put_right_with_the_vm_off(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """It refuses to, where nothing is left below: the graph has changed, the header is the old one, both show the same."""
+    way_out = f"with the VM off `qmpmerge recover {images[3]}` ends this"
+    with machine(tmp_path, *faults.injecting(images, "c", failing_at_the_end(1))) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            for _ in range(2):
+                with pytest.raises(HeaderNotDurable, match=re.escape(way_out)):
+                    await qmpmerge.pull(target)
+        told = invoke("recover", str(images[3]))
+        assert (told.code, way_out in told.err) == (6, True)
+        vm.stop()
+    assert invoke("recover", str(images[3])).code == 0
+    content.check(images[3])
+    async with qmpmerge.offline(images[3]) as target:
+        assert (await qmpmerge.pull(target)).verdict == "pulled"
     content.check(images[3])
 
 
