@@ -13,11 +13,13 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from qmpmerge import shield
+from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob, proof
 from qmpmerge.engine.pace.progress import Meter
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     BadReply,
+    DaemonEnded,
     JobFailed,
     MonitorSilent,
     NoReply,
@@ -43,16 +45,23 @@ async def through(run: Run, work: Callable[[Doorbell], Awaitable[T]]) -> T:
     """
     Do `work`, which first looks where the job stands; once more with a new session where the first one is lost.
 
-    Raises SessionLost, NoReply or BadReply where there is no second one: then the outcome is unknown.
+    Raises SessionLost, NoReply or BadReply where there is no second one: then the outcome is unknown. DaemonEnded where it is
+    known: a daemon of our own ends with us, and what it was not told to switch it has not switched.
     """
     try:
         async with run.target.monitor.listening() as doorbell:
             return await work(doorbell)
     except (SessionLost, NoReply, BadReply) as lost:
+        if not run.target.is_live and not _may_have_switched(run):
+            raise DaemonEnded(reason=str(lost)) from None
         if not run.target.can_reconnect:
             raise
         again = _again(run, work, lost)
         return await (shield.finished(again) if run.past_return else again)
+
+
+def _may_have_switched(run: Run) -> bool:
+    return run.past_return or (run.record is not None and run.record.state is not State.COPYING)
 
 
 async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: Unknown) -> T:

@@ -36,6 +36,14 @@ class TimedOut(Failed, TimeoutError):
     advice = "give it more time (`--timeout`), or none at all"
 
 
+class DaemonEnded(Failed):
+    """The storage daemon of an offline merge, which is our own, was killed before anything was switched."""
+
+    reason: str
+    sentence = "the storage daemon that did the work is gone: {reason}; nothing was switched, the old chain is right"
+    advice = "see who ended it (the kernel does, where memory runs out: `dmesg`), then run the same command again"
+
+
 class NotDurable(Failed):
     """A flush failed, so nothing was switched: the job was cancelled and the old chain is in use."""
 

@@ -18,14 +18,14 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qmpmerge import given
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.errors import ImageUnreadable, InUse, NeedsSecret, NotWritable, QemuRefused
+from qmpmerge.errors import ImageUnreadable, InUse, NeedsSecret, NotWritable, QemuRefused, SessionLost
 from qmpmerge.given import Paths
 from qmpmerge.images import walk
 from qmpmerge.images.headers import Oddity
@@ -125,7 +125,17 @@ async def offline(
             await _open(session, layers, write=write, dry_run=dry_run, secret=secret)
             target = OfflineTarget(session, image, layers, users)
             target.allowed = allowed
-            yield target
+            with _known_to_be_gone(image):
+                yield target
+
+
+@contextlib.contextmanager
+def _known_to_be_gone(image: str) -> Iterator[None]:
+    """A lost session says which image to look at: nobody else can ask the daemon, and it ends with us."""
+    try:
+        yield
+    except SessionLost as lost:
+        raise SessionLost(target=lost.target, command=lost.command, reason=lost.reason, image=image) from None
 
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:

@@ -8,6 +8,8 @@ In each case the old chain is right or the merge is proved, and one sentence say
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,11 +18,12 @@ import pytest
 from rig.command import COMMAND, invoke
 from rig.disks import Setup, blockdev, device, drive, form, nbd_server, nodes
 from rig.faults import injecting, untouched
+from rig.folder import litter
 from rig.machines import MIB, SIZE, Content, fill, machine, make_chain, run
 
 import qmpmerge as library
 from qmpmerge.engine.pace.progress import Progress
-from qmpmerge.errors import Busy, CannotRecord, JobFailed, OutOfQuota, SessionLost, Suspect
+from qmpmerge.errors import Busy, CannotRecord, DaemonEnded, JobFailed, OutOfQuota, SessionLost, Suspect
 from qmpmerge.qemu import jobs
 
 JOB = "qmpmerge-commit-vda"
@@ -324,6 +327,18 @@ async def test_a_qemu_that_ends_leaves_the_old_chain_and_the_merge_can_be_made_a
     with drive(tmp_path, images, content) as setup:
         async with setup.target() as target:
             assert (await library.commit(target, top="[3]")).verdict == "merged"
+    content.check(images[3])
+
+
+@pytest.mark.parametrize("verb", ["commit", "pull"])
+async def test_a_daemon_that_dies_while_it_copies_has_switched_nothing(
+    verb: str, images: list[Path], content: Content
+) -> None:
+    with pytest.raises(DaemonEnded):
+        async with library.offline(images[3]) as target:
+            pid = target.pid or 0
+            await getattr(library, verb)(target, speed=1, report=lambda told: os.kill(pid, signal.SIGKILL))
+    assert not litter(images[3].parent), "it is over and done with"
     content.check(images[3])
 
 
