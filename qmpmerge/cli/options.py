@@ -14,17 +14,6 @@ from qmpmerge.engine.pace.patience import Patience
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.engine.pace.converge import Converge
-
-
-POLITE_SECONDS = 5.0
-"""How long `--polite` releases the monitor."""
-
-ENDINGS: dict[str, str] = {
-    "--pivot": "Move the guest onto the base (default where the active image is merged).",
-    "--keep-overlay": "Let the guest keep its overlay, the base being a copy.",
-    "--wait-ready": "Stop when base and overlay are in sync, and stay so; `qmpmerge job` ends it later.",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,7 @@ def forcing(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     )
 
 
-def _gathered(function: Callable[..., Any], declared: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+def _gathered(function: Callable[..., Any], shared: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     def gather(
         *,
         json: bool,
@@ -107,10 +96,10 @@ def _gathered(function: Callable[..., Any], declared: Sequence[Callable[..., Any
         options = Options(json, trace, quiet, frozenset(force), allow, form, secret, Patience(timeout, detach))
         return function(options=options, **rest)
 
-    return _declared(gather, function, declared)
+    return declared(gather, function, shared)
 
 
-def _declared(
+def declared(
     gather: Callable[..., Any], function: Callable[..., Any], options: Sequence[Callable[..., Any]]
 ) -> Callable[..., Any]:
     """`gather` in the place of the command `function`, with these options and those that it has already."""
@@ -172,42 +161,6 @@ def detaching(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--detach", is_flag=True, help="Leave once the job has been started (exit code 7).")(function)
 
 
-@dataclass(frozen=True)
-class Help:
-    """What may be done to a guest that writes faster than the job copies, as `converge.Converge` takes it."""
-
-    pause: float
-
-    def reporting_to(self, output: "Output") -> "Converge":
-        """The same, with each rung noted."""
-        from qmpmerge.engine.pace.converge import Converge
-
-        return Converge(self.pause, output.note)
-
-
-def converging(function: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    Declare what may be done to a guest that writes faster than the job copies, over `waiting`; the command gets one value,
-    ``converge``.
-    """
-    declared = (
-        click.option("--converge", is_flag=True, help="Slow down a guest that writes faster than the job copies."),
-        click.option(
-            "--converge-pause",
-            type=Duration(positive=True),
-            metavar="TIME",
-            help="The same, and pause it where that is not enough, for so long at the most, as in 2s.",
-        ),
-    )
-
-    def gather(*, converge: bool, converge_pause: float | None, polite: bool, **rest: object) -> Any:
-        wanted = Help(converge_pause or 0.0) if converge or converge_pause is not None else None
-        refuse_together({"--polite": polite, "--converge": wanted})  # who helps a guest must have the monitor at hand
-        return function(converge=wanted, polite=polite, **rest)
-
-    return _declared(gather, function, declared)
-
-
 def refuse_together(given: Mapping[str, object]) -> None:
     """Options of which one at the most may be given, and what the user said of each."""
     flags = [flag for flag, value in given.items() if value]
@@ -239,49 +192,3 @@ def targets(function: Callable[..., Any]) -> Callable[..., Any]:
     """Declare TARGET..."""
     argument = click.argument("targets", metavar="TARGET...", nargs=-1, shell_complete=complete.targets)
     return argument(function)
-
-
-def keep(*, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare how many overlays stay."""
-    return click.option(
-        "--keep",
-        type=click.IntRange(min=0),
-        required=required,
-        metavar="N",
-        help="Leave the newest N overlays above the base, and merge what lies below them; 0 merges everything.",
-    )
-
-
-def endings(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare how an active merge may end: ``ending``, and ``pivot`` where the user has said that it is to be that."""
-    declared = [click.option(flag, is_flag=True, help=meaning) for flag, meaning in ENDINGS.items()]
-
-    def gather(*, pivot: bool, keep_overlay: bool, wait_ready: bool, **rest: object) -> Any:
-        refuse_together(dict(zip(ENDINGS, (pivot, keep_overlay, wait_ready), strict=True)))
-        ending = "keep" if keep_overlay else "ready" if wait_ready else "pivot"
-        return function(ending=ending, pivot=pivot, **rest)
-
-    return _declared(gather, function, declared)
-
-
-def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare what becomes of the merged files, and that the guest may not be paused."""
-    files = click.option(
-        "--merged-files",
-        type=click.Choice(["stash", "delete", "keep"]),
-        default=None,
-        metavar="ACTION",
-        help="What becomes of merged files: stash (default) renames them to NAME.merged, delete compares and removes them, "
-        "keep (default of a pull) leaves them alone.",
-    )
-    pause = click.option(
-        "--no-pause",
-        is_flag=True,
-        help="Do not pause the guest for the milliseconds of the pivot; a crash in them may leave two images of which "
-        "nobody can tell which holds the last writes.",
-    )
-
-    def gather(*, no_pause: bool, **rest: object) -> Any:
-        return function(pause=not no_pause, **rest)
-
-    return _declared(gather, function, [files, pause])

@@ -90,6 +90,7 @@ async def plan(
     base: LayerName | None = None,
     top: LayerName | None = None,
     shallow: bool = False,
+    keep: int | None = None,
     speed: int | None = None,
     force: Collection[str] = (),
     search: Paths = (),
@@ -102,16 +103,17 @@ async def plan(
     Raises NoSuchDisk, DiskNeeded, NoDisk, ToolMissing, NoSuchLayer, BaseAboveTop, BaseIsTop, OptionsConflict, SeveralImages.
     """
     forced, folders = given.forced(force), given.paths(search)
-    asked = Request(base=base, top=top, shallow=shallow, speed=speed, force=forced, search=folders, dry_run=True)
+    asked = Request(
+        base=base, top=top, shallow=shallow, keep=keep, speed=speed, force=forced, search=folders, dry_run=True
+    )
     view = await target.chain(disk)
     down = asked.plan(view.chain, view.disk.name)
     if down.is_empty:
         proof.unchanged(view)
         return Ways(view.disk.name, view.chain, reason="there is nothing to merge")
     up, maps = other_way(down), Maps()
-    pulling = replace(
-        asked, direction="pull", base=up.base_index or None, top=view.chain.index(up.receiver), shallow=False
-    )
+    into = view.chain.index(up.receiver)
+    pulling = replace(asked, direction="pull", base=up.base_index or None, top=into, shallow=False, keep=None)
     ways = await _way(target, view, down, asked, maps), await _way(target, view, up, pulling, maps)
     shared, unseen = await _shared(target, down, folders)
     choice, reason = choose(*ways, is_shared=bool(shared), is_seen=not unseen)

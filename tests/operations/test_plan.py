@@ -20,7 +20,7 @@ from rig.terminal import on_terminal, plain
 import qmpmerge
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import Estimate
-from qmpmerge.errors import BaseIsTop
+from qmpmerge.errors import BaseIsTop, OptionsConflict
 from qmpmerge.operations.plan import choose
 
 
@@ -178,6 +178,22 @@ async def test_each_way_is_what_its_dry_run_tells_and_its_command_does(
         setup.check()
         setup.off()
     content.check(images[3])
+
+
+async def test_what_keep_leaves_is_planned_both_ways(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """As `commit` and `tidy` with `--keep` have it; the commands name the layers."""
+    with drive(tmp_path, images, content) as setup:
+        shown = invoke("plan", setup.machine.target, "vda", "--keep", "1", "--json").document
+        before = [str(image) for image in images]
+        assert [way["after"] for way in shown["ways"]] == [[before[0], before[3]]] * 2
+        found = await planned(setup, keep=0)
+        assert [str(way.after) for way in found.ways] == ["base.raw", "c.qcow2"]
+        assert (await planned(setup, keep=3)).verdict == "unchanged"
+        with pytest.raises(OptionsConflict):
+            await planned(setup, keep=1, shallow=True)
+        committed = carried_out(shown["ways"][0]["run"])
+        assert (committed["verdict"], committed["after"]) == ("merged", [before[0], before[3]])
+        setup.check()
 
 
 async def test_a_golden_base_that_another_vm_runs_on_is_left_alone(tmp_path: Path) -> None:

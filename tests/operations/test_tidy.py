@@ -3,66 +3,32 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rig import faults, kills
+from rig import contract, exits, faults, kills
 from rig.command import COMMAND, Run, held, invoke
-from rig.machines import Content, Machine, fill, have, machine, make_chain, run
+from rig.faults import digests
+from rig.fleet import DISKS, Fleet, left
+from rig.machines import CPU, Content, fill, have, machine, make_chain, run
+from rig.terminal import ENTER, on_terminal, plain
 
 import qmpmerge
+from qmpmerge import errors
+from qmpmerge.cli.ask import CHOICE
+from qmpmerge.operations.places import LeftOut
 from qmpmerge.operations.tidy import Tidied
 
-NAMES = ("base.raw", "a.qcow2", "b.qcow2", "c.qcow2")
-DISKS = ("vda", "vdb")
 
-
-@dataclass
-class Vm:
-    """A QEMU with two disks, of a chain of four images each."""
-
-    machine: Machine
-    chains: dict[str, list[Path]]
-    contents: dict[str, Content]
-
-    @property
-    def target(self) -> str:
-        return self.machine.target
-
-    def check(self) -> None:
-        """The guest sees what it should, and so does who starts it again."""
-        self.machine.stop()
-        for disk, images in self.chains.items():
-            active = next(image for image in reversed(images) if image.exists())
-            self.contents[disk].check(active)
-
-
-def chain(folder: Path) -> tuple[list[Path], Content]:
-    folder.mkdir(parents=True)
-    images, content = make_chain(folder, NAMES), Content()
-    fill(images, content)
-    return images, content
-
-
-@contextlib.contextmanager
-def vm(folder: Path, name: str) -> Iterator[Vm]:
-    made = {disk: chain(folder / name / disk) for disk in DISKS}
-    arguments = [
-        word
-        for disk, (images, _content) in made.items()
-        for word in (
-            "-drive", f"file={images[-1]},format=qcow2,if=none,id={disk}",
-            "-device", f"virtio-blk-pci,drive={disk}",
-        )
-    ]  # fmt: skip
-    with machine(folder / name, *arguments, "-name", name) as started:
-        yield Vm(started, {disk: images for disk, (images, _) in made.items()}, {d: c for d, (_, c) in made.items()})
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path)
 
 
 def tidy(*words: str | Path) -> Run:
@@ -80,8 +46,8 @@ def after(run: Run) -> list[list[str]]:
 # --- what is meant ----------------------------------------------------------------------------------------------------
 
 
-def test_every_disk_of_every_vm_is_left_its_base_and_its_newest_overlays(tmp_path: Path) -> None:
-    with vm(tmp_path, "one") as one, vm(tmp_path, "two") as two:
+def test_every_disk_of_every_vm_is_left_its_base_and_its_newest_overlays(fleet: Fleet) -> None:
+    with fleet.vm("one") as one, fleet.vm("two") as two:
         done = tidy(one.target, two.target, "--keep", "1")
         assert (done.code, done.document["verdict"]) == (0, "done")
         assert entries(done) == {(each.target, disk): "merged" for each in (one, two) for disk in DISKS}
@@ -92,49 +58,65 @@ def test_every_disk_of_every_vm_is_left_its_base_and_its_newest_overlays(tmp_pat
         two.check()
 
 
-def test_a_chain_that_is_short_enough_is_left_alone_though_it_is_in_use(tmp_path: Path) -> None:
-    images, _content = chain(tmp_path / "vm")
-    with machine(tmp_path, "-drive", f"file={images[-1]},format=qcow2,if=none,id=vda") as _running:
-        assert entries(tidy(tmp_path / "vm", "--keep", "3")) == {(str(images[-1]), "c.qcow2"): "unchanged"}
-        refused = tidy(tmp_path / "vm", "--keep", "2")
+def test_a_chain_that_is_short_enough_is_left_alone_though_it_is_in_use(fleet: Fleet) -> None:
+    with fleet.vm("one", ["vda"]) as one:
+        active = one.chains["vda"].active
+        assert entries(tidy(active.parent, "--keep", "3")) == {(str(active), "c.qcow2"): "unchanged"}
+        refused = tidy(active.parent, "--keep", "2")
         assert (refused.code, refused.document["error"]["name"]) == (3, "in-use")
 
 
-def test_of_a_folder_those_chains_are_meant_whose_active_image_lies_there(tmp_path: Path) -> None:
-    folder, below = tmp_path / "vm", tmp_path / "vm/below"
-    images, content = chain(folder)
-    chain(below)
+def test_of_a_folder_those_chains_are_meant_whose_active_image_lies_there(fleet: Fleet) -> None:
+    vm, _below = fleet.chain("vm"), fleet.chain("vm/below")
+    active, folder = vm.active, vm.active.parent
     make_chain(folder, ["alone.raw"])
     (folder / "link.qcow2").symlink_to("c.qcow2")
     (folder / "notes.txt").write_text("no image")
     done = tidy(folder, "--keep", "2")
-    assert entries(done) == {(str(images[-1]), "c.qcow2"): "merged"}
+    assert entries(done) == {(str(active), "c.qcow2"): "merged"}
     assert after(done) == [["base.raw", "b.qcow2", "c.qcow2"]]
-    content.check(images[-1])
-    assert entries(tidy(folder, images[-1], "--keep", "2")) == {(str(images[-1]), "c.qcow2"): "unchanged"}
+    vm.check()
+    assert entries(tidy(folder, active, "--keep", "2")) == {(str(active), "c.qcow2"): "unchanged"}
 
 
-def test_what_a_vm_among_the_targets_has_is_not_asked_for_again_by_its_folder(tmp_path: Path) -> None:
-    with vm(tmp_path, "one") as one:
-        folder = tmp_path / "one/vda"
-        done = tidy(folder, one.target, "--keep", "0")
+def test_what_a_vm_among_the_targets_has_is_not_asked_for_again_by_its_folder(fleet: Fleet) -> None:
+    with fleet.vm("one") as one:
+        done = tidy(one.chains["vda"].active.parent, one.target, "--keep", "0")
         assert entries(done) == {(one.target, disk): "pivoted" for disk in DISKS}
         one.check()
 
 
-def test_a_vm_that_is_named_twice_is_one(tmp_path: Path) -> None:
-    with vm(tmp_path, "tidy-twice") as one:
+def test_a_vm_that_is_named_twice_is_one(fleet: Fleet) -> None:
+    with fleet.vm("tidy-twice") as one:
         pid = one.machine.process.pid
         done = tidy("tidy-twice", one.target, f"pid:{pid}", "--keep", "3")
         assert entries(done) == {("tidy-twice", disk): "unchanged" for disk in DISKS}
 
 
-def test_all_are_the_vms_that_are_ours_to_touch(tmp_path: Path) -> None:
-    with vm(tmp_path, "tidy-all") as one, machine(tmp_path, "-name", "guest=tidy-lv,debug-threads=on") as other:
-        done = tidy("--all", "--keep", "3", "--dry-run")
-        mine = {disk: verdict for (target, disk), verdict in entries(done).items() if target == "tidy-all"}
-        assert mine == dict.fromkeys(DISKS, "unchanged")
-        assert other.process.poll() is None and one.machine.process.poll() is None
+async def test_all_are_the_vms_that_are_ours_to_touch(fleet: Fleet) -> None:
+    """The monitors of all others that run here are left alone: a monitor has one client at a time."""
+
+    def only_ours(name: str, **how: Any) -> contextlib.AbstractAsyncContextManager[qmpmerge.Target]:
+        if name != "tidy-all":
+            raise errors.NoSuchTarget(target=name)
+        return qmpmerge.open(name, **how)
+
+    mute = subprocess.Popen(["qemu-system-x86_64", *CPU, "-name", "tidy-mute"], stdin=subprocess.DEVNULL)
+    try:
+        with fleet.vm("tidy-all") as one:
+            done = await qmpmerge.tidy(every=True, keep=1, door=only_ours)
+            assert {each.disk: each.verdict for each in done.tidied if not each.error} == dict.fromkeys(DISKS, "merged")
+            assert LeftOut("tidy-mute", "it has no QMP monitor") in done.left_out
+            one.check()
+    finally:
+        mute.kill()
+        mute.wait()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of its own needs root")
+def test_of_a_host_without_vms_all_are_none(tmp_path: Path) -> None:
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    assert json.loads(run(*alone, COMMAND, "tidy", "--all", "--keep", "3", "--json"))["tidied"] == []
 
 
 def test_nothing_to_do_is_done_well(tmp_path: Path) -> None:
@@ -160,45 +142,108 @@ def test_what_makes_no_sense_is_a_usage_error(words: list[str], told: str) -> No
 # --- several outcomes -------------------------------------------------------------------------------------------------
 
 
-def test_one_refusal_and_one_failure_stop_no_other(tmp_path: Path) -> None:
-    failing_images, failing_content = chain(tmp_path / "failing/vda")
+def test_one_refusal_and_one_failure_stop_none_of_38_merges(fleet: Fleet) -> None:
+    """40 disks: of 19 VMs, of one that cannot write to its base, and a chain on which somebody else has built."""
     broken = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=5"
-    shared, _content = chain(tmp_path / "shared")
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "z.qcow2", cwd=tmp_path / "shared")
-    with (
-        vm(tmp_path, "one") as one,
-        machine(tmp_path / "failing", *faults.injecting(failing_images, "base", broken)) as failing,
-    ):
-        done = tidy(failing.target, one.target, tmp_path / "shared", "/nowhere/monitor", "--keep", "1")
-        shown = invoke("tidy", failing.target, str(shared[-1]), "--keep", "1")
-        failing.stop()
-        one.check()
-    failing_content.check(failing_images[-1])
-    told = entries(done)
-    assert [verdict for (target, _disk), verdict in told.items() if target == failing.target] == ["failed"]
-    assert {told[one.target, disk] for disk in DISKS} == {"merged"}
-    assert told[str(shared[-1]), "c.qcow2"] == "refused" and told["/nowhere/monitor", None] == "unreachable"
-    assert (done.code, done.document["verdict"], done.document["error"]["name"]) == (5, "failed", "job-failed")
-    refused = next(one for one in done.document["tidied"] if one["verdict"] == "refused")
-    assert refused["error"]["name"] == "dependents" and refused["outcome"] is None
-    assert shown.code == 5 and shown.out == "2 disks: 1 failed, 1 refused\n"
-    assert f"refused: {shared[-1]}: other images are built on" in shown.err and shown.err.count("hint: ") == 2
+    shared, failing = fleet.chain("shared"), fleet.chain("failing")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", shared.active.with_name("z.qcow2"))
+    with contextlib.ExitStack() as running:
+        vms = [running.enter_context(fleet.vm(f"vm{number}")) for number in range(19)]
+        words = faults.injecting(failing.images, "base", broken)
+        ill = running.enter_context(machine(failing.active.parent, *words))
+        done = tidy(*(vm.target for vm in vms), shared.active, ill.target, "--keep", "1", "--parallel", "4")
+        shown = invoke("tidy", vms[0].target, ill.target, str(shared.active), "--keep", "1")
+        assert left(vms, []) == []
+        ill.stop()
+        for vm in vms:
+            vm.check()
+    failing.check()
+    shared.check()
+    told: Any = done.document
+    *merged, refused, failed = told["tidied"]
+    assert [one["verdict"] for one in told["tidied"]] == [*["merged"] * 38, "refused", "failed"]
+    assert [one["target"] for one in merged] == [vm.target for vm in vms for _disk in vm.chains]
+    assert {(one["target"], one["disk"]) for one in merged} == {(vm.target, disk) for vm in vms for disk in DISKS}
+    assert {tuple(Path(file).name for file in one["outcome"]["after"]) for one in merged} == {("base.raw", "c.qcow2")}
+    assert not [one for one in merged if one["error"] is not None or not one["outcome"]["verified"]]
+    assert (refused["target"], refused["outcome"], refused["error"]["name"]) == (str(shared.active), None, "dependents")
+    assert f"`{refused['error']['facts']['pull']}` shortens" in refused["error"]["hint"]
+    assert (failed["target"], failed["outcome"], failed["error"]["name"]) == (ill.target, None, "job-failed")
+    assert (done.code, told["verdict"], told["error"]) == (5, "failed", failed["error"])
+    assert (shown.code, sorted(shown.out.splitlines()[-1].split(": ")[1].split(", "))) == (
+        5, ["1 failed", "1 refused", "2 unchanged"],
+    )  # fmt: skip
+    assert f"refused: {shared.active}: other images are built on" in shown.err and shown.err.count("hint: ") == 2
 
 
-def test_a_line_for_each_disk_and_one_for_all(tmp_path: Path) -> None:
-    with vm(tmp_path, "one") as one:
-        planned = invoke("tidy", one.target, "--keep", "1", "--dry-run").out.splitlines()
-        lines = [line for line in planned if not line.startswith("  not checked  ")]
+def test_a_line_for_each_disk_and_one_for_all(fleet: Fleet, tmp_path: Path) -> None:
+    with fleet.vm("one") as one:
+        before = digests(tmp_path / "one/vda")
+        planned = invoke("tidy", one.target, "/nowhere/monitor", "--keep", "1", "--dry-run")
+        lines = [line for line in planned.out.splitlines() if not line.startswith("  not checked  ")]
         way = "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2, then base.raw <-- c.qcow2"
         assert sorted(lines) == sorted(
-            [*(f"{one.target} {disk}: planned: {way}" for disk in DISKS), "2 disks: 2 planned"]
+            [
+                *(f"{one.target} {disk}: planned: {way}" for disk in DISKS),
+                "2 disks: 2 planned; not looked at: /nowhere/monitor",
+            ]
         )
+        assert planned.code == 4 and digests(tmp_path / "one/vda") == before and one.left == []
         done = invoke("tidy", one.target, "--keep", "1")
         *lines, summary = done.out.splitlines()
         assert summary == "2 disks: 2 merged"
         assert {line.partition(": ")[0] for line in lines} == {f"{one.target} {disk}" for disk in DISKS}
         assert all(line.startswith(f"{one.target} vd") and line.endswith(": base.raw <-- c.qcow2") for line in lines)
         one.check()
+
+
+# --- the question before guests are moved -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["n", "y"])
+def test_on_a_terminal_pivots_are_shown_and_asked_about(answer: str, fleet: Fleet) -> None:
+    short = fleet.chain("short")
+    assert tidy(short.active.parent, "--keep", "0").code == 0
+    with fleet.vm("one") as one:
+        with on_terminal(
+            "tidy", one.target, str(short.images[0].parent), "--keep", "0", elsewhere="< /dev/null"
+        ) as seen:
+            seen.wait_for(CHOICE)
+            assert seen.screen.count(": planned: ") == 2 and "have the VMs use the bases from now on?" in seen.screen
+            assert one.machine.session.execute("query-jobs") == []
+            assert entries(tidy(one.target, "--keep", "3")) == {(one.target, disk): "unchanged" for disk in DISKS}
+            seen.type(answer + ENTER)
+            ended = seen.end()
+        names = {image.name for chain in one.chains.values() for image in chain.images if image.exists()}
+        if answer == "y":
+            assert ended.code == 0 and names == {"base.raw"} and "2 pivoted" in plain(ended.out)
+        else:
+            assert ended.code == 130 and len(names) == 4 and "cancelled" in plain(ended.out)
+        one.check()
+
+
+def test_what_has_changed_since_it_was_agreed_to_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+    with fleet.vm("one") as one:
+        with on_terminal("tidy", one.target, "--keep", "0") as seen:
+            seen.wait_for(CHOICE)
+            assert invoke("snapshot", one.target, f"vdb={tmp_path}/one/vdb/d.qcow2").code == 0
+            seen.type("y" + ENTER)
+            ended = seen.end()
+        shown = " ".join(plain(ended.out).split())
+        assert ended.code == 3 and "what would be merged now is not what was agreed to" in shown
+        now = {entry["disk"]: entry["outcome"]["after"] for entry in tidy(one.target, "--keep", "4").document["tidied"]}
+        assert {disk: len(images) for disk, images in now.items()} == {"vda": 1, "vdb": 5}
+        one.machine.stop()
+        one.chains["vda"].check()
+
+
+@pytest.mark.parametrize("words", [("--keep", "0", "--yes"), ("--keep", "1"), ("--keep", "0", "--dry-run")])
+def test_nobody_is_asked_who_has_said_yes_or_about_what_moves_no_guest(words: tuple[str, ...], fleet: Fleet) -> None:
+    chain = fleet.chain("vm")
+    with on_terminal("tidy", str(chain.active), *words) as seen:
+        ended = seen.end()
+    assert (ended.code, CHOICE in ended.out) == (0, False)
+    chain.check()
 
 
 # --- the other way ----------------------------------------------------------------------------------------------------
@@ -256,34 +301,40 @@ class Begun:
         return held(Run(self.process.returncode, out, err))
 
 
-def test_killed_and_run_again_all_is_well(tmp_path: Path) -> None:
-    images, content = chain(tmp_path / "offline")
-    with vm(tmp_path, "one") as one, vm(tmp_path, "two") as two:
-        words = (one.target, two.target, tmp_path / "offline", "--keep", "1")
-        begun = Begun(*words, "--parallel", "4", disks=4)
-        begun.kill()
+def test_killed_in_the_middle_and_run_again_all_is_well(fleet: Fleet, tmp_path: Path) -> None:
+    """Killed while four disks are copied, and again at the third switch of the next run; `scripts/faults TT` has 20 VMs."""
+    offline = fleet.chain("offline")
+    with contextlib.ExitStack() as running:
+        vms = [running.enter_context(fleet.vm(name)) for name in ("one", "two", "three")]
+        words = [*(vm.target for vm in vms), str(offline.active.parent), "--keep", "1"]
+        Begun(*words, "--parallel", "4", disks=4).kill()
+        line = [tmp_path / "notes", "tool", "-> job-finalize #3", "tidy", *words, "--speed", "0"]
+        killed = subprocess.run([sys.executable, kills.__file__, *map(str, line)], capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL
         done = tidy(*words, "--speed", "0")
-        assert (done.code, after(done)) == (0, [["base.raw", "c.qcow2"]] * 5)
-        one.check()
-        two.check()
-    content.check(images[-1])
+        assert (done.code, after(done)) == (0, [["base.raw", "c.qcow2"]] * 7)
+        assert left(vms, [offline]) == []
+        for vm in vms:
+            vm.check()
+    offline.check()
 
 
-def test_images_that_lost_their_names_to_a_kill_get_them_back(tmp_path: Path) -> None:
+def test_images_that_lost_their_names_to_a_kill_get_them_back(fleet: Fleet, tmp_path: Path) -> None:
     """After a pivot that was not finished a folder holds no active image, but a record of one."""
-    images, content = chain(tmp_path / "offline")
-    line = [tmp_path / "notes", "both", "<= rename #1", "tidy", tmp_path / "offline", "--keep", "0"]
+    chain = fleet.chain("offline")
+    folder, active = chain.active.parent, chain.active
+    line = [tmp_path / "notes", "both", "<= rename #1", "tidy", folder, "--keep", "0"]
     killed = subprocess.run([sys.executable, kills.__file__, *map(str, line)], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL and not images[-1].exists()
-    dry = tidy(tmp_path / "offline", "--keep", "0", "--dry-run")
-    assert (dry.code, dry.document["error"]["name"]) == (3, "unfinished") and not images[-1].exists()
-    done = tidy(tmp_path / "offline", "--keep", "0")
-    assert (done.code, entries(done)) == (0, {(str(images[-1]), "c.qcow2"): "pivoted"})
-    content.check(images[0])
+    assert killed.returncode == -signal.SIGKILL and not active.exists()
+    dry = tidy(folder, "--keep", "0", "--dry-run")
+    assert (dry.code, dry.document["error"]["name"]) == (3, "unfinished") and not active.exists()
+    done = tidy(folder, "--keep", "0")
+    assert (done.code, entries(done)) == (0, {(str(active), "c.qcow2"): "pivoted"})
+    chain.check()
 
 
-def test_ctrl_c_cancels_all_and_tells_of_each(tmp_path: Path) -> None:
-    with vm(tmp_path, "one") as one, vm(tmp_path, "two") as two:
+def test_ctrl_c_cancels_all_and_tells_of_each(fleet: Fleet) -> None:
+    with fleet.vm("one") as one, fleet.vm("two") as two:
         begun = Begun(one.target, two.target, "--keep", "1", disks=2)
         begun.process.send_signal(signal.SIGINT)
         done = begun.end()
@@ -297,8 +348,8 @@ def test_ctrl_c_cancels_all_and_tells_of_each(tmp_path: Path) -> None:
             each.check()
 
 
-def test_a_closed_terminal_leaves_the_jobs(tmp_path: Path) -> None:
-    with vm(tmp_path, "one") as one:
+def test_a_closed_terminal_leaves_the_jobs(fleet: Fleet) -> None:
+    with fleet.vm("one") as one:
         begun = Begun(one.target, "--keep", "1", disks=2)
         begun.process.send_signal(signal.SIGHUP)
         done = begun.end()
@@ -308,8 +359,8 @@ def test_a_closed_terminal_leaves_the_jobs(tmp_path: Path) -> None:
         one.check()
 
 
-def test_after_the_time_limit_nothing_is_begun_and_what_is_at_work_is_left(tmp_path: Path) -> None:
-    with vm(tmp_path, "one") as one:
+def test_after_the_time_limit_nothing_is_begun_and_what_is_at_work_is_left(fleet: Fleet) -> None:
+    with fleet.vm("one") as one:
         done = tidy(one.target, "--keep", "1", "--speed", "1", "--parallel", "1", "--timeout", "5")
         told = entries(done)
         assert (done.code, told[one.target, "vdb"]) == (7, "postponed")
@@ -322,34 +373,57 @@ def test_after_the_time_limit_nothing_is_begun_and_what_is_at_work_is_left(tmp_p
 # --- two at once ------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_one_is_refused_what_the_first_is_at_work_on(tmp_path: Path) -> None:
-    images, content = chain(tmp_path / "offline")
-    begun = Begun(tmp_path / "offline", "--keep", "1", disks=1)
-    second = tidy(tmp_path / "offline", "--keep", "1")
-    assert (second.code, second.document["error"]["name"]) == (3, "in-use")
-    begun.process.send_signal(signal.SIGINT)
-    assert begun.end().code == 130
-    content.check(images[-1])
-
-
-def test_two_at_once_do_no_harm(tmp_path: Path) -> None:
-    images, content = chain(tmp_path / "offline")
-    with vm(tmp_path, "one") as one:
-        line = [COMMAND, "tidy", one.target, str(tmp_path / "offline"), "--keep", "1", "--json"]
-        both = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-        ended = [process.communicate(timeout=60) for process in both]
-        codes = [process.returncode for process in both]
-        assert set(codes) <= {0, 3, 4}, ended
-        assert tidy(one.target, tmp_path / "offline", "--keep", "1").document["verdict"] == "unchanged"
+def test_a_second_one_leaves_alone_what_the_first_is_at_work_on(fleet: Fleet) -> None:
+    """A monitor has one client at a time, an image one writer."""
+    offline = fleet.chain("offline")
+    with fleet.vm("one") as one, fleet.vm("two") as two:
+        begun = Begun(one.target, offline.active, "--keep", "1", "--parallel", "3", disks=3)
+        second = tidy(one.target, offline.active, two.target, "--keep", "1")
+        exits.see_that_it_is_told(["tidy"], second.code)
+        assert second.code == 4
+        told = entries(second)
+        assert (told.pop((one.target, None)), told.pop((str(offline.active), "c.qcow2"))) == ("unreachable", "refused")
+        assert told == {(two.target, disk): "merged" for disk in DISKS}
+        monitor, image = [one["error"]["name"] for one in second.document["tidied"][:2]]
+        assert (monitor in ("monitor-held", "monitor-silent"), image) == (True, "in-use")  # who holds it `ss` tells
+        begun.process.send_signal(signal.SIGINT)
+        ended = begun.end()
+        assert (ended.code, set(entries(ended).values())) == (130, {"cancelled"})
+        assert left([one, two], [offline]) == []
         one.check()
-    content.check(images[-1])
+        two.check()
+    offline.check()
+
+
+def test_two_at_once_do_no_harm(fleet: Fleet) -> None:
+    """Whatever they meet at: each disk is done by one of them, or is told to be in use, and nothing fails."""
+    offline = fleet.chain("offline")
+    with fleet.vm("one") as one, fleet.vm("two") as two:
+        line = ["tidy", one.target, two.target, str(offline.active.parent), "--keep", "1", "--json"]
+        both = [
+            subprocess.Popen([COMMAND, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"
+        ]
+        ended = [Run(process.wait(60), *process.communicate()) for process in both]
+        for run in ended:
+            assert run.code in (0, 3, 4), run
+            contract.hold(run.out, run.err)
+            names = {one["error"]["name"] for one in run.document["tidied"] if one["error"] is not None}
+            assert names <= {"in-use", "locked", "monitor-held", "monitor-silent"}
+        assert {disk for run in ended for disk, verdict in entries(run).items() if verdict == "merged"} == {
+            *((vm.target, disk) for vm in (one, two) for disk in DISKS),
+            (str(offline.active), "c.qcow2"),
+        }
+        assert left([one, two], [offline]) == []
+        one.check()
+        two.check()
+    offline.check()
 
 
 # --- the speed of all together ----------------------------------------------------------------------------------------
 
 
-async def test_the_speed_is_shared_by_what_is_at_work(tmp_path: Path) -> None:
-    with vm(tmp_path, "one") as one:
+async def test_the_speed_is_shared_by_what_is_at_work(fleet: Fleet) -> None:
+    with fleet.vm("one") as one:
         speeds: dict[str, int] = {}
         seen = asyncio.Event()
 
@@ -375,12 +449,12 @@ async def test_the_speed_is_shared_by_what_is_at_work(tmp_path: Path) -> None:
         one.check()
 
 
-async def test_the_library_gives_each_disk_in_the_order_of_the_targets(tmp_path: Path) -> None:
-    images, _content = chain(tmp_path / "offline")
-    with vm(tmp_path, "one") as one:
-        done = await qmpmerge.tidy([tmp_path / "offline", one.target], keep=2, dry_run=True)
+async def test_the_library_gives_each_disk_in_the_order_of_the_targets(fleet: Fleet) -> None:
+    offline = fleet.chain("offline")
+    with fleet.vm("one") as one:
+        done = await qmpmerge.tidy([offline.active.parent, one.target], keep=2, dry_run=True)
     assert (done.verdict, done.error) == ("planned", None)
-    assert [each.target for each in done.tidied] == [str(images[-1]), one.target, one.target]
+    assert [each.target for each in done.tidied] == [str(offline.active), one.target, one.target]
     with pytest.raises(ValueError, match="parallel"):
         await qmpmerge.tidy([], keep=1, parallel=0)
 
@@ -398,9 +472,9 @@ def nightly() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["cron", "systemd"])
-def test_the_example_shortens_chains_and_says_only_what_went_wrong(kind: str, tmp_path: Path) -> None:
+def test_the_example_shortens_chains_and_says_only_what_went_wrong(kind: str, fleet: Fleet, tmp_path: Path) -> None:
     """With our paths for those that it names; and without `--all`, which would be the VMs of other tests."""
-    images, content = chain(tmp_path / "vm")
+    vm = fleet.chain("vm")
     (tmp_path / "vm/broken.qcow2").write_bytes((tmp_path / "vm/c.qcow2").read_bytes().replace(b"b.qcow2", b"gone.qc"))
     line = nightly()[kind]
     for theirs, ours in (
@@ -417,9 +491,9 @@ def test_the_example_shortens_chains_and_says_only_what_went_wrong(kind: str, tm
         and done.stderr.count("\n") == 2
     )
     assert (done.stdout == "") == (kind == "cron")
-    assert entries(tidy(images[-1], "--keep", "2")) == {(str(images[-1]), "c.qcow2"): "unchanged"}
-    assert not images[1].exists()
-    content.check(images[-1])
+    assert entries(tidy(vm.active, "--keep", "2")) == {(str(vm.active), "c.qcow2"): "unchanged"}
+    assert not vm.images[1].exists()
+    vm.check()
 
 
 @pytest.mark.skipif(not have("systemd-analyze"), reason="no systemd")

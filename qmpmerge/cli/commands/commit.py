@@ -5,21 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmpmerge.cli import ask, complete, options
+from qmpmerge.cli import ask, complete, merge_options, options
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import (
-    POLITE_SECONDS,
-    Help,
-    Options,
-    converging,
-    detaching,
-    for_images,
-    forcing,
-    refuse_together,
-    shared,
-    waiting,
-)
-from qmpmerge.cli.quantities import Size
+from qmpmerge.cli.merge_options import POLITE_SECONDS, Help
+from qmpmerge.cli.options import Options, detaching, for_images, forcing, refuse_together, shared, waiting
 from qmpmerge.cli.run import awaited, look, on_target, run
 from qmpmerge.errors import FORCEABLE
 
@@ -33,39 +22,25 @@ if TYPE_CHECKING:
 @group.cli.command()
 @options.target
 @click.argument("disk", required=False, shell_complete=complete.disks)
-@click.option(
-    "--base", metavar="LAYER", help="Merge into this image (default: the lowest).", shell_complete=complete.layers
-)
-@click.option(
-    "--top",
-    metavar="LAYER",
-    help="Merge from this image down (default: the active one).",
-    shell_complete=complete.layers,
+@merge_options.layers(
+    base="Merge into this image (default: the lowest).", top="Merge from this image down (default: the active one)."
 )
 @click.option("--shallow", is_flag=True, help="Merge into the image right below the top.")
 @click.option("--active", is_flag=True, hidden=True)  # as one types it with virsh, and as it is where top says so
 @options.habits("--wait", "--verbose")
-@options.keep()
-@options.endings
-@click.option(
-    "--speed",
-    type=Size(),
-    metavar="SIZE",
-    help="Copy at most so much a second, as in 100M or 100 MiB/s (powers of 1024, as QEMU counts); 0 for no limit.",
+@merge_options.keep()
+@merge_options.endings
+@merge_options.speed
+@merge_options.verifying(
+    "Compare base and top before the switch, whatever it costs (default: where it is cheap).", "Do not compare them."
 )
-@click.option(
-    "--verify",
-    is_flag=True,
-    help="Compare base and top before the switch, whatever it costs (default: where it is cheap).",
-)
-@click.option("--no-verify", is_flag=True, help="Do not compare them.")
 @options.search
-@options.finishing
+@merge_options.finishing
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the chain that would result, change nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before the guest is moved onto the base.")
 @waiting
 @detaching
-@converging
+@merge_options.converging
 @for_images
 @forcing(*FORCEABLE)
 @shared
@@ -80,8 +55,7 @@ def commit(
     pivot: bool,
     ending: "Ending",
     speed: int | None,
-    verify: bool,
-    no_verify: bool,
+    verify: bool | None,
     search: tuple[str, ...],
     merged_files: "Policy | None",
     pause: bool,
@@ -140,7 +114,6 @@ def commit(
     refuse_together({"--base": base is not None, "--shallow": shallow})
     if keep is not None:
         refuse_together({"--keep": True, "--top": top is not None, "--shallow": shallow, "--active": active and keep})
-    refuse_together({"--verify": verify, "--no-verify": no_verify})
     refuse_together({"--detach": options.patience.detach, "--converge": converge})
 
     async def work(target: "Target", dry_run: bool, agreed: "Sequence[Outcome] | None", output: "Output") -> "Outcome":
@@ -157,7 +130,7 @@ def commit(
             keep=keep,
             ending=ending,
             speed=speed,
-            verify=True if verify else False if no_verify else None,
+            verify=verify,
             force=options.force,
             search=search,
             dry_run=dry_run,

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmpmerge.cli import complete, options
+from qmpmerge.cli import complete, merge_options, options
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import POLITE_SECONDS, Help, Options, converging, forcing, shared, waiting
+from qmpmerge.cli.merge_options import POLITE_SECONDS, Help
+from qmpmerge.cli.options import Options, forcing, shared, waiting
 from qmpmerge.cli.quantities import Size
 from qmpmerge.cli.run import on_target, run
 
@@ -46,10 +47,10 @@ def _only_of_speed(context: click.Context, _: click.Parameter, size: int | None)
 @click.argument("job_id", metavar="ID", shell_complete=complete.jobs)
 @click.argument("verb", type=click.Choice([*VERBS]), metavar="VERB")
 @click.argument("speed", type=Size(), required=False, metavar="[SIZE]", callback=_only_of_speed)
-@options.endings
-@options.finishing
+@merge_options.endings
+@merge_options.finishing
 @waiting
-@converging
+@merge_options.converging
 @forcing("libvirt")
 @shared
 def job(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmpmerge.cli import complete, options
+from qmpmerge.cli import complete, merge_options, options
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import Options, for_images, forcing, refuse_together, shared
 from qmpmerge.cli.quantities import Size
@@ -20,19 +20,12 @@ if TYPE_CHECKING:
 @group.cli.command()
 @options.target
 @click.argument("disk", required=False, shell_complete=complete.disks)
-@click.option(
-    "--base",
-    metavar="LAYER",
-    help="What commit would merge into (default: the lowest).",
-    shell_complete=complete.layers,
-)
-@click.option(
-    "--top",
-    metavar="LAYER",
-    help="What commit would merge from (default: the active one).",
-    shell_complete=complete.layers,
+@merge_options.layers(
+    base="What commit would merge into (default: the lowest).",
+    top="What commit would merge from (default: the active one).",
 )
 @click.option("--shallow", is_flag=True, help="What commit --shallow would do.")
+@merge_options.keep()
 @click.option(
     "--speed",
     type=Size(),
@@ -49,6 +42,7 @@ def plan(
     base: str | None,
     top: str | None,
     shallow: bool,
+    keep: int | None,
     speed: int | None,
     search: tuple[str, ...],
     options: Options,
@@ -73,6 +67,7 @@ def plan(
     Examples:
       qmpmerge plan vm1 vda                  the whole chain into one image
       qmpmerge plan vm1 vda --top 3          of four images, 1 and 4 stay
+      qmpmerge plan vm1 vda --keep 2         as tidy --keep 2 leaves it
       qmpmerge plan vm1 vda --json | jq -r .choice
 
     \b
@@ -83,12 +78,21 @@ def plan(
       6    TARGET has stopped answering
     """
     refuse_together({"--base": base is not None, "--shallow": shallow})
+    refuse_together({"--keep": keep is not None, "--top": top is not None, "--shallow": shallow})
 
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import plan as operation
 
         ways = await operation.plan(
-            target, disk, base=base, top=top, shallow=shallow, speed=speed, force=options.force, search=search
+            target,
+            disk,
+            base=base,
+            top=top,
+            shallow=shallow,
+            keep=keep,
+            speed=speed,
+            force=options.force,
+            search=search,
         )
         words = _typed(options, search, speed)
         output.plan(ways.typed(shlex.join(words)))

@@ -4,19 +4,10 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from qmpmerge.cli import complete, options
+from qmpmerge.cli import complete, merge_options, options
 from qmpmerge.cli.commands import commit, group
-from qmpmerge.cli.options import (
-    POLITE_SECONDS,
-    Options,
-    detaching,
-    for_images,
-    forcing,
-    refuse_together,
-    shared,
-    waiting,
-)
-from qmpmerge.cli.quantities import Size
+from qmpmerge.cli.merge_options import POLITE_SECONDS
+from qmpmerge.cli.options import Options, detaching, for_images, forcing, refuse_together, shared, waiting
 from qmpmerge.cli.run import on_target, run
 from qmpmerge.errors import FORCEABLE
 
@@ -28,32 +19,15 @@ if TYPE_CHECKING:
 @group.cli.command()
 @options.target
 @click.argument("disk", required=False, shell_complete=complete.disks)
-@click.option(
-    "--base",
-    metavar="LAYER",
-    help="Stop above this image, which stays (default: none).",
-    shell_complete=complete.layers,
-)
-@click.option(
-    "--top",
-    metavar="LAYER",
-    help="Pull into this image (default: the active one).",
-    shell_complete=complete.layers,
+@merge_options.layers(
+    base="Stop above this image, which stays (default: none).", top="Pull into this image (default: the active one)."
 )
 @options.habits("--wait", "--verbose")
 @click.option("--shallow", is_flag=True, help="Pull the image right below the top only.")
-@click.option(
-    "--speed",
-    type=Size(),
-    metavar="SIZE",
-    help="Copy at most so much a second, as in 100M or 100 MiB/s (powers of 1024, as QEMU counts); 0 for no limit.",
+@merge_options.speed
+@merge_options.verifying(
+    "See that nothing is missing before the switch, whatever it costs (default: where it is cheap).", "Do not look."
 )
-@click.option(
-    "--verify",
-    is_flag=True,
-    help="See that nothing is missing before the switch, whatever it costs (default: where it is cheap).",
-)
-@click.option("--no-verify", is_flag=True, help="Do not look.")
 @options.search
 @click.option(
     "--merged-files",
@@ -76,8 +50,7 @@ def pull(
     top: str | None,
     shallow: bool,
     speed: int | None,
-    verify: bool,
-    no_verify: bool,
+    verify: bool | None,
     search: tuple[str, ...],
     merged_files: Literal["keep", "stash"],
     dry_run: bool,
@@ -118,7 +91,6 @@ def pull(
            in use
     """
     refuse_together({"--base": base is not None, "--shallow": shallow})
-    refuse_together({"--verify": verify, "--no-verify": no_verify})
 
     async def work(target: "Target", output: "Output") -> str:
         from qmpmerge.operations import pull as operation
@@ -130,7 +102,7 @@ def pull(
             top=top,
             shallow=shallow,
             speed=speed,
-            verify=True if verify else False if no_verify else None,
+            verify=verify,
             merged_files=merged_files,
             force=options.force,
             search=search,

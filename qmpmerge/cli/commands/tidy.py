@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from qmpmerge.cli import ask, options, streams
+from qmpmerge.cli import ask, merge_options, options, streams
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.options import Options, forcing, refuse_together, shared
 from qmpmerge.cli.quantities import Duration, Size
@@ -21,9 +21,18 @@ if TYPE_CHECKING:
 QUESTION = f"Merge, and have the VMs use the bases from now on? {ask.CHOICE}"
 
 
+class Work(Protocol):
+    """What was asked for on the command line, or its plan; `told` hears of each disk as it is done."""
+
+    async def __call__(
+        self, output: "Output", told: "Told", *, dry_run: bool, agreed: "Sequence[Outcome] | None" = None
+    ) -> "Tidying":
+        """As `qmpmerge.tidy`."""
+
+
 @group.cli.command()
 @options.targets
-@options.keep(required=True)
+@merge_options.keep(required=True)
 @click.option("--all", "every", is_flag=True, help="All VMs of this host that are root's or yours, but libvirt's.")
 @click.option(
     "--direction",
@@ -48,13 +57,7 @@ QUESTION = f"Merge, and have the VMs use the bases from now on? {ask.CHOICE}"
     metavar="SIZE",
     help="Copy at most so much a second, all together, as in 100M; 0 for no limit.",
 )
-@click.option(
-    "--merged-files",
-    type=click.Choice(["stash", "delete", "keep"]),
-    metavar="ACTION",
-    help="What becomes of merged files: stash (default) renames them to NAME.merged, delete compares and removes them, keep "
-    "(default of a pull) leaves them alone.",
-)
+@merge_options.merged_files
 @options.search
 @options.allow("A folder, file or device that headers may name, besides the image's folder.")
 @click.option("--dry-run", is_flag=True, help="Make all checks, show what would be merged, change nothing.")
@@ -115,62 +118,71 @@ def tidy(
         raise click.UsageError("name VMs, images or folders, as in `qmpmerge tidy vm1 /vm --keep 2`, or say `--all`")
     refuse_together({"--direction": direction != "commit", "--merged-files delete": merged_files == "delete"})
 
-    async def work(output: "Output", dry_run: bool, agreed: "Sequence[Outcome] | None", show: "Told") -> "Tidying":
-        import asyncio
-
+    async def work(
+        output: "Output", told: "Told", *, dry_run: bool, agreed: "Sequence[Outcome] | None" = None
+    ) -> "Tidying":
         from qmpmerge.operations import tidy as operation
 
-        done: list[Tidied] = []
+        return await operation.tidy(
+            targets,
+            keep=keep,
+            every=every,
+            direction=direction,
+            parallel=parallel,
+            speed=speed,
+            merged_files=merged_files,
+            force=options.force,
+            allow=options.allow,
+            search=search,
+            dry_run=dry_run,
+            agreed=agreed,
+            patience=options.patience,
+            door=lambda name, **how: door(options, output, allow=options.allow, **how)(name),
+            told=told,
+            report=output.progress,
+        )
 
-        def told(entry: "Tidied") -> None:
-            done.append(entry)
-            show(entry)
+    def carried_out(output: "Output") -> str:
+        is_asked = not (keep or dry_run or yes or options.json) and ask.can_be_asked()
+        agreed = _agreed(work, options, output) if is_asked else None
+        return _carried_out(work, options, output, dry_run=dry_run, agreed=agreed)
+
+    return look(options, carried_out)
+
+
+def _agreed(work: Work, options: Options, output: "Output") -> "list[Outcome]":
+    """The plans of all merges that pivot, after the user has agreed to them. Raises Cancelled."""
+    planned = awaited(options, lambda output: work(output, lambda entry: None, dry_run=True), output)
+    moved = [(one, one.outcome) for one in planned.tidied if one.outcome is not None and one.outcome.pivots]
+    if moved:
+        ask.confirm(lambda screen: screen.tidied(*(entry for entry, _plan in moved)), QUESTION)
+        options.patience.begin_again()  # the question took its time
+    return [plan for _entry, plan in moved]
+
+
+def _carried_out(
+    work: Work, options: Options, output: "Output", *, dry_run: bool, agreed: "Sequence[Outcome] | None"
+) -> str:
+    """Do it, show each disk as it is done, and all of them at the end; the verdict."""
+    done: list[Tidied] = []
+
+    def told(entry: "Tidied") -> None:
+        done.append(entry)
+        _show(entry, options, output)
+
+    async def all_that_was_done(output: "Output") -> "Tidying":
+        import asyncio
 
         try:
-            return await operation.tidy(
-                targets,
-                keep=keep,
-                every=every,
-                direction=direction,
-                parallel=parallel,
-                speed=speed,
-                merged_files=merged_files,
-                force=options.force,
-                allow=options.allow,
-                search=search,
-                dry_run=dry_run,
-                agreed=agreed,
-                patience=options.patience,
-                door=lambda name, **how: door(options, output, allow=options.allow, **how)(name),
-                told=told,
-                report=output.progress,
-            )
+            return await work(output, told, dry_run=dry_run, agreed=agreed)
         except asyncio.CancelledError:  # all old chains are back, and what was merged before is told too
-            return operation.Tidying(tuple(done))
+            from qmpmerge.operations.tidy import Tidying
 
-    def carried_out(output: "Output", agreed: "Sequence[Outcome] | None" = None) -> str:
-        def show(entry: "Tidied") -> None:
-            _show(entry, options, output)
+            return Tidying(tuple(done))
 
-        result = awaited(options, lambda output: work(output, dry_run, agreed, show), output)
-        output.tidy(result)
-        return result.verdict
-
-    def asked(output: "Output") -> str:
-        plans = awaited(options, lambda output: work(output, True, None, _silent), output)
-        moved = [one for one in plans.tidied if one.outcome is not None and one.outcome.pivots]
-        if moved:
-            ask.confirm(lambda screen: screen.tidied(*moved), QUESTION)
-            options.patience.begin_again()  # the question took its time
-        return carried_out(output, [one.outcome for one in moved if one.outcome is not None])
-
-    if keep or dry_run or yes or options.json or not ask.can_be_asked():
-        return look(options, carried_out)
-    return look(options, asked)
-
-
-def _silent(entry: "Tidied") -> None:
-    """A plan is shown as a whole."""
+    result = awaited(options, all_that_was_done, output)
+    output.tidy(result)
+    return result.verdict
 
 
 def _show(entry: "Tidied", options: Options, output: "Output") -> None:
