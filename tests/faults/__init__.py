@@ -8,6 +8,7 @@ Faults: merges that are killed, cut off from power and lied to by their storage,
     oracle     is the disk right, and was it called what it is?
     sweeps     kills, power cuts and errors at every operation; cuts: what a power cut leaves
     tools      qmpmerge itself killed, at every command and file operation
+    tidying    tidy of many disks killed, and run again
     cases      the matrix of named cases
     table      what came of it
 

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from faults import darkness, recovering, sweeps, tools
+from faults import darkness, recovering, sweeps, tidying, tools
 from faults.fuzz import FUZZED, Fuzzed
 from faults.stage import Doer, Pulls, Story
 from faults.sweeps import Bench, Sweep
@@ -101,6 +101,9 @@ def swept() -> Iterator[Swept]:
         yield Swept(f"NB-{name}", "it comes back, and QEMU hides what is lost", back, lose_server, ends=ends)
     yield from killed_tools()
     yield from pulls()
+    for name in ("L", "LA", "O", "OA"):
+        title = f"tidy of {tidying.VMS * 2} disks killed, and run again"
+        yield Swept(f"TT-{name}", title, ALL[name], tidying.sweep, base_line=False)
     if recovering.is_there():
         for name in ("L", "LA", "O", "OA"):
             title = "recover killed at each of its steps"

@@ -142,6 +142,7 @@ def test_what_makes_no_sense_is_a_usage_error(words: list[str], told: str) -> No
 # --- several outcomes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(300)
 def test_one_refusal_and_one_failure_stop_none_of_38_merges(fleet: Fleet) -> None:
     """40 disks: of 19 VMs, of one that cannot write to its base, and a chain on which somebody else has built."""
     broken = "inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=5"
