@@ -497,6 +497,12 @@ def test_the_example_shortens_chains_and_says_only_what_went_wrong(kind: str, fl
     vm.check()
 
 
+def test_the_unit_has_no_mounts_of_its_own() -> None:
+    """With these (systemd.exec(5)) it would be in another mount namespace than the VMs, and what is not seen is refused."""
+    apart = r"^(Private\w+|Protect\w+|\w+Paths|Root\w+|Bind\w+|TemporaryFileSystem|DynamicUser)="
+    assert not re.findall(apart, (EXAMPLES / "qmpmerge-tidy.service").read_text(), re.MULTILINE)
+
+
 @pytest.mark.skipif(not have("systemd-analyze"), reason="no systemd")
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
     for unit in ("qmpmerge-tidy.service", "qmpmerge-tidy.timer"):
