@@ -8,6 +8,7 @@ import contextlib
 import errno
 import gc
 import json
+import logging
 import os
 import pwd
 import signal
@@ -936,3 +937,22 @@ def test_a_qemu_without_a_monitor_is_refused_by_its_name(tmp_path: Path, name: s
         with pytest.raises(NoMonitor) as error:
             live.find(name)
         assert error.value.facts == {"target": name, "pid": vm.process.pid}
+
+
+async def test_messages_are_written_out_for_a_log_only_where_somebody_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """qemu.qmp does it for each of them, at some ten milliseconds a merge."""
+    written: list[object] = []
+
+    def text(message: Message) -> str:
+        written.append(message)
+        return "seen"
+
+    monkeypatch.setattr(Message, "__str__", text)
+    with machine(tmp_path) as vm:
+        for level, is_read in ((logging.INFO, False), (logging.DEBUG, True)):
+            caplog.set_level(level)
+            async with live.live(vm.target) as target:
+                await target.monitor.execute("query-status")
+            assert bool(written) == is_read and ("--> seen" in caplog.messages) == is_read
