@@ -316,7 +316,9 @@ def _status(path: str) -> os.stat_result | None:
 def _leads(path: str, written: str | None) -> set[Inode]:
     """The inodes that the backing name in a file's header leads to: QEMU resolves it from the name that it was given."""
     names = backing.named_paths(written) if written is not None else ()
-    folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
+    folders = {os.path.dirname(path)} if names else set()
+    if names and os.path.islink(path):
+        folders.add(os.path.dirname(os.path.realpath(path)))
     places = [os.path.join(folder, name) for folder in folders for name in names]
     found = [status for place in places if (status := _status(place)) is not None]
     return {(status.st_dev, status.st_ino) for status in found}
