@@ -6,15 +6,19 @@ that there is nothing to poll: once it greets, the other one is there too.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rig.stored import Stored
 
 MIB = 1024 * 1024
 SIZE = 8 * MIB
@@ -186,11 +190,18 @@ def make_chain(
     """A chain with relative backing names, each layer holding data of its own: see `Content`."""
     below: str | None = None
     for name in names:
-        form = name.rpartition(".")[2]
-        backing = ["-b", below, "-F", below.rpartition(".")[2]] if below else []
-        run("qemu-img", "create", "-q", "-f", form, *backing, name, str(size), cwd=folder)
+        _created(name.rpartition(".")[2], below, size).put(folder / name)
         below = name
     return [folder / name for name in names]
+
+
+@functools.cache
+def _created(form: str, below: str | None, size: int) -> Stored:
+    """An empty image as qemu-img makes it, on that one."""
+    backing = ["-u", "-b", below, "-F", below.rpartition(".")[2]] if below else []
+    with tempfile.TemporaryDirectory() as folder:
+        run("qemu-img", "create", "-q", "-f", form, *backing, "image", str(size), cwd=Path(folder))
+        return Stored.of(Path(folder) / "image")
 
 
 @dataclass
@@ -213,21 +224,34 @@ class Content:
         seen = Path(view).read_bytes()
         os.unlink(view)
         assert len(seen) == len(self.data)
+        if seen == self.data:
+            return
         differing = [
             block for block in range(0, len(seen), 512) if seen[block : block + 512] != self.data[block : block + 512]
         ]
-        assert not differing, f"{image} differs at {differing[:5]} and {len(differing)} blocks in all"
+        raise AssertionError(f"{image} differs at {differing[:5]} and {len(differing)} blocks in all")
 
 
 def fill(images: Sequence[Path], content: Content) -> None:
     """Write a pattern of its own into each layer, overlapping the layer below, and note what the top shows."""
-    for number, image in enumerate(images):
-        form = str(image).rpartition(".")[2]
-        for command in (
+    before = tuple(map(Stored.of, images))
+    commands = [
+        (
             content.put(0x10 + number, number * MIB, MIB + 128 * 1024),
             content.put(0x20 + number, 6 * MIB + number * 64 * 1024, 192 * 1024),
-        ):
-            run("qemu-io", "-f", form, "-c", command, image)
+        )
+        for number in range(len(images))
+    ]
+    if before not in _FILLED:
+        for image, (one, other) in zip(images, commands, strict=True):
+            run("qemu-io", "-f", str(image).rpartition(".")[2], "-c", one, "-c", other, image)
+        _FILLED[before] = tuple(map(Stored.of, images))
+    for image, filled in zip(images, _FILLED[before], strict=True):
+        filled.put(image)
+
+
+_FILLED: dict[tuple[Stored, ...], tuple[Stored, ...]] = {}
+"""What `fill` has made of images that were like this."""
 
 
 def have(program: str) -> bool:
