@@ -8,18 +8,12 @@ from pathlib import Path
 
 import pytest
 from rig import nasty
-from rig.forks import Forks, complaints, forks
+from rig.command import attempt, complaints
 from rig.machines import make_chain
 
 from qmpmerge.cli.commands.group import FILES
 
 WORDS_A_TEST = 12
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[Forks]:
-    with forks() as server:
-        yield server
 
 
 def furnish(folder: Path) -> Path:
@@ -32,12 +26,12 @@ def furnish(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("first", range(0, len(nasty.WORDS), WORDS_A_TEST))
-def test_a_word_that_makes_no_sense_is_refused_in_words(first: int, command: Forks, tmp_path: Path) -> None:
+def test_a_word_that_makes_no_sense_is_refused_in_words(first: int, tmp_path: Path) -> None:
     """A seeded few of all places for each word; `scripts/faults FN` takes all of them, in three locales."""
     folder, chance = furnish(tmp_path), random.Random(first)
     for word in nasty.WORDS[first : first + WORDS_A_TEST]:
         for arguments in chance.sample([*nasty.command_lines(word)], 3):
-            run = command.run(*arguments, *chance.choice([[], ["--json"]]), cwd=folder)
+            run = attempt(*arguments, *chance.choice([[], ["--json"]]), cwd=folder)
             assert complaints(run) == [], (arguments, run)
 
 
@@ -66,21 +60,21 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("line", [*_left_out(""), *(["commit", "vm1", option, ""] for option in OPTIONS)], ids=" ".join)
-def test_an_empty_word_is_said_to_be_empty(line: list[str], command: Forks, tmp_path: Path) -> None:
+def test_an_empty_word_is_said_to_be_empty(line: list[str], tmp_path: Path) -> None:
     """As of a variable of a script that is not set."""
-    run = command.run(*line, "--json", cwd=tmp_path)
+    run = attempt(*line, "--json", cwd=tmp_path)
     assert (run.code, run.document["verdict"]) == (2, "usage")
     assert re.fullmatch(r"(--)?[A-Za-z=-]+ is empty", run.document["error"]["message"]), run
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_value_that_was_forgotten(option: str, command: Forks, tmp_path: Path) -> None:
+def test_a_value_that_was_forgotten(option: str, tmp_path: Path) -> None:
     """What follows is an option, and no value: that of a variable that is not set, and has no quotes."""
     for form in ([option, "--json"], ["--json", f"{option}=--dry-run"]):
-        run = command.run("commit", "vm1", "vda", *form, cwd=tmp_path)
+        run = attempt("commit", "vm1", "vda", *form, cwd=tmp_path)
         assert (run.code, run.document["verdict"]) == (2, "usage")
         assert run.document["error"]["message"].startswith(f"{option} has no value")
-    assert command.run("commit", "vm1", option, "--help", cwd=tmp_path).code == 2
+    assert attempt("commit", "vm1", option, "--help", cwd=tmp_path).code == 2
 
 
 @pytest.mark.parametrize(
@@ -95,37 +89,37 @@ def test_a_value_that_was_forgotten(option: str, command: Forks, tmp_path: Path)
         "pid:" + "9" * 30,
     ],
 )
-def test_a_target_that_can_be_none_is_not_there(target: str, command: Forks, tmp_path: Path) -> None:
+def test_a_target_that_can_be_none_is_not_there(target: str, tmp_path: Path) -> None:
     for arguments in (["disks", target], ["commit", target], ["job", target, "x", "follow"], ["doctor", target]):
-        run = command.run(*arguments, "--json", cwd=tmp_path)
+        run = attempt(*arguments, "--json", cwd=tmp_path)
         assert (run.code, run.document["error"]["name"]) == (4, "no-such-target"), run
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e400", "²"])
 @pytest.mark.parametrize("option", ["--timeout", "--converge-pause"])
-def test_a_time_that_is_none_is_a_usage_error(option: str, value: str, command: Forks, tmp_path: Path) -> None:
-    run = command.run("commit", "nope", option, value, cwd=tmp_path)
+def test_a_time_that_is_none_is_a_usage_error(option: str, value: str, tmp_path: Path) -> None:
+    run = attempt("commit", "nope", option, value, cwd=tmp_path)
     assert (run.code, f"Invalid value for '{option}'" in run.err) == (2, True)
 
 
 @pytest.mark.parametrize(
     "value", ["9" * 5000, "1." + "9" * 400 + "T", "9223372036854775808", "١٢", "²", "-1", "8388608T"]
 )
-def test_a_size_that_is_none_is_a_usage_error(value: str, command: Forks, tmp_path: Path) -> None:
-    run = command.run("commit", "nope", "--speed", value, cwd=tmp_path)
+def test_a_size_that_is_none_is_a_usage_error(value: str, tmp_path: Path) -> None:
+    run = attempt("commit", "nope", "--speed", value, cwd=tmp_path)
     assert (run.code, "Invalid value for '--speed'" in run.err) == (2, True)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "9" * 5000, "99999999999d", "²d"])
-def test_an_age_that_is_none_is_a_usage_error(value: str, command: Forks, tmp_path: Path) -> None:
-    assert command.run("clean", ".", "--older-than", value, cwd=tmp_path).code == 2
+def test_an_age_that_is_none_is_a_usage_error(value: str, tmp_path: Path) -> None:
+    assert attempt("clean", ".", "--older-than", value, cwd=tmp_path).code == 2
 
 
 @pytest.mark.parametrize("file", ["/dev/zero", "/dev/full", "nope", ".", "/proc/self/mem"])
-def test_a_secret_that_is_none_is_refused(file: str, command: Forks, tmp_path: Path) -> None:
+def test_a_secret_that_is_none_is_refused(file: str, tmp_path: Path) -> None:
     """/dev/zero took all memory."""
     active = make_chain(tmp_path)[3]
-    run = command.run("chain", str(active), "--secret", file, "--json", cwd=tmp_path)
+    run = attempt("chain", str(active), "--secret", file, "--json", cwd=tmp_path)
     assert (run.code, run.document["error"]["name"]) == (3, "secret-unreadable")
 
 

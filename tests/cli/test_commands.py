@@ -54,13 +54,13 @@ def unknown(setup: Setup) -> Run:
 
 
 def done(setup: Setup) -> Run:
-    command.invoke("commit", setup.machine.target, "--speed", "1", "--detach")
-    return command.invoke("job", setup.machine.target, JOB, "cancel", "--json")
+    command.started("commit", setup.machine.target, "--speed", "1", "--detach")
+    return command.started("job", setup.machine.target, JOB, "cancel", "--json")
 
 
 def unchanged(setup: Setup) -> Run:
-    command.invoke("commit", setup.machine.target)
-    return command.invoke("commit", setup.machine.target, "--json")
+    command.started("commit", setup.machine.target)
+    return command.started("commit", setup.machine.target, "--json")
 
 
 def failed(setup: Setup) -> Run:
@@ -71,7 +71,7 @@ def failed(setup: Setup) -> Run:
     images = [folder / name for name in ("base.raw", "a.qcow2", "b.qcow2", "c.qcow2")]
     (folder / "second").mkdir()
     with machine(folder / "second", *injecting(images, "base", failing)) as second:
-        return command.invoke("commit", second.target, "--json")
+        return command.started("commit", second.target, "--json")
 
 
 def with_a_bug(*arguments: str, raising: str = "1 / 0") -> Run:
@@ -90,7 +90,7 @@ main()
 
 
 def plainly(*arguments: str) -> Callable[[Setup], Run]:
-    return lambda setup: command.invoke(arguments[0], setup.machine.target, *arguments[1:], "--json")
+    return lambda setup: command.started(arguments[0], setup.machine.target, *arguments[1:], "--json")
 
 
 WAYS: dict[str, Callable[[Setup], Run]] = {
@@ -101,14 +101,14 @@ WAYS: dict[str, Callable[[Setup], Run]] = {
     "ready": plainly("commit", "--wait-ready"),
     "planned": plainly("commit", "--dry-run"),
     "unchanged": unchanged,
-    "created": lambda setup: command.invoke(
+    "created": lambda setup: command.started(
         "snapshot", setup.machine.target, f"vda={setup.machine.folder}/new.qcow2", "--json"
     ),
     "done": done,
     "bug": lambda setup: with_a_bug("disks", "x", "--json"),
     "usage": plainly("commit", "--nonsense"),
     "refused": plainly("commit", "nope"),
-    "unreachable": lambda setup: command.invoke("disks", f"{setup.machine.folder}/none", "--json"),
+    "unreachable": lambda setup: command.started("disks", f"{setup.machine.folder}/none", "--json"),
     "failed": failed,
     "unknown": unknown,
     "postponed": plainly("tidy", "--keep", "1", "--timeout", "1ms"),
@@ -156,13 +156,13 @@ def test_an_oserror_that_nobody_foresaw_is_a_bug_and_not_silence() -> None:
 
 def test_the_story_in_json(vm: str, setup: Setup, images: list[Path], content: Content) -> None:
     files = [str(image) for image in images]
-    (disk,) = command.invoke("disks", vm, "--json").document["disks"]
+    (disk,) = command.started("disks", vm, "--json").document["disks"]
     assert (disk["disk"], disk["qdev"], disk["file"], disk["depth"]) == ("vda", "disk0", files[3], 4)
-    chain = command.invoke("chain", vm, "vda", "--json").document
+    chain = command.started("chain", vm, "vda", "--json").document
     assert [image["file"] for image in chain["images"]] == files
     assert [image["backing"] for image in chain["images"]] == [None, "base.raw", "a.qcow2", "b.qcow2"]
     assert [image["active"] for image in chain["images"]] == [False, False, False, True]
-    merged = command.invoke("commit", vm, "disk0", "--top", "vda[3]", "--json")
+    merged = command.started("commit", vm, "disk0", "--top", "vda[3]", "--json")
     assert (merged.document["before"], merged.document["after"]) == (files, [files[0], files[3]])
     assert [entry["file"] for entry in merged.document["merged"]] == files[1:3]
     progress = [json.loads(line) for line in merged.err.splitlines()]
@@ -170,10 +170,10 @@ def test_the_story_in_json(vm: str, setup: Setup, images: list[Path], content: C
     assert progress[-1]["job"]["done"] == progress[-1]["job"]["total"] == len(content.data)
     for entry in merged.document["merged"]:
         os.unlink(entry["now"])
-    pivoted = command.invoke("commit", vm, str(images[3]), "--json").document
+    pivoted = command.started("commit", vm, str(images[3]), "--json").document
     assert (pivoted["after"], pivoted["job"]) == ([files[0]], None)
     assert "start the VM from" in pivoted["hints"][0]
-    assert command.invoke("jobs", vm, "--json").document["jobs"] == []
+    assert command.started("jobs", vm, "--json").document["jobs"] == []
     setup.machine.stop()
     content.check(images[0])
 
@@ -328,19 +328,19 @@ def test_a_reader_that_goes_away_is_no_error(vm: str) -> None:
 
 
 def test_a_job_is_controlled_from_the_command_line(vm: str, setup: Setup, content: Content) -> None:
-    left = command.invoke("commit", vm, "--speed", "1", "--detach")
+    left = command.started("commit", vm, "--speed", "1", "--detach")
     assert (left.code, f"qmpmerge job {vm} {JOB} follow" in left.err) == (7, True)
-    (job,) = command.invoke("jobs", vm, "--json").document["jobs"]
+    (job,) = command.started("jobs", vm, "--json").document["jobs"]
     assert (job["id"], job["disk"], job["ours"], job["speed"]) == (JOB, "vda", True, 1)
-    assert JOB in command.invoke("jobs", vm).out
-    assert command.invoke("job", vm, JOB, "pivot").code == 3
-    assert command.invoke("job", vm, JOB, "pause").code == 0
-    assert command.invoke("job", vm, JOB, "resume").code == 0
-    assert command.invoke("job", vm, JOB, "speed", "0", "--json").document["job"]["speed"] == 0
-    ready = command.invoke("job", vm, JOB, "follow", "--wait-ready", "--json")
+    assert JOB in command.started("jobs", vm).out
+    assert command.started("job", vm, JOB, "pivot").code == 3
+    assert command.started("job", vm, JOB, "pause").code == 0
+    assert command.started("job", vm, JOB, "resume").code == 0
+    assert command.started("job", vm, JOB, "speed", "0", "--json").document["job"]["speed"] == 0
+    ready = command.started("job", vm, JOB, "follow", "--wait-ready", "--json")
     assert ready.document["verdict"] == "ready"
-    assert command.invoke("job", vm, JOB, "pivot", "--json").document["verdict"] == "pivoted"
-    assert command.invoke("job", vm, JOB, "pivot").code == 3
+    assert command.started("job", vm, JOB, "pivot", "--json").document["verdict"] == "pivoted"
+    assert command.started("job", vm, JOB, "pivot").code == 3
     setup.check()
 
 

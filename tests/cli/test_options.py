@@ -1,22 +1,14 @@
 """Options: each where it is heeded, and nowhere else."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
-from rig.command import invoke
-from rig.forks import Forks, forks
+from rig.command import attempt, invoke
 
 from qmpmerge.cli.commands.group import FILES, cli
 from qmpmerge.cli.commands.job import VERBS
 from qmpmerge.errors import FORCEABLE
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[Forks]:
-    with forks() as server:
-        yield server
 
 
 def options_of(name: str) -> dict[str, click.Option]:
@@ -69,8 +61,8 @@ def test_only_who_follows_a_job_has_a_time_limit(name: str) -> None:
         ["--polite", "--converge"],
     ],
 )
-def test_opposites_are_a_usage_error(words: list[str], command: Forks, tmp_path: Path) -> None:
-    told = command.run("commit", "nobody", *words, cwd=tmp_path)
+def test_opposites_are_a_usage_error(words: list[str], tmp_path: Path) -> None:
+    told = attempt("commit", "nobody", *words, cwd=tmp_path)
     assert (told.code, "cannot be used together" in told.err) == (2, True), told.err
 
 
@@ -84,13 +76,11 @@ OF_JOB = {
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", OF_JOB)
-def test_an_option_that_a_verb_does_not_heed_is_a_usage_error(
-    verb: str, name: str, command: Forks, tmp_path: Path
-) -> None:
+def test_an_option_that_a_verb_does_not_heed_is_a_usage_error(verb: str, name: str, tmp_path: Path) -> None:
     """One that it heeds is not: nobody of that name runs."""
     option = f"--{name.replace('_', '-')}"
     words = ["job", "nobody", "x", verb, *(["1"] if verb == "speed" else []), option, *OF_JOB[name]]
-    told = command.run(*words, cwd=tmp_path)
+    told = attempt(*words, cwd=tmp_path)
     ignored = f"`{verb}` has no use for {option}" in told.err
     assert (told.code, ignored) == ((4, False) if name in VERBS[verb] else (2, True)), told.err
 

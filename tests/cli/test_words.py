@@ -10,20 +10,13 @@ from pathlib import Path
 
 import click
 import pytest
-from rig.command import JOB, Run, invoke
+from rig.command import JOB, Run, attempt, invoke
 from rig.disks import Setup, device
-from rig.forks import Forks, forks
 from rig.machines import machine, make_chain
 
 from qmpmerge.cli import words
 from qmpmerge.cli.commands.group import FILES, cli
 from qmpmerge.cli.elsewhere import COMMANDS
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[Forks]:
-    with forks() as server:
-        yield server
 
 
 @pytest.fixture
@@ -69,9 +62,9 @@ def test_version_and_help_as_other_tools_have_them() -> None:
         ("completion bash --json", "completion bash"),
     ],
 )
-def test_what_is_text_is_so_with_json_too(line: str, same: str, command: Forks, tmp_path: Path) -> None:
-    shown = command.run(*line.split(), cwd=tmp_path)
-    assert (shown.code, shown.out, shown.err) == (0, command.run(*same.split(), cwd=tmp_path).out, "")
+def test_what_is_text_is_so_with_json_too(line: str, same: str, tmp_path: Path) -> None:
+    shown = attempt(*line.split(), cwd=tmp_path)
+    assert (shown.code, shown.out, shown.err) == (0, attempt(*same.split(), cwd=tmp_path).out, "")
 
 
 # --- other tools' commands ----------------------------------------------------------------------------------------
@@ -120,8 +113,8 @@ def test_what_is_text_is_so_with_json_too(line: str, same: str, command: Forks, 
         ("help comit", "commit --help"),
     ],
 )
-def test_what_is_called_otherwise_elsewhere(line: str, meant: str, command: Forks, tmp_path: Path) -> None:
-    run = command.run(*shlex.split(line), cwd=tmp_path)
+def test_what_is_called_otherwise_elsewhere(line: str, meant: str, tmp_path: Path) -> None:
+    run = attempt(*shlex.split(line), cwd=tmp_path)
     assert run.code == 2
     assert lines(run) == [shlex.split(meant)], run.err
 
@@ -145,14 +138,14 @@ def test_all_names_of_other_tools_lead_to_a_command_of_ours() -> None:
         ("snapshot -c s1 c.qcow2", "`qemu-img snapshot`"),
     ],
 )
-def test_what_there_is_not_is_told_as_that(line: str, said: str, command: Forks, tmp_path: Path) -> None:
-    run = command.run(*line.split(), cwd=tmp_path)
+def test_what_there_is_not_is_told_as_that(line: str, said: str, tmp_path: Path) -> None:
+    run = attempt(*line.split(), cwd=tmp_path)
     assert run.code == 2 and said in run.err.partition("\nhint: ")[2]
     assert "that is `qmpmerge" not in run.err
 
 
-def test_what_is_only_a_little_alike_is_not_meant(command: Forks, tmp_path: Path) -> None:
-    assert "hint" not in command.run("blockinfo", "vm1", cwd=tmp_path).err
+def test_what_is_only_a_little_alike_is_not_meant(tmp_path: Path) -> None:
+    assert "hint" not in attempt("blockinfo", "vm1", cwd=tmp_path).err
 
 
 def test_a_time_limit_of_virsh_cancels_the_job(setup: Setup) -> None:
@@ -167,10 +160,10 @@ def test_a_time_limit_of_virsh_cancels_the_job(setup: Setup) -> None:
     assert "exit code 7" not in invoke("comit", "vm1", "vda", "--timeout", "10").err
 
 
-def test_a_hint_is_in_json_too(command: Forks, tmp_path: Path) -> None:
-    error = command.run("blockcommit", "vm1", "--json", cwd=tmp_path).document["error"]
+def test_a_hint_is_in_json_too(tmp_path: Path) -> None:
+    error = attempt("blockcommit", "vm1", "--json", cwd=tmp_path).document["error"]
     assert error["hint"] == "that is `qmpmerge commit vm1 --json`"
-    assert command.run("zzzzzz", "--json", cwd=tmp_path).document["error"]["hint"] == "see `qmpmerge --help`"
+    assert attempt("zzzzzz", "--json", cwd=tmp_path).document["error"]["hint"] == "see `qmpmerge --help`"
 
 
 # --- habits of virsh --------------------------------------------------------------------------------------------------
@@ -203,8 +196,8 @@ def test_a_merge_of_the_lowest_image_needs_a_higher_top(vm1: str) -> None:
     assert "hint: name a base further down" in invoke("commit", vm1, "--top", "2", "--base", "2", "--dry-run").err
 
 
-def test_options_that_are_called_otherwise_here(command: Forks, tmp_path: Path) -> None:
-    run = command.run("commit", "vm1", "vda", "--bandwidth", "5", "--delete", cwd=tmp_path)
+def test_options_that_are_called_otherwise_here(tmp_path: Path) -> None:
+    run = attempt("commit", "vm1", "vda", "--bandwidth", "5", "--delete", cwd=tmp_path)
     assert lines(run) == [["commit", "vm1", "vda", "--speed", "5M", "--merged-files", "delete"]]
 
 
@@ -222,26 +215,26 @@ def test_options_that_are_called_otherwise_here(command: Forks, tmp_path: Path) 
         ("--json commit vm1", "commit vm1 --json"),
     ],
 )
-def test_words_that_the_command_does_not_take(line: str, meant: str, command: Forks, tmp_path: Path) -> None:
-    run = command.run(*line.split(), cwd=tmp_path)
+def test_words_that_the_command_does_not_take(line: str, meant: str, tmp_path: Path) -> None:
+    run = attempt(*line.split(), cwd=tmp_path)
     told = run.document["error"]["hint"] if "--json" in line else run.err.partition("\nhint: ")[2]
     assert [shlex.split(one)[1:] for one in re.findall(r"`(qmpmerge [^`]*)`", told)] == [meant.split()], run
 
 
-def test_no_line_is_told_that_has_just_failed(command: Forks, tmp_path: Path) -> None:
-    doubled = command.run("snapshot", "vm1", "vda=/x", "vda=/y", "--dry-run", cwd=tmp_path)
+def test_no_line_is_told_that_has_just_failed(tmp_path: Path) -> None:
+    doubled = attempt("snapshot", "vm1", "vda=/x", "vda=/y", "--dry-run", cwd=tmp_path)
     assert "vda is named twice" in doubled.err and "hint" not in doubled.err
 
 
-def test_it_is_target_that_is_missing_before_the_disks(command: Forks, tmp_path: Path) -> None:
-    assert "Missing argument 'TARGET'" in command.run("snapshot", "vda=d.qcow2", cwd=tmp_path).err
-    assert "Missing argument 'DISK=FILE...'" in command.run("snapshot", "vm1", cwd=tmp_path).err
+def test_it_is_target_that_is_missing_before_the_disks(tmp_path: Path) -> None:
+    assert "Missing argument 'TARGET'" in attempt("snapshot", "vda=d.qcow2", cwd=tmp_path).err
+    assert "Missing argument 'DISK=FILE...'" in attempt("snapshot", "vm1", cwd=tmp_path).err
 
 
-def test_options_that_no_help_shows_are_no_guess(command: Forks, tmp_path: Path) -> None:
-    assert "Did you mean '--shallow'?" in command.run("commit", "vm1", "--shalow", cwd=tmp_path).err
+def test_options_that_no_help_shows_are_no_guess(tmp_path: Path) -> None:
+    assert "Did you mean '--shallow'?" in attempt("commit", "vm1", "--shalow", cwd=tmp_path).err
     for typed in (["--path", "y"], ["--waiting"], ["--activ"]):
-        assert "Did you mean" not in command.run("commit", "vm1", *typed, cwd=tmp_path).err
+        assert "Did you mean" not in attempt("commit", "vm1", *typed, cwd=tmp_path).err
 
 
 # --- words in the wrong order -----------------------------------------------------------------------------------------
@@ -277,10 +270,10 @@ def test_job_target_and_verb_in_any_order(setup: Setup) -> None:
     assert "at most 7 B/s" in typed(invoke("job", "speed", JOB, target, "7")).out
 
 
-def test_snapshots_in_any_order(command: Forks, tmp_path: Path) -> None:
+def test_snapshots_in_any_order(tmp_path: Path) -> None:
     wanted = [["snapshot", "vm1", "vda=/vm/a b"]]
-    assert lines(command.run("snapshot", "vda=/vm/a b", "vm1", cwd=tmp_path)) == wanted
-    assert lines(command.run("snapshot", "vm1", "vda", "/vm/a b", cwd=tmp_path)) == wanted
+    assert lines(attempt("snapshot", "vda=/vm/a b", "vm1", cwd=tmp_path)) == wanted
+    assert lines(attempt("snapshot", "vm1", "vda", "/vm/a b", cwd=tmp_path)) == wanted
 
 
 def test_a_target_without_a_command(vm1: str, images: list[Path]) -> None:
@@ -364,7 +357,7 @@ def test_layers_by_every_kind_of_word(vm1: str, tmp_path: Path) -> None:
         assert planned["after"] == [planned["before"][0], planned["before"][3]], top
 
 
-def test_files_that_are_called_like_something_else(tmp_path: Path, command: Forks) -> None:
+def test_files_that_are_called_like_something_else(tmp_path: Path) -> None:
     """Never guessed which is meant; what is told to type means one."""
     names = ["base.raw", "-1", "2", "a[1].qcow2", "b c.qcow2"]
     for below, name in zip([None, *names], names, strict=False):
@@ -374,15 +367,15 @@ def test_files_that_are_called_like_something_else(tmp_path: Path, command: Fork
         subprocess.run(["qemu-img", *arguments], cwd=tmp_path, check=True)
     active = str(tmp_path / names[-1])
     for top in ("-1", "2"):
-        run = command.run("commit", active, "--top", top, "--dry-run", "--json", cwd=tmp_path)
+        run = attempt("commit", active, "--top", top, "--dry-run", "--json", cwd=tmp_path)
         assert (run.code, run.document["error"]["name"]) == (3, "ambiguous-layer")
         results = []
         for word in run.document["error"]["facts"]["words"]:
-            planned = command.run("commit", active, "--top", word, "--dry-run", "--json", cwd=tmp_path)
+            planned = attempt("commit", active, "--top", word, "--dry-run", "--json", cwd=tmp_path)
             results.append(len(planned.document["after"]))
         assert len(set(results)) == 2
     for top, left in (("a[1].qcow2", 2), ("b c.qcow2", 1), ("./-1", 4), ("4", 2)):
-        run = command.run("commit", active, "--top", top, "--dry-run", "--json", cwd=tmp_path)
+        run = attempt("commit", active, "--top", top, "--dry-run", "--json", cwd=tmp_path)
         assert len(run.document["after"]) == left, top
 
 

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from typing import Any
 
 import pytest
 from rig import kills, writers
+from rig.command import scripted
 from rig.folder import litter
 from rig.machines import Content, Machine, fill, make_chain, run
 from rig.machines import machine as machines_machine
@@ -100,13 +100,12 @@ class Case:
 
     def command(self, *arguments: str, victim: str = "nobody", moment: str = "never", pid: int = 0) -> "Run":
         notes = self.place / "notes"
-        command = [sys.executable, kills.__file__, str(notes), victim, moment, *arguments]
-        environment = {**os.environ, "QMPMERGE_VICTIM": str(pid)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
+        line = [notes, victim, moment, *arguments]
+        done = scripted(kills.__file__, *line, env={"QMPMERGE_VICTIM": str(pid)}, seconds=int(SECONDS))
         noted = notes.read_text().splitlines() if notes.exists() else []
         notes.unlink(missing_ok=True)
-        document = json.loads(done.stdout) if done.stdout else {}
-        return Run(done.returncode, document, done.stderr, [line for line in noted if line[:2] in kills.MARKS])
+        document = json.loads(done.out) if done.out else {}
+        return Run(done.code, document, done.err, [line for line in noted if line[:2] in kills.MARKS])
 
     def goes_on(self, more: int = 20) -> bool:
         """Whether the guest writes on by itself."""

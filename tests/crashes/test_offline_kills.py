@@ -20,7 +20,6 @@ import os
 import select
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from typing import Any
 
 import pytest
 from rig import contract, kills
+from rig.command import scripted
 from rig.folder import beside
 from rig.machines import Content, fill, make_chain, run
 from rig.machines import run as machines_run
@@ -154,21 +154,15 @@ class Case:
         notes = self.place / "notes"
         notes.unlink(missing_ok=True)
         options = [str(self.images / part) if part in NAMES else part for part in self.story.options]
-        command = [sys.executable, kills.__file__, str(notes), victim, moment, "commit", str(self.images / NAMES[-1])]
-        environment = {**os.environ, "TMPDIR": str(self.temporary)}
+        line = [notes, victim, moment, "commit", self.images / NAMES[-1], *options, *self.extra]
+        environment = {"TMPDIR": str(self.temporary)}
         if self.path is not None and victim != "nobody":
-            environment["PATH"] = f"{self.path}:{environment['PATH']}"
-        done = subprocess.run(
-            [*command, *options, *self.extra],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=60,
-        )
+            environment["PATH"] = f"{self.path}:{os.environ['PATH']}"
+        done = scripted(kills.__file__, *line, env=environment, seconds=60)
         noted = notes.read_text().splitlines() if notes.exists() else []
         pids = [int(pid) for line in noted if line.startswith(kills.DAEMON) for pid in line.split()[1:]]
         moments = [line for line in noted if line[:2] in kills.MARKS]
-        return Run(done.returncode, done.stdout, done.stderr, moments, kills.KILLED in noted, all(map(gone, pids)))
+        return Run(done.code, done.out, done.err, moments, kills.KILLED in noted, all(map(gone, pids)))
 
     def chain(self) -> tuple[str, ...]:
         """The chain from c.qcow2 downwards, as the headers tell it; nothing where that name is gone."""

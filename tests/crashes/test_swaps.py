@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from typing import Any
 
 import pytest
 from rig import kills, swaps
+from rig.command import scripted
 from rig.disks import drive
 from rig.machines import Content, fill, make_chain, run
 
@@ -116,8 +116,8 @@ class Case:
         """With what was done before, and the machine where there is one."""
         if self.story.killed:
             moment, *line = self.story.killed
-            command = [sys.executable, kills.__file__, str(self.place / "killed"), "both", moment, *self.words(line)]
-            assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+            killed = scripted(kills.__file__, self.place / "killed", "both", moment, *self.words(line))
+            assert killed.code == -9
         if self.story.before:
             assert self.run("never", "link", self.story.before).code == 0
         if not self.story.is_live:
@@ -141,16 +141,10 @@ class Case:
         notes.unlink(missing_ok=True)
         name = moment.rpartition(" #")[0].split(" ", 1)[-1] if not moment.startswith("->") else moment
         victim = self.victims[".qcow2" if name.endswith(".qcow2") else ".raw"]
-        command = [sys.executable, swaps.__file__, str(notes), moment, kind, str(victim)]
-        done = subprocess.run(
-            [*command, *self.words(line or self.story.command)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "QMPMERGE_SWAPS_IN": str(self.images)},
-            timeout=SECONDS,
-            check=False,
-        )
-        return Run(done.returncode, done.stdout, done.stderr, notes.read_text().splitlines() if notes.exists() else [])
+        words = [notes, moment, kind, victim, *self.words(line or self.story.command)]
+        environment = {"QMPMERGE_SWAPS_IN": str(self.images)}
+        done = scripted(swaps.__file__, *words, env=environment, seconds=int(SECONDS))
+        return Run(done.code, done.out, done.err, notes.read_text().splitlines() if notes.exists() else [])
 
     def looked(self) -> list[tuple[bytes, int, int, int, int]]:
         """All that must not change about the files of somebody else."""

@@ -10,8 +10,6 @@ takes a few of each merge, those around the switch among them. All of them, with
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import pytest
 from rig import kills
+from rig.command import Run, scripted
 from rig.disks import KINDS, Setup
 from rig.folder import litter
 from rig.machines import Content, fill, make_chain
@@ -82,12 +81,12 @@ def run_killed(folder: Path, story: Story, kind: str, moment: str) -> bool:
     """Whether the moment came: how often a job is looked at is a matter of luck."""
     with begun(folder, kind) as setup:
         killed = tool(setup, story, folder / "notes", moment)
-        if killed.returncode == 0:
+        if killed.code == 0:
             return False
-        assert killed.returncode == -9, killed.stderr
+        assert killed.code == -9, killed.err
         again = tool(setup, story, folder / "notes2", "never")
-        document = json.loads(again.stdout)
-        assert (document["verdict"], again.returncode) == (story.verdict, 0), (moment, document)
+        document = json.loads(again.out)
+        assert (document["verdict"], again.code) == (story.verdict, 0), (moment, document)
         assert [Path(file).name for file in document["after"]] == list(story.after), moment
         nothing_is_left(setup, moment)
         setup.check()
@@ -114,9 +113,8 @@ def begun(folder: Path, kind: str) -> Iterator[Setup]:
         yield setup
 
 
-def tool(setup: Setup, story: Story, notes: Path, moment: str) -> subprocess.CompletedProcess[str]:
+def tool(setup: Setup, story: Story, notes: Path, moment: str) -> Run:
     """Run the command with a killer in it."""
     options = [str(notes.parent / word) if word.endswith("2") else word for word in story.options]
     command = ["commit", setup.machine.target, setup.disk, *options, "--verify"]
-    line = [sys.executable, kills.__file__, str(notes), "tool", moment, *command]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    return scripted(kills.__file__, notes, "tool", moment, *command)

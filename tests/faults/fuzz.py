@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rig import nasty
-from rig.command import COMMAND, Run, held, prints_json
-from rig.forks import CODES, Forks, complaints, forks
+from rig.command import CODES, COMMAND, Run, attempt, complaints, held, prints_json
 from rig.machines import have
 from rig.mutations import Case, Findings, Seen, make_stock
 
@@ -76,10 +75,10 @@ def images(seed: int, folder: Path) -> Iterator[tuple[str, Findings]]:
 
 def _some_images(stock: Path, folder: Path, seeds: range) -> list[tuple[str, Findings]]:
     found = []
-    with forks() as command, tempfile.TemporaryDirectory(dir=folder) as own:
+    with tempfile.TemporaryDirectory(dir=folder) as own:
         for seed in seeds:
             case = Case(stock, Path(own) / str(seed), seed)
-            found.append((f"{seed}: {', '.join(case.what)}", case.play(command)))
+            found.append((f"{seed}: {', '.join(case.what)}", case.play()))
             subprocess.run(["rm", "-rf", Path(own) / str(seed)], check=True)
     return found
 
@@ -93,10 +92,9 @@ def names(seed: int, folder: Path) -> Iterator[tuple[str, Findings]]:
     whose arguments the locale decodes.
     """
     stock, chance = make_stock(folder / "stock"), random.Random(seed)
-    with forks() as command:
-        for number, word in enumerate(nasty.WORDS):
-            lines = [*nasty.command_lines(word)]
-            yield f"everywhere: {word!r}", _word(stock, folder / f"{number}", word, lines, partial(_fork, command))
+    for number, word in enumerate(nasty.WORDS):
+        lines = [*nasty.command_lines(word)]
+        yield f"everywhere: {word!r}", _word(stock, folder / f"{number}", word, lines, _fork)
     for name, environment in _locales(folder).items():
         for number, word in enumerate(nasty.WORDS):
             lines = chance.sample([*nasty.command_lines(word)], PLACES)
@@ -129,8 +127,8 @@ def _word(stock: Path, own: Path, word: str, lines: list[list[str]], run: Callab
     return found
 
 
-def _fork(command: Forks, arguments: list[str], folder: Path) -> Run:
-    return command.run(*arguments, cwd=folder)
+def _fork(arguments: list[str], folder: Path) -> Run:
+    return attempt(*arguments, cwd=folder)
 
 
 def _process(environment: Mapping[str, str], arguments: list[str], folder: Path) -> Run:

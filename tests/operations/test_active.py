@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from rig import advice, kills, nobody
-from rig.command import invoke
+from rig.command import invoke, scripted
 from rig.devices import loop
 from rig.disks import Setup, device, drive
 from rig.machines import MIB, SIZE, Content, machine, make_chain, run
@@ -484,7 +484,7 @@ def test_a_snapshot_killed_anywhere(vm: Setup, base: Path, tmp_path: Path, place
     (tmp_path / place).mkdir(exist_ok=True)
     vm.write(0x11, 0, MIB)
     arguments = ["snapshot", vm.machine.target, f"vda={tmp_path / place}/a.qcow2"]
-    subprocess.run([sys.executable, kills.__file__, tmp_path / "moments", "tool", moment, *arguments], check=False)
+    scripted(kills.__file__, tmp_path / "moments", "tool", moment, *arguments)
     reached = kills.KILLED in (tmp_path / "moments").read_text()
     assert reached or (moment in MOMENTS[:2] and place == "."), moment
     if now(vm) != str(base):

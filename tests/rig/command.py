@@ -1,21 +1,28 @@
-"""The installed command, run and begun."""
+"""The command, run and begun."""
 
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rig import contract, exits
+from rig.forks import forks
 
 COMMAND = shutil.which("qmpmerge", path=os.path.dirname(sys.executable)) or "qmpmerge"
 
 JOB = "qmpmerge-commit-vda"
+
+SECONDS = 60
+
+CODES = {0, 2, 3, 4, 5, 6, 7, 130}
+"""All but that of a bug."""
 
 
 @dataclass
@@ -48,20 +55,65 @@ class Begun:
         return held(Run(self.process.returncode, out.decode(), err.decode()))
 
 
-def invoke(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> Run:
+def invoke(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Run:
+    """
+    What becomes of a command that is told where it is wrong, by docs/json.md and by its help.
+
+    It is a fork of a process that has imported it; with an environment of its own, which Python itself may read, it is started.
+    """
+    if env is not None:
+        return started(*arguments, cwd=cwd, env=env)
+    with forks() as server:
+        return _sound(arguments, server.run(arguments, cwd=cwd))
+
+
+def started(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Run:
+    """The same of the installed command, started as users do."""
     done = subprocess.run(
         [COMMAND, *arguments],
         stdin=subprocess.DEVNULL,  # whoever runs the tests is asked nothing
         capture_output=True,
-        text=True,
         cwd=cwd,
         env={**os.environ, **(env or {})},
         check=False,
     )
-    run = Run(done.returncode, done.stdout, done.stderr)
+    return _sound(arguments, done)
+
+
+def _sound(arguments: Sequence[str], done: "subprocess.CompletedProcess[bytes]") -> Run:
+    run = Run(done.returncode, done.stdout.decode(), done.stderr.decode())
     assert "Traceback" not in run.out + run.err, run
     exits.see_that_it_is_told(arguments, done.returncode)
     return held(run) if prints_json(arguments) else run
+
+
+def attempt(*arguments: str, cwd: Path | None = None, seconds: int = SECONDS) -> Run:
+    """What becomes of a command that may do anything, see `complaints`; one that takes too long ends with -14."""
+    with forks() as server:
+        done = server.run(arguments, cwd=cwd, seconds=seconds)
+    exits.see_that_it_is_told(arguments, done.returncode)
+    said = [stream.decode(errors="surrogateescape") for stream in (done.stdout, done.stderr)]
+    run = Run(done.returncode, *said)
+    return held(run) if prints_json(arguments) and run.code in CODES else run
+
+
+def scripted(
+    script: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, seconds: int = 0
+) -> Run:
+    """What becomes of a script of the rig's that is the command and something more; it is a fork too."""
+    with forks() as server:
+        done = server.run([*map(str, arguments)], script=script, cwd=cwd, env=env, seconds=seconds)
+    assert done.returncode != -signal.SIGALRM, f"{arguments} has not ended after {seconds} seconds"
+    said = [stream.decode(errors="surrogateescape") for stream in (done.stdout, done.stderr)]
+    return Run(done.returncode, *said)
+
+
+def complaints(run: Run) -> list[str]:
+    """What no command may do, whatever it is given: end without a verdict, hang, or say what a terminal obeys."""
+    said = run.out + run.err
+    found = [f"exit code {run.code}"] if run.code not in CODES else []
+    found += [word for word in ("Traceback", "never retrieved", "never awaited", "Warning:") if word in said]
+    return found + (["control characters"] if any(c != "\n" and not c.isprintable() for c in said) else [])
 
 
 def prints_json(arguments: Sequence[str]) -> bool:

@@ -8,8 +8,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 from qmpmerge.errors import EXIT_CODES
 from rig import hasty, liar
-from rig.command import COMMAND, Run, held
+from rig.command import Run, attempt, held, scripted
 from rig.disks import Setup, device
 from rig.liar import LIES, Liar
 from rig.machines import Content, Machine, fill, machine, make_chain
@@ -199,11 +197,9 @@ class Stage:
             return self.run(words, as_json=True)
 
     def run(self, words: tuple[str, ...], *, as_json: bool, is_hasty: bool = False) -> Run:
-        command = [sys.executable, hasty.__file__] if is_hasty else [COMMAND]
         filled = [word.format(target=self.path, folder=self.folder) for word in words]
-        line = [*command, *filled, *(["--json"] if as_json else [])]
-        done = subprocess.run(line, capture_output=True, text=True, errors="surrogateescape", check=False, timeout=200)
-        run = Run(done.returncode, done.stdout, done.stderr)
+        line = [*filled, *(["--json"] if as_json else [])]
+        run = scripted(hasty.__file__, *line) if is_hasty else attempt(*line, seconds=200)
         return held(run) if as_json and run.code in GOOD else run
 
     # --- what QEMU has now ----------------------------------------------------------------------------------------

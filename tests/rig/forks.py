@@ -1,103 +1,160 @@
 """
-The command in forks of one process that has imported it already: hundreds of runs for what a dozen takes otherwise.
+The command in forks of one process that has imported it already, each with streams, folder and environment of its own: what
+it does is a tenth of what its start takes.
 
-``python forks.py`` is that process: lines of JSON in (arguments, folder, seconds), lines of JSON out (exit code, stdout,
-stderr). A run that takes too long is ended by its alarm, exit code -14.
+``python forks.py DESCRIPTOR`` is that process. What to run comes in as JSON, with the three streams; the exit code goes out. A
+run that takes too long is ended by its alarm, exit code -14.
 """
 
+import atexit
 import contextlib
+import ctypes
+import gc
 import json
 import os
+import pkgutil
+import runpy
+import selectors
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rig import exits
-from rig.command import Run, held, prints_json
-
-SECONDS = 60
-
-CODES = {0, 2, 3, 4, 5, 6, 7, 130}
-"""All but that of a bug."""
+LONGEST = 1024 * 1024
+"""Bytes of a message."""
+_PR_SET_PDEATHSIG = 1
 
 
 class Forks:
-    """Such a process; `run` it, and `close` it."""
+    """Such a process, in UTF-8 mode, in which the command starts itself anew in other locales; `run` it, and `close` it."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        tests = str(Path(__file__).parents[1])
-        command = [sys.executable, "-X", "utf8", "-W", "ignore", __file__]  # as the command starts itself in any locale
-        env = {**os.environ, "PYTHONPATH": tests, **environment}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST)
+        with theirs:
+            command = [sys.executable, "-X", "utf8", __file__, str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
 
-    def run(self, *arguments: str, cwd: Path, seconds: int = SECONDS) -> Run:
-        """One run, in this folder."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([arguments, str(cwd), seconds]).encode() + b"\n")
-        self._process.stdin.flush()
-        code, out, err = json.loads(self._process.stdout.readline())
-        exits.see_that_it_is_told(arguments, code)
-        run = Run(code, out, err)
-        return held(run) if prints_json(arguments) and code in CODES else run
+    def run(
+        self,
+        arguments: Sequence[str],
+        *,
+        script: str | None = None,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        seconds: int = 0,
+    ) -> "subprocess.CompletedProcess[bytes]":
+        """
+        One run of the command, or of the `script` that is more than it, in a folder and with what is to be added to the
+        environment. It has ended when nobody has its output open any more; 0 `seconds` are any number of them.
+        """
+        environment = {**os.environ, **(env or {})}
+        sent = json.dumps([script, arguments, str(cwd or os.getcwd()), environment, seconds]).encode()
+        out, err = os.pipe(), os.pipe()
+        with open(os.devnull, "rb") as nothing:
+            socket.send_fds(self._socket, [sent], [nothing.fileno(), out[1], err[1]])
+        os.close(out[1])
+        os.close(err[1])
+        said = _read(out[0], err[0])
+        return subprocess.CompletedProcess(list(arguments), json.loads(self._socket.recv(LONGEST)), *said)
 
     def close(self) -> None:
-        self._process.communicate()
+        """End it, and what still runs in it."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _read(*pipes: int) -> list[bytes]:
+    """What comes out of them, until their ends."""
+    said = dict.fromkeys(pipes, b"")
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+        for pipe in pipes:
+            stack.callback(os.close, pipe)
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                part = os.read(key.fd, 65536)
+                said[key.fd] += part
+                if not part:
+                    selector.unregister(key.fd)
+    return list(said.values())
 
 
 @contextlib.contextmanager
-def forks(environment: Mapping[str, str] | None = None) -> Iterator[Forks]:
-    """One for as long as the block runs."""
-    server = Forks(environment or {})
+def forks() -> Iterator[Forks]:
+    """One that nobody else uses for as long as the block runs; another one has it afterwards, unless the block fails."""
+    server = _IDLE.pop() if _IDLE else Forks()
     try:
         yield server
-    finally:
+    except BaseException:
+        server.close()
+        raise
+    _IDLE.append(server)
+
+
+_IDLE: list[Forks] = []
+
+
+@atexit.register
+def _close_all() -> None:
+    for server in _IDLE:
         server.close()
 
 
-def complaints(run: Run) -> list[str]:
-    """What no command may do, whatever it is given: end without a verdict, hang, or say what a terminal obeys."""
-    said = run.out + run.err
-    found = [f"exit code {run.code}"] if run.code not in CODES else []
-    found += [word for word in ("Traceback", "never retrieved", "never awaited", "Warning:") if word in said]
-    return found + (["control characters"] if any(c != "\n" and not c.isprintable() for c in said) else [])
+# --- that process ----------------------------------------------------------------------------------------------------
 
 
-def serve() -> None:
-    for name in ("listing", "snapshot", "plan", "commit", "pull", "job", "recover", "clean", "doctor", "completion"):
-        __import__(f"qmpmerge.cli.commands.{name}")
-    __import__("qmpmerge.targets.offline")
-    for line in sys.stdin:
-        arguments, folder, seconds = json.loads(line)
-        sys.stdout.write(json.dumps(_forked(arguments, folder, seconds)) + "\n")
-        sys.stdout.flush()
+def serve(connection: socket.socket) -> None:
+    import qmpmerge
+    from qmpmerge.cli import run
 
-
-def _forked(arguments: Sequence[str], folder: str, seconds: int) -> tuple[int, str, str]:
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    run.import_asyncio()
+    for module in pkgutil.walk_packages(qmpmerge.__path__, "qmpmerge."):
+        if not module.name.endswith("__main__"):
+            __import__(module.name)
+    libc = ctypes.CDLL(None)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all of it
+    while True:
+        message, streams, *_ = socket.recv_fds(connection, LONGEST, 3)
+        if not message:
+            return
         pid = os.fork()
         if pid == 0:
-            _become(arguments, folder, seconds, out.fileno(), err.fileno())
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            _become(streams, *json.loads(message))
+        for stream in streams:
+            os.close(stream)
         _, status = os.waitpid(pid, 0)
-        out.seek(0)
-        err.seek(0)
-        said = [stream.read().decode(errors="surrogateescape") for stream in (out, err)]
-    return os.waitstatus_to_exitcode(status), said[0], said[1]
+        connection.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
 
 
-def _become(arguments: Sequence[str], folder: str, seconds: int, out: int, err: int) -> None:
+def _become(
+    streams: Sequence[int],
+    script: str | None,
+    arguments: Sequence[str],
+    folder: str,
+    environment: Mapping[str, str],
+    seconds: int,
+) -> None:
     from qmpmerge import cli
 
     try:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(out, 1)
-        os.dup2(err, 2)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        os.closerange(3, max(streams) + 1)
         os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
         signal.alarm(seconds)
-        sys.argv = ["qmpmerge", *arguments]
-        cli.main()
+        sys.argv = [script or "qmpmerge", *arguments]
+        if script is None:
+            cli.main()
+        else:
+            runpy.run_path(script, run_name="__main__")
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -105,4 +162,6 @@ def _become(arguments: Sequence[str], folder: str, seconds: int, out: int, err: 
 
 
 if __name__ == "__main__":
-    serve()
+    sys.path[0] = str(Path(__file__).parents[1])  # as for the tests
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(socket.socket(fileno=int(sys.argv[1])))

@@ -2,13 +2,11 @@
 
 import contextlib
 import itertools
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 from rig import advice, kills
-from rig.command import invoke
+from rig.command import invoke, scripted
 from rig.disks import device
 from rig.machines import Machine, machine, run
 from rig.rounds import BLOCKS, Data
@@ -117,9 +115,8 @@ class Living:
         if kind == 1:
             words = ["snapshot", self._machine.target, f"vda={self.folder}/far/killed-{len(self.commands)}.qcow2"]
         notes = self.folder / "moments"
-        line = [sys.executable, kills.__file__, str(notes), victim, moment, *words]
-        environment = {**os.environ, "QMPMERGE_VICTIM": str(self._machine.process.pid)}
-        subprocess.run(line, capture_output=True, env=environment, timeout=60, check=False)
+        environment = {"QMPMERGE_VICTIM": str(self._machine.process.pid)}
+        scripted(kills.__file__, notes, victim, moment, *words, env=environment, seconds=60)
         self.commands.append(f"{victim} killed at {moment} of {' '.join(words)}")
         if victim != "tool":
             with contextlib.suppress(subprocess.TimeoutExpired):

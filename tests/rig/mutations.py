@@ -12,8 +12,7 @@ from pathlib import Path
 
 from qmpmerge.cli.commands.group import FILES
 from rig import nasty
-from rig.command import Run
-from rig.forks import Forks, complaints
+from rig.command import Run, attempt, complaints
 from rig.machines import MIB, make_chain, run
 
 IMAGES = ("a.qcow2", "c.qcow2")
@@ -165,20 +164,20 @@ class Case:
         path.write_bytes(data)
         return f"{mutation.__name__} of {path.name}"
 
-    def play(self, forks: Forks) -> Findings:
+    def play(self) -> Findings:
         """Look at it in all ways, then merge it or put an overlay on top, then look again and tidy up."""
         outside, before = Seen.of(self._folder / "outside"), Seen.of(self._folder / "vm")
         planned, marked = False, self._is_marked()
         for arguments in LOOKING:
-            looked = self._run(forks, *arguments)
+            looked = self._run(*arguments)
             planned = planned or ("--dry-run" in arguments and arguments[0] == "commit" and looked.code == 0)
         self.compare(before, Seen.of(self._folder / "vm"), "looked at")
         if self._chance.random() < 0.3:
-            self._run(forks, "snapshot", "c.qcow2", "c.qcow2=new.qcow2")
+            self._run("snapshot", "c.qcow2", "c.qcow2=new.qcow2")
             self.compare(before, Seen.of(self._folder / "vm"), "an overlay on top", written=marked)
         else:
-            self._merge(forks, before, self._view("c.qcow2", "qcow2") if planned else None, marked)
-        self._run(forks, "doctor", ".")
+            self._merge(before, self._view("c.qcow2", "qcow2") if planned else None, marked)
+        self._run("doctor", ".")
         if Seen.of(self._folder / "outside") != outside:
             self.found.written_outside += 1
             self.found.wrong.append("written outside")
@@ -190,8 +189,8 @@ class Case:
             header = file.read(96)
         return len(header) == 96 and (header[79] & 1 != 0 or any(header[88:96]))
 
-    def _merge(self, forks: Forks, before: Seen, view: bytes | None, marked: bool) -> None:
-        merged = self._run(forks, "commit", "c.qcow2", "--json")
+    def _merge(self, before: Seen, view: bytes | None, marked: bool) -> None:
+        merged = self._run("commit", "c.qcow2", "--json")
         after = Seen.of(self._folder / "vm")
         if merged.code != 0:
             self.compare(before, after, f"exit code {merged.code}", written=marked or merged.code not in (3, 4))
@@ -201,12 +200,12 @@ class Case:
         if self.found.merged and view is not None and self._view("base.raw", "raw") != view:
             self._lost("base shows other data")
         kept = {inode for inode, (name, _, _) in after.files.items() if ".merged" not in name}
-        self._run(forks, "clean", ".")
+        self._run("clean", ".")
         if not kept <= Seen.of(self._folder / "vm").files.keys():
             self._lost("cleaned away")
 
-    def _run(self, forks: Forks, *arguments: str) -> Run:
-        done = forks.run(*arguments, cwd=self._folder / "vm")
+    def _run(self, *arguments: str) -> Run:
+        done = attempt(*arguments, cwd=self._folder / "vm")
         told = complaints(done)
         self.found.tracebacks += "Traceback" in done.out + done.err
         self.found.wrong += [f"{' '.join(arguments)}: {one}: {(done.out + done.err)[-400:]!r}" for one in told]

@@ -20,9 +20,8 @@ from pathlib import Path
 import click
 import pytest
 from rig import contract
-from rig.command import COMMAND, JOB, Begun, Run
+from rig.command import COMMAND, JOB, Begun, Run, attempt
 from rig.faults import injecting
-from rig.forks import forks
 from rig.left import record
 from rig.machines import Content, Machine, fill, have, machine, make_chain, run
 
@@ -67,15 +66,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     """All runs, by command and verdict; of several alike the last."""
     contract.seen.clear()
     runs: Told = {}
-    with forks() as command:
-        for story in (looked_at, merged, pulled, left, died, offline, failing, mistaken, rendered):
-            folder = tmp_path_factory.mktemp(story.__name__)
+    for story in (looked_at, merged, pulled, left, died, offline, failing, mistaken, rendered):
+        folder = tmp_path_factory.mktemp(story.__name__)
 
-            def say(*words: str | Path, folder: Path = folder) -> Run:
-                return command.run(*map(str, words), "--json", cwd=folder)
+        def say(*words: str | Path, folder: Path = folder) -> Run:
+            return attempt(*map(str, words), "--json", cwd=folder)
 
-            for one in story(folder, say):
-                runs[one.document["command"], one.document["verdict"]] = one
+        for one in story(folder, say):
+            runs[one.document["command"], one.document["verdict"]] = one
     return runs
 
 
