@@ -1,5 +1,7 @@
 """The question before a guest is moved onto its base, on a real terminal."""
 
+import functools
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ from rig.command import JOB, invoke
 from rig.disks import Setup
 from rig.folder import beside, litter
 from rig.machines import Content, create_encrypted, run
+from rig.stored import Stored
 from rig.terminal import CTRL_C, CTRL_D, ENTER, on_terminal
 
 from qmpmerge.cli.ask import CHOICE
@@ -198,10 +201,23 @@ def test_a_disk_of_one_image_has_nothing_to_ask(setup: Setup) -> None:
 # --- secrets and time ---------------------------------------------------------------------------------------------------
 
 
-def test_a_passphrase_is_asked_for_once(tmp_path: Path) -> None:
+@functools.cache
+def _encrypted() -> Stored:
     key = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.hash-alg=sha512"
-    create_encrypted("--object", "secret,id=s,data=open", "-f", "qcow2", "-o", key, tmp_path / "base.qcow2", "1M")
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", tmp_path / "top.qcow2", "1M")
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image"
+        create_encrypted("--object", "secret,id=s,data=open", "-f", "qcow2", "-o", key, image, "1M")
+        return Stored.of(image)
+
+
+def make_encrypted(folder: Path) -> None:
+    """An encrypted base and an overlay; QEMU takes two seconds of the processor's for such an image."""
+    _encrypted().put(folder / "base.qcow2")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", folder / "top.qcow2", "1M")
+
+
+def test_a_passphrase_is_asked_for_once(tmp_path: Path) -> None:
+    make_encrypted(tmp_path)
     with on_terminal("commit", str(tmp_path / "top.qcow2")) as seen:
         seen.wait_for("passphrase of ")
         seen.type("open" + ENTER)
@@ -212,9 +228,7 @@ def test_a_passphrase_is_asked_for_once(tmp_path: Path) -> None:
 
 
 def test_a_passphrase_that_is_piped_in_is_read_once(tmp_path: Path) -> None:
-    key = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.hash-alg=sha512"
-    create_encrypted("--object", "secret,id=s,data=open", "-f", "qcow2", "-o", key, tmp_path / "base.qcow2", "1M")
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", tmp_path / "top.qcow2", "1M")
+    make_encrypted(tmp_path)
     words = ["commit", str(tmp_path / "top.qcow2"), "--secret", "/dev/stdin"]
     with on_terminal(*words, elsewhere="<< END\nopen\nEND\n") as seen:
         seen.wait_for(CHOICE)
