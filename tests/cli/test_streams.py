@@ -46,25 +46,25 @@ def run(redirection: str, *arguments: str, cwd: Path | None = None) -> Run:
     return Run(done.returncode, done.stdout, done.stderr)
 
 
-def commands(folder: Path, parity: int) -> Iterator[list[str]]:
-    """One of each kind that works and that does not, on images that are there already; every other one with --json."""
+def commands(folder: Path, half: int) -> Iterator[list[str]]:
+    """Half of the kinds that work and that do not, on images that are there already; every other one with --json."""
     active = str(folder / "c.qcow2")
     plain = (["--version"], ["--help"], ["--nonsense"], ["completion", "bash"])
     shared = (["disks", active], ["chain", active], ["chain", active, "nope"], ["chain"], ["jobs", active], ["recover", "nope"],
               ["doctor", str(folder)], ["clean", str(folder)], ["commit", active])  # fmt: skip
-    yield from plain
-    for number, command in enumerate(shared):
-        yield [*command, *(["--json"] if number % 2 == parity else [])]
+    yield from plain[half::2]
+    for number, command in enumerate(shared[half::2]):
+        yield [*command, *(["--json"] if number % 2 else [])]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[list[Run]]:
     """What these come to with streams that nothing is wrong with."""
     runs = []
-    for parity in range(2):
+    for half in range(2):
         folder = tmp_path_factory.mktemp("whole")
         make_chain(folder)
-        runs.append([run("", *arguments) for arguments in commands(folder, parity)])
+        runs.append([run("", *arguments) for arguments in commands(folder, half)])
     return runs
 
 
@@ -72,8 +72,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[list[Run]]:
 def test_the_exit_code_is_that_of_the_verdict(broken: str, whole: list[list[Run]], tmp_path: Path) -> None:
     """And what a stream did not take is said on the other one, but where the reader has gone."""
     make_chain(tmp_path)
-    parity = list(BROKEN).index(broken) // 2 % 2
-    for expected, arguments in zip(whole[parity], commands(tmp_path, parity), strict=True):
+    half = list(BROKEN).index(broken) % 2
+    for expected, arguments in zip(whole[half], commands(tmp_path, half), strict=True):
         got = run(BROKEN[broken], *arguments)
         assert got.code == expected.code, (arguments, got)
         assert is_said(broken, "--json" in arguments, expected, got), (arguments, expected, got)
