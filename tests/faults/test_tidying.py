@@ -26,7 +26,7 @@ def test_what_nobody_has_done_is_wrong(bench: Bench) -> None:
         lock = now.chains[0].active.with_name(".base.raw.qmpmerge-lock")
         lock.touch()
         now.chains[1].content.put(0x77, 0, 4096)
-        wrong = tidying.judged(now)
+        wrong = tidying.wrong_with(now)
     assert sum("the chain is " in one for one in wrong) == 2
     assert [one for one in wrong if one.startswith("left behind: ")] and [
         one for one in wrong if "differs at [0" in one

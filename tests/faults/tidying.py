@@ -75,7 +75,7 @@ def point(bench: Bench, story: Story, count: int, moment: str) -> Point:
     played = Played(story, "qmpmerge")
     with scene(bench, story, count) as now:
         reached = kills.KILLED in killed_at(now, moment, played)
-        found = Judgement(wrong=again(now) if reached else [])
+        found = again(now) if reached else Judgement()
     return Point(f"killed at {moment}", played, found, reached)
 
 
@@ -88,14 +88,16 @@ def killed_at(now: Scene, moment: str, played: Played) -> list[str]:
     return notes.read_text().splitlines()
 
 
-def again(now: Scene) -> list[str]:
-    """What is wrong after the same command, run to its end: its exit code, chains, data, what is left behind."""
+def again(now: Scene) -> Judgement:
+    """After the same command, run to its end: its exit code, chains, data, what is left behind."""
     done = invoke(*now.words, "--json")
-    return ([f"again: exit code {done.code}: {done.out[-1000:]}"] if done.code else []) + judged(now)
+    tickets = [ticket for vm in now.vms for ticket in vm.tickets]
+    failed = [f"again: exit code {done.code}: {done.out[-1000:]}"] if done.code else []
+    return Judgement(wrong=failed + wrong_with(now), left=tickets)
 
 
-def judged(now: Scene) -> list[str]:
-    """What is wrong with what is there."""
+def wrong_with(now: Scene) -> list[str]:
+    """What is wrong with what is there, as sentences; it ends the VMs."""
     wrong = [f"left behind: {one}" for one in left(now.vms, now.offline)]
     for vm in now.vms:
         vm.machine.stop()

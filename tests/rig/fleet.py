@@ -60,10 +60,18 @@ class Vm:
         """What is in QEMU, and beside the images, that is nobody's any more."""
         ask = self.machine.session.execute
         nodes = [node["node-name"] for node in ask("query-named-block-nodes", flat=True)]
-        objects = [one["name"] for one in ask("qom-list", path="/objects")]
-        ours = [name for name in (*nodes, *objects) if "qmpmerge" in name]
         jobs = [job["id"] for job in ask("query-jobs")]
+        ours = [name for name in (*nodes, *self._objects) if "qmpmerge" in name and name not in self.tickets]
         return [*ours, *jobs, *(name for chain in self.chains.values() for name in chain.left)]
+
+    @property
+    def tickets(self) -> list[str]:
+        """Those of a dead qmpmerge's turns (`qemu.mutex`): whoever wants a turn next takes them away."""
+        return [name for name in self._objects if name.startswith("qmpmerge-turn-")]
+
+    @property
+    def _objects(self) -> list[str]:
+        return [one["name"] for one in self.machine.session.execute("qom-list", path="/objects")]
 
 
 class Fleet:
