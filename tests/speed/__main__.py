@@ -15,46 +15,76 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rig.machines import run
 
 import qmpmerge
-from speed import growth, guest, listing, live, offline, tidying
+from speed import growth, guest, listing, live, offline, tidying, together, writes
 from speed.figures import Figures
 from speed.peers import Libvirt, install_libvirt, libvirt
 
-Section = Callable[[Figures, Path, int, Libvirt | None], None]
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured how often, and where; `peer` is libvirt where there is one."""
+
+    figures: Figures
+    folder: Path
+    runs: int
+    peer: Libvirt | None
+    quick: bool
+
+    def some(self, *sizes: int) -> list[int]:
+        """All of these sizes; where it is to be quick only the first."""
+        return list(sizes[:1] if self.quick else sizes)
 
 
-def look(figures: Figures, folder: Path, runs: int, _peer: Libvirt | None) -> None:
-    listing.start(figures, runs)
-    listing.chains(figures, folder, runs, [3, 30, 200, 1000])
-    listing.checks_of_a_merge(figures, folder, runs, 1000)
-    listing.vms(figures, folder, runs, [1, 10, 50])
+Section = Callable[[Bench], None]
 
 
-def merge_live(figures: Figures, folder: Path, runs: int, peer: Libvirt | None) -> None:
-    live.measure(figures, folder, runs, peer, [0, 64, 1024])
+def look(bench: Bench) -> None:
+    listing.start(bench.figures, bench.runs)
+    listing.chains(bench.figures, bench.folder, bench.runs, bench.some(30, 3, 200, 1000))
+    listing.images(bench.figures, bench.folder, bench.runs, bench.some(200, 1000))
+    listing.checks_of_a_merge(bench.figures, bench.folder, bench.runs, *bench.some(1000))
+    listing.vms(bench.figures, bench.folder, bench.runs, bench.some(1, 10, 50))
 
 
-def merge_offline(figures: Figures, folder: Path, runs: int, _peer: Libvirt | None) -> None:
-    offline.measure(figures, folder, runs, [512, 4096])
+def merge_live(bench: Bench) -> None:
+    live.measure(bench.figures, bench.folder, bench.runs, bench.peer, [0, *bench.some(64, 512, 1024)])
+    live.deep(bench.figures, bench.folder, bench.runs, bench.peer, bench.some(200))
 
 
-def feel(figures: Figures, _folder: Path, runs: int, peer: Libvirt | None) -> None:
-    asyncio.run(guest.measure(figures, runs, peer))
+def merge_offline(bench: Bench) -> None:
+    offline.measure(bench.figures, bench.folder, bench.runs, bench.some(512, 4096))
+    offline.sparse(bench.figures, bench.folder, bench.runs, bench.some(2000))
+    offline.deep(bench.figures, bench.folder, bench.runs, bench.some(200))
 
 
-def grow(figures: Figures, folder: Path, runs: int, _peer: Libvirt | None) -> None:
-    growth.layers(figures, folder, runs, [3, 30, 200])
-    growth.data(figures, folder, runs, [16, 128, 512])
-    growth.disks(figures, folder, runs, [1, 8, 24])
+def feel(bench: Bench) -> None:
+    asyncio.run(guest.measure(bench.figures, bench.runs, bench.peer))
 
 
-def tidy(figures: Figures, folder: Path, runs: int, _peer: Libvirt | None) -> None:
-    tidying.measure(figures, folder, runs, 20)
+def write(bench: Bench) -> None:
+    writes.measure(bench.figures, bench.folder, bench.runs, bench.some(512))
+    writes.pauses(bench.figures, bench.folder, 3 * bench.runs)
+
+
+def grow(bench: Bench) -> None:
+    growth.layers(bench.figures, bench.folder, bench.runs, bench.some(3, 30, 200))
+    growth.data(bench.figures, bench.folder, bench.runs, bench.some(16, 128, 512))
+    growth.disks(bench.figures, bench.folder, bench.runs, bench.some(8, 1, 24))
+
+
+def merge_at_once(bench: Bench) -> None:
+    together.measure(bench.figures, bench.folder, bench.runs, 10, bench.some(16, 64))
+
+
+def tidy(bench: Bench) -> None:
+    tidying.measure(bench.figures, bench.folder, bench.runs, *bench.some(20))
 
 
 SECTIONS: dict[str, Section] = {
@@ -62,7 +92,9 @@ SECTIONS: dict[str, Section] = {
     "live": merge_live,
     "offline": merge_offline,
     "guest": feel,
+    "writes": write,
     "growth": grow,
+    "at-once": merge_at_once,
     "tidy": tidy,
 }
 LIVE = {"live", "guest"}
@@ -86,7 +118,8 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; all of them unless named")
-    parser.add_argument("--runs", type=int, default=5, help="of each case by each peer (default: 5)")
+    parser.add_argument("--runs", type=int, help="of each case by each peer (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="one size of each case, and two runs: some minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every run's figure in this file")
     parser.add_argument("--dir", type=Path, help="where the images are made; 15 GiB there (default: the system's)")
     parser.add_argument(
@@ -109,10 +142,11 @@ def main() -> None:
         peer = running.enter_context(libvirt()) if LIVE & set(sections) else None
         if peer is None and LIVE & set(sections):
             print("no libvirt here: virsh is left out (`--peers` installs it)", file=sys.stderr)
+        bench = Bench(figures, folder, options.runs or (2 if options.quick else 5), peer, options.quick)
         try:
             for section in sections:
                 print(f"measuring: {section}", file=sys.stderr)
-                SECTIONS[section](figures, folder, options.runs, peer)
+                SECTIONS[section](bench)
         finally:  # what was measured before a failure, or a Ctrl-C, is as good as ever
             show(figures, described, options.json)
 

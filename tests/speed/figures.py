@@ -3,7 +3,7 @@ Figures: every run of every case, by peer; medians and ratios are made when they
 """
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -80,6 +80,11 @@ def _cell(case: Case, peer: str) -> str:
     ratio = case.ratio(peer)
     shown = f"{case.median(peer):.{0 if case.median(peer) >= 100 else 1}f}"
     return shown if ratio is None else f"{shown} ({ratio:.2f})"
+
+
+def percentile(values: Sequence[float], of_hundred: int) -> float:
+    """So many of a hundred values are no larger."""
+    return sorted(values)[max(0, -(-len(values) * of_hundred // 100) - 1)]
 
 
 def alternating(runs: int, peers: Iterable[T]) -> Iterator[T]:

@@ -9,7 +9,7 @@ from rig.machines import machine, make_chain
 
 from speed import live
 from speed.figures import BARE, OURS, Figures, alternating
-from speed.images import DataChain, data_chain, remove
+from speed.images import DataChain, data_chain
 from speed.peers import bare, ours
 
 SECTION = "growth"
@@ -32,8 +32,7 @@ def data(figures: Figures, folder: Path, runs: int, sizes: list[int]) -> None:
         for who in alternating(runs, [OURS, BARE]):
             chain.put_back()
             live.merge_once(figures, SECTION, f"intermediate, {megabytes} MiB", who, chain, active=False)
-        for image in chain.images:
-            remove(image)
+        chain.remove()
 
 
 def disks(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None:
@@ -62,7 +61,7 @@ def _one_of_many(figures: Figures, place: Path, drives: list[str], chain: DataCh
             figures.add(SECTION, f"disks, {count} disks", who, ours("disks", vm.target).milliseconds)
             took = ours("commit", vm.target, "vda", "--top", chain.top).milliseconds
         else:
-            took = bare(vm.session, chain.base, chain.top, active=False)
+            took = bare(vm.session, chain.merge(active=False))
         figures.add(SECTION, f"intermediate, one of {count} disks", who, took)
 
 

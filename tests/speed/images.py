@@ -3,11 +3,14 @@ Chains to measure with, made once and put back into their first state before eac
 """
 
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rig.machines import MIB, make_chain, run
+
+from speed.peers import Merge
 
 SIZE = 8192 * MIB
 CLUSTER = 65536
@@ -16,26 +19,49 @@ CLUSTER = 65536
 @dataclass
 class DataChain:
     """
-    ``base.raw <-- layer1.qcow2 <-- ... <-- active.qcow2``: the layers hold the data, in equal parts; base is empty, and so
-    is the active image.
+    ``base.raw <-- layer1.qcow2 <-- ... <-- active.qcow2``: the layers hold the data; base is empty, and so is the active image.
 
-    A merge writes to the first and the last of them only, so putting those back is enough; we rename the others.
+    `low` and `high` are where in it an intermediate merge begins and ends. It writes to the base and to the overlay on its top,
+    an active one to the first and the last image: putting those back is enough, for we rename the others.
     """
 
     images: Sequence[Path]
+    low: int = 0
+    high: int = -2
+
+    def __post_init__(self) -> None:
+        self._written = list(dict.fromkeys((self.images[0], self.base, self.overlay, self.active)))
+        _kept(self.base).parent.mkdir()
+        for image in self._written:
+            _copy_sparse(image, _kept(image))
 
     @property
     def base(self) -> Path:
-        return self.images[0]
+        """The base of an intermediate merge."""
+        return self.images[self.low]
 
     @property
     def top(self) -> Path:
         """The top of an intermediate merge."""
-        return self.images[-2]
+        return self.images[self.high]
+
+    @property
+    def overlay(self) -> Path:
+        """The image on that top."""
+        return self.images[self.high + 1]
 
     @property
     def active(self) -> Path:
         return self.images[-1]
+
+    def merge(self, *, active: bool, disk: str = "vda") -> Merge:
+        """As the bare conversation needs it told."""
+        return Merge(self.images[0] if active else self.base, self.active if active else self.top, active, disk)
+
+    @property
+    def middle(self) -> list[str]:
+        """The options for an intermediate merge."""
+        return ["--base", str(self.base), "--top", str(self.top)]
 
     def put_back(self) -> None:
         """As if nothing had been merged; on the disk, so that no run pays for another's writes."""
@@ -43,18 +69,22 @@ class DataChain:
             stashed = Path(f"{image}.merged")
             if stashed.exists():
                 stashed.rename(image)
-        for image in (self.base, self.active):
+        for image in self._written:
             image.unlink(missing_ok=True)
             _copy_sparse(_kept(image), image)
-        os.sync()
+        self.sync()
 
     def sync(self) -> None:
         """See that all that was merged is on the disk, and the names; ours gives the active image another one."""
-        active = [self.active] if self.active.exists() else []
-        for place in (self.base, *active, self.base.parent):
+        for place in (*filter(Path.exists, self._written), self.base.parent):
             descriptor = os.open(place, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+
+    def remove(self) -> None:
+        """Delete the images, whatever they are called now; they are large."""
+        for image in self.images:
+            remove(image)
 
 
 def data_chain(folder: Path, layers: int, megabytes: int, *, size: int = SIZE) -> DataChain:
@@ -69,10 +99,27 @@ def data_chain(folder: Path, layers: int, megabytes: int, *, size: int = SIZE) -
             part = min(length - written, 1024 * MIB)
             run("qemu-io", "-f", "qcow2", "-c", f"write -P {number + 1} {number * length + written} {part}", image)
             written += part
-    _kept(images[0]).parent.mkdir()
-    for image in (images[0], images[-1]):
-        _copy_sparse(image, _kept(image))
     return DataChain(images)
+
+
+def sparse_chain(folder: Path, clusters: int, *, size: int = 1024 * 1024 * MIB) -> DataChain:
+    """A large disk with little on it: so many clusters of a layer, all over it."""
+    folder.mkdir(parents=True)
+    images = make_chain(folder, ["base.raw", "layer1.qcow2", "active.qcow2"], size=size)
+    places = random.Random(31).sample(range(size // CLUSTER), clusters)
+    for first in range(0, clusters, 500):
+        writes = [
+            word
+            for place in places[first : first + 500]
+            for word in ("-c", f"write -q -P 7 {place * CLUSTER} {CLUSTER}")
+        ]
+        run("qemu-io", "-f", "qcow2", *writes, images[1])
+    return DataChain(images)
+
+
+def deep_chain(folder: Path, layers: int) -> DataChain:
+    """So many empty images, of which one in the middle is merged; with relative names."""
+    return DataChain(empty_chain(folder, layers), low=layers // 2, high=layers // 2 + 1)
 
 
 def _kept(image: Path) -> Path:

@@ -15,9 +15,9 @@ import qmpmerge
 from qmpmerge.chain import plan
 from qmpmerge.checks.check import check
 from qmpmerge.qemu.discovery import DEEP
-from speed.figures import BARE, OURS, QEMU_IMG, Figures
+from speed.figures import BARE, OURS, QEMU_IMG, Figures, alternating
 from speed.images import empty_chain
-from speed.peers import memory, ours, timed
+from speed.peers import COMMAND, memory, ours, timed
 
 SECTION = "looking"
 
@@ -45,11 +45,27 @@ def chains(figures: Figures, folder: Path, runs: int, lengths: list[int]) -> Non
                 for word in ("disks", "chain"):
                     figures.add(SECTION, f"{word}, {layers} layers", OURS, ours(word, vm.target).milliseconds)
                 figures.add(SECTION, f"disks, {layers} layers", BARE, _questions(vm.session, layers))
-                words = ("qemu-img", "info", "-U", "--backing-chain", "--output=json", images[-1])
-                figures.add(SECTION, f"chain, {layers} layers", QEMU_IMG, timed(*words).milliseconds)
+                told = timed(*BACKING_CHAIN, images[-1])
+                figures.add(SECTION, f"chain, {layers} layers", QEMU_IMG, told.milliseconds)
             for word in ("disks", "chain"):
                 figures.add(SECTION, f"{word}, {layers} layers: memory", OURS, memory(word, vm.target), "MiB")
                 _traffic(figures, f"{word}, {layers} layers", vm.target, word)
+
+
+def images(figures: Figures, folder: Path, runs: int, lengths: list[int]) -> None:
+    """The same of chains that no VM uses, and the processors' time that it takes."""
+    for layers in lengths:
+        active = empty_chain(folder / f"images-{layers}", layers)[-1]
+        commands = {OURS: (COMMAND, "chain", active), QEMU_IMG: (*BACKING_CHAIN, active)}
+        for who in alternating(runs, commands):
+            ran = timed(*commands[who])
+            figures.add(SECTION, f"chain IMAGE, {layers} layers", who, ran.milliseconds)
+            figures.add(SECTION, f"chain IMAGE, {layers} layers: CPU", who, ran.cpu)
+            if who == OURS:
+                figures.add(SECTION, f"disks IMAGE, {layers} layers: CPU", who, ours("disks", active).cpu)
+
+
+BACKING_CHAIN = ("qemu-img", "info", "-U", "--backing-chain", "--output=json")
 
 
 def _questions(session: Session, layers: int) -> float:

@@ -12,7 +12,7 @@ from rig.disks import device
 from rig.machines import machine
 
 from speed.figures import BARE, OURS, VIRSH, Figures, alternating
-from speed.images import DataChain, data_chain, remove
+from speed.images import DataChain, data_chain, deep_chain
 from speed.peers import Libvirt, bare, ours, timed
 
 LAYERS = 3
@@ -28,8 +28,16 @@ def measure(figures: Figures, folder: Path, runs: int, peer: Libvirt | None, siz
             for who in alternating(runs, [OURS, BARE, *([VIRSH] if peer else [])]):
                 chain.put_back()
                 merge_once(figures, "live merge", name, who, chain, active=active, peer=peer)
-        for image in chain.images:
-            remove(image)
+        chain.remove()
+
+
+def deep(figures: Figures, folder: Path, runs: int, peer: Libvirt | None, lengths: list[int]) -> None:
+    """One empty layer in the middle of so many, whose headers have relative names."""
+    for length in lengths:
+        chain = deep_chain(folder / f"deep-{length}", length)
+        for who in alternating(runs, [OURS, BARE, *([VIRSH] if peer else [])]):
+            chain.put_back()
+            merge_once(figures, "live merge", f"one of {length} layers", who, chain, active=False, peer=peer)
 
 
 def merge_once(
@@ -40,13 +48,12 @@ def merge_once(
         assert peer is not None
         figures.add(section, name, who, _virsh(peer, chain, active=active))
         return
-    options = [] if active else ["--top", str(chain.top)]
+    options = [] if active else chain.middle
     with machine(chain.base.parent, "-drive", f"file={chain.active},if=none,id=vda", *device("vda")) as vm:
         if who == OURS:
             took = ours("commit", vm.target, "vda", *options).milliseconds
         else:
-            top = chain.active if active else chain.top
-            took = bare(vm.session, chain.base, top, active=active)
+            took = bare(vm.session, chain.merge(active=active))
         figures.add(section, name, who, took + _syncing(chain))
 
 

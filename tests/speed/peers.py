@@ -21,9 +21,13 @@ STARTING_SECONDS = 60
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that has run: milliseconds from before its start to after its end."""
+    """
+    A command that has run: milliseconds from before its start to after its end, and of the processors' time that it took,
+    with all processes that it has waited for.
+    """
 
     milliseconds: float
+    cpu: float
     stderr: str
 
 
@@ -32,13 +36,14 @@ def timed(*command: str | Path, stdin: int | None = subprocess.DEVNULL) -> Ran:
     with tempfile.TemporaryFile("w+") as complaints:
         begun = time.perf_counter()
         process = subprocess.Popen(list(map(str, command)), stdin=stdin, stdout=subprocess.DEVNULL, stderr=complaints)
-        code = process.wait()
+        _, status, usage = os.wait4(process.pid, 0)
         milliseconds = (time.perf_counter() - begun) * 1000
+        process.returncode = code = os.waitstatus_to_exitcode(status)
         complaints.seek(0)
         said = complaints.read()
     if code != 0:
         raise SystemExit(f"bench: {command} failed with {code}: {said}")
-    return Ran(milliseconds, said)
+    return Ran(milliseconds, (usage.ru_utime + usage.ru_stime) * 1000, said)
 
 
 def ours(*arguments: str | Path) -> Ran:
@@ -68,26 +73,52 @@ def node_of(session: Session, file: Path) -> str:
     return next(str(node["node-name"]) for node in details if node["file"] == str(file) and node["drv"] != "file")
 
 
-def bare(session: Session, base: Path, top: Path, *, active: bool) -> float:
+@dataclass(frozen=True)
+class Merge:
+    """What is merged on the disk with the id `disk`: down from `top` into `base`; an `active` one pivots."""
+
+    base: Path
+    top: Path
+    active: bool
+    disk: str = "vda"
+
+
+def bare(session: Session, *merges: Merge, still: bool = False) -> float:
     """
-    Merge by the shortest QMP conversation that does it, safe or not; returns its milliseconds.
+    Merge by the shortest QMP conversation that does it, safe or not, all at once; returns its milliseconds. With `still` the
+    guest is stopped for the pivot, as ours is.
 
     It runs in a session that is there already, and waits for events: asked every millisecond QEMU takes half as long again.
+    Those that are not about its jobs are left in the session.
     """
-    nodes = {"top_node": node_of(session, top), "base_node": node_of(session, base)}
-    extra = {} if active else {"backing_file": str(base)}
+    jobs = {f"bare-{merge.disk}": _arguments(session, merge) for merge in merges}
     session.events.clear()
     begun = time.perf_counter()
-    session.execute("block-commit", job_id="bare", device="vda", auto_dismiss=False, **nodes, **extra)
-    status = ""
-    while status != "concluded":
+    for job, arguments in jobs.items():
+        session.execute("block-commit", job_id=job, auto_dismiss=False, **arguments)
+    copying, running, others = set(jobs), set(jobs), []
+    while running:
         event = session.event()
-        if event["event"] == "JOB_STATUS_CHANGE":
-            status = event["data"]["status"]
-            if status == "ready":
-                session.execute("job-complete", id="bare")
-    session.execute("job-dismiss", id="bare")
-    return (time.perf_counter() - begun) * 1000
+        if event["event"] != "JOB_STATUS_CHANGE" or event["data"]["id"] not in running:
+            others.append(event)
+            continue
+        job, status = event["data"]["id"], event["data"]["status"]
+        if status == "ready" and job in copying:  # a stopped guest makes it ready once more
+            copying.remove(job)
+            for command, arguments in [*([("stop", {})] if still else []), ("job-complete", {"id": job})]:
+                session.execute(command, **arguments)
+        elif status == "concluded":
+            for command, arguments in [*([("cont", {})] if still else []), ("job-dismiss", {"id": job})]:
+                session.execute(command, **arguments)
+            running.remove(job)
+    took = (time.perf_counter() - begun) * 1000
+    session.events[:0] = others
+    return took
+
+
+def _arguments(session: Session, merge: Merge) -> dict[str, str]:
+    nodes = {"top_node": node_of(session, merge.top), "base_node": node_of(session, merge.base)}
+    return {"device": merge.disk, **nodes, **({} if merge.active else {"backing_file": str(merge.base)})}
 
 
 # --- libvirt ---------------------------------------------------------------------------------------------------------
