@@ -191,7 +191,7 @@ def door(
         patience = GREETING_SECONDS if limit is None else min(GREETING_SECONDS, limit)
         trace = output.trace if options.trace else None
         async with door.open(target, timeout=patience, force=options.force, trace=trace, **given) as opened_target:
-            opened_target.monitor.tell = output.note
+            opened_target.tell_waits(output.note)
             for note in opened_target.notes:
                 output.note(note)
             yield opened_target

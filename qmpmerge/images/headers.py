@@ -35,7 +35,7 @@ async def read(chain: Chain) -> tuple[Header | None, ...]:
     """
     if chain.active.format != "raw" and _names_are_harmless(chain):
         try:
-            found = await qemuimg.chain_info(chain.active.file, chain.active.format)
+            found = [info.header for info in await qemuimg.chain_info(chain.active.file, chain.active.format)]
         except ImageUnreadable:
             found = []
         if len(found) == len(chain):

@@ -42,6 +42,14 @@ class Header:
     corrupt: bool = False
 
 
+@dataclass(frozen=True)
+class Info:
+    """An image's header, and all that qemu-img told of the image, which is what QEMU tells of one that it has open."""
+
+    header: Header
+    told: Any
+
+
 async def info(path: str, format: str | None = None) -> Header:
     """
     The header of one image, shared with whoever holds it; nothing below it is opened.
@@ -69,19 +77,17 @@ async def info_of(image: Image) -> Header:
         return replace(_header(json.loads(output)), file=image.file)
 
 
-async def chain_info(path: str, format: str | None = None) -> list[Header]:
+async def chain_info(path: str, format: str) -> list[Info]:
     """
-    The headers of a whole chain, base first, as `qemu-img info --backing-chain` tells them.
+    What `qemu-img info --backing-chain` tells of a whole chain, base first; it opens one image after the other.
 
     Only for chains whose every backing name is known to be harmless: qemu-img opens whatever the headers name.
     Raises ImageUnreadable, ToolMissing.
     """
-    arguments = ["info", "--force-share", "--backing-chain", "--output=json"]
-    if format is not None:
-        arguments += ["-f", format]
+    arguments = ("info", "--force-share", "--backing-chain", "--output=json", "-f", format)
     output = await _run(path, *arguments, os.path.abspath(path))
     with _understood(path):
-        return [_header(entry) for entry in reversed(json.loads(output))]
+        return [Info(_header(entry), entry) for entry in reversed(json.loads(output))]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,12 @@ class Layer:
 
 
 def walk(
-    image: str, *, allow: Collection[str] = (), form: str | None = None, by_stashed_names: bool = False
+    image: str,
+    *,
+    allow: Collection[str] = (),
+    form: str | None = None,
+    by_stashed_names: bool = False,
+    deepest: int | None = DEEPEST,
 ) -> tuple[Layer, ...]:
     """
     The chain whose active image is `image`, base first, as the headers tell it.
@@ -50,7 +55,7 @@ def walk(
     `allow` are folders, files and devices that backing names may lead to besides the folder of `image`. The format of
     `image` is `form`; without that it is qcow2 if it looks so, else raw; all others are what the header above records, and
     never probed: the first bytes of a raw image belong to the guest. With `by_stashed_names` an image that lost its name to
-    a merge is found by its new one, where it has but one.
+    a merge is found by its new one, where it has but one. A chain of more than `deepest` images is refused.
 
     Raises Disguised, ForeignName, NoFormat, BackingLoop, TooDeep, UnsupportedFormat, ImageUnreadable.
     """
@@ -64,8 +69,8 @@ def walk(
         layer, identity = _open(named, file)
         if identity in seen:
             raise BackingLoop(image=layers[-1].file, backing=named.path)
-        if len(layers) >= DEEPEST:
-            raise TooDeep(image=path, limit=DEEPEST)
+        if len(layers) == deepest:
+            raise TooDeep(image=path, limit=deepest)
         seen.add(identity)
         if layer.format not in ("raw", "qcow2", "luks"):
             raise _unsupported(layer, layers)
@@ -75,6 +80,12 @@ def walk(
         layers.append(layer)
         below = _below(layer, rule)
     return tuple(reversed(layers))
+
+
+def refuse_deep(layers: Sequence[Layer]) -> None:
+    """Of a chain that was walked to its end, and is to be opened. Raises TooDeep."""
+    if len(layers) > DEEPEST:
+        raise TooDeep(image=layers[-1].file, limit=DEEPEST)
 
 
 def _unsupported(layer: Layer, above: Sequence[Layer]) -> UnsupportedFormat:

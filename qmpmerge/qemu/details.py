@@ -105,13 +105,18 @@ async def of_disks(monitor: Monitor, layout: Layout) -> list[Disk]:
     """
     is_deep = any(len(disk.chain or ()) > DEEP for disk in layout.disks)
     told = [] if is_deep else await monitor.execute("query-block")
-    return [replace(disk, details=await _of_disk(monitor, layout, disk, told)) for disk in layout.disks]
+    return [of_disk(layout, disk, await _device_of(monitor, disk, told)) for disk in layout.disks]
 
 
-async def _of_disk(monitor: Monitor, layout: Layout, disk: Disk, told: Sequence[Any]) -> DiskDetails:
+def of_disk(layout: Layout, disk: Disk, device: Device | None = None) -> Disk:
+    """The disk with its details, where it is known which device uses it."""
+    physical = _physical(layout, disk.chain.active) if disk.chain is not None else None
+    return replace(disk, details=DiskDetails(device, physical))
+
+
+async def _device_of(monitor: Monitor, disk: Disk, told: Sequence[Any]) -> Device | None:
     entry: Any = next((entry for entry in told if _is_about(entry, disk)), {})
-    device = await _device(monitor, entry["qdev"], entry) if entry.get("qdev") else None
-    return DiskDetails(device, _physical(layout, disk.chain.active) if disk.chain is not None else None)
+    return await _device(monitor, entry["qdev"], entry) if entry.get("qdev") else None
 
 
 def _is_about(entry: Any, disk: Disk) -> bool:

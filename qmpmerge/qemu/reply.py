@@ -57,6 +57,7 @@ OWN: Shape = {
     "extended-l2": (bool,),
     "corrupt": (bool,),
     "encrypt": ({"format": str},),
+    "bitmaps": ([{"name": str, "granularity": int, "flags": [str]}],),
 }
 """What a format says of an image; those of qcow2."""
 IMAGE: Shape = {

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
-from qmpmerge.errors import SessionLost, ToolMissing
+from qmpmerge.errors import ImageUnreadable, SessionLost, ToolMissing
 from qmpmerge.qemu import connect
 from qmpmerge.qemu.monitor import Monitor, Trace
 
@@ -25,14 +25,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextlib.asynccontextmanager
-async def started() -> AsyncIterator["Daemon"]:
+async def started(folder: str = "/") -> AsyncIterator["Daemon"]:
     """
     A storage daemon of our own, before it can be spoken to: there are some milliseconds for other work while it starts. At
-    the end of the block it flushes, closes its images and is gone. Raises ToolMissing.
+    the end of the block it flushes, closes its images and is gone. In `folder` relative names begin. Raises ToolMissing,
+    ImageUnreadable where there is no such folder.
     """
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        process = _start(theirs.fileno())
+        process = _start(theirs.fileno(), folder)
         theirs.close()
         try:
             yield Daemon(process.pid, ours)
@@ -56,17 +57,21 @@ class Daemon:
                 await session.execute("quit")
 
 
-def _start(descriptor: int) -> "subprocess.Popen[bytes]":
+def _start(descriptor: int, folder: str) -> "subprocess.Popen[bytes]":
     libc = ctypes.CDLL(None, use_errno=True)
 
     def die_with_us() -> None:
         # A daemon that hangs would not hear SIGTERM, and SIGKILL leaves the chain as right as it was.
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    for command in _commands(descriptor):
-        with contextlib.suppress(FileNotFoundError, PermissionError):
+    for program, *arguments in _commands(descriptor):
+        found = _found(program)
+        if found is None:
+            continue
+        try:
             return subprocess.Popen(  # a session of its own: Ctrl-C is for us
-                command,
+                [found, *arguments],
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -74,7 +79,16 @@ def _start(descriptor: int) -> "subprocess.Popen[bytes]":
                 start_new_session=True,
                 preexec_fn=die_with_us,
             )
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            if error.filename == folder:
+                raise ImageUnreadable(file=folder, reason=error.strerror or str(error)) from None
     raise ToolMissing(program=DAEMON, package="qemu-system-common")
+
+
+def _found(program: str) -> str | None:
+    """Its path: as execvp finds it, but from our own folder, not from that of the images, wherever PATH leads."""
+    paths = [os.path.abspath(os.path.join(place, program)) for place in os.get_exec_path()]
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
 def _commands(descriptor: int) -> Iterator[list[str]]:

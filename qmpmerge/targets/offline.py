@@ -2,12 +2,8 @@
 The door to images not in use: a private storage daemon opens the chain, and the same engine works on it.
 
 The chain is walked first without opening what has not passed the rule for names (`walk`), then opened node by node under
-QEMU's own locks. What is planned and proved is read again after that: from then on nothing can change it.
-
-The daemon opens by name, so what it has open is compared with what the walk has approved, before anything is made of it,
-and once more when the images that are to be written are open for that. A node of a file that another node was made with
-is opened again by name whenever that is (7.2 to 11.1), one that was there before is not; with `auto-read-only` it is opened
-again when somebody first writes. So files have nodes of their own, and no job opens a name: test_offline pins it.
+QEMU's own locks (`nodes`). What is planned and proved is read again after that: from then on nothing can change it. A chain
+that is only looked at is told by `qemu-img info` where that is all it takes (`shown`), else it is opened too.
 
 Middle layers could be copied by an active merge of the lower part, 16 requests at a time instead of one: 0.27 s instead of
 0.33 s for 512 MiB. It was not done: the overlay's header would have to be written by somebody else, past the locks, since
@@ -16,29 +12,27 @@ QEMU's `change-backing-file` records the overlay's own format for the base.
 
 import contextlib
 import os
-import re
 import shlex
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from qmpmerge import given
-from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.errors import ImageUnreadable, InUse, NeedsSecret, NotWritable, QemuRefused, SessionLost
+from qmpmerge.errors import InUse, NotWritable, QemuRefused, SessionLost
 from qmpmerge.given import Paths
 from qmpmerge.images import walk
 from qmpmerge.images.headers import Oddity
+from qmpmerge.images.qemuimg import Header
 from qmpmerge.images.walk import Layer
-from qmpmerge.processes import holders, limits, proc
+from qmpmerge.processes import holders, limits
 from qmpmerge.processes.holders import User
 from qmpmerge.qemu import discovery, storagedaemon
 from qmpmerge.qemu.blockgraph import Disk, DiskName, Layout
 from qmpmerge.qemu.monitor import Monitor, Trace
-from qmpmerge.targets import identity
+from qmpmerge.targets import identity, nodes, shown
+from qmpmerge.targets.nodes import Named
+from qmpmerge.targets.shown import Shown
 from qmpmerge.targets.target import ChainView, Target
-
-SECRET = "qmpmerge-secret"  # noqa: S105 - the id of the object, not the passphrase
 
 
 class OfflineTarget(Target):
@@ -46,38 +40,16 @@ class OfflineTarget(Target):
 
     is_live = False
 
-    def __init__(self, session: Monitor, target: str, layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
+    def __init__(self, session: Monitor | None, target: str, users: tuple[User, ...]) -> None:
         super().__init__(session, target)
         self._name = os.path.basename(target)
-        self._layers = layers
         self.users = users
 
-    async def open_for_writing(self, images: Collection[Image]) -> None:
-        """The last time that they are opened by name. Raises NotWritable, Replaced."""
-        numbered = {f"layer{number}": (number, layer) for number, layer in enumerate(self._layers, 1)}
-        written = [numbered[image.node or ""] for image in images]
-        for image, (_number, layer) in zip(images, written, strict=True):
-            if image.inode not in layer.inodes:  # its name led elsewhere when QEMU was asked for it
-                raise identity.swapped(layer.file)
-        nodes = [
-            node
-            for number, layer in written
-            if layer is not self._layers[-1]  # the active image is open for writing already
-            for node in _files(layer, number, write=True, now=True)
-            if "filename" in node
-        ]
-        replies = await self.monitor.execute_all([("blockdev-reopen", {"options": [node]}) for node in nodes])
-        _see_approved(self.pid, self._layers, [layer for _number, layer in written])
-        for node, reply in zip(nodes, replies, strict=True):
-            if isinstance(reply, QemuRefused):
-                raise NotWritable(file=str(node["filename"]), reason=reply.reason)
-
-    async def layout(self) -> Layout:
+    def _named(self, layout: Layout) -> Layout:
         """The disk is called like its active image's file; that we have opened it read-only is not the disk's doing."""
-        layout = await discovery.discover(self.monitor, self.locate())
-        return replace(layout, disks=tuple(map(self._named, layout.disks)))
+        return replace(layout, disks=tuple(map(self._called, layout.disks)))
 
-    def _named(self, disk: Disk) -> Disk:
+    def _called(self, disk: Disk) -> Disk:
         assert disk.chain is not None, "there are no empty drives here"
         active = replace(disk.chain.active, read_only=not os.access(disk.chain.active.file, os.W_OK))
         return replace(disk, name=self._name, chain=Chain((*disk.chain.images[:-1], active)))
@@ -90,6 +62,53 @@ class OfflineTarget(Target):
             for user in self.users or ()
         ]
         return replace(view, oddities=(*view.oddities, *odd))
+
+
+class _Opened(OfflineTarget):
+    """The chain is open in a storage daemon."""
+
+    def __init__(self, session: Monitor, target: str, users: tuple[User, ...], images: Sequence[Named]) -> None:
+        super().__init__(session, target, users)
+        self._images = images
+        self._paths = {image.name: image.layer.file for image in images}
+
+    async def open_for_writing(self, images: Collection[Image]) -> None:
+        """The last time that they are opened by name. Raises NotWritable, Replaced."""
+        by_node = {image.node: image for image in self._images}
+        written = [by_node[image.node or ""] for image in images]
+        for image, opened in zip(images, written, strict=True):
+            if image.inode not in opened.layer.inodes:  # its name led elsewhere when QEMU was asked for it
+                raise identity.swapped(opened.layer.file)
+        # the active image is open for writing already
+        options = list(nodes.reopened([opened for opened in written if opened is not self._images[-1]]))
+        replies = await self.monitor.execute_all([("blockdev-reopen", {"options": [node]}) for node in options])
+        approved = [opened.layer for opened in self._images]
+        nodes.see_approved(self.pid, approved, [opened.layer for opened in written])
+        for node, reply in zip(options, replies, strict=True):
+            if isinstance(reply, QemuRefused):
+                raise NotWritable(file=self._paths.get(node["filename"], node["filename"]), reason=reply.reason)
+
+    async def layout(self) -> Layout:
+        return self._named(await discovery.discover(self.monitor, self.locate()))
+
+    def locate(self) -> discovery.Locate:
+        """The daemon was given names that begin in its folder: they mean the files that were walked."""
+        located = super().locate()
+        return lambda name: located(self._paths.get(name, name))
+
+
+class _Shown(OfflineTarget):
+    """The chain as it was when it was looked at: there is no session."""
+
+    def __init__(self, target: str, users: tuple[User, ...], told: Shown) -> None:
+        super().__init__(None, target, users)
+        self._told = told
+
+    async def layout(self) -> Layout:
+        return self._named(self._told.layout)
+
+    async def written(self, chain: Chain) -> tuple[Header | None, ...]:
+        return self._told.headers
 
 
 @contextlib.asynccontextmanager
@@ -107,23 +126,33 @@ async def offline(
     Open the chain whose active image is `image`.
 
     With `write` the active image is locked, and it is refused when anybody holds that one, or may write to another: who only
-    reads those below is in the target's `users`. Without, they are read shared with whoever writes them. A `dry_run` asks for
-    the same and changes nothing: QEMU repairs an image that it opens for writing, and clears marks in its header that it does
-    not know. `allow` are files and folders that headers may name besides the image's folder. `form` is the image's own format,
-    where it is a device or is called raw. `secret` is the passphrase of encrypted images.
+    reads those below is in the target's `users`. Without, they are read shared with whoever writes them, and where their
+    headers tell all, only once and without a session. A `dry_run` asks for the same as `write` and changes nothing: QEMU
+    repairs an image that it opens for writing, and clears marks in its header that it does not know. `allow` are files and
+    folders that headers may name besides the image's folder. `form` is the image's own format, where it is a device or is
+    called raw. `secret` is the passphrase of encrypted images.
 
-    Raises InUse, NeedsSecret, Replaced, TooFewFiles, what `walk.walk` raises, ToolMissing.
+    Raises InUse, NeedsSecret, Replaced, TooDeep, TooFewFiles, what `walk.walk` raises, ToolMissing.
     """
     image, allowed = os.fspath(image), tuple(given.paths(allow))
-    async with storagedaemon.started() as daemon:
-        layers = walk.walk(image, allow=allowed, form=form)
-        limits.refuse_few(len(layers))
+    layers = walk.walk(image, allow=allowed, form=form, deepest=None)
+    target: OfflineTarget
+    if not write and (told := await shown.read(layers)) is not None:
+        target = _Shown(image, await holders.lasting([layer.file for layer in layers]), told)
+        target.allowed = allowed
+        yield target
+        return
+    walk.refuse_deep(layers)
+    limits.refuse_few(len(layers))
+    folder = nodes.folder_of(layers)
+    async with storagedaemon.started(folder) as daemon:
         users = await holders.lasting([layer.file for layer in layers])
         if write:
             _refuse_used(layers, users)
         async with daemon.session(trace=trace) as session:
-            await _open(session, layers, write=write, dry_run=dry_run, secret=secret)
-            target = OfflineTarget(session, image, layers, users)
+            images = nodes.named(layers, folder)
+            await nodes.add(session, images, write=write, dry_run=dry_run, secret=secret)
+            target = _Opened(session, image, users, images)
             target.allowed = allowed
             with _known_to_be_gone(image):
                 yield target
@@ -157,97 +186,3 @@ def _instead(user: User) -> str:
         name = shlex.quote(user.vm.name or f"pid:{user.vm.pid}")
         return f"run the command with `{name}` for TARGET, in place of the image: `qmpmerge disks {name}` shows what it has"
     return "shut that VM down first, or start it with a QMP monitor and merge live"
-
-
-async def _open(session: Monitor, layers: tuple[Layer, ...], *, write: bool, dry_run: bool, secret: str | None) -> None:
-    """Open the nodes, base first, named ``layer1`` and up; the active image alone is opened for writing."""
-    encrypted = next((layer for layer in layers if layer.encrypted), None)
-    if encrypted is not None:
-        if secret is None:
-            raise NeedsSecret(image=encrypted.file)
-        await session.execute("object-add", qom_type="secret", id=SECRET, data=secret)
-    active = None if dry_run or not write else layers[-1]
-    nodes = [
-        (layer, node)
-        for number, layer in enumerate(layers, 1)
-        for node in [
-            *_files(layer, number, write=write, now=write and layer is layers[-1]),
-            _image(layer, number, write=write, writable=layer is active),
-        ]
-    ]
-    replies = await session.execute_all([("blockdev-add", node) for _layer, node in nodes])
-    for (layer, _node), reply in zip(nodes, replies, strict=True):
-        if isinstance(reply, QemuRefused):
-            if re.search(r"Failed to get .*lock", reply.reason):
-                raise InUse(file=layer.file, holders=["another process"], command="end it, or wait")
-            raise ImageUnreadable(file=layer.file, reason=reply.reason)
-    _see_approved(session.pid, layers, layers)
-
-
-def _see_approved(pid: int | None, approved: Sequence[Layer], needed: Sequence[Layer]) -> None:
-    """The daemon has open what is needed, and nothing but what was approved. Raises Replaced."""
-    opened = proc.open_inodes(pid) if pid is not None else set()
-    unknown = opened - {inode for layer in approved for inode in layer.inodes}
-    for layer in reversed(needed):
-        if unknown or not layer.inodes <= opened:
-            raise identity.swapped(layer.file)
-
-
-def _files(layer: Layer, number: int, *, write: bool, now: bool) -> list[dict[str, Any]]:
-    """The nodes of an image's file, or of the part of it, and of its data; `now` opens them for writing at once."""
-    node = f"layer{number}"
-    file = _file(layer.file, f"{node}-file", is_device=layer.is_device, write=write, now=now)
-    nodes = [file]
-    if layer.slice is not None:
-        more = {"node-name": f"{node}-part", "read-only": not write, "auto-read-only": True, "discard": "unmap"}
-        nodes.append(
-            {**backing.part(layer.slice, file["node-name"]), **more, **({} if write else {"force-share": True})}
-        )
-    if layer.data_file is not None:
-        nodes.append(_file(layer.data_file, f"{node}-data", write=write, now=now))
-    return nodes
-
-
-def _image(layer: Layer, number: int, *, write: bool, writable: bool) -> dict[str, Any]:
-    """An image's node on those of its files."""
-    node = f"layer{number}"
-    options: dict[str, Any] = {
-        "driver": layer.format,
-        "node-name": node,
-        "read-only": not writable,
-        "discard": "unmap",
-        "file": f"{node}-file" if layer.slice is None else f"{node}-part",
-        **_key(layer),
-    }
-    if layer.format == "qcow2":
-        options["backing"] = f"layer{number - 1}" if number > 1 else None
-    if layer.data_file is not None:
-        options["data-file"] = f"{node}-data"
-    if not write:
-        options["force-share"] = True
-    return options
-
-
-def _file(file: str, node: str, *, is_device: bool = False, write: bool, now: bool) -> dict[str, Any]:
-    """
-    The node of the file, by threads through the host's cache, which is QEMU's default.
-
-    io_uring is no faster for certain on two processors, and the one of QEMU 7.2 and 10.0 hangs on compressed clusters;
-    past the cache (`cache.direct`) a merge takes twice as long.
-    """
-    return {
-        "driver": "host_device" if is_device else "file",
-        "node-name": node,
-        "filename": file,
-        "read-only": not write,
-        "auto-read-only": not now,
-        "discard": "unmap",
-        # A reader takes no locks: while an image is merged not even `force-share` would let it in.
-        **({} if write else {"force-share": True, "locking": "off"}),
-    }
-
-
-def _key(layer: Layer) -> dict[str, Any]:
-    if not layer.encrypted:
-        return {}
-    return {"key-secret": SECRET} if layer.format == "luks" else {"encrypt": {"format": "luks", "key-secret": SECRET}}

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.chain.state import State
-from qmpmerge.errors import NoSuchJob, PauseUnproven, QemuRefused, StreamConcluded
+from qmpmerge.errors import NoSuchJob, NotWritable, PauseUnproven, QemuRefused, StreamConcluded
 from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
+from qmpmerge.images.qemuimg import Header
 from qmpmerge.journal import store
 from qmpmerge.journal.store import Disbelieved
 from qmpmerge.processes.openfiles import OpenFiles
@@ -57,8 +58,10 @@ class Target:
 
     is_live = True
 
-    def __init__(self, session: Monitor, name: str, connect: Callable[[], Awaitable[Monitor]] | None = None) -> None:
-        self.monitor = session
+    def __init__(
+        self, session: Monitor | None, name: str, connect: Callable[[], Awaitable[Monitor]] | None = None
+    ) -> None:
+        self._session = session
         self.name = name
         self.allowed: tuple[str, ...] = ()
         self.users: tuple[User, ...] | None = None
@@ -67,9 +70,21 @@ class Target:
         self._files: dict[tuple[int | None, str], Inode] = {}
 
     @property
+    def monitor(self) -> Monitor:
+        """The session. Raises NotWritable where there is none, of images that were opened to be looked at."""
+        if self._session is None:
+            raise NotWritable(file=self.name, reason="it was opened without `write`, to be looked at")
+        return self._session
+
+    @property
     def pid(self) -> int | None:
         """The QEMU process, where the kernel tells it."""
-        return self.monitor.pid
+        return None if self._session is None else self._session.pid
+
+    def tell_waits(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` hear a sentence when others are waited for."""
+        if self._session is not None:
+            self._session.tell = tell
 
     @property
     def can_reconnect(self) -> bool:
@@ -83,7 +98,7 @@ class Target:
         """
         assert self._connect is not None, "see `can_reconnect`"
         await self.monitor.close()
-        old, self.monitor = self.monitor, await self._connect()
+        old, self._session = self.monitor, await self._connect()
         self.monitor.tell = old.tell
         if old.has_paused:
             try:
@@ -113,9 +128,11 @@ class Target:
         layout = await self.layout()
         if not details:
             return list(layout.disks)
-        from qmpmerge.qemu.details import of_disks
+        from qmpmerge.qemu.details import of_disk, of_disks
 
-        return await of_disks(self.monitor, layout)
+        if self._session is None:
+            return [of_disk(layout, disk) for disk in layout.disks]
+        return await of_disks(self._session, layout)
 
     async def disk(self, name: DiskName | None = None) -> Disk:
         """The disk that `name` means; without one the only disk with a backing chain."""
@@ -123,7 +140,7 @@ class Target:
 
     async def job(self, name: str) -> Job:
         """The job of this id, or the only one on the disk of this name. Raises NoSuchJob."""
-        known = await query(self.monitor)
+        known = await self._running()
         found = next((job for job in known if job.id == name), None)
         if found is None:
             with contextlib.suppress(StreamConcluded):
@@ -150,9 +167,13 @@ class Target:
         if self._is_reminded(chain):
             layout = await self.layout()
             found, chain = self._found(layout, disk)
-        written = await headers.read(chain)
+        written = await self.written(chain)
         odd = (*headers.oddities(chain, written), *unfinished(found))
         return ChainView(found, headers.as_written(chain, written), odd, layout)
+
+    async def written(self, chain: Chain) -> tuple[Header | None, ...]:
+        """The headers of its images as they stand on disk now, base first, as `headers.read` has it."""
+        return await headers.read(chain)
 
     def _found(self, layout: Layout, disk: DiskName | None) -> tuple[Disk, Chain]:
         found = layout.find(disk, self.name)
@@ -161,12 +182,15 @@ class Target:
 
     async def jobs(self) -> list[Job]:
         """All block jobs, each with the disk it works on where the graph tells it."""
-        if not await query(self.monitor):
+        if not await self._running():
             return []
         try:
             return list((await self.layout()).jobs)
         except StreamConcluded:
-            return await query(self.monitor)
+            return await self._running()
+
+    async def _running(self) -> list[Job]:
+        return [] if self._session is None else await query(self._session)
 
     async def close(self, nodes: Sequence[str]) -> None:
         """Close nodes, top down, that nobody uses any more; those that QEMU has named go by themselves."""

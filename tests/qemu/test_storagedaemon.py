@@ -16,7 +16,7 @@ from rig.command import Begun, invoke
 from rig.machines import Content
 
 import qmpmerge
-from qmpmerge.errors import SessionLost
+from qmpmerge.errors import ImageUnreadable, SessionLost
 from qmpmerge.qemu import storagedaemon
 
 SYSTEM = "qemu-system-x86_64"
@@ -68,13 +68,34 @@ async def test_a_qemu_without_a_machine_does_the_same(
 
 
 def test_without_either_the_package_is_named(images: list[Path], tmp_path: Path) -> None:
-    for words in (["commit"], ["chain"]):
-        (tmp_path / words[0]).mkdir()
-        path = programs(tmp_path / words[0] / "bin", "qemu-img")
-        run = invoke(words[0], str(images[3]), env={"PATH": path})
+    for word, *has in (["commit", "qemu-img"], ["chain"]):
+        path = programs(tmp_path / word, *has)
+        run = invoke(word, str(images[3]), env={"PATH": path})
         assert (run.code, run.out) == (3, "")
         assert "qemu-storage-daemon is not installed" in run.err
         assert "apt-get install qemu-system-common" in run.err
+    assert invoke("chain", str(images[3]), env={"PATH": str(tmp_path / "commit")}).code == 0
+
+
+async def test_the_program_is_not_looked_for_among_the_images(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is started: a PATH may have folders that are meant from our own."""
+    here, planted = tmp_path / "here", images[0].parent / "bin"
+    planted.mkdir()
+    for name in (storagedaemon.DAEMON, SYSTEM):
+        (planted / name).symlink_to("/bin/false")
+    here.mkdir()
+    programs(here / "bin", storagedaemon.DAEMON, "qemu-img")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PATH", "bin")
+    async with storagedaemon.started(str(images[0].parent)) as daemon, daemon.session() as session:
+        assert program_of(session.pid) == storagedaemon.DAEMON
+        assert os.readlink(f"/proc/{session.pid}/cwd") == str(images[0].parent)
+    with pytest.raises(ImageUnreadable) as refused:
+        async with storagedaemon.started(f"{images[0].parent}/none"):
+            pass
+    assert (refused.value.file, refused.value.reason) == (f"{images[0].parent}/none", "No such file or directory")
 
 
 def test_without_either_nothing_is_left_open(images: list[Path], tmp_path: Path) -> None:
