@@ -307,6 +307,11 @@ def reading(path: str, flags: int = os.O_RDONLY) -> File:
         return opened(seen, flags)
 
 
+def in_memory() -> File:
+    """A file that has no name and lies nowhere, and is gone with the last who has it open."""
+    return File(os.memfd_create("qmpmerge"), "a file in memory")
+
+
 def split(path: str) -> tuple[Folder, str]:
     """The folder of a path, and the name in it."""
     folder, name = os.path.split(path)

@@ -229,6 +229,7 @@ async def _copied(run: Run, doorbell: Doorbell) -> Job | None:
         job = await blockjob.copy(run, doorbell)
     if job is None and not run.is_started:
         await proof.prove_old_chain(run)
+        await run.operation.let_go(run)
         raise JobFailed(job=run.job, reason="the session was lost before QEMU had started it")
     return job
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qmpmerge import shield
 from qmpmerge.chain.outcome import MergedFile, Verdict, files_advice
 from qmpmerge.chain.plan import PullPlan
-from qmpmerge.engine import blockjob, proof, safeguards
+from qmpmerge.engine import blockjob, copies, proof, safeguards
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     CannotRecover,
+    Failed,
     FlushUnavailable,
     HeaderNotDurable,
     NoSuchDisk,
@@ -29,6 +30,7 @@ from qmpmerge.errors import (
     NotProven,
     NotWritable,
     QemuRefused,
+    Untouched,
     unproven,
 )
 from qmpmerge.images import qcow2
@@ -55,25 +57,37 @@ class Pull:
     decisions: ClassVar[frozenset[str]] = frozenset({"pending", "concluded"})
 
     async def start(self, run: Run) -> None:
-        """Send block-stream, to the image's own node and not to a filter above it. Raises NotWritable, QemuRefused."""
+        """Send block-stream, to the image's own node and not to a filter above. Raises NotWritable, QemuRefused, NotDurable."""
+        try:
+            run.copies = await copies.foresee(run, self.plan)
+            await self._ask(run)
+        except (Untouched, Failed):
+            await copies.forget(run, self.plan)
+            raise
+
+    async def _ask(self, run: Run) -> None:
         arguments: dict[str, Any] = {
             "job_id": run.job,
             "device": self.plan.overlay.node,
-            "filter_node_name": f"qmpmerge-pull-{zlib.crc32(run.job.encode()):08x}",  # 31 characters at the most
+            "filter_node_name": _filter(run),
             "speed": run.speed or 0,
             "on_error": "enospc",
             "auto_finalize": False,
             "auto_dismiss": True,
+            **await self._base(run),
         }
-        try:
-            await run.target.monitor.execute("block-stream", **arguments, **await self._base(run))
-        except QemuRefused as error:
+        more = copies.taking_over(run, self.plan, _filter(run))
+        started, *taken = await run.target.monitor.execute_all([("block-stream", arguments), *more])
+        if isinstance(started, QemuRefused):
             with unproven(run.target.name, f"no job {run.job}, since QEMU refused to start it"):
                 if await jobs.look(run.target.monitor, run.job) is not None:
                     raise NotProven(target=run.target.name, expected=f"no job {run.job}", found="it at work") from None
-            if "read-only" in error.reason or "Failed to get" in error.reason:
-                raise NotWritable(file=self.plan.overlay.file, reason=error.reason) from None
-            raise
+            if "read-only" in started.reason or "Failed to get" in started.reason:
+                raise NotWritable(file=self.plan.overlay.file, reason=started.reason) from None
+            raise started
+        if any(isinstance(reply, QemuRefused) for reply in taken):
+            run.copies = f"what a guest writes cannot be noted: {taken[0].reason}"
+            await copies.forget(run, self.plan)
 
     async def _base(self, run: Run) -> dict[str, Any]:
         """
@@ -99,10 +113,10 @@ class Pull:
             return
         await safeguards.see_files(run, doorbell)
         await safeguards.make_receiver_durable(run, doorbell)
-        await safeguards.verify(run, doorbell)
+        await copies.verify(run, doorbell, self.plan, _filter(run))
         if run.suspect is not None:
             run.notes.append(
-                f"an earlier flush of {self.plan.overlay.file} failed ({run.suspect}): what was copied then was not compared"
+                f"what an earlier pull has copied into {self.plan.overlay.file} was not compared: it failed ({run.suspect})"
             )
 
     async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
@@ -173,10 +187,11 @@ class Pull:
         Where it has a node with a name of the user's it can be told otherwise.
         """
         plan = self.plan
+        await copies.forget(run, plan)
         if not plan.is_in_the_middle or not run.target.is_live or (plan.overlay.node or "#").startswith("#"):
             return
-        node = (await run.target.layout()).nodes[plan.overlay.node or ""]
-        if node.info.get("ro", True):
+        node = (await run.target.layout()).nodes.get(plan.overlay.node or "")
+        if node is None or node.info.get("ro", True):
             return
         options = {
             "driver": node.driver,
@@ -204,3 +219,8 @@ class Pull:
         """Nothing changes for the VM's next start."""
         stays = f"the VM is started from {self.plan.chain.active.file}, as before"
         return [stays, *files_advice(merged)]
+
+
+def _filter(run: Run) -> str:
+    """The name of the job's filter, of 31 characters at the most."""
+    return f"qmpmerge-pull-{zlib.crc32(run.job.encode()):08x}"

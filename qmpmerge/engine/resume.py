@@ -228,6 +228,8 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
             run.notes[:0] = run.operation.advice(merged)
         else:
             await _undone(run, judged)
+        if judged.way != "leave" and target is not None:
+            await run.operation.let_go(run)
         if judged.way != "leave" and run.record is not None:
             raise CannotRecover(file=image, reason=run.notes[-1])
     except OSError as error:

@@ -17,7 +17,7 @@ from qmpmerge.engine.pace.course import Course
 from qmpmerge.engine.pace.progress import Progress, Report, ReportRaised, unreported
 from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.engine.request import Request
-from qmpmerge.errors import CannotRecord, CannotRecover, JobFailed, NotDurable, NotVerified
+from qmpmerge.errors import CannotRecord, CannotRecover, Damaged, JobFailed, NotDurable, NotVerified
 from qmpmerge.guest.deadman import Switch
 from qmpmerge.images import compare
 from qmpmerge.images.files import Seen
@@ -43,8 +43,9 @@ class Run:
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_sent` says that
     the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
     that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
-    that the operation leaves open, top down. `seen` is the job as it was seen last,
-    `course` what it has to copy, where that was found out. `notes` are sentences for the user.
+    that the operation leaves open, top down. `seen` is the job as it was seen last, `course` what it has to copy, where that was
+    found out, `copies` what a pull copies where it is to be compared, or why that is not known. `notes` are sentences for the
+    user.
     """
 
     operation: Operation
@@ -75,6 +76,7 @@ class Run:
     seen: Job | None = None
     course: Course | None = None
     copied: int | None = None
+    copies: compare.Shown | str = "an earlier run has begun it, and what the image held before is not known"
     notes: list[str] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
     started: float = field(default_factory=time.monotonic)
@@ -337,6 +339,8 @@ def _suspicion(error: BaseException | None) -> str | None:
     The reason where after this failure base may not hold what QEMU believes: not where somebody cancelled the job, or
     where base and top could not be compared.
     """
+    if isinstance(error, Damaged):
+        return compare.DIFFERENT
     if isinstance(error, NotVerified):
         return error.reason if error.reason == compare.DIFFERENT else None
     if isinstance(error, JobFailed | NotDurable):

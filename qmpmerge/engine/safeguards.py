@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from qmpmerge import shield
-from qmpmerge.chain.plan import Plan, PullPlan
+from qmpmerge.chain.plan import Plan
 from qmpmerge.engine import blockjob, rest
 from qmpmerge.engine.pace.course import Course
 from qmpmerge.engine.run import Run
@@ -30,7 +30,6 @@ from qmpmerge.qemu import bitmaps, flush, mutex, vmstate
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 from qmpmerge.targets import identity
-from qmpmerge.targets.target import Target
 
 CHEAP_BYTES = 256 * 1024 * 1024
 """Up to this much in the merged images, base and top are compared unless the user says no."""
@@ -158,17 +157,15 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
 
 async def _is_same(run: Run) -> bool:
     """As `compare.same`, which opens names. Raises ImageUnreadable also where one leads to another file."""
-    _see_what_is_compared(run)
+    see_what_is_compared(run)
     if run.operation.pivots and run.target.is_live:
         await write_out_top(run)
-    if isinstance(run.plan, PullPlan):
-        same = await (compare.is_complete(run.plan) if _is_written(run.plan, run.target) else compare.same(run.plan))
-    elif run.operation.pivots:
+    if run.operation.pivots:
         same = await compare.same(run.plan)
     else:
         same = await compare.same(run.plan, run.course.extents if run.course is not None else None)
     if not same:
-        _see_what_is_compared(run)  # it may have been given to another file meanwhile
+        see_what_is_compared(run)  # it may have been given to another file meanwhile
     return same
 
 
@@ -186,7 +183,8 @@ async def write_out_top(run: Run) -> None:
         pass
 
 
-def _see_what_is_compared(run: Run) -> None:
+def see_what_is_compared(run: Run) -> None:
+    """Comparisons open names, which must lead to the images that are meant. Raises ImageUnreadable."""
     for image in run.plan.views[0]:
         astray = identity.astray(image, run.target.pid)
         if astray is not None:
@@ -221,7 +219,7 @@ async def counting(run: Run) -> AsyncIterator[None]:
 
 async def _count(run: Run) -> None:
     with contextlib.suppress(ImageUnreadable, ToolMissing, OSError):  # a figure is no reason to fail
-        _see_what_is_compared(run)
+        see_what_is_compared(run)
         run.course = Course(await compare.copied(run.plan))
         run.copied = run.course.total
 
@@ -230,17 +228,10 @@ def _is_compared(run: Run) -> bool:
     """Whether it is to be, as far as the merge itself decides that."""
     if run.verify is not None:
         return run.verify
-    if _is_written(run.plan, run.target):  # by its tables alone, whatever the images hold
-        return len(run.plan.chain) <= CHEAP_LAYERS
-    return not run.plan.receiver.has_path or _is_cheap(run.plan)
+    return not run.plan.receiver.has_path or is_cheap(run.plan)
 
 
-def _is_written(planned: Plan, target: Target) -> bool:
-    """Whether the guest may write to what is pulled into, at any time."""
-    return isinstance(planned, PullPlan) and target.is_live and not planned.is_in_the_middle
-
-
-def _is_cheap(planned: Plan) -> bool:
+def is_cheap(planned: Plan) -> bool:
     """Whether what the comparison has to open and to read is little."""
     sizes = [image.allocated for image in planned.merged]
     few = len(planned.chain) <= CHEAP_LAYERS

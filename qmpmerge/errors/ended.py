@@ -72,6 +72,22 @@ class NotVerified(Failed):
     advice = "the old chain is in use and right; look at the storage of {base} before you try again"
 
 
+class Damaged(Unknown):
+    """
+    What a pull has copied is not what it was copied from, and no guest has written there. The job was cancelled, and the old
+    chain is in use, but whoever reads the overlay reads the copy.
+    """
+
+    overlay: str
+    below: list[str]
+    offset: int
+    sentence = (
+        "{overlay} was compared before the switch: from byte {offset} on it holds something else than the images that it was "
+        "copied from; nothing was switched, but the guest reads the copy"
+    )
+    advice = "keep {below}, where it is right, and look at the storage of {overlay}, which has changed what was written to it"
+
+
 class NotAtRest(Failed):
     """The guest was paused to compare base with top, and somebody let it run, or wrote; the job was cancelled."""
 

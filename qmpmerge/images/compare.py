@@ -3,11 +3,12 @@ Base and top compared while both still exist, for what was copied and not for th
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.errors import ImageUnreadable
-from qmpmerge.images import nbd, qemuimg
+from qmpmerge.images import masks, nbd, qemuimg
 from qmpmerge.images.qemuimg import Extent
 
 PARTS = 16
@@ -26,10 +27,9 @@ async def copied(planned: Plan) -> list[Extent]:
     What is copied, in order: what the merged images hold between them, or what the overlay that is pulled into shows of them,
     zeros left out, as it is now. Raises ImageUnreadable, ToolMissing.
     """
-    await nbd.see_that_they_answer(planned.touched if isinstance(planned, PullPlan) else planned.merged)
     if isinstance(planned, PullPlan):
-        shown = await qemuimg.shown_of_below((*planned.merged, planned.overlay))
-        return [extent for extent in shown if not extent.zero]
+        return [extent for extent in (await shown(planned)).below if not extent.zero]
+    await nbd.see_that_they_answer(planned.merged)
     return await qemuimg.held(planned.merged)
 
 
@@ -52,13 +52,45 @@ async def same(planned: Plan, held: Sequence[Extent] | None = None) -> bool:
     return True
 
 
-async def is_complete(planned: PullPlan) -> bool:
-    """
-    Whether the overlay shows nothing any more of the images that leave: by its tables alone, since somebody may write to it
-    meanwhile. They must be flushed. Raises ImageUnreadable, ToolMissing.
-    """
+@dataclass(frozen=True)
+class Shown:
+    """What the overlay of a pull holds of its `own`, and what it shows of those `below` that leave."""
+
+    own: list[Extent]
+    below: list[Extent]
+
+
+async def shown(planned: PullPlan) -> Shown:
+    """By the tables alone, since somebody may write meanwhile. They must be flushed. Raises ImageUnreadable, ToolMissing."""
     await nbd.see_that_they_answer(planned.touched)
-    return not await qemuimg.shown_of_below((*planned.merged, planned.overlay))
+    return Shown(*await qemuimg.shown((*planned.merged, planned.overlay)))
+
+
+async def copy_differs_at(
+    planned: PullPlan, before: Shown, written: Callable[[], Awaitable[list[Extent]]]
+) -> int | None:
+    """
+    The first byte at which the overlay of a pull differs from what it has shown `before` of the images below; None where there
+    is none.
+
+    Guests may write meanwhile: where there is a difference it is asked what they have `written`, and that is left out.
+    Raises ImageUnreadable, ToolMissing, and what that raises.
+    """
+    old, new = planned.chain.images[: planned.chain.index(planned.top)], planned.views[1]
+    size = planned.overlay.virtual_size
+    mask = masks.mask(before.own, size)
+    for part in parts(before.below, size):
+        start = part.start
+        while start < part.end:
+            offset = await qemuimg.differs_at(old, new, Extent(start, part.end - start), mask)
+            if offset is None:
+                break
+            theirs = await written()
+            there = next((one for one in theirs if one.start <= offset < one.end), None)
+            if there is None:
+                return offset
+            mask, start = masks.mask([*before.own, *theirs], size), there.end
+    return None
 
 
 def parts(held: Sequence[Extent], size: int) -> list[Extent]:

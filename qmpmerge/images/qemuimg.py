@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from qmpmerge.folder import File
 from qmpmerge.images import qcow2
 
 SECONDS = 60.0
+_OFFSET = re.compile(rb"offset (\d+)")
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,11 @@ async def create_overlay(file: File, *, size: int, backing: str, backing_format:
     await _run(file.path, "create", "-q", "-u", "-f", format, *named, file.link, str(size), opened=[file])
 
 
+async def create(file: File, size: int) -> None:
+    """Make an empty qcow2 of `size` bytes in this file. Raises ImageUnreadable, ToolMissing."""
+    await _run(file.path, "create", "-q", "-f", "qcow2", file.link, str(size), opened=[file])
+
+
 async def repoint(file: File, backing: str, backing_format: str) -> None:
     """
     Write another backing name into the qcow2 header of this file, which is open for writing; no backing image is opened.
@@ -183,9 +190,10 @@ async def held_by(overlay: str) -> list[Extent]:
     return [] if qcow2.is_empty(overlay) else await held([Image(overlay, "qcow2", 0)])
 
 
-async def shown_of_below(images: Sequence[Image]) -> list[Extent]:
-    """What the last of these images shows of the others, as `held` reads."""
-    return [extent for extent, depth in await _mapped(images) if depth > 0]
+async def shown(images: Sequence[Image]) -> tuple[list[Extent], list[Extent]]:
+    """What the last of these images holds itself, and what it shows of the others, as `held` reads."""
+    mapped = await _mapped(images)
+    return [extent for extent, depth in mapped if depth == 0], [extent for extent, depth in mapped if depth > 0]
 
 
 async def _mapped(images: Sequence[Image]) -> list[tuple[Extent, int]]:
@@ -214,15 +222,26 @@ async def same(chain: Sequence[Image], other: Sequence[Image], within: Extent | 
     Holes cost nothing, all else is read. Nobody may write meanwhile, and what was written must be flushed. Raises
     ImageUnreadable when either cannot be opened like that (encrypted, on other networks than NBD), ToolMissing.
     """
+    return await differs_at(chain, other, within) is None
+
+
+async def differs_at(
+    chain: Sequence[Image], other: Sequence[Image], within: Extent | None = None, mask: File | None = None
+) -> int | None:
+    """
+    The same, telling at which byte the first difference is; None where there is none. What a `mask` has (see `masks`) is not
+    compared.
+    """
     opened = _Files()
     try:
-        sources = [_source(node, within) for node in opened.both(chain, other)]
+        sources = [_source(opened.masked(node, mask), within) for node in opened.both(chain, other)]
     except OSError as error:
         raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
-    code, _output, complaints = await _finished("compare", "-q", *sources, seconds=None, opened=opened.all)
+    code, output, complaints = await _finished("compare", *sources, seconds=None, opened=opened.all)
     if code not in (0, 1):  # 1: they differ; more: it is not known
         raise ImageUnreadable(file=chain[-1].file, reason=_first_line(complaints))
-    return code == 0
+    start, place = within.start if within is not None else 0, _OFFSET.search(output)
+    return None if code == 0 else start + (int(place[1]) if place is not None else 0)
 
 
 def _source(node: dict[str, object], within: Extent | None = None) -> str:
@@ -248,6 +267,13 @@ class _Files:
         # Below an image only a file can be described anew: QEMU would mix all else with what the header names.
         # So the lower part gets a name, is opened first, and is referred to.
         return {**lower, "node-name": "lower"}, self.chain(chain[len(other) :], "lower")
+
+    def masked(self, node: dict[str, object], mask: File | None) -> dict[str, object]:
+        """A chain below a mask, where there is one."""
+        if mask is None:
+            return node
+        self.all.append(mask)
+        return {"driver": "qcow2", "file": {**backing.storage(mask.link), "locking": "off"}, "backing": node}
 
     def chain(self, images: Sequence[Image], lowest: str | None = None) -> dict[str, object]:
         """

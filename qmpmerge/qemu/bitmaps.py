@@ -5,7 +5,7 @@ Neither commit nor stream of QEMU moves them (5.2 to 11.1): they stay in the old
 would miss what they tell.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -14,6 +14,9 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan, Plan
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.monitor import Monitor
+
+OURS = "qmpmerge-writes"
+"""The name of one that a pull makes for itself (`writes`), in QEMU's memory alone."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Bitmap:
 
 
 def of(layout: Layout, images: Sequence[Image]) -> list[Bitmap]:
-    """The named bitmaps of these images, base first; those without a name are some job's own."""
+    """The named bitmaps of these images, base first; those without a name are some job's own, and `OURS` is a pull's."""
     return [
         Bitmap(
             image=image,
@@ -46,8 +49,13 @@ def of(layout: Layout, images: Sequence[Image]) -> list[Bitmap]:
         )
         for image in images
         for entry in layout.nodes[image.node or ""].info.get("dirty-bitmaps", ())
-        if entry.get("name")
+        if entry.get("name") and not is_ours(entry)
     ]
+
+
+def is_ours(entry: Mapping[str, Any]) -> bool:
+    """Whether it is that of a pull, by what QEMU tells of it: nobody else's that happens to be called so is kept."""
+    return bool(entry.get("name") == OURS and not entry["persistent"])
 
 
 def obstacle(layout: Layout, plan: CommitPlan, bitmap: Bitmap) -> str | None:

@@ -119,6 +119,19 @@ class Monitor:
                 raise value
         return replies
 
+    async def hand_over(self, descriptor: int) -> int:
+        """
+        Give QEMU a descriptor of ours, and return the number of the set in which it has it (``/dev/fdset/N``), until
+        `remove-fd`. Raises as `execute`, QemuRefused also where the monitor is no UNIX socket of this host.
+        """
+        try:
+            if self._connection.family != socket.AF_UNIX:
+                raise OSError("its monitor is no UNIX socket")
+            socket.send_fds(self._connection, [b" "], [descriptor])
+        except OSError as error:
+            raise QemuRefused(command="add-fd", reason=error.strerror or str(error)) from None
+        return int((await self.execute("add-fd"))["fdset-id"])
+
     def _tell(self, direction: str, message: object) -> None:
         if self._trace is None:  # a long chain is a megabyte to write out
             return

@@ -5,12 +5,13 @@ The safe pull: in every way to a disk, with every image's own view as it was; an
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,27 @@ from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
 import qmpmerge
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.engine import safeguards
 from qmpmerge.engine.pace.progress import Progress
+from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     Busy,
+    Damaged,
     HeaderNotDurable,
     InUse,
     JobFailed,
     KnownBad,
     NotDurable,
     NotWritable,
+    QemuRefused,
     Replaced,
     ShorterLayer,
     StillRunning,
     WouldLose,
 )
 from qmpmerge.images import space
-from qmpmerge.qemu import jobs
+from qmpmerge.qemu import bitmaps, jobs
+from qmpmerge.qemu.monitor import Doorbell, Monitor
 
 JOB = "qmpmerge-pull-vda"
 
@@ -245,6 +251,119 @@ async def test_a_middle_image_is_not_left_open_for_writing(
             with pytest.raises(asyncio.CancelledError) if ends == "cancelled" else contextlib.nullcontext():
                 await pull
         run("qemu-img", "info", images[2])  # fails where somebody has it open for writing
+
+
+# --- what was copied is compared ----------------------------------------------------------------------------------------
+
+
+def at_pending(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Do this once what was copied is durable, and before it is compared."""
+    flushed = safeguards.make_receiver_durable
+
+    async def acting(run: Run, doorbell: Doorbell) -> None:
+        await flushed(run, doorbell)
+        act()
+
+    monkeypatch.setattr(safeguards, "make_receiver_durable", acting)
+
+
+def flip(image: Path, place: int) -> None:
+    """Change a byte that the guest sees, behind QEMU's back."""
+    told = run("qemu-img", "map", "-U", "--output=json", image)
+    found = next(one for one in json.loads(told) if one["start"] <= place < one["start"] + one["length"])
+    with image.open("r+b") as file:
+        where = found["offset"] + place - found["start"]
+        file.seek(where)
+        byte = file.read(1)
+        file.seek(where)
+        file.write(bytes([byte[0] ^ 0xFF]))
+
+
+COPIED = MIB + 256 * 1024
+"""Where b holds data, and what lies above it has none."""
+DAMAGED = {
+    "blockdev": ({}, 3, COPIED),
+    "drive": ({"base": "[1]"}, 3, COPIED),
+    "offline": ({}, 3, COPIED),
+    "middle": ({"top": "[3]"}, 2, COPIED),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+async def test_a_copy_that_was_damaged_is_found(
+    case: str, tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the guest writes, there too; those who read the images below see what they saw, and the next pull remembers."""
+    options, into, place = DAMAGED[case]
+    with WAYS.get(case, blockdev)(tmp_path, images, content) as setup:
+
+        def act() -> None:
+            flip(images[into], place)
+            if case != "offline":
+                setup.write(0x77, 64 * 1024, 4096)
+                setup.write(0x78, 2 * MIB, 128 * 1024)
+
+        before = views(images[:into])
+        at_pending(monkeypatch, act)
+        async with setup.target() as target:
+            with pytest.raises(Damaged) as damaged:
+                await qmpmerge.pull(target, setup.disk, verify=True, **options)  # type: ignore[arg-type]
+            found = damaged.value
+            assert (found.overlay, found.offset, found.exit_code) == (str(images[into]), place // 512 * 512, 6)
+            assert not await target.jobs()
+            view = await target.chain()
+            assert (view.chain.files, view.oddities) == ([str(image) for image in images], ())
+            assert not any(node.info.get("dirty-bitmaps") for node in view.layout.nodes.values())
+            monkeypatch.undo()
+            outcome = await qmpmerge.pull(target, setup.disk, **options)  # type: ignore[arg-type]
+            assert not outcome.verified and any("was not compared" in hint for hint in outcome.hints)
+        setup.off()
+    assert views(images[:into]) == before
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+async def test_what_the_guest_writes_is_no_damage(
+    told: bool, tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the pull, while it is at work, and where it has copied already."""
+
+    def act() -> None:
+        setup.write(0x71, COPIED + 64 * 1024, 4096)
+        setup.write(0x72, 3 * MIB + 512 * 1024, 192 * 1024)
+
+    async def refused(self: Monitor, descriptor: int) -> int:
+        raise QemuRefused(command="add-fd", reason="its monitor is no UNIX socket")
+
+    if not told:
+        monkeypatch.setattr(Monitor, "hand_over", refused)
+    at_pending(monkeypatch, act)
+    with blockdev(tmp_path, images, content) as setup:
+        setup.write(0x70, 4096, 8192)
+        async with slow(setup, verify=True) as pull:
+            setup.write(0x73, 2 * MIB + 4096, 4096)
+            setup.machine.session.execute("block-job-set-speed", device="qmpmerge-pull-disk0", speed=0)
+            outcome = await pull
+        assert (outcome.verdict, outcome.verified) == ("pulled", told)
+        said = [hint for hint in outcome.hints if hint.startswith("not checked: ")]
+        assert not said if told else "no UNIX socket" in said[0]
+        setup.check()
+        setup.off()
+    content.check(images[3])
+
+
+async def test_what_an_earlier_run_has_begun_cannot_be_compared(setup: Setup, images: list[Path]) -> None:
+    """And nothing of what it had begun is left, wherever it was killed."""
+    async with setup.target() as target:
+        with pytest.raises(StillRunning):
+            await qmpmerge.pull(target, speed=1, verify=True, patience=qmpmerge.Patience(detach=True))
+        node = (await target.chain()).chain.active.node
+        setup.machine.session.execute("block-dirty-bitmap-add", node=node, name=bitmaps.OURS)
+    async with setup.target() as target:
+        outcome = await qmpmerge.pull(target, speed=0, verify=True)
+        assert (outcome.verdict, outcome.verified) == ("pulled", False)
+        assert any(hint.startswith("not checked: ") and "earlier run" in hint for hint in outcome.hints)
+        layout = await target.layout()
+        assert not any(node.info.get("dirty-bitmaps") for node in layout.nodes.values())
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -474,7 +593,7 @@ async def test_what_is_copied_is_counted(setup: Setup) -> None:
 
 
 @contextlib.asynccontextmanager
-async def slow(setup: Setup, **options: str) -> AsyncIterator["asyncio.Task[qmpmerge.Outcome]"]:
+async def slow(setup: Setup, **options: object) -> AsyncIterator["asyncio.Task[qmpmerge.Outcome]"]:
     """A pull that has begun and will not end by itself."""
     begun = asyncio.Event()
     async with setup.target() as target:

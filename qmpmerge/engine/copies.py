@@ -1,0 +1,119 @@
+"""
+What a pull copies: seen to be there, and to be what it was copied from, before anything is switched.
+
+That nothing is missing the overlay's tables tell, which is cheap. What was copied is read, and compared with the images below
+that leave, where the user wants that, or where it is little and nobody can write meanwhile; of what a guest writes meanwhile
+nothing is compared, in parts of 64 KiB (`qemu.writes`). What cannot be compared is said not to be checked.
+
+What the overlay held before is its own. That may be the copy of an earlier pull that was cancelled: nobody knows it any more.
+"""
+
+import contextlib
+
+from qmpmerge import shield
+from qmpmerge.chain.plan import PullPlan
+from qmpmerge.engine import blockjob, safeguards
+from qmpmerge.engine.run import Run
+from qmpmerge.errors import Damaged, ImageUnreadable, NotVerified, QemuRefused
+from qmpmerge.images import compare
+from qmpmerge.images.compare import Shown
+from qmpmerge.images.qemuimg import Extent
+from qmpmerge.qemu import flush, writes
+from qmpmerge.qemu.monitor import Doorbell
+
+
+async def foresee(run: Run, plan: PullPlan) -> Shown | str:
+    """
+    Before the job: what it will copy, and from now on what a guest writes is noted; or why that cannot be compared. Raises
+    NotDurable, FlushUnavailable, ToolMissing, and what a lost session raises.
+    """
+    if not _is_read(run, plan):
+        return "it was not asked for"
+    remote = [image.file for image in plan.chain.images[: plan.chain.index(plan.overlay)] if not image.has_path]
+    if remote:
+        return f"{remote[0]} is no file of this host"
+    try:
+        safeguards.see_what_is_compared(run)
+        if is_written(run, plan):
+            await writes.begin(run.target.monitor, await run.target.layout(), plan.overlay.node or "")
+            await flush.flush(run.target.monitor, plan.overlay)  # what was written before is in its tables then
+        return await compare.shown(plan)
+    except (ImageUnreadable, QemuRefused) as error:
+        return error.reason
+
+
+def taking_over(run: Run, plan: PullPlan, filter_node: str) -> list[writes.Command]:
+    """What is to be sent right behind the command that starts the job."""
+    is_noted = isinstance(run.copies, Shown) and is_written(run, plan)
+    return [writes.moved(plan.overlay.node or "", filter_node)] if is_noted else []
+
+
+async def forget(run: Run, plan: PullPlan) -> None:
+    """What `foresee` has begun ends, where no job has taken it over."""
+    if is_written(run, plan):
+        with contextlib.suppress(QemuRefused):  # it is in nobody's way
+            await writes.end(run.target.monitor, await run.target.layout(), plan.overlay.node or "")
+
+
+async def verify(run: Run, doorbell: Doorbell, plan: PullPlan, filter_node: str) -> None:
+    """
+    Once all is copied and durable. Raises NotVerified with the job taken back where something is missing, or cannot be looked
+    at though it is to be; Damaged where the copy is not what it was copied from.
+    """
+    if not (len(plan.chain) <= safeguards.CHEAP_LAYERS if run.verify is None else run.verify):
+        return
+    reason, place = compare.DIFFERENT, None
+    try:
+        safeguards.see_what_is_compared(run)
+        missing = bool((await compare.shown(plan)).below)
+        if not missing:
+            place = await _difference(run, plan, filter_node)
+        safeguards.see_what_is_compared(run)  # it may have been given to another file meanwhile
+    except ImageUnreadable as error:
+        if run.verify is None:
+            run.notes += [] if plan.overlay.has_path else [safeguards.not_compared(plan, error.reason)]
+            return
+        missing, reason = True, error.reason
+    if missing:
+        await shield.finished(blockjob.take_back(run, doorbell))
+        raise NotVerified(base=plan.overlay.file, top=plan.top.file, reason=reason)
+    if place is not None:
+        await shield.finished(blockjob.take_back(run, doorbell))
+        damaged = Damaged(overlay=plan.overlay.file, below=[image.file for image in plan.merged], offset=place)
+        run.undone(damaged)
+        raise damaged
+
+
+async def _difference(run: Run, plan: PullPlan, filter_node: str) -> int | None:
+    """Where the copy differs from what it was copied from, and no guest has written; what cannot be compared is said."""
+    if not _is_read(run, plan):
+        return None
+    reason = run.copies
+    if isinstance(run.copies, Shown):
+
+        async def written() -> list[Extent]:
+            monitor, size = run.target.monitor, plan.overlay.virtual_size
+            return await writes.read(monitor, filter_node, size) if is_written(run, plan) else []
+
+        try:
+            place = await compare.copy_differs_at(plan, run.copies, written)
+        except QemuRefused as error:
+            reason = f"it differs, and QEMU does not tell whether a guest has written there: {error.reason}"
+        else:
+            run.verified = place is None and run.suspect is None
+            return place
+    if run.verify:
+        run.notes.append(f"not checked: what was copied into {plan.overlay.file} was not compared: {reason}")
+    return None
+
+
+def is_written(run: Run, plan: PullPlan) -> bool:
+    """Whether a guest may write to what is pulled into, at any time."""
+    return run.target.is_live and not plan.is_in_the_middle
+
+
+def _is_read(run: Run, plan: PullPlan) -> bool:
+    """Whether what was copied is to be compared."""
+    if run.verify is not None:
+        return run.verify
+    return safeguards.is_cheap(plan) and not is_written(run, plan)

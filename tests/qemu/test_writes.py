@@ -1,0 +1,71 @@
+"""What guests write while QEMU streams is told, what it copies is not; and nothing is left of it, however the job ends."""
+
+from pathlib import Path
+
+import pytest
+from rig.disks import KINDS, Setup
+from rig.machines import MIB, SIZE, Content
+
+import qmpmerge
+from qmpmerge.errors import QemuRefused
+from qmpmerge.qemu import bitmaps, writes
+from qmpmerge.qemu.monitor import Monitor
+
+GRAIN = 64 * 1024
+FILTER = "job-filter"
+
+
+def left(setup: Setup) -> list[str]:
+    """All dirty bitmaps, and nodes of ours."""
+    nodes = setup.machine.session.execute("query-named-block-nodes", flat=True)
+    names = [node["node-name"] for node in nodes if "qmpmerge" in node["node-name"]]
+    return names + [bitmap["name"] for node in nodes for bitmap in node.get("dirty-bitmaps", ())]
+
+
+async def told(monitor: Monitor) -> list[tuple[int, int]]:
+    return [(part.start, part.length) for part in await writes.read(monitor, FILTER, SIZE)]
+
+
+@pytest.mark.parametrize("ends", ["job-finalize", "job-cancel"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_guests_write_is_told(
+    kind: str, ends: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    with KINDS[kind](tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            active, layout = (await target.chain()).chain.active, await target.layout()
+            node = active.node or ""
+            await writes.begin(target.monitor, layout, node)
+            assert bitmaps.of(await target.layout(), [active]) == [], "it is nobody's"
+            await writes.begin(target.monitor, await target.layout(), node)  # one that was left goes
+            setup.write(0x61, 4096, 4096)
+            stream = {"job_id": "j", "device": node, "filter_node_name": FILTER, "auto_finalize": False}
+            replies = await target.monitor.execute_all([("block-stream", stream), writes.moved(node, FILTER)])
+            assert replies == [{}, {}]
+            setup.machine.wait_for_job("pending")
+            if kind == "storage-daemon":
+                with pytest.raises(QemuRefused, match="add-fd"):
+                    await writes.read(target.monitor, FILTER, SIZE)
+            else:
+                assert await told(target.monitor) == [(0, GRAIN)], "what is copied is not written"
+                setup.write(0x62, 5 * MIB, 2 * GRAIN)
+                setup.write(0x63, SIZE - 512, 512)
+                assert await told(target.monitor) == [(0, GRAIN), (5 * MIB, 2 * GRAIN), (SIZE - GRAIN, GRAIN)]
+            setup.machine.session.execute(ends, id="j")
+            while setup.machine.session.execute("query-jobs"):
+                pass
+            assert left(setup) == []
+
+
+async def test_a_bitmap_of_the_users_is_left_alone(setup: Setup) -> None:
+    async with setup.target() as target:
+        view = await target.chain()
+        node = view.chain.active.node or ""
+        theirs = {"node": node, "name": bitmaps.OURS, "persistent": True}
+        setup.machine.session.execute("block-dirty-bitmap-add", **theirs)
+        with pytest.raises(QemuRefused, match="already"):
+            await writes.begin(target.monitor, await target.layout(), node)
+        outcome = await qmpmerge.pull(target, verify=True)
+        assert (outcome.verdict, outcome.verified) == ("pulled", False)
+        assert any(hint.startswith("not checked: ") and "already" in hint for hint in outcome.hints)
+    assert left(setup) == [bitmaps.OURS]
