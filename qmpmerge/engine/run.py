@@ -43,8 +43,8 @@ class Run:
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_sent` says that
     the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
     that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
-    that the operation leaves open, top down. `seen` is the job as it was seen last, `course` what it has to copy, where that was
-    found out, `copies` what a pull copies where it is to be compared, or why that is not known. `notes` are sentences for the
+    that the operation leaves open, top down. `seen` is the job as it was seen last, `course` what it has to copy, where that
+    was found out, `copies` what a pull copies where it is to be compared, or why that is not known. `notes` are sentences for the
     user.
     """
 
@@ -309,7 +309,7 @@ class Run:
                 self.notes.append(f"the record cannot be written: {error.strerror or error}")
                 self.state = State.PROVED
         known = self.record or first_record.of_run(self, "")
-        done, hints = merged_files.finish(replace(known, verified=self.verified))
+        done, hints = merged_files.finish(replace(known, verified=self.verified), self.request.search)
         self.notes += hints
         for file in done:
             self.log("%s: %s, now %s", file.file, file.action, file.now or "gone")

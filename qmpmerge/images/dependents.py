@@ -245,9 +245,9 @@ async def look(images: Sequence[Image], chain: Chain, search: Collection[str] = 
     return looking
 
 
-def look_now(images: Sequence[Image], chain: Chain, search: Collection[str] = ()) -> Look:
+def look_now(images: Sequence[Image], chain: Chain, search: Collection[str] = (), opened: Iterable[str] = ()) -> Look:
     """The same, for those who have nobody to wait for."""
-    looking = Look(images, chain, search)
+    looking = Look(images, chain, search, opened)
     for _step in looking.steps():
         pass
     return looking

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Image, Inode
@@ -17,6 +17,7 @@ from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.folder import Folder
 from qmpmerge.images import dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note
+from qmpmerge.journal import spared
 from qmpmerge.journal.record import Record, look
 
 
@@ -61,22 +62,23 @@ def give_back(record: Record, index: int) -> bool:
     return True
 
 
-def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
+def finish(record: Record, search: Collection[str] = ()) -> tuple[list[MergedFile], list[str]]:
     """
-    Do what the policy says with all merged files, base first; also what went otherwise, as sentences for the user.
+    Do what the policy says with all merged files, base first, but for those that are `spared`; also what went otherwise, as
+    sentences for the user.
 
     The merge is proved and durable by now. Done before, or in part, it goes on from there. Nothing is raised: a file
     that cannot be renamed stays, and that is said.
     """
-    needed, user = _needed(record)
+    kept = spared.kept(record, search)
     done: list[MergedFile] = []
     hints: list[str] = []
     for index in range(record.base + 1, record.top + 1):
         image = record.chain[index]
         try:
-            if index <= needed and image != record.chain.active:
-                hints.append(f"{image.file} stays where it is: {user} is built on it")
-                obstacle = f"{user} is built on it" if record.policy == "delete" else None
+            if index in kept:
+                hints.append(f"{image.file} stays where it is: {kept[index]}")
+                obstacle = kept[index] if record.policy == "delete" else None
                 file = MergedFile(image.file, "keep", record.place(index) or image.file, obstacle)
             else:
                 file = _dealt_with(record, index, hints)
@@ -87,18 +89,6 @@ def finish(record: Record) -> tuple[list[MergedFile], list[str]]:
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
     hints += [*_note_overlays(record), *_note_kept(record, done)]
     return done, hints
-
-
-def _needed(record: Record, *, merged_too: bool = True) -> tuple[int, str]:
-    """
-    Up to which index the merged images are needed by an image outside the chain, and by which; 0 for none of them. One that was
-    merged itself and has kept its name needs them, but no VM is started from it.
-    """
-    found = dependents.look_now(record.plan.merged, record.chain).dependents
-    built_on = [one for one in found if merged_too or notes.base_of(one.file) is None]
-    users = {found.image: found.file for found in built_on}
-    indexes = [index for index, image in enumerate(record.chain, 1) if image.file in users]
-    return (max(indexes), users[record.chain[max(indexes)].file]) if indexes else (0, "")
 
 
 def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
@@ -199,7 +189,7 @@ def _note_kept(record: Record, done: Sequence[MergedFile]) -> Iterator[str]:
     """An image that keeps its name looks like one to start from; yields why it was not noted that it is none."""
     base = record.plan.receiver
     places = {one.file: one.now for one in done if one.action == "keep"}
-    needed, _user = _needed(record, merged_too=False) if places else (0, "")
+    needed, _user = spared.needed(record, merged_too=False) if places else (0, "")
     for index in range(max(record.base, needed) + 1, record.top + 1):
         image = record.chain[index]
         place = places.get(image.file)
@@ -221,23 +211,13 @@ def _is_others(record: Record, image: Image) -> bool:
 
 def why_not_delete(record: Record, index: int, place: str) -> str | None:
     """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
-    if record.direction == "pull":
-        return "what was pulled is not compared byte by byte"
     if not record.verified:
-        return "it was not compared with the base"
+        return (
+            "it was not compared with the base" if record.direction == "commit" else "what was copied was not compared"
+        )
     if index not in (*record.seen, *record.before) or _was_changed(record, index, place):
         return "it was changed since it was merged"
-    return in_use(place)
-
-
-def in_use(place: str) -> str | None:
-    """Who holds the file, None where nobody does as far as we can see."""
-    from qmpmerge.processes import holders  # only a deletion needs to know
-
-    users = holders.users([place])
-    if users:
-        return f"in use by {', '.join(map(str, users))}"
-    return "locked by a process that we may not see" if holders.is_locked(place) else None
+    return spared.in_use(place)
 
 
 # --- data files ---------------------------------------------------------------------------------------------------
@@ -270,7 +250,7 @@ def _remove_data(record: Record, data: Image, place: str) -> str | None:
     if data.slice is not None or not files.is_regular(place) or is_shared:
         return "it is not this image's alone"
     users = [found.file for found in dependents.look_now([data], record.chain).dependents] or _naming(place)
-    reason = f"{users[0]} names it" if users else in_use(place)
+    reason = f"{users[0]} names it" if users else spared.in_use(place)
     if reason is None:
         try:
             _remove(record, data, place)

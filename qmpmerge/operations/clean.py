@@ -17,7 +17,7 @@ from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
 from qmpmerge.given import Paths
 from qmpmerge.images import backing_names, dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note, original_of
-from qmpmerge.journal import merged_files, store
+from qmpmerge.journal import spared, store
 from qmpmerge.journal.store import Disbelieved
 
 _KEPT = re.compile(rf"\.(?P<image>.+){re.escape(notes.MERGED)}", re.DOTALL)
@@ -58,7 +58,7 @@ async def clean(paths: Paths, *, dry_run: bool = False, older_than: float | None
     needed = _needed(found, {file for file, reason in staying.items() if reason is None})
     done = []
     for file in found:
-        reason = needed.get(file) or staying[file] or merged_files.in_use(file)
+        reason = needed.get(file) or staying[file] or spared.in_use(file)
         data = _data_of(file) if reason is None else []
         if reason is None and not dry_run:
             reason = _remove(file, found[file])

@@ -5,11 +5,10 @@ All else is as of a merge: what was begun before, what is refused, how it is lef
 """
 
 from collections.abc import Collection
-from typing import Literal
 
 from qmpmerge import given
 from qmpmerge.chain.layer import LayerName
-from qmpmerge.chain.outcome import Outcome
+from qmpmerge.chain.outcome import Outcome, Policy
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report
 from qmpmerge.engine.request import Request
@@ -28,7 +27,7 @@ async def pull(
     shallow: bool = False,
     speed: int | None = None,
     verify: bool | None = None,
-    merged_files: Literal["keep", "stash"] = "keep",
+    merged_files: Policy = "keep",
     force: Collection[str] = (),
     search: Paths = (),
     dry_run: bool = False,
@@ -42,8 +41,10 @@ async def pull(
     name: nothing changes for the next start of the VM. No image shows other data than before, so others may be built on those
     that are only read.
 
-    `verify` sees that nothing is missing before anything is switched; None does so where it is cheap. `merged_files` says what
-    becomes of the files that leave the chain. The rest is as of `commit.commit`.
+    Before anything is switched it is seen that nothing is missing; with `verify` what was copied is compared too, without one
+    where that is cheap and nobody can write meanwhile. `merged_files` says what becomes of the files that leave the chain, once
+    `top` is durable: kept is what somebody else needs, and that of which nobody can see whether they do; what is to be deleted
+    is compared. The rest is as of `commit.commit`.
 
     Raises as `commit.commit`.
     """

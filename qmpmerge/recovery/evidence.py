@@ -15,7 +15,7 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.chain.state import State
 from qmpmerge.errors import ImageUnreadable, InUse, Undecided
 from qmpmerge.images import files, qcow2, qemuimg
-from qmpmerge.journal import merged_files
+from qmpmerge.journal import spared
 from qmpmerge.journal.record import Record, look
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.blockgraph import Layout
@@ -267,7 +267,7 @@ async def same(record: Record, reasons: list[str]) -> bool | None:
 
 async def compared(images: Sequence[Image], others: Sequence[Image]) -> bool | str:
     """Whether these images and those others, base first, show the same data; else why that cannot be seen."""
-    user = next((used for image in images if (used := merged_files.in_use(image.file)) is not None), None)
+    user = next((used for image in images if (used := spared.in_use(image.file)) is not None), None)
     if user is not None:
         return user
     try:

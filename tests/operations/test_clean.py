@@ -22,7 +22,7 @@ from qmpmerge.errors import CannotRecover, NoSuchStash
 from qmpmerge.folder import Folder
 from qmpmerge.images import dependents, files, stashed
 from qmpmerge.images.notes import put_on
-from qmpmerge.journal import merged_files, store
+from qmpmerge.journal import merged_files, spared, store
 
 STASHED = [f"{name}.qcow2.merged" for name in "abc"]
 
@@ -252,14 +252,14 @@ async def test_what_is_written_to_after_it_was_proved_stays(
     tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await merged(images, top="[2]")
-    in_use = merged_files.in_use
+    in_use = spared.in_use
 
     def late(path: str) -> str | None:
         user = in_use(path)
         run("qemu-io", "-c", f"write -P 0xee 0 {MIB}", path)
         return user
 
-    monkeypatch.setattr(merged_files, "in_use", late)
+    monkeypatch.setattr(spared, "in_use", late)
     assert await kept(tmp_path) == {STASHED[0]: "it has been written to meanwhile"}
     assert (tmp_path / STASHED[0]).exists()
 

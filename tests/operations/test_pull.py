@@ -774,3 +774,83 @@ def test_a_plan_says_what_is_written_and_what_leaves(images: list[Path]) -> None
     assert (planned.merged, planned.top) == (chain.images[1:3], chain[3])
     assert planned.views == (chain.images, (chain[1], chain[4]))
     assert planned.result == plan.between("pull", chain, 1, 3).result
+
+
+# --- what becomes of the files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["drive", "blockdev", "offline"])
+async def test_what_was_compared_can_be_deleted(
+    kind: str, tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WAYS[kind](tmp_path, images, content) as setup:
+        if kind != "offline":
+            at_pending(monkeypatch, lambda: setup.write(0x79, COPIED, 4096))
+        async with setup.target() as target:
+            outcome = await qmpmerge.pull(target, setup.disk, base="[1]", merged_files="delete")
+        assert outcome.verified and [(one.action, one.now) for one in outcome.merged] == [("delete", None)] * 2
+        setup.check()
+        setup.off()
+    content.check(images[3])
+    assert not [image for image in images[1:3] if image.exists()]
+
+
+def needed(case: str, folder: Path, images: list[Path], stack: contextlib.ExitStack) -> list[str]:
+    """Have somebody need an image, and return how that is told."""
+    if case == "built on":
+        run("qemu-img", "create", "-qf", "qcow2", "-b", images[1], "-F", "qcow2", folder / "other.qcow2")
+        return ["other.qcow2 is built on it", "a.qcow2 stays"]
+    if case == "elsewhere":
+        (folder / "second").mkdir()
+        run("qemu-img", "create", "-qf", "qcow2", "-b", images[1], "-F", "qcow2", folder / "second" / "other.qcow2")
+        theirs = [f"file={folder}/second/other.qcow2,if=none,id=vda"]
+        stack.enter_context(machine(folder / "second", "-drive", *theirs, *device("vda")))
+        return ["second/other.qcow2 is built on it", "in use by qemu-system"]
+    if case == "in use":
+        with images[1].open("rb") as file:
+            reader = subprocess.Popen(["sleep", "600"], stdin=file)
+        stack.callback(reader.wait)
+        stack.callback(reader.kill)
+        return ["in use by sleep", "a.qcow2 stays"]
+    run("qemu-img", "create", "-qf", "qcow2", "-u", "-b", "newer:what", "-F", "qcow2", folder / "odd.qcow2", "1M")
+    return ["cannot be seen", "cannot be seen"]
+
+
+@pytest.mark.parametrize("case", ["built on", "elsewhere", "in use", "not seen"])
+async def test_what_others_need_is_neither_renamed_nor_deleted(
+    case: str, setup: Setup, images: list[Path], content: Content
+) -> None:
+    """Nor what that is built on, nor what nobody can see that of."""
+    with contextlib.ExitStack() as stack:
+        told = needed(case, setup.machine.folder, images, stack)
+        async with setup.target() as target:
+            outcome = await qmpmerge.pull(target, merged_files="delete", force=["not-seen"])
+        done = {Path(one.file).name: (one.action, one.obstacle or "") for one in outcome.merged}
+        for name, reason in zip(["a.qcow2", "base.raw"], told, strict=True):
+            assert done[name][0] == "keep" and reason in done[name][1]
+            assert any(name in hint and reason in hint for hint in outcome.hints)
+        assert done["b.qcow2"][0] == ("keep" if case == "not seen" else "delete")
+    setup.check()
+
+
+async def test_a_golden_image_elsewhere_keeps_its_name_unless_it_was_looked_who_needs_it(
+    tmp_path: Path, content: Content
+) -> None:
+    for searched in (False, True):
+        place = tmp_path / f"{searched}"
+        (place / "golden").mkdir(parents=True)
+        images = make_chain(place, ("golden/base.raw", "a.qcow2", "b.qcow2"))
+        search = [place / "golden"] if searched else []
+        async with qmpmerge.open(images[-1], allow=[place / "golden"]) as target:
+            outcome = await qmpmerge.pull(target, merged_files="stash", search=search)
+        assert [one.action for one in outcome.merged] == ["stash" if searched else "keep", "stash"]
+        assert searched or any("--search" in hint for hint in outcome.hints)
+
+
+async def test_what_was_not_compared_is_stashed_and_not_deleted(setup: Setup) -> None:
+    async with setup.target() as target:
+        with pytest.raises(StillRunning):
+            await qmpmerge.pull(target, speed=1, merged_files="delete", patience=qmpmerge.Patience(detach=True))
+        outcome = await qmpmerge.pull(target, speed=0, merged_files="delete")
+    assert {one.action for one in outcome.merged} == {"stash"}
+    assert {one.obstacle for one in outcome.merged} == {"what was copied was not compared"}

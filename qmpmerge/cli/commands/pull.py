@@ -1,6 +1,6 @@
 """`pull`: shorten a chain from below, into the image that the guest writes to."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,7 @@ from qmpmerge.cli.run import on_target, run
 from qmpmerge.errors import FORCEABLE
 
 if TYPE_CHECKING:
+    from qmpmerge.chain.outcome import Policy
     from qmpmerge.cli.render.output import Output
     from qmpmerge.targets.target import Target
 
@@ -26,17 +27,11 @@ if TYPE_CHECKING:
 @click.option("--shallow", is_flag=True, help="Pull the image right below the top only.")
 @merge_options.speed
 @merge_options.verifying(
-    "See that nothing is missing before the switch, whatever it costs (default: where it is cheap).", "Do not look."
+    "Compare what was copied before the switch, whatever it costs (default: see that nothing is missing).",
+    "Do not look.",
 )
 @options.search
-@click.option(
-    "--merged-files",
-    type=click.Choice(["keep", "stash"]),
-    default="keep",
-    show_default=True,
-    metavar="ACTION",
-    help="What becomes of the files that leave the chain: keep leaves them alone, stash renames them to NAME.merged.",
-)
+@merge_options.merged_files
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the chain that would result, change nothing.")
 @waiting
 @detaching
@@ -52,7 +47,7 @@ def pull(
     speed: int | None,
     verify: bool | None,
     search: tuple[str, ...],
-    merged_files: Literal["keep", "stash"],
+    merged_files: "Policy | None",
     dry_run: bool,
     polite: bool,
     options: Options,
@@ -63,8 +58,9 @@ def pull(
     By default all that lies below the active image goes into it, and it has no backing file any more. With --base what lies
     above that image is pulled, and it stays. With --top it goes into an image further down.
 
-    Images below are only read, so others may be built on them, as on a golden image; they are left where they are. The VM is
-    started from the same image as before. What is pulled takes space where the active image lies.
+    Images below are only read, so others may be built on them, as on a golden image; they are left where they are, unless
+    --merged-files says otherwise and nobody is seen to need them. The VM is started from the same image as before. What is
+    pulled takes space where the active image lies.
 
     LAYER is an index as `qmpmerge chain` shows it (`3`; 1 is the base, `-1` the active image), a file name as it shows it,
     a path, or a node name. What means two images is refused. An index means another image
@@ -103,7 +99,7 @@ def pull(
             shallow=shallow,
             speed=speed,
             verify=verify,
-            merged_files=merged_files,
+            merged_files=merged_files or "keep",
             force=options.force,
             search=search,
             dry_run=dry_run,
