@@ -70,6 +70,7 @@ async def verify(run: Run, doorbell: Doorbell, plan: PullPlan, filter_node: str)
             place = await _difference(run, plan, filter_node)
         safeguards.see_what_is_compared(run)  # it may have been given to another file meanwhile
     except ImageUnreadable as error:
+        run.verified = False
         if run.verify is None:
             run.notes += [] if plan.overlay.has_path else [safeguards.not_compared(plan, error.reason)]
             return

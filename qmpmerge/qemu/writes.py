@@ -51,8 +51,9 @@ async def end(monitor: Monitor, layout: Layout, node: str) -> None:
 
 async def read(monitor: Monitor, node: str, size: int) -> list[Extent]:
     """
-    The parts that were written to, in order, of an image of `size` bytes; those of all writes that had begun by then. Raises
-    QemuRefused where QEMU does not tell, ImageUnreadable, ToolMissing, and what a lost session raises.
+    The parts that were written to, in order, of an image of `size` bytes; those of all writes that had begun by then too, which
+    are marked as they end: QEMU waits for them before a transaction (7.2.22, 10.0.2, 11.1.3). Raises QemuRefused where QEMU
+    does not tell, ImageUnreadable, ToolMissing, and what a lost session raises.
     """
     with folder.in_memory() as file:
         await qemuimg.create(file, size)

@@ -27,6 +27,7 @@ from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.engine import safeguards
 from qmpmerge.engine.pace.progress import Progress
+from qmpmerge.engine.pull import Pull
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     Busy,
@@ -364,6 +365,23 @@ async def test_what_an_earlier_run_has_begun_cannot_be_compared(setup: Setup, im
         assert any(hint.startswith("not checked: ") and "earlier run" in hint for hint in outcome.hints)
         layout = await target.layout()
         assert not any(node.info.get("dirty-bitmaps") for node in layout.nodes.values())
+
+
+async def test_what_a_kill_before_the_job_has_left_is_taken_away(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def die(self: Pull, run: Run) -> None:
+        raise RuntimeError
+
+    def found() -> list[str]:
+        nodes = setup.machine.session.execute("query-named-block-nodes", flat=True)
+        return [bitmap["name"] for node in nodes for bitmap in node.get("dirty-bitmaps", ())]
+
+    monkeypatch.setattr(Pull, "_ask", die)
+    async with setup.target() as target:
+        with pytest.raises(RuntimeError):
+            await qmpmerge.pull(target, verify=True)
+    assert found() == [bitmaps.OURS]
+    assert invoke("recover", str(setup.machine.folder)).code == 0
+    assert found() == []
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

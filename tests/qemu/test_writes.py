@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from rig.disks import KINDS, Setup
-from rig.machines import MIB, SIZE, Content
+from rig.disks import BACKEND, KINDS, Setup, device, nodes
+from rig.machines import MIB, SIZE, Content, machine
 
 import qmpmerge
 from qmpmerge.errors import QemuRefused
@@ -55,6 +55,37 @@ async def test_what_guests_write_is_told(
             while setup.machine.session.execute("query-jobs"):
                 pass
             assert left(setup) == []
+
+
+async def test_a_write_that_is_under_way_is_told(tmp_path: Path, images: list[Path]) -> None:
+    """QEMU marks it when it has ended: what another process reads of it before would be taken for damage."""
+    arguments = nodes(images)
+    place = next(index for index, part in enumerate(arguments) if ",node-name=c," in part)
+    arguments[place] = arguments[place].replace("file=c-file", "file=slow")
+    slow = [
+        "-object",
+        "throttle-group,id=group",
+        "-blockdev",
+        "throttle,node-name=slow,throttle-group=group,file=c-file",
+    ]
+    arguments[place - 1 : place - 1] = slow
+    with machine(tmp_path, *arguments, *device("c")) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            await writes.begin(target.monitor, await target.layout(), "c")
+            stream = {"job_id": "j", "device": "c", "filter_node_name": FILTER, "auto_finalize": False}
+            await target.monitor.execute_all([("block-stream", stream), writes.moved("c", FILTER)])
+            vm.wait_for_job("pending")
+            limits = {"bps-write": 1000, "bps-write-max": 1000}
+            vm.session.execute("qom-set", path="/objects/group", property="limits", value=limits)
+            vm.io(BACKEND, "aio_write 5M 64k")
+            vm.io(BACKEND, "aio_write 6M 64k")  # waits for a minute
+            (bitmap,) = next(
+                node["dirty-bitmaps"]
+                for node in vm.session.execute("query-named-block-nodes", flat=True)
+                if node["node-name"] == FILTER
+            )
+            assert bitmap["count"] < 2 * GRAIN
+            assert await told(target.monitor) == [(5 * MIB, GRAIN), (6 * MIB, GRAIN)]
 
 
 async def test_a_bitmap_of_the_users_is_left_alone(setup: Setup) -> None:
