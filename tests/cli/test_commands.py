@@ -512,3 +512,17 @@ def test_every_answer_has_a_verdict(setup: Setup) -> None:
     target = setup.machine.target
     for words in (["vms"], ["disks", target], ["chain", target], ["jobs", target]):
         assert invoke(*words, "--json").document["verdict"] == "done"
+
+
+# --- the rig ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_forked_command_is_as_one_that_is_started(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By folder, environment, streams and exit code; most tests fork it."""
+    monkeypatch.setenv("PATH", f"{images[0].parent}:{os.environ['PATH']}")
+    lying = images[0].parent / "qemu-img"
+    lying.write_text("#!/bin/sh\necho nothing is true >&2\nexit 1\n")
+    lying.chmod(0o755)
+    for line in (["--version"], ["--nonsense"], ["chain", "c.qcow2", "--json"], ["commit", "c.qcow2", "--dry-run"]):
+        forked, begun = (run(*line, cwd=images[0].parent) for run in (command.invoke, command.started))
+        assert forked == begun, line

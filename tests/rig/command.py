@@ -64,7 +64,8 @@ def invoke(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | No
     if env is not None:
         return started(*arguments, cwd=cwd, env=env)
     with forks() as server:
-        return _sound(arguments, server.run(arguments, cwd=cwd))
+        done = server.run(arguments, cwd=cwd)
+    return _sound(arguments, done)
 
 
 def started(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Run:
