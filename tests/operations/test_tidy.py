@@ -7,13 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rig import contract, exits, faults, kills
-from rig.command import COMMAND, Run, held, invoke
+from rig.command import COMMAND, Run, held, invoke, scripted
 from rig.faults import digests
 from rig.fleet import DISKS, Fleet, left
 from rig.machines import CPU, Content, fill, have, machine, make_chain, run
@@ -310,8 +309,8 @@ def test_killed_in_the_middle_and_run_again_all_is_well(fleet: Fleet, tmp_path: 
         words = [*(vm.target for vm in vms), str(offline.active.parent), "--keep", "1"]
         Begun(*words, "--parallel", "4", disks=4).kill()
         line = [tmp_path / "notes", "tool", "-> job-finalize #3", "tidy", *words, "--speed", "0"]
-        killed = subprocess.run([sys.executable, kills.__file__, *map(str, line)], capture_output=True, check=False)
-        assert killed.returncode == -signal.SIGKILL
+        killed = scripted(kills.__file__, *line)
+        assert killed.code == -signal.SIGKILL
         done = tidy(*words, "--speed", "0")
         assert (done.code, after(done)) == (0, [["base.raw", "c.qcow2"]] * 7)
         assert left(vms, [offline]) == []
@@ -325,8 +324,8 @@ def test_images_that_lost_their_names_to_a_kill_get_them_back(fleet: Fleet, tmp_
     chain = fleet.chain("offline")
     folder, active = chain.active.parent, chain.active
     line = [tmp_path / "notes", "both", "<= rename #1", "tidy", folder, "--keep", "0"]
-    killed = subprocess.run([sys.executable, kills.__file__, *map(str, line)], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL and not active.exists()
+    killed = scripted(kills.__file__, *line)
+    assert killed.code == -signal.SIGKILL and not active.exists()
     dry = tidy(folder, "--keep", "0", "--dry-run")
     assert (dry.code, dry.document["error"]["name"]) == (3, "unfinished") and not active.exists()
     done = tidy(folder, "--keep", "0")
