@@ -617,7 +617,9 @@ async def slow(setup: Setup, **options: object) -> AsyncIterator["asyncio.Task[q
     async with setup.target() as target:
         work = qmpmerge.pull(target, setup.disk, speed=1, report=lambda told: begun.set(), **options)  # type: ignore[arg-type]
         pull = asyncio.ensure_future(work)
-        await begun.wait()
+        await asyncio.wait([pull, asyncio.ensure_future(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
+        if pull.done():
+            await pull  # refused: say why
         yield pull
 
 
