@@ -17,7 +17,7 @@ from typing import Any
 from qmpmerge import folder
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import Busy, FlushUnavailable, NotDurable, QemuRefused
-from qmpmerge.qemu import mutex
+from qmpmerge.qemu import discovery, mutex
 from qmpmerge.qemu.monitor import Monitor
 
 NODE = "qmpmerge-flush"
@@ -51,13 +51,37 @@ async def flush(monitor: Monitor, image: Image, *, header_only: bool = False) ->
 
 
 async def _ask(monitor: Monitor, image: Image, more: dict[str, Any]) -> None:
-    """All in one go, so that a kill leaves hardly ever something; what one has left the next takes away. Raises NoTurn."""
+    """
+    All in one go, so that a kill leaves hardly ever something; what one has left the next takes away. Raises NoTurn,
+    FlushUnavailable.
+    """
+    await _see_that_it_survives(monitor, image)
     options = {"driver": "blkdebug", "node-name": NODE, "image": image.node, **more}
     remove = ("blockdev-del", {"node-name": NODE})
     commands = [remove, ("blockdev-add", options), ("blockdev-reopen", {"options": [options]}), remove]
     async with mutex.taken(mutex.FLUSH, monitor, SECONDS):
         _, added, flushed, _ = await monitor.execute_all(commands)
     _judge(image, added, flushed)
+
+
+async def _see_that_it_survives(monitor: Monitor, image: Image) -> None:
+    """
+    QEMU 7.2 aborts when a node is put above one that lies in an iothread of an export's: it gives back a lock that it does not
+    hold as it moves that one away, which a device forbids. 10.0 and later do it. Raises FlushUnavailable.
+    """
+    if monitor.version >= (10, 0, 0):
+        return
+    try:
+        objects = await monitor.execute("qom-list", path="/objects")
+    except QemuRefused:  # a storage daemon has none before its first
+        return
+    if all(entry["type"] != "child<iothread>" for entry in objects) or not await monitor.execute("query-block-exports"):
+        return
+    disks = (await discovery.discover(monitor, lambda name: (name, None))).disks
+    if not any(disk.drive or disk.qdev for disk in disks if image.node in disk.nodes):
+        reason = f"QEMU {'.'.join(map(str, monitor.version))} would abort if the image is exported in an iothread"
+        cure = "end the daemon and name the image as TARGET, use QEMU 10 or later, or export it without `iothread`"
+        raise FlushUnavailable(reason=reason, cure=cure)
 
 
 def _judge(image: Image, added: object, flushed: object) -> None:
