@@ -54,7 +54,7 @@ async def check(
     maps: space.Maps = {}
     if estimate is None:
         estimate = await estimated(target, plan, maps, speed=speed, closely=dry_run)
-    others = await built_on(graph.fragile(target, plan), plan, search)
+    others = await built_on(graph.fragile(target, view, plan), plan, search)
     question = Question(target, pid, opened, view, plan, ending, others, estimate, dry_run)
     checked: list[Checked] = []
     refusals: list[Refused] = []

@@ -147,7 +147,12 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
         others = [dependent.file for dependent in found]
         away = [f"`{out_of_reach(file)}`" for file in others if notes.base_of(file) is not None]
         yield Dependents(
-            images=images, dependents=others, away=away, pull=_sparing(question), below="" if away else _below(question)
+            images=images,
+            dependents=others,
+            away=away,
+            pull=_sparing(question),
+            below="" if away else _below(question),
+            stays_open=not question.plan.changed,
         )
     yield Seen(question.others.told)
     for blind in sight.unseen_dependents(question):

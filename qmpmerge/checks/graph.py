@@ -94,18 +94,18 @@ async def _told(target: Target, layout: Layout, parent: Parent, node: str) -> tu
     return f"device {device}", f"unplug {device} (`{typed(monitor.name, ('device_del', {'id': device}))}`)"
 
 
-def fragile(target: Target, plan: Plan) -> Sequence[Image]:
+def fragile(target: Target, view: ChainView, plan: Plan) -> Sequence[Image]:
     """
     The images on which nobody else may be built. QEMU 11.1 leaves the image in the middle that was pulled into open for
-    writing, with the lock that keeps others from starting on it, until it ends; `Pull.make_durable` closes it for writing
-    again where it can: not a node that QEMU has named itself.
+    writing, with the lock that keeps others from starting on it, until it ends; `Pull.let_go` closes it for writing again
+    where it can: not a node that QEMU has named itself, nor one that has a key, which nobody tells us.
     """
-    stays_open = isinstance(plan, PullPlan) and plan.is_in_the_middle and (plan.overlay.node or "").startswith("#")
-    if (
-        stays_open and target.is_live and target.monitor.version > (10, 0, 99)
-    ):  # not so on 10.0.2; what lies between was not tried
-        return plan.written
-    return plan.changed
+    if not (isinstance(plan, PullPlan) and plan.is_in_the_middle and target.is_live):
+        return plan.changed
+    node = view.layout.nodes[plan.overlay.node or ""]
+    stays_open = node.key.startswith("#") or node.info.get("encrypted", False)
+    # not so on 10.0.2; what lies between was not tried
+    return plan.written if stays_open and target.monitor.version > (10, 0, 99) else plan.changed
 
 
 async def temporary(question: Question) -> AsyncIterator[Refused]:

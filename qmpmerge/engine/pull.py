@@ -188,10 +188,13 @@ class Pull:
         """
         plan = self.plan
         await copies.forget(run, plan)
-        if not plan.is_in_the_middle or not run.target.is_live or (plan.overlay.node or "#").startswith("#"):
+        if not plan.is_in_the_middle or not run.target.is_live:
             return
         node = (await run.target.layout()).nodes.get(plan.overlay.node or "")
         if node is None or node.info.get("ro", True):
+            return
+        if node.key.startswith("#"):
+            run.notes.append(self._stays_open("QEMU has named its node itself"))
             return
         options = {
             "driver": node.driver,
@@ -203,9 +206,11 @@ class Pull:
         try:
             await run.target.monitor.execute("blockdev-reopen", options=[options])
         except QemuRefused as error:
-            run.notes.append(
-                f"{plan.overlay.file} stays open for writing, so that no other VM can use it: {error.reason}"
-            )
+            run.notes.append(self._stays_open(error.reason))
+
+    def _stays_open(self, reason: str) -> str:
+        file = self.plan.overlay.file
+        return f"{file} stays open for writing until this QEMU ends, and no other VM can use it meanwhile: {reason}"
 
     async def evidence(
         self, record: Record, target: Target | None, use: "Use | None" = None, *, layout: Layout | None = None

@@ -232,6 +232,8 @@ class Dependents(Refused):
     """The command that shortens the chain and changes none of them."""
     below: str = ""
     """The command that merges the same images below the one that is built on the newest of them."""
+    stays_open: bool = False
+    """Whether none of them would be changed, but what is written to stays open for that until QEMU ends."""
     sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
         "`{pull}` shortens the chain too, and leaves them as they are. This would ruin them: merge them first, or give them a "
@@ -244,6 +246,12 @@ class Dependents(Refused):
         """As of any error; of what nobody needs any more, how it is put out of the way."""
         if self.below:
             return f"`{self.below}` merges them below the one that is built on them, which stays; or {super().hint}"
+        if self.stays_open:
+            images = ", ".join(self.images)
+            return (
+                f"`{self.pull}` does not write there: this QEMU would keep {images} open for writing until it ends, and no VM "
+                f"could be started from what is built on it; `--force dependents` pulls all the same"
+            )
         if not self.away:
             return super().hint
         merged = f"once nobody uses what was merged away already, put it out of reach: {'; '.join(self.away)}"
