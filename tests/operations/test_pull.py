@@ -4,23 +4,25 @@ The safe pull: in every way to a disk, with every image's own view as it was; an
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rig import faults
 from rig.command import invoke
-from rig.disks import WAYS, Setup, blockdev, device, drive, form, nodes
+from rig.devices import mounted
+from rig.disks import WAYS, Setup, blockdev, device, drive, nodes
 from rig.harms import harm
-from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
+from rig.machines import MIB, Content, fill, machine, make_chain, run
+from rig.pulls import JOB, RANGES, slow, stream, version_of, views
 
 import qmpmerge
 from qmpmerge.chain import plan
@@ -32,10 +34,12 @@ from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     Busy,
     Damaged,
+    Dependents,
     HeaderNotDurable,
     InUse,
     JobFailed,
     KnownBad,
+    NoSpace,
     NotDurable,
     NotWritable,
     QemuRefused,
@@ -48,27 +52,6 @@ from qmpmerge.images import space
 from qmpmerge.qemu import bitmaps, jobs
 from qmpmerge.qemu.monitor import Doorbell, Monitor
 
-JOB = "qmpmerge-pull-vda"
-
-RANGES = {
-    "whole": ({}, "c.qcow2"),
-    "partial": ({"base": "[1]"}, "base.raw <-- c.qcow2"),
-    "shallow": ({"shallow": True}, "base.raw <-- a.qcow2 <-- c.qcow2"),
-    "middle": ({"top": "[3]"}, "b.qcow2 <-- c.qcow2"),
-    "middle-partial": ({"top": "[3]", "base": "[1]"}, "base.raw <-- b.qcow2 <-- c.qcow2"),
-}
-
-
-def views(images: list[Path]) -> dict[str, str]:
-    """What each of them shows, by itself and what it is built on."""
-    seen = {}
-    for image in images:
-        view = image.with_name("view")
-        run("qemu-img", "convert", "-U", "-f", form(image), "-O", "raw", image, view)
-        seen[image.name] = hashlib.sha256(view.read_bytes()).hexdigest()
-        view.unlink()
-    return seen
-
 
 @pytest.mark.parametrize("asked", RANGES)
 @pytest.mark.parametrize("kind", WAYS)
@@ -77,7 +60,7 @@ async def test_pull(kind: str, asked: str, tmp_path: Path, images: list[Path], c
     before = views(images)
     with WAYS[kind](tmp_path, images, content) as setup:
         async with setup.target() as target:
-            outcome = await qmpmerge.pull(target, setup.disk, **options)  # type: ignore[arg-type]
+            outcome = await qmpmerge.pull(target, setup.disk, **options)
         assert (outcome.verdict, str(outcome.after)) == ("pulled", expected)
         names = [image.backing for image in outcome.after]
         assert names == [None, *[image.name for image in outcome.after.images[:-1]]]
@@ -145,13 +128,6 @@ def test_killed_right_after_a_plain_block_stream_data_is_lost(
         setup.machine.kill()
     with pytest.raises(AssertionError, match="differs"):
         content.check(images[3])
-
-
-def stream(vm: Machine, **more: object) -> None:
-    """A plain block-stream, to its end."""
-    vm.session.execute("block-stream", job_id="j", **more)
-    while (found := vm.session.execute("query-jobs")) and found[0]["status"] != "concluded":
-        pass
 
 
 FLUSH_FAILS = "inject-error.0.event=none,inject-error.0.iotype=flush,inject-error.0.errno=5"
@@ -251,7 +227,12 @@ async def test_a_middle_image_is_not_left_open_for_writing(
                 setup.machine.session.execute("block-job-set-speed", device="qmpmerge-pull-disk0", speed=0)
             with pytest.raises(asyncio.CancelledError) if ends == "cancelled" else contextlib.nullcontext():
                 await pull
-        run("qemu-img", "info", images[2])  # fails where somebody has it open for writing
+        (tmp_path / "second").mkdir()
+        overlay = tmp_path / "other.qcow2"
+        run("qemu-img", "create", "-qf", "qcow2", "-b", "b.qcow2", "-F", "qcow2", overlay)
+        theirs = ["-drive", f"file={overlay},if=none,id=vda", *device("vda")]
+        with machine(tmp_path / "second", *theirs):  # it does not start where somebody has b open for writing
+            setup.check()
 
 
 # --- what was copied is compared ----------------------------------------------------------------------------------------
@@ -387,6 +368,31 @@ async def test_what_a_kill_before_the_job_has_left_is_taken_away(setup: Setup, m
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_needed", [True, False])
+async def test_a_middle_image_that_would_stay_open_is_no_others(
+    is_needed: bool, setup: Setup, tmp_path: Path, images: list[Path]
+) -> None:
+    """QEMU 11.1 cannot close it for writing again where it has named the node itself; and what to do instead does it."""
+    other = tmp_path / "other.qcow2"
+    stays_open = version_of(setup.machine) > (10, 0)
+    if is_needed:
+        run("qemu-img", "create", "-qf", "qcow2", "-b", "b.qcow2", "-F", "qcow2", other)
+    if is_needed and stays_open:
+        async with setup.target() as target:
+            with pytest.raises(Dependents, match=str(other)) as refused:
+                await qmpmerge.pull(target, top="[3]")
+        assert "ruin" not in refused.value.hint
+        command = shlex.split(refused.value.hint.split("`")[1])
+        assert invoke(*command[1:]).code == 0
+    else:
+        async with setup.target() as target:
+            outcome = await qmpmerge.pull(target, top="[3]")
+        assert bool([hint for hint in outcome.hints if "stays open for writing" in hint]) == stays_open
+    if is_needed or not stays_open:
+        run("qemu-img", "info", images[2])  # fails where somebody has it open for writing
+    setup.check()
+
+
 def short(folder: Path) -> list[Path]:
     """8 MiB with data at 6 MiB, under a layer of 4 MiB, under one of 8 MiB."""
     images = [folder / "low.qcow2", folder / "mid.qcow2", folder / "top.qcow2"]
@@ -514,7 +520,7 @@ async def test_what_others_are_built_on_can_be_pulled(tmp_path: Path, images: li
     before = views([tmp_path / "other.qcow2"])
     with blockdev(tmp_path, images, content) as setup:
         async with setup.target() as target:
-            with pytest.raises(qmpmerge.errors.Dependents):
+            with pytest.raises(Dependents):
                 await qmpmerge.commit(target, top="[3]")
             assert (await qmpmerge.pull(target, base="[1]")).verdict == "pulled"
         setup.off()
@@ -533,7 +539,7 @@ async def test_the_guests_filesystem_is_left_a_reserve(
         monkeypatch.setattr(space, "_free", lambda image, pid: room)
         assert (await qmpmerge.pull(target, dry_run=True)).verdict == "planned"
         monkeypatch.setattr(space, "_free", lambda image, pid: room - 1)
-        with pytest.raises(qmpmerge.errors.NoSpace) as refused:
+        with pytest.raises(NoSpace) as refused:
             await qmpmerge.pull(target)
         assert (refused.value.base, refused.value.reserve) == (str(images[3]), 8 * MIB)
 
@@ -552,6 +558,30 @@ async def test_the_growth_where_zeros_cannot_be_noted(tmp_path: Path, base: str)
     assert planned.estimate is not None and planned.estimate.growth is not None
     grown = os.stat(top).st_size - before
     assert 4 * MIB < grown <= planned.estimate.growth <= grown + 128 * 1024
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@harm("no-space", "of a pull the guest gets no space any more either")
+async def test_plain_block_stream_fills_the_guests_filesystem(
+    tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """And that it is refused: one mount for both."""
+    with mounted(tmp_path / "full", "-t", "tmpfs", "-o", "size=2560k", "none") as full:
+        active = full / "c.qcow2"
+        active.write_bytes(images[3].read_bytes())
+        run("qemu-img", "rebase", "-u", "-F", "qcow2", "-b", images[2], active)
+        with drive(tmp_path, [active], content) as setup:
+            async with setup.target() as target:
+                with pytest.raises(NoSpace) as refused:
+                    await qmpmerge.pull(target)
+            assert refused.value.growth > refused.value.free > 0
+            setup.write(0x71, 5 * MIB, 64 * 1024)
+            setup.machine.session.execute("block-stream", job_id="j", device="vda", on_error="enospc")
+            while setup.machine.session.execute("query-block-jobs")[0]["io-status"] == "ok":
+                pass
+            with pytest.raises(AssertionError, match="No space left"):
+                setup.machine.io("vda", f"write -P 1 {7 * MIB} {MIB}")
+            assert os.statvfs(full).f_bavail == 0
 
 
 @pytest.mark.parametrize("cluster", ["64k", "2M"])
@@ -610,19 +640,6 @@ async def test_what_is_copied_is_counted(setup: Setup) -> None:
 # --- leaving, cancelling, coming back ----------------------------------------------------------------------------------
 
 
-@contextlib.asynccontextmanager
-async def slow(setup: Setup, **options: object) -> AsyncIterator["asyncio.Task[qmpmerge.Outcome]"]:
-    """A pull that has begun and will not end by itself."""
-    begun = asyncio.Event()
-    async with setup.target() as target:
-        work = qmpmerge.pull(target, setup.disk, speed=1, report=lambda told: begun.set(), **options)  # type: ignore[arg-type]
-        pull = asyncio.ensure_future(work)
-        await asyncio.wait([pull, asyncio.ensure_future(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
-        if pull.done():
-            await pull  # refused: say why
-        yield pull
-
-
 @pytest.mark.parametrize("asked", RANGES)
 @pytest.mark.parametrize("kind", WAYS)
 async def test_a_cancelled_task_puts_the_old_chain_back(
@@ -631,7 +648,7 @@ async def test_a_cancelled_task_puts_the_old_chain_back(
     options, _expected = RANGES[asked]
     before = views(images)
     with WAYS[kind](tmp_path, images, content) as setup:
-        async with slow(setup, **options) as pull:  # type: ignore[arg-type]
+        async with slow(setup, **options) as pull:
             pull.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await pull
@@ -718,11 +735,6 @@ def test_plain_block_stream_waits_there_to_be_dismissed(setup: Setup) -> None:
     crashes = (7, 2) <= version_of(setup.machine) < (11, 0)
     with pytest.raises((ValueError, ConnectionError)) if crashes else contextlib.nullcontext():
         setup.machine.session.execute("query-named-block-nodes", flat=True)
-
-
-def version_of(vm: Machine) -> tuple[int, int]:
-    told = vm.session.execute("query-version")["qemu"]
-    return told["major"], told["minor"]
 
 
 async def test_a_session_that_is_lost_in_the_middle_is_made_again(setup: Setup, content: Content) -> None:

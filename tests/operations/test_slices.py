@@ -280,6 +280,28 @@ async def test_an_active_image_in_a_part_is_resumed(tmp_path: Path, images: list
     box.check()
 
 
+# --- pulled -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_pull_that_stops_above_a_part(tmp_path: Path, images: list[Path], base: Box, content: Content) -> None:
+    with machine(tmp_path, *by_nodes(images, base)) as vm:
+        async with qmpmerge.open(vm.target) as target:
+            outcome = await qmpmerge.pull(target, base="[1]", verify=True)
+    backing = outcome.after.active.backing
+    assert (outcome.verified, backing and json.loads(backing.removeprefix("json:"))) == (True, base.node)
+    content.check(images[3])
+    base.check()
+
+
+async def test_a_pull_into_a_part(tmp_path: Path, images: list[Path], layer: Box, content: Content) -> None:
+    with machine(tmp_path, *by_header(images, layer)) as vm:
+        async with qmpmerge.open(vm.target) as target:
+            outcome = await qmpmerge.pull(target, top="[2]", verify=True)
+    assert (outcome.verified, len(outcome.after)) == (True, 3)
+    content.check(images[3])
+    layer.check()
+
+
 # --- offline --------------------------------------------------------------------------------------------------------------
 
 

@@ -116,15 +116,18 @@ def filters(folder: Path, images: Sequence[Path], content: Content) -> Iterator[
 
 
 @contextlib.contextmanager
-def storage_daemon(folder: Path, images: Sequence[Path], content: Content) -> Iterator[Setup]:
+def storage_daemon(
+    folder: Path, images: Sequence[Path], content: Content, *, iothread: bool = False
+) -> Iterator[Setup]:
     """A qemu-storage-daemon that exports the disk over NBD."""
     socket, active = folder / "export", images[-1].stem
     exports = [
         "--nbd-server",
         f"addr.type=unix,addr.path={socket}",
         "--export",
-        f"nbd,id=export0,node-name={active},name=disk,writable=on",
+        f"nbd,id=export0,node-name={active},name=disk,writable=on{',iothread=io' if iothread else ''}",
     ]
+    exports = ["--object", "iothread,id=io", *exports] if iothread else exports
     arguments = [part.replace("-blockdev", "--blockdev") for part in nodes(images)]
     with machine(folder, *arguments, *exports, program="qemu-storage-daemon") as daemon:
         url = f"nbd+unix:///disk?socket={socket}"
@@ -178,10 +181,13 @@ def form(image: Path) -> str:
 
 
 @contextlib.contextmanager
-def nbd_server(folder: Path, image: Path, *, shared: int = 10, served_as: str = "") -> Iterator[str]:
+def nbd_server(
+    folder: Path, image: Path, *, shared: int = 10, served_as: str = "", read_only: bool = False
+) -> Iterator[str]:
     """Serve an image over NBD, as another host would, to so many clients at once; yields its URI."""
     socket = folder / "nbd"
     command = ["qemu-nbd", "--persistent", f"--shared={shared}", "--fork", f"--pid-file={folder}/nbd.pid"]
+    command += ["--read-only"] if read_only else []
     run(*command, f"--format={served_as or form(image)}", f"--socket={socket}", image)
     try:
         yield f"nbd+unix:///?socket={socket}"

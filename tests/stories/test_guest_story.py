@@ -144,6 +144,26 @@ async def write_on(vm: Guest, acknowledged: int) -> int:
     return await writer.stop()
 
 
+async def test_pulls_while_the_guest_writes_in_an_iothread(tmp_path: Path) -> None:
+    """Into the middle and into the active image, then killed: all that was acknowledged is there."""
+    base, active = tmp_path / "base.raw", tmp_path / "c.qcow2"
+    run("qemu-img", "create", "-q", "-f", "raw", base, str(SIZE))
+    async with guest([disk("iothread", base)], agent=False) as vm:
+        writer = await vm.start_writer("/dev/vda", SEED + 4)
+        await writer.advance(100)
+        async with qmpmerge.live(vm.monitor) as target:
+            for name in ("a.qcow2", "b.qcow2", "c.qcow2"):
+                await qmpmerge.snapshot(target, {"vda": str(tmp_path / name)})
+                await writer.advance(100)
+            for top, base_name, depth in (("[3]", "[1]", 3), (None, None, 1)):
+                outcome = await qmpmerge.pull(target, "vda", top=top, base=base_name)
+                assert (outcome.verdict, len(outcome.after)) == ("pulled", depth)
+                await writer.advance(100)
+        await vm.kill()
+    verdict = await check_image(active, SEED + 4, writer.acknowledged)
+    assert verdict.clean, verdict.said
+
+
 @pytest.mark.parametrize("kind", ["drive", "scsi", "iothread"])
 async def test_asking_for_a_flush_again_and_again_does_no_harm_to_a_busy_guest(kind: str, tmp_path: Path) -> None:
     """
