@@ -1,5 +1,7 @@
 """
 Many disks of one VM at once: by as many commands, from one process that uses the library, and by the bare conversation.
+
+Each command has a monitor of its own: one serves a single client at a time.
 """
 
 import sys
@@ -44,17 +46,11 @@ def measure(figures: Figures, folder: Path, runs: int, count: int, sizes: list[i
 
 def _once(folder: Path, who: str, chains: Sequence[DataChain], *, active: bool) -> float:
     disks = {f"vd{number}": chain for number, chain in enumerate(chains)}
-    drives = [
-        (f"-drive,file={chain.active},if=none,id={disk}", f"-device,virtio-blk-pci,drive={disk}")
-        for disk, chain in disks.items()
-    ]
-    words = [word for pair in drives for option in pair for word in option.split(",", 1)]
-    with machine(folder, *words) as vm:
+    with machine(folder, *(word for disk, chain in disks.items() for word in _arguments(folder, disk, chain))) as vm:
         begun = time.perf_counter()
         if who == OURS:
-            _all(
-                [COMMAND, "commit", vm.target, disk, *([] if active else chain.middle)] for disk, chain in disks.items()
-            )
+            options = {disk: [] if active else chain.middle for disk, chain in disks.items()}
+            _all([COMMAND, "commit", str(folder / disk), disk, *options[disk]] for disk in disks)
         elif who == LIBRARY:
             timed(sys.executable, "-c", PROGRAM, vm.target, "" if active else str(LAYERS + 1), *disks)
         else:
@@ -62,6 +58,12 @@ def _once(folder: Path, who: str, chains: Sequence[DataChain], *, active: bool) 
         for chain in chains:
             chain.sync()
         return (time.perf_counter() - begun) * 1000
+
+
+def _arguments(folder: Path, disk: str, chain: DataChain) -> list[str]:
+    """A disk, and a monitor."""
+    drive = ["-drive", f"file={chain.active},if=none,id={disk}", "-device", f"virtio-blk-pci,drive={disk}"]
+    return [*drive, "-qmp", f"unix:{folder / disk},server=on,wait=off"]
 
 
 def _all(commands: Iterable[list[str]]) -> None:
