@@ -13,8 +13,8 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import Plan
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.progress import Progress, Report
-from qmpmerge.errors import Busy, CannotRecord, Locked, Suspect, refuse
-from qmpmerge.journal import locks
+from qmpmerge.errors import Busy, CannotRecord, Locked, Overtaken, Suspect, refuse
+from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs, mutex
 from qmpmerge.qemu.jobs import Job
@@ -79,6 +79,14 @@ def under_way(view: ChainView, planned: Plan) -> Job | None:
 def of_job(records: Sequence[Record], job: Job) -> Record | None:
     """The record of the merge that this job carries out."""
     return next((record for record in records if record.job == job.id), None)
+
+
+def as_left(record: Record | None) -> Record | None:
+    """The record as it is now that its lock is held. Raises Overtaken, also where it is gone: its merge was ended meanwhile."""
+    now = store.again(record) if record is not None else None
+    if record is not None and now is None:
+        raise Overtaken(image=record.chain.active.file)
+    return now
 
 
 async def without_concluded(target: Target, view: ChainView, records: Sequence[Record], report: Report) -> ChainView:

@@ -77,6 +77,8 @@ class Settled:
     changed: bool = False
 
 
+_ENDED_BY_ANOTHER = "another qmpmerge has ended the merge meanwhile"
+
 # --- recover ----------------------------------------------------------------------------------------------------------
 
 
@@ -87,18 +89,21 @@ async def recover(
     Bring one merge to an end, as the evidence says, or where that does not decide, as the user does with `use`. The QEMU that
     carried it out is found by the record's word, so it does not vouch for files; `allow` does.
 
-    Raises Undecided, ForeignFile, Locked, InUse, CannotRecover, VmState, and what a session with that QEMU raises.
+    Raises Undecided, ForeignFile, Locked, Overtaken, InUse, CannotRecover, VmState, and what a session with that QEMU raises.
     """
     async with _carrier(record, trace) as target:
         with locks.taken_for(record.plan) as lock:
-            judged = await directions.operation(record.plan).evidence(record, target, use)
+            now = store.again(record)
+            if now is None:
+                return Recovery("unchanged", record.chain.active.file, None, _ENDED_BY_ANOTHER)
+            judged = await directions.operation(now.plan).evidence(now, target, use)
             if target is None:
-                await see_unused(record, judged, None)
-            refuse_foreign(record, [judged.way], Vouched(allow=tuple(allow)))
+                await see_unused(now, judged, None)
+            refuse_foreign(now, [judged.way], Vouched(allow=tuple(allow)))
             if dry_run:
-                action = _action(judged, record)
-                return Recovery("planned", record.chain.active.file, judged.right, action, judged.reasons)
-            return await _ended(record, judged, target, lock)
+                action = _action(judged, now)
+                return Recovery("planned", now.chain.active.file, judged.right, action, judged.reasons)
+            return await _ended(now, judged, target, lock)
 
 
 @contextlib.asynccontextmanager
@@ -124,7 +129,7 @@ async def _carrier(record: Record, trace: Trace | None) -> AsyncIterator[Target 
 async def settle(target: Target, view: ChainView, records: Sequence[Record]) -> Settled:
     """
     Before a merge: end what an earlier one of the chain left, where that is beyond doubt. Raises Unfinished, ForeignFile,
-    Locked, InUse, VmState.
+    Locked, Overtaken, InUse, VmState.
     """
     settled, vouched = Settled(), Vouched.by(view.chain, target)
     for record in records:
@@ -160,17 +165,24 @@ async def foresee(target: Target, view: ChainView, records: Sequence[Record]) ->
 
 async def _settled(
     record: Record, target: Target | None, layout: Layout | None, vouched: Vouched
-) -> tuple[Way, Outcome | None]:
-    carrier, operation = _carrier_of(record, target), directions.operation(record.plan)
+) -> tuple[Way | None, Outcome | None]:
+    """What was done, None where another qmpmerge has done it meanwhile."""
     with locks.taken_for(record.plan) as lock:
-        judged = await _judged(record, target, layout, vouched)
-        recovery = await _ended(record, judged, carrier, lock)
-    if judged.way != "finish":
-        return judged.way, None
+        now = store.again(record)
+        if now is None:
+            return None, None
+        if not now.is_abandoned:
+            return "leave", None
+        judged = await _judged(now, target, layout if now == record else None, vouched)
+        recovery = await _ended(now, judged, _carrier_of(now, target), lock)
+    return judged.way, _outcome(now, recovery) if judged.way == "finish" else None
+
+
+def _outcome(record: Record, recovery: Recovery) -> Outcome:
+    verdict, result = directions.operation(record.plan).verdict, record.plan.result
     hints = ("an earlier run had merged them; what remained was done now", *recovery.hints)
-    after = Chain(tuple(replace(image, inode=files.inode(image.file)) for image in record.plan.result))
-    outcome = Outcome(operation.verdict, record.disk, record.chain, after, merged=recovery.merged, hints=hints)
-    return judged.way, outcome
+    after = Chain(tuple(replace(image, inode=files.inode(image.file)) for image in result))
+    return Outcome(verdict, record.disk, record.chain, after, merged=recovery.merged, hints=hints)
 
 
 async def _judged(record: Record, target: Target | None, layout: Layout | None, vouched: Vouched) -> Judgement:

@@ -111,7 +111,7 @@ class Run:
         it: then only `finish` and `undone` are to come.
 
         Images are known by their files: the QEMU that has them now may have been started since, and call its nodes
-        otherwise. Raises ForeignFile.
+        otherwise. What becomes of the merged files is as the record has it, where `request` does not say. Raises ForeignFile.
         """
         if view is not None and record is not None:
             from qmpmerge.recovery import claims  # most runs have no record before they write it
@@ -130,6 +130,8 @@ class Run:
             filters = layout.filters_below(view.disk, plan.overlay) if plan.overlay is not None else []
             old_nodes = [*filters, *layout.between(plan.top.node or "", below)]
         suspect = lock.note.suspect
+        if record is not None and request.merged_files is None:
+            request = replace(request, merged_files=record.policy)
         return cls(
             operation=operation,
             request=request,

@@ -2,6 +2,8 @@
 Refusals: a check said no, and nothing was changed. Longer than other files: a catalogue, that is looked up and not read.
 """
 
+import shlex
+
 from qmpmerge.errors.base import Refused
 from qmpmerge.errors.sizes import size
 
@@ -60,19 +62,30 @@ class Busy(Refused):
     target: str
     job: str = ""
     holder: str = ""
+    verbs: list[str] | None = None
     sentence = "{disk} is busy: {who} is working on it"
-    advice = (
-        "`qmpmerge jobs {target}` shows what can be done with it: `qmpmerge job {target} {job} cancel` ends it, `follow` in "
-        "the place of `cancel` goes on with a merge"
-    )
+    advice = "wait until it has ended{ways}"
 
     @property
     def hint(self) -> str:
-        """As of any error; a process is no job that could be followed."""
+        """Of a job what its state allows; a process is no job that could be followed."""
         return super().hint if self.job else f"wait until {self.holder} has done, or end it if it hangs; then try again"
 
     def _words(self) -> dict[str, object]:
-        return {**super()._words(), "who": " of ".join(filter(None, (self.job and f"job {self.job}", self.holder)))}
+        command = shlex.join(["qmpmerge", "job", self.target, self.job])
+        ways = [f"`{command} {verb}` {what}" for verb, what in _WAYS.items() if verb in (self.verbs or ())]
+        who = " of ".join(filter(None, (self.job and f"job {self.job}", self.holder)))
+        return {**super()._words(), "who": who, "ways": "".join(f", or {way}" for way in ways)}
+
+
+_WAYS = {
+    "follow": "goes on with it",
+    "resume": "lets it go on",
+    "finalize": "has it take its last step",
+    "cancel": "ends it",
+    "dismiss": "takes it away",
+}
+"""What frees a disk, by the verb of `qmpmerge job`."""
 
 
 class Locked(Refused):
@@ -82,6 +95,14 @@ class Locked(Refused):
     lock: str
     sentence = "another qmpmerge is merging into {base}"
     advice = "wait for it; its lock is {lock}"
+
+
+class Overtaken(Refused):
+    """While others were waited for, another qmpmerge went on with what was begun on the chain, ended it, or began anew."""
+
+    image: str
+    sentence = "another qmpmerge was at work on the chain of {image}, which is not what it was when we looked at it"
+    advice = "run the same command again: it looks afresh"
 
 
 class Attached(Refused):

@@ -111,6 +111,11 @@ class Record:
             image.inode in inodes for image in self.chain.images[max(0, self.base - 1) :] if image.inode is not None
         )
 
+    def is_same_merge(self, other: "Record") -> bool:
+        """Whether both tell of one merge, which the same QEMU carries out."""
+        ours, others = ((one.chain, one.direction, one.base, one.top, one.is_live) for one in (self, other))
+        return ours == others and (self.qemu == other.qemu or not self.is_live)
+
     def is_done(self, chain: Chain) -> bool:
         """Whether the chain is what this merge was to leave; its headers are looked at when it is proved."""
         return chain.same_files(self.plan.result)

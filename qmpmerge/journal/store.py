@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Chain, Inode
-from qmpmerge.errors import RecordNotBelieved
+from qmpmerge.errors import Overtaken, RecordNotBelieved
 from qmpmerge.folder import File, Folder
 from qmpmerge.images import files
 
@@ -237,3 +237,16 @@ def believed(found: "Iterable[Found]") -> "list[Record]":
             raise RecordNotBelieved(image=one.image, path=one.path, reason=one.reason, cure=one.cure)
         records.append(one)
     return records
+
+
+def again(record: "Record") -> "Record | None":
+    """
+    The record as it is now that its lock is held, None where it is gone: who had the lock while a session was waited for may
+    have gone on with the merge, or ended it. Raises RecordNotBelieved, and Overtaken where it tells of another merge.
+    """
+    found = read(record.path)
+    for now in believed([] if found is None else [found]):
+        if not now.is_same_merge(record):
+            raise Overtaken(image=record.chain.active.file)
+        return now
+    return None

@@ -91,7 +91,7 @@ async def commit(
     very merge, its outcome is returned.
 
     Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome
-    could not be proved, StillRunning, TimeUp.
+    could not be proved, StillRunning, TimeUp, TimedOut.
     """
     request = Request(
         base=base,
@@ -171,7 +171,7 @@ class _Beginning:
     async def _ended_unseen(self, view: ChainView, record: Record) -> Run:
         """The very merge that is asked for was made by an earlier qmpmerge, and nobody has proved it yet."""
         operation = directions.operation(record.as_called_now(view.chain))
-        return await self._resumed(view, operation, self._locked(record.plan), record)
+        return await self._resumed(view, operation, self._locked(record.plan), earlier.as_left(record))
 
     async def _settled(self, view: ChainView, disk: DiskName | None, records: list[Record]) -> Run | Outcome:
         """What an earlier merge left is put right first; that may be all there was to do."""
@@ -217,6 +217,7 @@ class _Beginning:
     async def _taken_over(
         self, view: ChainView, operation: Operation, lock: Lock, job: Job, record: Record | None
     ) -> Run:
+        record = earlier.as_left(record)
         earlier.refuse_astray(self._target, view, record, *operation.plan.named)
         run = await self._resumed(view, operation, lock, record)
         self._report(earlier.going_on(view, job, record, self._request.speed))

@@ -90,6 +90,7 @@ async def _begun(
     if planned.pivots and request.ending == "pivot" and job.status != "concluded":
         refuse([bad async for bad in known_bad.of_pivot(target.monitor, view)])
     lock = stack.enter_context(locks.taken_for(planned))
+    record = earlier.as_left(record)
     run = Run.resume(target, directions.operation(planned), request, lock, view=view, record=record, report=report)
     run.bitmaps = () if job.status == "concluded" else bitmaps.portable(view.layout, planned)
     return run

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,26 @@ from rig.folder import litter
 from rig.machines import Content
 
 import qmpmerge
+from qmpmerge.chain.outcome import Policy
+from qmpmerge.chain.plan import Plan
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Progress
-from qmpmerge.errors import Busy, CannotRecord, JobFailed, NoSuchLayer, RecordNotBelieved, StillRunning
+from qmpmerge.errors import Busy, CannotRecord, JobFailed, NoSuchLayer, Overtaken, RecordNotBelieved, StillRunning
 from qmpmerge.folder import Folder
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Note
 from qmpmerge.journal.record import Record
+from qmpmerge.qemu import jobs
 
 JOB = "qmpmerge-commit-vda"
 
 
-async def leave(setup: Setup, top: str) -> None:
+async def leave(setup: Setup, top: str, **options: Any) -> None:
     """Begin a merge that takes for ever, and go away."""
     async with setup.target() as target:
         with pytest.raises(StillRunning):
             patience = qmpmerge.Patience(detach=True)
-            await qmpmerge.commit(target, setup.disk, top=top, speed=1, patience=patience)
+            await qmpmerge.commit(target, setup.disk, top=top, speed=1, patience=patience, **options)
 
 
 async def commit(setup: Setup, top: str | None = None, **options: Any) -> tuple[qmpmerge.Outcome, list[Progress]]:
@@ -226,6 +230,36 @@ async def test_follow_proves_what_the_note_tells_too(setup: Setup) -> None:
     async with setup.target() as target:
         assert (await qmpmerge.follow(target, JOB)).verdict == "merged"
         assert not await target.jobs()
+
+
+@pytest.mark.parametrize(("policy", "asked", "then"), [("keep", None, "keep"), ("keep", "stash", "stash")])
+async def test_what_becomes_of_the_files_is_as_it_was_asked_for_at_first(
+    setup: Setup, policy: Policy, asked: Policy | None, then: str
+) -> None:
+    await leave(setup, "[3]", merged_files=policy)
+    async with setup.target() as target:
+        job = await target.job(JOB)
+        await jobs.set_speed(target.monitor, job, 0)
+        outcome = await qmpmerge.follow(target, JOB, merged_files=asked)
+    assert {file.action for file in outcome.merged} == {then}
+
+
+async def test_a_job_that_another_has_ended_meanwhile_is_not_gone_on_with(
+    setup: Setup, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record goes with the merge; what was read of it before we had the lock is not believed any more."""
+    await leave(setup, "[3]")
+    taken = locks.taken_for
+
+    def late(plan: Plan) -> AbstractContextManager[locks.Lock]:
+        os.remove(store.path_of(str(images[3])))
+        return taken(plan)
+
+    monkeypatch.setattr(locks, "taken_for", late)
+    async with setup.target() as target:
+        with pytest.raises(Overtaken):
+            await qmpmerge.follow(target, JOB)
+        assert (await target.job(JOB)).status == "running"
 
 
 async def test_a_job_that_let_the_overlay_go_unseen_is_begun_again(setup: Setup, images: list[Path]) -> None:

@@ -3,7 +3,8 @@
 import contextlib
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rig.nobody import as_nobody, public
 
 import qmpmerge
 from qmpmerge.chain.outcome import Policy
+from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import State
 from qmpmerge.cli.commands import group
 from qmpmerge.engine import blockjob, resume
@@ -30,6 +32,7 @@ from qmpmerge.errors import (
     Locked,
     NothingThere,
     NotSeen,
+    Overtaken,
     SessionLost,
     Stashed,
     StillRunning,
@@ -39,6 +42,7 @@ from qmpmerge.errors import (
 from qmpmerge.folder import Folder
 from qmpmerge.images import files, stashed
 from qmpmerge.journal import locks, merged_files, store
+from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
 from qmpmerge.targets.target import unfinished
@@ -459,6 +463,45 @@ async def test_somebody_at_work_is_not_disturbed(left: Left) -> None:
     told = left.merge()
     with locks.held(told.chain.base), pytest.raises(Locked):
         await qmpmerge.recover(left.folder)
+
+
+@pytest.mark.parametrize("settle", [qmpmerge.recover, resume.settle_image])
+async def test_what_another_has_ended_while_we_waited_is_left_as_it_is(
+    left: Left, monkeypatch: pytest.MonkeyPatch, settle: Callable[[Path], Awaitable[object]]
+) -> None:
+    """The VM may be running from the base by now: what the record said when it was read is not taken back."""
+    left.merge()
+    taken = locks.taken_for
+
+    def late(plan: Plan) -> AbstractContextManager[Lock]:
+        monkeypatch.undo()
+        assert invoke("commit", str(left.images[3]), "-q").code == 0
+        return taken(plan)
+
+    monkeypatch.setattr(locks, "taken_for", late)
+    told = await settle(left.images[3])
+    assert names(left.folder) == sorted([BASE, *STASHED])
+    if isinstance(told, list):
+        assert [(one.verdict, one.start_from) for one in told] == [("unchanged", None)]
+    else:
+        assert told is None
+
+
+async def test_a_merge_that_another_has_begun_while_we_waited_is_not_ours(
+    left: Left, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left.merge()
+    taken = locks.taken_for
+
+    def late(plan: Plan) -> AbstractContextManager[Lock]:
+        left.merge("[3]")
+        return taken(plan)
+
+    monkeypatch.setattr(locks, "taken_for", late)
+    with pytest.raises(Overtaken):
+        await qmpmerge.recover(left.folder)
+    (found,) = store.in_folder(str(left.folder))
+    assert isinstance(found, Record) and found.top == 3
 
 
 def test_a_golden_base_in_another_folder_tells_of_the_merge(tmp_path: Path) -> None:
