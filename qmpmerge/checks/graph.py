@@ -48,7 +48,7 @@ async def busy(question: Question) -> AsyncIterator[Refused]:
     """QEMU takes one commit job a disk."""
     disk = question.view.disk
     if disk.job is not None:
-        yield Busy(disk=disk.name, job=disk.job.id, target=question.target.name)
+        yield Busy(disk=disk.name, job=disk.job.id, target=question.target.name, verbs=disk.job.verbs)
 
 
 async def attached(question: Question) -> AsyncIterator[Refused | Unseen]:

@@ -150,7 +150,8 @@ def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
         "--timeout",
         type=Duration(positive=True),
         metavar="TIME",
-        help="Leave after this time, as in 90 (seconds), 10m or 1h30m; the job goes on (exit code 7).",
+        help="Leave after this time, as in 90 (seconds), 10m or 1h30m (exit code 7): the job goes on, that of "
+        "images that no VM uses is taken back.",
     )
     polite = click.option("--polite", is_flag=True, help="Leave the monitor to others between two looks at the job.")
     return limit(polite(function))

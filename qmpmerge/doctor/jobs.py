@@ -13,7 +13,6 @@ from qmpmerge.qemu import jobs
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Monitor
-from qmpmerge.sockets import typed
 from qmpmerge.targets.target import Target
 
 SETTLE_SECONDS = 0.2
@@ -122,12 +121,9 @@ def _finding(target: Target, job: Job, meaning: Meaning) -> Finding:
 
 
 def _command(target: Target, job: Job, verb: str) -> str | None:
-    """The verb of ours; for types of jobs that we do not follow, QEMU's own command, but for what only their owner knows."""
-    if verb in job.verbs:
-        return _verb(target, job, verb)
-    if verb == "pivot":
-        return None
-    return typed(target.monitor.name, ("job-finalize" if job.status == "pending" else "job-resume", {"id": job.id}))
+    """Where a job is of a type that we do not follow, what lets it go on; but for what only its owner knows."""
+    wanted = (verb,) if verb == "pivot" else (verb, "finalize", "resume")
+    return next((_verb(target, job, one) for one in wanted if one in job.verbs), None)
 
 
 def _verb(target: Target, job: Job, verb: str) -> str:

@@ -25,6 +25,7 @@ from qmpmerge.errors import (
     LeftCancelling,
     LeftDisplaced,
     NotProven,
+    Postponed,
     StillRunning,
     TimedOut,
     TimeUp,
@@ -62,12 +63,12 @@ async def go(run: Run) -> Outcome:
     after it, it waits. The record goes when the outcome is known, and stays when it is not, or the job goes on.
 
     Raises subclasses of Refused before anything is sent, of Failed when the job failed, of Unknown when the outcome could
-    not be proved, StillRunning, TimeUp.
+    not be proved, StillRunning, TimeUp, TimedOut.
     """
     run.write_down()
     try:
         return await _within_limits(run)
-    except (Untouched, Failed, Cancelled, asyncio.CancelledError) as error:
+    except (Untouched, Failed, Postponed, Cancelled, asyncio.CancelledError) as error:
         if run.is_sent and isinstance(error, Untouched):  # what was begun and cannot be looked at is not refused
             found = f"no way to look: {error}"
             raise NotProven(target=run.target.name, expected=str(run.plan.result), found=found) from None
@@ -127,7 +128,7 @@ async def _stop_waiting(run: Run) -> NoReturn:
     if run.target.is_live:
         raise _left(run)
     await _taken_back(run)
-    raise TimedOut(job=run.job)
+    raise TimedOut(job=run.job, seconds=run.request.patience.timeout or 0.0)
 
 
 def _left(run: Run) -> StillRunning:

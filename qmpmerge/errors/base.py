@@ -8,7 +8,7 @@ What can go wrong, sorted by what the caller does next.
      +-- Failed                  5      the job ran and failed: the old chain is in use and right
      +-- Unknown                 6      the outcome is not proven: ask QEMU again
      +-- StillRunning            7      we stopped waiting, the job goes on
-     +-- Postponed               7      of several disks one that was not begun in time: it is as it was
+     +-- Postponed               7      a disk was not begun in time, or what was begun was taken back: it is as it was
      +-- Cancelled             130      the job was cancelled, or never started: the old chain is in use
 
 An error is a sentence plus its facts: the class holds the sentence and the hint, the constructor keeps the facts as

@@ -28,14 +28,6 @@ class OutOfQuota(JobFailed):
     advice = "raise the quota there of the user that QEMU runs as, then run the same command again"
 
 
-class TimedOut(Failed, TimeoutError):
-    """Offline nothing goes on without us: the merge was cancelled at the time limit, and the old chain is right."""
-
-    job: str
-    sentence = "job {job} did not end in time and was cancelled; the old chain is right and nothing is lost"
-    advice = "give it more time (`--timeout`), or none at all"
-
-
 class DaemonEnded(Failed):
     """The storage daemon of an offline merge, which is our own, was killed before anything was switched."""
 
@@ -384,3 +376,11 @@ class Postponed(Error, TimeoutError):
     verdict = "postponed"
     sentence = "not begun within {seconds:g} s; the disk is as it was"
     advice = "the same command again goes on with it"
+
+
+class TimedOut(Postponed):
+    """Offline nothing goes on without us: what was begun was cancelled at the time limit, and the old chain is right."""
+
+    job: str
+    sentence = "job {job} did not end within {seconds:g} s and was cancelled; the disk is as it was"
+    advice = "give it more time (`--timeout`): images that no VM uses are begun from the start each time"

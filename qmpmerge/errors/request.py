@@ -150,7 +150,11 @@ class LiveOnly(Refused):
 
     option: str
     sentence = "{option} is for a running VM: offline no guest writes, and the job ends with the command"
-    advice = "leave it out; instead of --wait-ready use --keep-overlay"
+    advice = "leave it out{instead}"
+
+    def _words(self) -> dict[str, object]:
+        instead = "; instead of --wait-ready use --keep-overlay" if self.option == "--wait-ready" else ""
+        return {**super()._words(), "instead": instead}
 
 
 class NeedsSecret(Refused):

@@ -36,7 +36,7 @@ async def of_disk(target: Target, layout: Layout, name: str, file: str, reuse: b
     disk = layout.find(name, target.name)
     assert disk.chain is not None, "find() returns disks with an image only"
     if disk.job is not None:
-        raise Busy(disk=disk.name, job=disk.job.id, target=target.name)
+        raise Busy(disk=disk.name, job=disk.job.id, target=target.name, verbs=disk.job.verbs)
     below = disk.chain.active
     if identity.is_temporary(below):
         raise Temporary(disk=disk.name, file=below.file)

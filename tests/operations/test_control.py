@@ -27,7 +27,7 @@ from rig.machines import Content, Machine, fill, machine, make_chain, run
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
-from qmpmerge.errors import JobVerb, NoSuchJob, QemuRefused, StillRunning
+from qmpmerge.errors import Busy, JobVerb, NoSuchJob, NotProven, QemuRefused, StillRunning
 from qmpmerge.operations.control import VERBS, Verb
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
@@ -238,6 +238,42 @@ def test_the_states_that_cannot_be_held_come_and_go(vm: Machine) -> None:
     statuses = [event["data"]["status"] for event in vm.session.events if event["event"] == "JOB_STATUS_CHANGE"]
     assert statuses[:2] == ["created", "running"] and statuses[-2:] == ["aborting", "concluded"]
     assert set(jobs.VERBS) == set(statuses) | {*STATES, "waiting", "null"}
+
+
+# --- a stream of somebody else's ---------------------------------------------------------------------------------------
+
+
+async def test_a_stream_of_somebody_else_ends_without_a_moment_in_which_qemu_would_crash(vm: Machine) -> None:
+    """A hint names what its state allows; finalized it is dismissed too: before that QEMU 7.2 and 10.0 cannot be asked."""
+    held = {"auto_finalize": False, "auto_dismiss": False}
+    vm.session.execute("block-stream", job_id="mine", device="vda", **held)
+    vm.wait_for_job("pending")
+    (found,) = [one for one in await qmpmerge.examine(vm.target) if one.where == "mine"]
+    assert found.fix == f"qmpmerge job {vm.target} mine finalize"
+    async with qmpmerge.live(vm.target) as target:
+        with pytest.raises(Busy) as busy:
+            await qmpmerge.pull(target)
+        assert (
+            "mine cancel" in busy.value.hint and "mine finalize" in busy.value.hint and "follow" not in busy.value.hint
+        )
+        assert await qmpmerge.control(target, "mine", "finalize") is None
+        assert vm.session.execute("query-jobs") == []
+        assert (await target.chain("vda")).chain.files == [str(vm.folder / "b.qcow2")]
+
+
+async def test_a_stream_whose_last_step_fails_is_not_proven(vm: Machine) -> None:
+    held = {
+        "auto_finalize": False,
+        "auto_dismiss": False,
+        "base": str(vm.folder / "base.raw"),
+        "backing_file": "x" * 1100,
+    }
+    vm.session.execute("block-stream", job_id="mine", device="vda", **held)
+    vm.wait_for_job("pending")
+    async with qmpmerge.live(vm.target) as target:
+        with pytest.raises(NotProven, match="Invalid argument|too"):
+            await qmpmerge.control(target, "mine", "finalize")
+        assert vm.session.execute("query-jobs") == []
 
 
 # --- what QEMU would rather not be asked any more ----------------------------------------------------------------------

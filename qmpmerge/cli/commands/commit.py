@@ -107,7 +107,8 @@ def commit(
       4    no session with TARGET: the disks are untouched
       5    the job failed: the old chain is in use and right
       6    unknown: the outcome is not proven
-      7    the job goes on in QEMU: --timeout passed, or we have left it
+      7    --timeout passed, or we have left it: the job goes on in QEMU; that of
+           images that no VM uses was taken back
       130  cancelled by Ctrl-C or a no, or not begun before --timeout: the old
            chain is in use
     """

@@ -66,7 +66,8 @@ class Work(Protocol):
     "--timeout",
     type=Duration(positive=True),
     metavar="TIME",
-    help="Begin nothing more after this time, as in 90 (seconds) or 4h, and leave what is at work (exit code 7).",
+    help="Begin nothing more after this time, as in 90 (seconds) or 4h, leave what is at work, and take back what is in "
+    "images that no VM uses (exit code 7).",
 )
 @forcing(*FORCEABLE)
 @shared
@@ -111,7 +112,8 @@ def tidy(
       4    no session with a TARGET: its disks are untouched
       5    a job failed: the old chain is in use and right
       6    an outcome is not proven
-      7    a job goes on in QEMU, or a disk's turn did not come before --timeout
+      7    --timeout passed: a job goes on in QEMU, that of images that no VM uses
+           was taken back, or a disk's turn did not come
       130  cancelled by Ctrl-C: the old chains are in use
     """
     if not (targets or every):
