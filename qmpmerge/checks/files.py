@@ -154,7 +154,8 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
             below="" if away else _below(question),
             stays_open=not question.plan.changed,
         )
-    yield Seen(question.others.told)
+    if question.others.folders:
+        yield Seen(question.others.told)
     for blind in sight.unseen_dependents(question):
         yield blind
     for image in question.plan.changed:

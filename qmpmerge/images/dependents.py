@@ -127,7 +127,9 @@ class Look:
         return not self.is_cut and os.path.realpath(folder) in self._searched
 
     def steps(self) -> Iterator[None]:
-        """Look, a little at each step."""
+        """Look, a little at each step; where nothing is to be harmed, nowhere."""
+        if not self._noted and not self._wanted:
+            return
         for folder in folders(self._chain):
             yield from self._look_through(folder)
         yield from self._below()

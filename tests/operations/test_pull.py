@@ -41,6 +41,7 @@ from qmpmerge.errors import (
     KnownBad,
     NoSpace,
     NotDurable,
+    NotSeen,
     NotWritable,
     QemuRefused,
     Replaced,
@@ -775,6 +776,18 @@ async def test_what_was_pulled_from_is_no_image_to_start_from(setup: Setup, imag
     setup.machine.stop()
     told = invoke("active", str(images[3]))
     assert told.out.strip() == str(images[3])
+
+
+async def test_what_may_be_built_on_what_is_only_read_stops_no_pull(setup: Setup, images: list[Path]) -> None:
+    """A header that nobody understands, of an image that may be anybody's."""
+    name = 'json:{"driver": "qcow2", "file": {"driver": "whatever", "x": "y"}}'
+    run(
+        "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "qcow2", images[0].parent / "odd.qcow2", "1M"
+    )
+    async with setup.target() as target:
+        with pytest.raises(NotSeen):
+            await qmpmerge.commit(target, top="[3]", dry_run=True)
+        assert (await qmpmerge.pull(target, base=1)).verdict == "pulled"
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["gone", "another"])
