@@ -66,6 +66,7 @@ async def go(run: Run) -> Outcome:
     not be proved, StillRunning, TimeUp, TimedOut.
     """
     run.write_down()
+    run.target.monitor.has_acted = True  # by now somebody has: a job that is there already is followed, too
     try:
         return await _within_limits(run)
     except (Untouched, Failed, Postponed, Cancelled, asyncio.CancelledError) as error:

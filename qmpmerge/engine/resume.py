@@ -225,6 +225,7 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
     image, was_to_delete = record.chain.active.file, record.policy == "delete"
     record = replace(record, policy="stash") if was_to_delete else record
     if target is not None and judged.way != "leave":
+        target.monitor.has_acted = True
         known, ours = (await target.layout()).nodes, {image.node for image in record.chain}
         await vmstate.check(target.monitor, [node for name, node in known.items() if name in ours])
     request = Request(merged_files=record.policy)

@@ -89,6 +89,19 @@ class NobodyListens(Unreachable):
     )
 
 
+class WentAway(Unreachable):
+    """The session ended while we only looked: nothing was sent that changes anything."""
+
+    target: str
+    command: str
+    reason: str
+    sentence = "{target} went away while we looked at it ({command}): {reason}"
+    advice = (
+        "nothing was changed; `qmpmerge vms` lists the QEMUs that run; where a merge was under way run `qmpmerge recover` on "
+        "the folder of its images before you start the VM again"
+    )
+
+
 class NoPermission(Unreachable):
     """We may not connect."""
 

@@ -118,7 +118,8 @@ async def carry_out(target: Target, disk: DiskName | None, request: Request, rep
     """Do what is asked for, a commit or a pull: see there."""
     with contextlib.ExitStack() as stack:
         async with go.in_time(request.patience):
-            begun = await _Beginning(target, request, report or unreported, stack).of(disk)
+            with target.looking(only=request.dry_run):
+                begun = await _Beginning(target, request, report or unreported, stack).of(disk)
         return begun if isinstance(begun, Outcome) else await go.go(begun)
 
 

@@ -48,6 +48,9 @@ TRACED_EVENTS, TRACED_LETTERS = 100, 4000
 _OLD = frozenset({"block_set_io_throttle"})
 
 
+_QUESTIONS = ("query-", "x-debug-query-")
+
+
 # qemu.qmp logs what it raises; people see our errors instead.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
@@ -55,7 +58,7 @@ logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 class Monitor:
     """
     A negotiated QMP session. Made by `connected`. `has_paused` says that the guest was stopped in it by us, and not seen to
-    run again.
+    run again. `has_acted` says that more than questions were asked in it, or that it follows what was begun in another one.
 
     `pid` is the QEMU process where the kernel tells it (UNIX sockets on this host), else None. `version` is QEMU's, as
     in ``(7, 2, 22)``. `tell` hears a sentence when others are waited for.
@@ -72,6 +75,7 @@ class Monitor:
         self.tell: Callable[[str], None] = lambda text: None
         self.version = _version_of(name, client)
         self.has_paused = False
+        self.has_acted = False
 
     @property
     def descriptor(self) -> int:
@@ -89,6 +93,7 @@ class Monitor:
         sent = {key if command in _OLD else key.replace("_", "-"): value for key, value in arguments.items()}
         shown = {**sent, "data": "(not shown)"} if command == "object-add" else sent
         _refuse_broken_text(command, sent)
+        self.has_acted = self.has_acted or not command.startswith(_QUESTIONS)
         self._tell("->", {"execute": command, "arguments": shown} if sent else {"execute": command})
         try:
             async with asyncio.timeout(timeout):

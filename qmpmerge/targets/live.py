@@ -38,8 +38,8 @@ async def live(
     A session with the running QEMU or qemu-storage-daemon that `target` names: a socket path, ``unix:PATH``,
     ``tcp:HOST:PORT``, a VM's name, or ``pid:N``.
 
-    `timeout` is for connecting and for the greeting, in seconds. Raises subclasses of Unreachable, and LibvirtManaged
-    unless `force` holds ``libvirt``.
+    `timeout` is for connecting and for the greeting, in seconds. Raises subclasses of Unreachable, also where the session is
+    lost while only questions were asked (WentAway), and LibvirtManaged unless `force` holds ``libvirt``.
     """
     target, forced = os.fspath(target), given.forced(force)
     addresses, vm = find(target)
@@ -54,7 +54,8 @@ async def live(
     try:
         if "libvirt" not in forced:
             _refuse_libvirt(session.pid, target)
-        yield live_target
+        with live_target.looking():
+            yield live_target
     finally:
         await live_target.monitor.close()
 

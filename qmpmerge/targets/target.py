@@ -7,13 +7,13 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.chain.state import State
-from qmpmerge.errors import NoSuchJob, NotWritable, PauseUnproven, QemuRefused, StreamConcluded
+from qmpmerge.errors import NoSuchJob, NotWritable, PauseUnproven, QemuRefused, SessionLost, StreamConcluded, WentAway
 from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.qemuimg import Header
@@ -99,12 +99,25 @@ class Target:
         assert self._connect is not None, "see `can_reconnect`"
         await self.monitor.close()
         old, self._session = self.monitor, await self._connect()
-        self.monitor.tell = old.tell
+        self.monitor.tell, self.monitor.has_acted = old.tell, old.has_acted
         if old.has_paused:
             try:
                 await self.monitor.execute("cont")
             except QemuRefused as error:
                 raise PauseUnproven(target=self.name, reason=str(error)) from None
+
+    @contextlib.contextmanager
+    def looking(self, *, only: bool = False) -> Iterator[None]:
+        """
+        A session that is lost in the block while only questions were asked leaves all as it was; with `only` whatever else was
+        sent changes nothing either. Raises WentAway.
+        """
+        try:
+            yield
+        except SessionLost as lost:
+            if self.monitor.has_acted and not only:
+                raise
+            raise WentAway(target=lost.target, command=lost.command, reason=lost.reason) from None
 
     async def guest_runs(self) -> bool:
         """

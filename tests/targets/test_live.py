@@ -2,15 +2,16 @@
 
 import os
 import socket
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 from rig.command import invoke
-from rig.disks import blockdev, device, nodes
+from rig.disks import Setup, blockdev, device, nodes
 from rig.machines import Content, machine, run
 
 import qmpmerge
-from qmpmerge.errors import DiskNeeded
+from qmpmerge.errors import DiskNeeded, SessionLost, StillRunning, WentAway
 
 
 def monitors(folder: Path, *names: str, more: str = "") -> list[str]:
@@ -75,3 +76,50 @@ async def test_a_node_that_is_in_two_chains_names_neither(tmp_path: Path, images
             assert (await target.disk("c")).name == "disk0"
             with pytest.raises(DiskNeeded):
                 await target.disk("b")
+
+
+@pytest.mark.parametrize("command", ["query-named-block-nodes", "blockdev-add", "block-commit"])
+async def test_a_qemu_that_goes_away_while_we_only_look_is_unreachable(command: str, setup: Setup) -> None:
+    """It is killed as it is asked for this: in a dry run for what leaves nothing behind, too."""
+
+    def killing(direction: str, text: str) -> None:
+        if direction == "->" and command in text:
+            setup.machine.kill()
+
+    begins = command == "block-commit"
+    with pytest.raises(SessionLost if begins else WentAway) as lost:
+        async with qmpmerge.live(setup.machine.target, trace=killing) as target:
+            await qmpmerge.commit(target, top="[3]", dry_run=not begins)
+    assert lost.value.exit_code == (6 if begins else 4) and "qmpmerge recover" in lost.value.hint
+
+
+async def test_a_qemu_that_goes_away_while_tidy_looks_is_one_that_was_not_reached(setup: Setup) -> None:
+    def killing(direction: str, text: str) -> None:
+        if direction == "->" and '"query-block' in text and seen:
+            setup.machine.kill()
+        seen.append(text)
+
+    seen: list[str] = []
+
+    def door(name: str, *, write: bool, dry_run: bool) -> AbstractAsyncContextManager[qmpmerge.Target]:
+        return qmpmerge.live(name, trace=killing)
+
+    told = await qmpmerge.tidy([setup.machine.target], keep=1, dry_run=True, door=door)
+    assert [(one.verdict, one.error and one.error.exit_code) for one in told.tidied] == [("unreachable", 4)]
+
+
+async def test_a_job_that_is_followed_is_unknown_where_its_qemu_goes_away(setup: Setup) -> None:
+    """Nothing but questions was asked in this session; what was begun in another one counts."""
+    asked: list[str] = []
+
+    def killing(direction: str, text: str) -> None:
+        asked.extend([text] if direction == "->" and "query-jobs" in text else [])
+        if len(asked) > 5:
+            setup.machine.kill()
+
+    async with qmpmerge.live(setup.machine.target) as target:
+        with pytest.raises(StillRunning):
+            await qmpmerge.commit(target, top="[3]", speed=1, patience=qmpmerge.Patience(detach=True))
+    with pytest.raises(SessionLost):
+        async with qmpmerge.live(setup.machine.target, trace=killing) as target:
+            await qmpmerge.follow(target, setup.disk)
