@@ -21,7 +21,7 @@ from qmpmerge.guest.pause import paused
 from qmpmerge.images import files
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.record import look
-from qmpmerge.qemu import mutex
+from qmpmerge.qemu import discovery, mutex
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 from qmpmerge.targets import identity
@@ -177,9 +177,10 @@ def _give_name_back(run: Run) -> None:
 
 async def _has_moved(run: Run, job: Job | None) -> bool | None:
     """As the graph tells it; a disk that nobody uses has no device to look at, and nobody who could write."""
-    if not run.target.is_live:
+    device = run.disk.drive or run.disk.qdev or ""
+    used = await discovery.in_use(run.target.monitor, device) if run.target.is_live else set()
+    if not (used or device):
         return job is not None and job.reason is None
-    layout = await run.target.layout()
-    moved = layout.has_moved(run.disk.drive or run.disk.qdev or "", run.plan.top, run.plan.receiver)
-    is_used = bool(run.disk.drive or run.disk.qdev or layout.exported)
-    return moved if is_used else job is not None and job.reason is None
+    if run.plan.top.node in used:
+        return False
+    return True if run.plan.receiver.node in used else None

@@ -20,12 +20,10 @@ async def begin(run: Run) -> int | None:
 
     A writer that does not rest is not waited for for ever.
     """
-    if await _is_exported(run):
-        return None
     deadline = time.monotonic() + CLEAN_SECONDS
     while time.monotonic() < deadline:
-        runs, job = await _look(run)
-        if runs or job is None:
+        is_written, job = await _look(run)
+        if is_written or job is None:
             return None
         if _is_clean(job):
             return int(job["offset"])
@@ -34,27 +32,25 @@ async def begin(run: Run) -> int | None:
 
 async def lasts(run: Run, since: int | None) -> bool:
     """Whether nobody can have written since `begin` has returned `since`."""
-    runs, job = await _look(run)
-    return since is not None and not runs and job is not None and _is_clean(job) and job["offset"] == since
+    if since is None:
+        return False
+    is_written, job = await _look(run)
+    return not is_written and job is not None and _is_clean(job) and job["offset"] == since
 
 
 async def _look(run: Run) -> tuple[bool, Any]:
-    """Whether a guest can write (a storage daemon does not tell), and the job."""
-    status, known = await run.target.monitor.execute_all([("query-status", {}), ("query-block-jobs", {})])
-    runs = run.target.is_live and (isinstance(status, QemuRefused) or status["running"])
+    """
+    Whether a guest can write (a storage daemon does not tell), or somebody past it, by an export; and the job. What we have
+    opened ourselves nobody else has.
+    """
+    questions = ("query-status", "query-block-exports", "query-block-jobs")
+    status, exports, known = await run.target.monitor.execute_all([(question, {}) for question in questions])
+    runs = isinstance(status, QemuRefused) or status["running"]
+    is_exported = isinstance(exports, QemuRefused) or bool(exports)
     jobs = [] if isinstance(known, QemuRefused) else known
-    return runs, next((job for job in jobs if job["device"] == run.job), None)
+    job = next((job for job in jobs if job["device"] == run.job), None)
+    return run.target.is_live and (runs or is_exported), job
 
 
 def _is_clean(job: Any) -> bool:
     return bool(job["offset"] == job["len"] and not job["busy"])
-
-
-async def _is_exported(run: Run) -> bool:
-    """Whether somebody can write past the guest; what we have opened ourselves we have not exported."""
-    if not run.target.is_live:
-        return False
-    try:
-        return bool(await run.target.monitor.execute("query-block-exports"))
-    except QemuRefused:
-        return True

@@ -195,16 +195,44 @@ async def discover(monitor: Monitor, locate: Locate) -> Layout:
                 return decode(graph, devices, details, running, locate)
 
 
+async def in_use(monitor: Monitor, device: str) -> set[str]:
+    """
+    The nodes that a device has, by its drive's or its own id, down to the base; without an id those of all that has no name,
+    which are exports. By the edges alone: QEMU tells them in 10 ms at 200 layers, and whatever state a job is in.
+
+    Raises BadReply, and what `Monitor.execute` raises.
+    """
+    graph = await _edges(monitor)
+    with reply.making_sense(monitor.name, "x-debug-query-block-graph"):
+        names = {node["id"]: node["name"] for node in graph["nodes"]}
+        backends = {node["id"] for node in graph["nodes"] if node["type"] == "block-backend"}
+        children: dict[int, list[int]] = {}
+        for edge in graph["edges"]:
+            children.setdefault(edge["parent"], []).append(edge["child"])
+        found = {one for one in backends if device in (names[one], blockgraph.qdev_id(names[one]))}
+        stack = list(found)
+        while stack:
+            below = set(children.get(stack.pop(), ())) - found
+            found |= below
+            stack += below
+        return {names[one] for one in found - backends}
+
+
 async def _ask(monitor: Monitor) -> tuple[Any, Any, Any]:
+    graph = await _edges(monitor)
+    devices = await monitor.execute("query-block") if _depth(graph) <= DEEP else []
+    return graph, devices, await monitor.execute("query-named-block-nodes", flat=True)
+
+
+async def _edges(monitor: Monitor) -> Any:
     try:
-        graph = await monitor.execute("x-debug-query-block-graph")
+        return await monitor.execute("x-debug-query-block-graph")
     except QemuRefused:
         stats = await monitor.execute("query-blockstats")
         with reply.making_sense(monitor.name, "query-blockstats"):
             graph = graph_of_stats(stats)
         reply.see_shape(monitor.name, "query-blockstats", graph, reply.GRAPH)
-    devices = await monitor.execute("query-block") if _depth(graph) <= DEEP else []
-    return graph, devices, await monitor.execute("query-named-block-nodes", flat=True)
+        return graph
 
 
 def _is_torn(graph: Any, details: Any) -> bool:

@@ -105,13 +105,21 @@ async def query(monitor: Monitor) -> list[Job]:
         raise vmstate.preconfig(monitor) from None
     if not plain:
         return []
-    block = {entry["device"]: entry for entry in await monitor.execute("query-block-jobs")}
-    return [_job(entry, block.get(entry["id"], {})) for entry in plain]
+    return _told(plain, await monitor.execute("query-block-jobs"))
 
 
 async def look(monitor: Monitor, job_id: str) -> Job | None:
-    """The job of this id now, None when QEMU has none."""
-    return next((job for job in await query(monitor) if job.id == job_id), None)
+    """The job of this id now, None when QEMU has none: asked where there most likely is one, so all in one go."""
+    replies = await monitor.execute_all([("query-jobs", {}), ("query-block-jobs", {})])
+    for reply in replies:
+        if isinstance(reply, QemuRefused):
+            raise reply
+    return next((job for job in _told(*replies) if job.id == job_id), None)
+
+
+def _told(plain: Any, block: Any) -> list[Job]:
+    more = {entry["device"]: entry for entry in block}
+    return [_job(entry, more.get(entry["id"], {})) for entry in plain]
 
 
 def _job(entry: Any, block: Any) -> Job:
