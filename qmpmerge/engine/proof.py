@@ -81,11 +81,11 @@ async def see_old_chain(run: Run) -> None:
 async def view_after(run: Run, expected: Chain) -> ChainView:
     """The disk as it is now. Where its device was unplugged meanwhile, only the node of its active image has a name."""
     try:
-        return await run.target.chain(run.name_after(expected))
+        return await run.target.chain(run.name_after(expected), known=run.known)
     except NoSuchDisk:
         if expected.active.node is None:
             raise
-        return await run.target.chain(expected.active.node)
+        return await run.target.chain(expected.active.node, known=run.known)
 
 
 async def _see_header_on_server(run: Run) -> None:

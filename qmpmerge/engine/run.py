@@ -26,8 +26,9 @@ from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.bitmaps import Bitmap
-from qmpmerge.qemu.blockgraph import Disk
+from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.targets.target import ChainView, Target
 
 _ORDER = list(State)
@@ -38,7 +39,8 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 class Run:
     """
     One operation on a chain, under `lock`. `carrier` is where it is carried out and `shown` the disk there; both are None
-    where they are gone, and only files are left to be dealt with. `speed` is None where its job is there already.
+    where they are gone, and only files are left to be dealt with. `before` is what was to be seen when it
+    was begun, in this `session`. `speed` is None where its job is there already.
 
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_sent` says that
     the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
@@ -53,6 +55,8 @@ class Run:
     lock: Lock
     carrier: Target | None
     shown: Disk | None
+    before: ChainView | None
+    session: Monitor | None
     report: Report
     job: str
     old_nodes: tuple[str, ...]
@@ -138,6 +142,8 @@ class Run:
             lock=lock,
             carrier=target,
             shown=view.disk if view is not None else None,
+            before=view,
+            session=target.monitor if target is not None else None,
             report=report,
             job=job,
             old_nodes=tuple(old_nodes),
@@ -165,6 +171,16 @@ class Run:
     def plan(self) -> Plan:
         """What is carried out."""
         return self.operation.plan
+
+    @property
+    def known(self) -> Layout | None:
+        """
+        The graph as it was before, as long as the session is the same, and its images are files: of others QEMU has to tell
+        the headers.
+        """
+        if self.before is None or self.target.monitor is not self.session:
+            return None
+        return self.before.layout if all(image.has_path for image in self.before.chain) else None
 
     @property
     def deadline(self) -> float | None:

@@ -12,7 +12,7 @@ takes QEMU 14 s at 300 layers, with the guest standing still. Where policy forbi
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -141,7 +141,8 @@ class Layout:
 
     `job_edges` maps a job's id and an edge's name (``base``, ``source``, ``target``, ``intermediate node``) to nodes.
     `exported` are the nodes that something without a name uses: an export, or a job's target while it runs.
-    `held` are the nodes that a device, an export or a job has for its root, `parents` all who have a node, by its name.
+    `held` are the nodes that a device, an export or a job has for its root, `parents` all who have a node, by its name,
+    `devices` what QEMU tells of those (`query-block`).
     """
 
     disks: tuple[Disk, ...]
@@ -151,6 +152,7 @@ class Layout:
     exported: tuple[str, ...] = ()
     held: frozenset[str] = frozenset()
     parents: Mapping[str, list[Parent]] = field(default_factory=dict)
+    devices: Sequence[Any] = ()
 
     def find(self, name: DiskName | None, target: str) -> Disk:
         """

@@ -88,8 +88,8 @@ class _Opened(OfflineTarget):
             if isinstance(reply, QemuRefused):
                 raise NotWritable(file=self._paths.get(node["filename"], node["filename"]), reason=reply.reason)
 
-    async def layout(self) -> Layout:
-        return self._named(await discovery.discover(self.monitor, self.locate()))
+    async def layout(self, known: Layout | None = None) -> Layout:
+        return self._named(await super().layout(known))
 
     def locate(self) -> discovery.Locate:
         """The daemon was given names that begin in its folder: they mean the files that were walked."""
@@ -104,7 +104,7 @@ class _Shown(OfflineTarget):
         super().__init__(None, target, users)
         self._told = told
 
-    async def layout(self) -> Layout:
+    async def layout(self, known: Layout | None = None) -> Layout:
         return self._named(self._told.layout)
 
     async def written(self, chain: Chain) -> tuple[Header | None, ...]:

@@ -132,9 +132,12 @@ class Target:
         except QemuRefused:
             return True
 
-    async def layout(self) -> Layout:
-        """Disks, jobs and nodes as they are now."""
-        return await discovery.discover(self.monitor, self.locate())
+    async def layout(self, known: Layout | None = None) -> Layout:
+        """
+        Disks, jobs and nodes as they are now. Of a long chain that is `known` nothing is asked again that stays as it is (see
+        `discover`), where it can be seen which files QEMU has open.
+        """
+        return await discovery.discover(self.monitor, self.locate(), known if identity.Opened(self.pid) else None)
 
     async def disks(self, *, details: bool = False) -> list[Disk]:
         """All disks, empty drives included; with `details` of each the device, and how large its storage is."""
@@ -161,13 +164,16 @@ class Target:
             raise NoSuchJob(job=name, target=self.name, known=[job.id for job in known])
         return found
 
-    async def chain(self, disk: DiskName | None = None, *, details: bool = False) -> ChainView:
+    async def chain(
+        self, disk: DiskName | None = None, *, details: bool = False, known: Layout | None = None
+    ) -> ChainView:
         """
-        The chain of a disk: QEMU's graph next to the headers on disk; with `details` what each image is like.
+        The chain of a disk: QEMU's graph next to the headers on disk; with `details` what each image is like. `known` is as
+        for `layout`.
 
         Raises NoSuchDisk, DiskNeeded, NoDisk, ToolMissing.
         """
-        view = await self.view(await self.layout(), disk)
+        view = await self.view(await self.layout(known), disk)
         if not details:
             return view
         from qmpmerge.qemu.details import of_image

@@ -23,6 +23,7 @@ from rig.command import invoke
 from rig.disks import KINDS, Setup, blockdev, device, drive, filters, nodes, offline, remove
 from rig.harms import harm
 from rig.machines import MIB, Content, fill, machine, make_chain, run
+from speed.images import empty_chain
 
 import qmpmerge
 from qmpmerge.chain.outcome import Ending
@@ -94,6 +95,26 @@ async def test_nobody_is_kept_waiting_for_a_figure(setup: Setup, monkeypatch: py
     async with qmpmerge.live(setup.machine.target) as target:
         outcome = await qmpmerge.commit(target, top="[3]", verify=False)
     assert (outcome.verdict, outcome.copied) == ("merged", None)
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["known", "with a new node"])
+async def test_of_a_long_chain_all_is_asked_for_once(grows: bool, tmp_path: Path) -> None:
+    """The questions at the end take QEMU seconds at 200 layers with relative names; what is not known yet is asked for."""
+    images = empty_chain(tmp_path, 40)
+    asked: list[str] = []
+    with machine(tmp_path, "-drive", f"file={images[-1]},format=qcow2,if=none,id=vda", *device("vda")) as vm:
+
+        def trace(direction: str, text: str) -> None:
+            if direction != "->":
+                return
+            asked.append(json.loads(text)["execute"])
+            if grows and asked[-1] == "job-finalize":
+                vm.session.execute("blockdev-add", driver="null-co", node_name="new")
+
+        async with qmpmerge.live(vm.target, trace=trace) as target:
+            outcome = await qmpmerge.commit(target, "vda", base="[10]", top="[12]")
+    assert (outcome.verdict, outcome.after.files) == ("merged", [str(image) for image in images if image.exists()])
+    assert (asked.count("query-named-block-nodes"), asked.count("x-debug-query-block-graph")) == (1 + grows, 2)
 
 
 # --- the newest overlays stay -----------------------------------------------------------------------------------------
