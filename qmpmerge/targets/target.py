@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.chain.state import State
-from qmpmerge.errors import NoSuchJob, NotWritable, PauseUnproven, QemuRefused, SessionLost, StreamConcluded, WentAway
+from qmpmerge.errors import NoSuchJob, PauseUnproven, QemuRefused, SessionLost, StreamConcluded, WentAway
 from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.qemuimg import Header
@@ -71,9 +71,11 @@ class Target:
 
     @property
     def monitor(self) -> Monitor:
-        """The session. Raises NotWritable where there is none, of images that were opened to be looked at."""
+        """The session. Raises ValueError where there is none: of images that were opened to be looked at."""
         if self._session is None:
-            raise NotWritable(file=self.name, reason="it was opened without `write`, to be looked at")
+            raise ValueError(
+                f"{self.name} was opened with write=False: its disks and chains can be asked for, nothing else"
+            )
         return self._session
 
     @property
