@@ -17,6 +17,7 @@ from rig.machines import Content
 
 import qmpmerge
 from qmpmerge.errors import ImageUnreadable, SessionLost
+from qmpmerge.processes import proc
 from qmpmerge.qemu import storagedaemon
 
 SYSTEM = "qemu-system-x86_64"
@@ -41,6 +42,13 @@ def programs(folder: Path, *names: str) -> str:
 
 def program_of(pid: int | None) -> str:
     return os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+
+
+def daemon_of(pid: int) -> psutil.Process:
+    """That of a command, which has a qemu-img at work besides, to count what is to be copied."""
+    children = psutil.Process(pid).children()
+    (daemon,) = [child for child in children if proc.command_name(child.pid).startswith("qemu-storage")]
+    return daemon
 
 
 # --- which program it is ---------------------------------------------------------------------------------------------------
@@ -127,7 +135,7 @@ async def test_a_program_that_is_no_daemon_is_an_error_of_ours(tmp_path: Path, m
 def test_nobody_else_can_reach_it(images: list[Path], content: Content) -> None:
     """No socket in the filesystem, no port; what it listens on while it flushes lies in a private folder."""
     begun = Begun("commit", str(images[3]), "--top", "[3]", "--speed", "1")
-    (daemon,) = psutil.Process(begun.process.pid).children()
+    daemon = daemon_of(begun.process.pid)
     ours = f"qmpmerge-{begun.process.pid}-"  # others may be at work on this host
     listening = [line for line in Path(f"/proc/{daemon.pid}/net/unix").read_text().splitlines() if ours in line]
     assert not daemon.net_connections("inet")
@@ -224,7 +232,7 @@ class Watched:
 
     def __init__(self, *arguments: str) -> None:
         self.begun = Begun(*arguments)
-        (daemon,) = psutil.Process(self.begun.process.pid).children()
+        daemon = daemon_of(self.begun.process.pid)
         self._descriptor = os.pidfd_open(daemon.pid)
 
     def __enter__(self) -> "Watched":
