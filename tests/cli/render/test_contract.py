@@ -41,6 +41,7 @@ from qmpmerge.errors import (
     NotDurable,
     Postponed,
     StillRunning,
+    TimedOut,
 )
 from qmpmerge.journal import store
 from qmpmerge.operations.examine import Examination, Examined
@@ -239,6 +240,8 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     for error in (NoReply(target="vm1", command="query-jobs", seconds=1.0), NeedsSecret(image="/vm/b")):
         report = Examination((Examined("vm1", error=error),), 1, 0)
         yield _rendered("doctor", functools.partial(JsonOutput.doctor, report=report))
+    for command in ("commit", "pull"):
+        yield _rendered(command, lambda output: output.failure(TimedOut(job=JOB, seconds=1.0)))
     yield from _tidied(outcome, short)
     errors: tuple[Error, ...] = (
         NoReply(target="vm1", command="query-jobs", seconds=1.0),
