@@ -117,7 +117,9 @@ def commit(
         refuse_together({"--keep": True, "--top": top is not None, "--shallow": shallow, "--active": active and keep})
     refuse_together({"--detach": options.patience.detach, "--converge": converge})
 
-    async def work(target: "Target", dry_run: bool, agreed: "Sequence[Outcome] | None", output: "Output") -> "Outcome":
+    async def work(
+        target: "Target", output: "Output", *, dry_run: bool, agreed: "Sequence[Outcome] | None" = None
+    ) -> "Outcome":
         from qmpmerge.operations import commit as operation
 
         if (active or pivot) and top is not None:
@@ -144,29 +146,43 @@ def commit(
             polite=POLITE_SECONDS if polite else None,
         )
 
-    async def plan(target: "Target", output: "Output") -> "Outcome | None":
+    async def planned(target: "Target", output: "Output") -> "Outcome | None":
         from qmpmerge.operations import commit as operation
 
         pivots = await operation.would_pivot(target, disk, base=base, top=top, shallow=shallow, keep=keep)
-        return await work(target, True, None, output) if pivots else None
+        return await work(target, output, dry_run=True) if pivots else None
+
+    is_asked = not (dry_run or yes or options.json) and ending == "pivot" and ask.can_be_asked()
+    return _carried_out(target, options, work, planned if is_asked else None, dry_run=dry_run)
+
+
+def _carried_out(
+    target: str,
+    options: Options,
+    work: "Callable[..., Awaitable[Outcome]]",
+    planned: "Callable[[Target, Output], Awaitable[Outcome | None]] | None",
+    *,
+    dry_run: bool,
+) -> int:
+    """Do `work`; where there is a way to have it `planned`, once the user has agreed to that."""
 
     def merge(agreed: "Sequence[Outcome] | None" = None) -> "Callable[[Output], Awaitable[str]]":
         async def merged(target: "Target", output: "Output") -> str:
-            outcome = await work(target, dry_run, agreed, output)
+            outcome = await work(target, output, dry_run=dry_run, agreed=agreed)
             output.commit(outcome)
             return outcome.verdict
 
         begun = on_target(target, options, merged, write=True, dry_run=dry_run)
         return begun if dry_run else resuming(target, options, begun, "commit")
 
-    def carried_out(output: "Output", agreed: "Sequence[Outcome]") -> str:
+    def agreed_to(output: "Output", agreed: "Sequence[Outcome]") -> str:
         options.patience.begin_again()  # the question took its time
         return awaited(options, merge(agreed), output)
 
-    if dry_run or yes or options.json or ending != "pivot" or not ask.can_be_asked():
+    if planned is None:
         return run(options, merge())
-    planned = on_target(target, options, plan, write=True, dry_run=True)
-    return look(options, ask.before(lambda output: awaited(options, planned, output), carried_out))
+    looked = on_target(target, options, planned, write=True, dry_run=True)
+    return look(options, ask.before(lambda output: awaited(options, looked, output), agreed_to))
 
 
 async def _refuse_below_active(target: "Target", disk: str | None, top: str, option: str) -> None:
