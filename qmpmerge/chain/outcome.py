@@ -27,6 +27,7 @@ class Estimate:
     what the copy takes at `rate`, bytes a second; `rate_given` says that it is the user's limit, not an assumption. With
     `at_least` a guest can add to `copy` and `growth` meanwhile. `reason` says why there are no figures. `limited` are the bytes
     that a limit is for, where those are more than what is copied: of a raw image QEMU reads the holes too, and so as slowly.
+    `written` are whole clusters of data, which may be far more than `copy` where the image has larger clusters.
     """
 
     copy: int | None = None
@@ -39,12 +40,15 @@ class Estimate:
     file: str = ""
     reserve: int = 0
     limited: int | None = None
+    written: int = 0
 
     @property
     def seconds(self) -> float | None:
         """How long the copy takes at `rate`."""
-        count = self.limited if self.rate_given and self.limited is not None else self.copy
-        return None if count is None else count / self.rate
+        if self.copy is None:
+            return None
+        count = (self.limited or self.copy) if self.rate_given else max(self.copy, self.written)
+        return count / self.rate
 
     @property
     def is_enough(self) -> bool:

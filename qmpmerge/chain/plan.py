@@ -109,6 +109,12 @@ class CommitPlan(Plan):
         return self.base
 
     @property
+    def shines_through(self) -> bool:
+        """Whether base has to be enlarged, and would show there what it is built on unless it notes zeros."""
+        index, size = self.base_index, self.base.virtual_size
+        return index > 1 and size < min(self.chain[index - 1].virtual_size, self.top.virtual_size)
+
+    @property
     def written(self) -> tuple[Image, ...]:
         """Base, and the overlay for its header."""
         return self.named

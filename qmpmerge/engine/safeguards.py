@@ -220,7 +220,7 @@ async def counting(run: Run) -> AsyncIterator[None]:
 async def _count(run: Run) -> None:
     with contextlib.suppress(ImageUnreadable, ToolMissing, OSError):  # a figure is no reason to fail
         see_what_is_compared(run)
-        run.course = Course(await compare.copied(run.plan))
+        run.course = Course(await compare.copied(run.plan, run.target.monitor.version))
         run.copied = run.course.total
 
 

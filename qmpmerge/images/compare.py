@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.errors import ImageUnreadable
-from qmpmerge.images import masks, nbd, qemuimg
+from qmpmerge.images import growth, masks, nbd, qemuimg, ranges
 from qmpmerge.images.qemuimg import Extent
 
 PARTS = 16
@@ -22,15 +22,20 @@ DIFFERENT = "they show different data"
 """What is wrong with a base that was compared; all else is a comparison that could not be made."""
 
 
-async def copied(planned: Plan) -> list[Extent]:
+async def copied(planned: Plan, version: tuple[int, int, int]) -> list[Extent]:
     """
-    What is copied, in order: what the merged images hold between them, or what the overlay that is pulled into shows of them,
-    zeros left out, as it is now. Raises ImageUnreadable, ToolMissing.
+    What this version of QEMU copies, in order: what the merged images hold between them, or what the overlay that is pulled
+    into shows of them, zeros left out, as it is now. Raises ImageUnreadable, ToolMissing.
     """
     if isinstance(planned, PullPlan):
         return [extent for extent in (await shown(planned)).below if not extent.zero]
     await nbd.see_that_they_answer(planned.merged)
-    return await qemuimg.held(planned.merged)
+    held = await qemuimg.held(planned.merged)
+    rooms = growth.room(planned, version)
+    if not rooms:
+        return held
+    whole = ranges.joined((extent.start, extent.end) for extent in (*held, *rooms))
+    return [Extent(start, end - start) for start, end in whole]
 
 
 async def same(planned: Plan, held: Sequence[Extent] | None = None) -> bool:

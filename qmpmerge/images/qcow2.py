@@ -78,6 +78,11 @@ class Qcow2Header:
     corrupt: bool = field(default=False, compare=False)
     snapshots: int = field(default=0, compare=False)
 
+    @property
+    def span(self) -> int:
+        """Bytes of the disk that one second-level table covers."""
+        return self.cluster_size // self.entry_size * self.cluster_size
+
 
 def read_of(image: Image) -> Qcow2Header | None:
     """The same of an image that may be a part of its file. Raises OSError, also where nobody tells which part."""

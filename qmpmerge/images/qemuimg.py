@@ -96,12 +96,14 @@ async def chain_info(path: str, format: str) -> list[Info]:
 class Extent:
     """
     A range of an image's data, in bytes. `zero` says that it is known to read as zeros: by a note in the tables, or from a
-    place in the file where nothing was written yet (`preallocation=metadata`).
+    place in the file where nothing was written yet (`preallocation=metadata`). What is `compressed` is never written in its
+    place.
     """
 
     start: int
     length: int
     zero: bool = False
+    compressed: bool = False
 
     @property
     def end(self) -> int:
@@ -127,7 +129,7 @@ async def extents(image: Image) -> list[Extent]:
     # QEMU before 6.1 does not tell zeros that are noted from what is not there.
     with _understood(image.file):
         return [
-            Extent(int(entry["start"]), int(entry["length"]), zero=bool(entry["zero"]))
+            Extent(int(entry["start"]), int(entry["length"]), bool(entry["zero"]), compressed="offset" not in entry)
             for entry in json.loads(output)
             if entry.get("present", entry["data"]) and (entry["data"] or image.format != "raw")
         ]

@@ -21,7 +21,7 @@ from rig.command import CODES, COMMAND, Run, attempt, complaints, held, prints_j
 from rig.machines import have
 from rig.mutations import Case, Findings, Seen, make_stock
 
-from faults import conversations
+from faults import conversations, growing
 
 IMAGES = 500
 WORKERS = 2
@@ -154,5 +154,6 @@ FUZZED = [
         f"{conversations.COUNT} conversations, QEMU says one wrong thing in each",
         conversations.tries,
     ),
+    Fuzzed("FG-growth", f"{growing.COUNT} chains that grow by no more than was foreseen", growing.tries),
     Fuzzed("FN-names", "words that make no sense, everywhere, in three locales", names),
 ]
