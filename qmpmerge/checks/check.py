@@ -14,7 +14,7 @@ from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
 from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import files, graph, sight
 from qmpmerge.checks.question import Question, Seen, Unseen, process
-from qmpmerge.errors import FORCEABLE, NotWritable, QemuRefused, Refused, refuse
+from qmpmerge.errors import FORCEABLE, Busy, NotWritable, QemuRefused, Refused, refuse
 from qmpmerge.images import dependents, space
 from qmpmerge.qemu import bitmaps, vmstate
 from qmpmerge.qemu.bitmaps import Bitmap
@@ -54,7 +54,7 @@ async def check(
     maps: space.Maps = {}
     if estimate is None:
         estimate = await estimated(target, plan, maps, speed=speed, closely=dry_run)
-    others = await built_on(graph.fragile(target, view, plan), plan, search)
+    others = await built_on(plan.changed, plan, search)
     question = Question(target, pid, opened, view, plan, ending, others, estimate, dry_run)
     checked: list[Checked] = []
     refusals: list[Refused] = []
@@ -109,6 +109,10 @@ async def _rewrite_header(question: Question) -> None:
             backing_file=overlay.backing,
         )
     except QemuRefused as error:
+        target, name = question.target, question.view.disk.name
+        job = (await target.chain(name)).disk.job  # begun since all was checked
+        if job is not None:
+            raise Busy(disk=name, job=job.id, target=target.name) from None
         raise NotWritable(file=overlay.file, reason=error.reason) from None
 
 
@@ -128,6 +132,7 @@ CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen | Seen]]] 
     "shared-base": files.shared_base,
     "no-space": files.no_space,
     "device-too-small": files.device_too_small,
+    "cannot-grow": files.cannot_grow,
     "not-writable": files.not_writable,
     "would-lose": graph.would_lose,
     "known-bad": graph.known_bad,

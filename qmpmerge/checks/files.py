@@ -12,8 +12,18 @@ from qmpmerge.chain.other_way import sparing
 from qmpmerge.chain.plan import CommitPlan
 from qmpmerge.checks import sight
 from qmpmerge.checks.question import Question, Seen, Unseen
-from qmpmerge.errors import Dependents, DeviceTooSmall, InUse, NoSpace, NotReopenable, NotWritable, Refused, SharedBase
-from qmpmerge.images import notes
+from qmpmerge.errors import (
+    CannotGrow,
+    Dependents,
+    DeviceTooSmall,
+    InUse,
+    NoSpace,
+    NotReopenable,
+    NotWritable,
+    Refused,
+    SharedBase,
+)
+from qmpmerge.images import notes, qcow2
 from qmpmerge.images.dependents import is_outside, out_of_reach
 from qmpmerge.processes import permissions, proc
 from qmpmerge.processes.openfiles import FDSET
@@ -152,7 +162,6 @@ async def dependents(question: Question) -> AsyncIterator[Refused | Unseen | See
             away=away,
             pull=_sparing(question),
             below="" if away else _below(question),
-            stays_open=not question.plan.changed,
         )
     if question.others.folders:
         yield Seen(question.others.told)
@@ -220,6 +229,25 @@ async def device_too_small(question: Question) -> AsyncIterator[Refused]:
     base, needed = question.plan.receiver, question.plan.views[0][-1].virtual_size
     if base.has_path and base.format == "raw" and needed > base.virtual_size and (_is_device(base.file) or _ends(base)):
         yield DeviceTooSmall(base=base.label, size=base.virtual_size, needed=needed)
+
+
+async def cannot_grow(question: Question) -> AsyncIterator[Refused]:
+    """Of qcow2 only version 3 notes zeros, and whether base has a way to is seen only where it is a file here."""
+    plan = question.plan
+    if (
+        not isinstance(plan, CommitPlan)
+        or not plan.shines_through
+        or not (plan.base.has_path and plan.base.format == "qcow2")
+    ):
+        return
+    try:
+        header = qcow2.read_of(plan.base)
+    except OSError:  # which is told by others
+        return
+    if header is not None and header.version < 3:
+        base, cure = plan.base, shlex.join(["qemu-img", "amend", "-f", "qcow2", "-o", "compat=1.1", plan.base.file])
+        needed = plan.top.virtual_size
+        yield CannotGrow(base=base.file, size=base.virtual_size, needed=needed, pull=_sparing(question), cure=cure)
 
 
 def _ends(image: Image) -> bool:

@@ -2,12 +2,12 @@
 Checks of what QEMU and the headers say, each an async generator of refusals.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.backing import is_path, leads_from
 from qmpmerge.chain.chain import Image
-from qmpmerge.chain.plan import CommitPlan, Plan, PullPlan
+from qmpmerge.chain.plan import CommitPlan, Plan
 from qmpmerge.checks import sight
 from qmpmerge.checks.known_bad import found
 from qmpmerge.checks.question import Question, Unseen
@@ -25,7 +25,7 @@ from qmpmerge.errors import (
     VmState,
     WouldLose,
 )
-from qmpmerge.qemu import bitmaps, flush, vmstate
+from qmpmerge.qemu import bitmaps, details, flush, vmstate
 from qmpmerge.qemu.blockgraph import Layout, Parent, qdev_id
 from qmpmerge.sockets import typed
 from qmpmerge.targets import identity
@@ -94,20 +94,6 @@ async def _told(target: Target, layout: Layout, parent: Parent, node: str) -> tu
     return f"device {device}", f"unplug {device} (`{typed(monitor.name, ('device_del', {'id': device}))}`)"
 
 
-def fragile(target: Target, view: ChainView, plan: Plan) -> Sequence[Image]:
-    """
-    The images on which nobody else may be built. QEMU 11.1 leaves the image in the middle that was pulled into open for
-    writing, with the lock that keeps others from starting on it, until it ends; `Pull.let_go` closes it for writing again
-    where it can: not a node that QEMU has named itself, nor one that has a key, which nobody tells us.
-    """
-    if not (isinstance(plan, PullPlan) and plan.is_in_the_middle and target.is_live):
-        return plan.changed
-    node = view.layout.nodes[plan.overlay.node or ""]
-    stays_open = node.key.startswith("#") or node.info.get("encrypted", False)
-    # not so on 10.0.2; what lies between was not tried
-    return plan.written if stays_open and target.monitor.version > (10, 0, 99) else plan.changed
-
-
 async def temporary(question: Question) -> AsyncIterator[Refused]:
     """The active image of a `snapshot=on` drive."""
     active = question.plan.chain.active
@@ -172,19 +158,28 @@ async def would_lose(question: Question) -> AsyncIterator[Refused]:
     """
     Internal snapshots, and the dirty bitmaps that cannot be carried over; images that are left alone keep theirs. Of a pull
     those of the image that is pulled into: a stream fills what it shows now, and its snapshots show what lies below, too.
+    In both directions the encryption of what is written to an image that has none.
     """
     plan, layout = question.plan, question.view.layout
+    lost = list(_decrypted(layout, plan))
     if question.keeps:
-        return
-    if not isinstance(plan, CommitPlan):
-        lost = bitmaps.snapshots(layout, plan.written)
+        pass
+    elif not isinstance(plan, CommitPlan):
+        lost += bitmaps.snapshots(layout, plan.written)
     else:
-        lost = bitmaps.snapshots(layout, plan.merged)
+        lost += bitmaps.snapshots(layout, plan.merged)
         for bitmap in bitmaps.of(layout, plan.merged):
             reason = bitmaps.obstacle(layout, plan, bitmap)
             lost += [f"{bitmap} ({reason})"] if reason is not None else []
     if lost:
         yield WouldLose(lost=lost)
+
+
+def _decrypted(layout: Layout, plan: Plan) -> Iterator[str]:
+    if details.encryption(layout, plan.receiver) is None:
+        for image in plan.merged:
+            if details.encryption(layout, image) is not None:
+                yield f"the encryption of {image.file}: {plan.receiver.file}, which gets its data, has none"
 
 
 def known_bad(question: Question) -> AsyncIterator[KnownBad]:

@@ -70,8 +70,7 @@ class Commit:
         except QemuRefused as error:
             await self._see_that_none_began(run)
             if "read-only" in error.reason:  # a node with an explicit `read-only=on`, which only trying tells
-                reason = f"{error.reason}: with `auto-read-only=on` it would be opened for writing when needed"
-                raise NotWritable(file=self.plan.base.file, reason=reason) from None
+                raise NotWritable(file=self.plan.base.file, reason=error.reason) from None
             raise
 
     async def _see_that_none_began(self, run: Run) -> None:

@@ -184,33 +184,25 @@ class Pull:
     async def let_go(self, run: Run) -> None:
         """
         QEMU 11.1 leaves an image in the middle open for writing, however the job ends, so that nobody else could start on it.
-        Where it has a node with a name of the user's it can be told otherwise.
+        The human monitor keeps all other options of the node; `blockdev-reopen` resets what it is not given, and cannot be
+        asked for one that QEMU has named itself.
         """
-        plan = self.plan
-        await copies.forget(run, plan)
-        if not plan.is_in_the_middle or not run.target.is_live:
+        overlay, monitor = self.plan.overlay, run.target.monitor
+        await copies.forget(run, self.plan)
+        if not self.plan.is_in_the_middle or not run.target.is_live or await self._is_closed(run):
             return
-        node = (await run.target.layout()).nodes.get(plan.overlay.node or "")
-        if node is None or node.info.get("ro", True):
-            return
-        if node.key.startswith("#"):
-            run.notes.append(self._stays_open("QEMU has named its node itself"))
-            return
-        options = {
-            "driver": node.driver,
-            "node-name": node.key,
-            "file": node.children.get("file"),
-            "backing": node.children.get("backing"),
-            "read-only": True,
-        }
         try:
-            await run.target.monitor.execute("blockdev-reopen", options=[options])
+            reason = await monitor.execute("human-monitor-command", command_line=f'qemu-io {overlay.node} "reopen -r"')
         except QemuRefused as error:
-            run.notes.append(self._stays_open(error.reason))
+            reason = error.reason
+        if not await self._is_closed(run):
+            stays = f"{overlay.file} stays open for writing until this QEMU ends, and no other VM can use it meanwhile"
+            run.notes.append(f"{stays}: {reason.strip()}")
 
-    def _stays_open(self, reason: str) -> str:
-        file = self.plan.overlay.file
-        return f"{file} stays open for writing until this QEMU ends, and no other VM can use it meanwhile: {reason}"
+    async def _is_closed(self, run: Run) -> bool:
+        """For writing, or altogether."""
+        node = (await run.target.layout()).nodes.get(self.plan.overlay.node or "")
+        return node is None or bool(node.info.get("ro", True))
 
     async def evidence(
         self, record: Record, target: Target | None, use: "Use | None" = None, *, layout: Layout | None = None

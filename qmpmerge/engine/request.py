@@ -95,7 +95,8 @@ class Request:
     def refuse_ending_of(self, plan: Plan) -> None:
         """An intermediate merge ends in one way only. Raises ActiveOnly."""
         if self.ending != "pivot" and not plan.pivots:
-            raise ActiveOnly(option=self.option.strip(), top=plan.top.file, active=plan.chain.active.file)
+            more = {} if self.keep is None else {"instead": "with `--keep 0`"}
+            raise ActiveOnly(option=self.option.strip(), top=plan.top.file, active=plan.chain.active.file, **more)
 
     def refuse_offline(self) -> None:
         """Offline nothing goes on without us, and there is no guest to help. Raises LiveOnly."""

@@ -13,6 +13,7 @@ from qmpmerge.engine.pace.course import Course
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     BitmapsNotCarried,
+    CannotCompare,
     FlushUnavailable,
     ImageUnreadable,
     MigrationBegan,
@@ -26,7 +27,8 @@ from qmpmerge.errors import (
     VmState,
 )
 from qmpmerge.images import compare
-from qmpmerge.qemu import bitmaps, flush, mutex, vmstate
+from qmpmerge.qemu import bitmaps, details, flush, mutex, vmstate
+from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 from qmpmerge.targets import identity
@@ -122,6 +124,13 @@ async def _guest_runs(run: Run, doorbell: Doorbell) -> bool:
         return await run.target.guest_runs()
     except mutex.NoTurn as error:
         raise await not_paused(run, doorbell, error) from None
+
+
+def refuse_encrypted(planned: Plan, layout: Layout) -> None:
+    """Before anything is copied, where it must be compared. Raises CannotCompare."""
+    encrypted = [image.file for image in planned.views[0] if details.encryption(layout, image) is not None]
+    if encrypted:
+        raise CannotCompare(images=encrypted)
 
 
 async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None:

@@ -182,6 +182,16 @@ class NotWritable(Refused):
     sentence = "QEMU cannot write to {file}: {reason}"
     advice = "make {file} writable for QEMU (permissions, `chattr -i`, mount options, free space), then try again"
 
+    @property
+    def hint(self) -> str:
+        """As of any error; of a node that was opened with `read-only=on`, which only QEMU tells, how it is opened instead."""
+        if "is read-only" not in self.reason:
+            return super().hint
+        return (
+            "start the VM with `auto-read-only=on` in place of `read-only=on` for the `file` node of this image, which QEMU "
+            "then opens for writing when needed; or merge with the VM off"
+        )
+
 
 class NotReopenable(Refused):
     """
@@ -253,8 +263,6 @@ class Dependents(Refused):
     """The command that shortens the chain and changes none of them."""
     below: str = ""
     """The command that merges the same images below the one that is built on the newest of them."""
-    stays_open: bool = False
-    """Whether none of them would be changed, but what is written to stays open for that until QEMU ends."""
     sentence = "other images are built on what the merge writes to or takes away ({images}): {dependents}"
     advice = (
         "`{pull}` shortens the chain too, and leaves them as they are. This would ruin them: merge them first, or give them a "
@@ -267,12 +275,6 @@ class Dependents(Refused):
         """As of any error; of what nobody needs any more, how it is put out of the way."""
         if self.below:
             return f"`{self.below}` merges them below the one that is built on them, which stays; or {super().hint}"
-        if self.stays_open:
-            images = ", ".join(self.images)
-            return (
-                f"`{self.pull}` does not write there: this QEMU would keep {images} open for writing until it ends, and no VM "
-                f"could be started from what is built on it; `--force dependents` pulls all the same"
-            )
         if not self.away:
             return super().hint
         merged = f"once nobody uses what was merged away already, put it out of reach: {'; '.join(self.away)}"
@@ -395,17 +397,43 @@ class DeviceTooSmall(Refused):
     advice = "enlarge it first, or merge into an image file"
 
 
+class CannotCompare(Refused):
+    """What is to be compared is encrypted: that is done by another process, which is given no passphrase."""
+
+    images: list[str]
+    sentence = "what is merged cannot be compared, as is asked for: {images} is encrypted"
+    advice = "leave `--verify` out, and `--merged-files delete`, which needs it"
+
+
+class CannotGrow(Refused):
+    """
+    A base of `compat=0.10` is shorter than top and than what it is built on, which would show behind its old end: it has no way
+    to note zeros there. QEMU says no better than `Operation not supported`, and only once it has begun.
+    """
+
+    base: str
+    size: int
+    needed: int
+    pull: str
+    """The command that shortens the chain and leaves the base as it is."""
+    cure: str
+    """The command that gives the base a way to note zeros."""
+    sentence = "{base} is qcow2 of compat=0.10 with a backing file, has {size} bytes and cannot grow to {needed}"
+    advice = "with the VM off `{cure}` makes it one that can; or `{pull}` shortens the chain and leaves it as it is"
+
+
 class WouldLose(Refused):
     """
     Merged images hold what cannot be carried over: internal snapshots, and dirty bitmaps for a reason of each; or the image
-    that is pulled into has internal snapshots, which need what leaves the chain.
+    that is pulled into has internal snapshots, which need what leaves the chain; or what is encrypted would be written to an
+    image that is not.
     """
 
     lost: list[str]
     sentence = "it would lose {lost}"
     advice = (
         "`--force would-lose` goes on without: internal snapshots can be copied out before, with `qemu-img convert -l NAME`, "
-        "and after a lost dirty bitmap the next backup must be a full one"
+        "after a lost dirty bitmap the next backup must be a full one, and what was encrypted lies on the disk in clear"
     )
 
 

@@ -141,8 +141,9 @@ class ActiveOnly(Refused):
     option: str
     top: str
     active: str
+    instead: str = "without `--top`"
     sentence = "{option} is for a merge of the active image {active}, and this one ends at {top}"
-    advice = "leave it out to have {top} merged for good, or have the active image merged too (without `--top`)"
+    advice = "leave it out to have {top} merged for good, or have the active image merged too ({instead})"
 
 
 class LiveOnly(Refused):

@@ -16,7 +16,7 @@ from qmpmerge.chain.outcome import Ending, OtherWay, Outcome, Policy
 from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
-from qmpmerge.engine import directions, earlier, go, proof
+from qmpmerge.engine import directions, earlier, go, proof, safeguards
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report, unreported
@@ -199,7 +199,7 @@ class _Beginning:
         if planned.is_empty:
             return _unchanged(view, planned)
         operation = directions.operation(planned)
-        self._refuse_what_does_not_go_together(operation)
+        self._refuse_what_does_not_go_together(operation, view)
         lock = self._locked(planned)
         job = None if request.dry_run else earlier.under_way(view, planned)
         if job is not None:
@@ -236,13 +236,15 @@ class _Beginning:
     def _locked(self, planned: Plan) -> Lock:
         return self._stack.enter_context(locks.taken_for(planned))
 
-    def _refuse_what_does_not_go_together(self, operation: Operation) -> None:
+    def _refuse_what_does_not_go_together(self, operation: Operation, view: ChainView) -> None:
         request = self._request
         request.refuse_ending_of(operation.plan)
         if not self._target.is_live:
             request.refuse_offline()
         elif request.verify is True and not request.pause and operation.pivots:
             raise OptionsConflict(options=["--verify", "--no-pause"])
+        if request.compares is True:
+            safeguards.refuse_encrypted(operation.plan, view.layout)
 
     async def _checked(self, view: ChainView, planned: Plan) -> Answer:
         request = self._request

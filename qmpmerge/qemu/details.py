@@ -76,13 +76,12 @@ def of_image(layout: Layout, image: Image) -> ImageDetails:
     node = layout.nodes[image.node or ""]
     info = node.info.get("image", {})
     own = info.get("format-specific", {}).get("data", {})
-    encryption = "luks" if node.driver == "luks" else own.get("encrypt", {}).get("format")
     return ImageDetails(
         physical=_physical(layout, image),
         cluster_size=info.get("cluster-size"),
         compat=own.get("compat"),
         compression=own.get("compression-type"),
-        encryption=encryption,
+        encryption=encryption(layout, image),
         extended_l2=own.get("extended-l2"),
         lazy_refcounts=own.get("lazy-refcounts"),
         dirty=info.get("dirty-flag") if node.driver == "qcow2" else None,
@@ -90,6 +89,16 @@ def of_image(layout: Layout, image: Image) -> ImageDetails:
         snapshots=tuple((entry["id"], entry["name"]) for entry in info.get("snapshots", ())),
         bitmaps=tuple(bitmaps.of(layout, [image])),
     )
+
+
+def encryption(layout: Layout, image: Image) -> str | None:
+    """By which method an image is encrypted, as QEMU calls it; None where it is not, or QEMU does not tell."""
+    node = layout.nodes.get(image.node or "")
+    if node is None:
+        return None
+    own = node.info.get("image", {}).get("format-specific", {}).get("data", {})
+    method = "luks" if node.driver == "luks" else own.get("encrypt", {}).get("format")
+    return None if method is None else str(method)
 
 
 def _physical(layout: Layout, image: Image) -> int | None:

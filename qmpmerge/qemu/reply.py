@@ -75,7 +75,6 @@ NODE: Shape = {
     "drv": str,
     "file": str,
     "ro": bool,
-    "encrypted": (bool,),
     "active": (bool,),
     "detect_zeroes": str,
     "cache": {"direct": bool, "no-flush": bool},

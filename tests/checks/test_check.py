@@ -38,6 +38,7 @@ from qmpmerge.errors import (
     BackingString,
     BitmapsNotCarried,
     Busy,
+    CannotGrow,
     Dependents,
     DeviceTooSmall,
     Disagrees,
@@ -548,6 +549,19 @@ async def test_a_strangers_job_is_named(vm: Machine) -> None:
     assert busy.value.job == "first"
 
 
+async def test_a_job_that_has_just_begun_is_named(vm: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After all was checked, as that of another command of the same moment."""
+    async with qmpmerge.live(vm.target) as target:
+
+        async def open_for_writing(images: object) -> None:
+            vm.session.execute("block-stream", job_id="theirs", device="c", base_node="a", speed=1)
+
+        monkeypatch.setattr(target, "open_for_writing", open_for_writing)
+        with pytest.raises(Busy) as busy:
+            await qmpmerge.commit(target, top="[3]")
+        assert busy.value.job == "theirs"
+
+
 # --- files and names ------------------------------------------------------------------------------------------------
 
 
@@ -837,6 +851,28 @@ async def test_the_estimate_is_what_happens(form: str, top: str | None, tmp_path
     assert outcome.copied is None or outcome.copied == told.copy
     grown = images[0].stat().st_blocks * 512 - before
     assert grown <= told.growth <= grown + MIB + 256 * 1024
+
+
+@harm("cannot-grow", "the job fails after it has begun, with nothing but `Operation not supported`")
+async def test_plain_commit_into_a_base_that_cannot_hide_what_it_is_built_on(tmp_path: Path) -> None:
+    """And both ways out that the refusal names."""
+    images, below = [tmp_path / f"l{number}.qcow2" for number in range(4)], list[str | Path]()
+    for image, size, compat in zip(
+        images, (4 * MIB, 3 * MIB, 4 * MIB, 4 * MIB), ("1.1", "0.10", "1.1", "1.1"), strict=True
+    ):
+        run("qemu-img", "create", "-qf", "qcow2", "-o", f"compat={compat}", *below, image, str(size))
+        below = ["-b", image, "-F", "qcow2"]
+    with machine(tmp_path, *nodes(images), *device("l3")) as vm:
+        asked = {"top_node": "l2", "base_node": "l1", "backing_file": str(images[1])}
+        vm.session.execute("block-commit", job_id="plain", device="l3", auto_dismiss=False, **asked)
+        vm.wait_for_job("concluded")
+        assert "Operation not supported" in vm.session.execute("query-jobs")[0]["error"]
+    found = await refused(images[3], CannotGrow, base="[2]", top="[3]")
+    assert (found.size, found.needed) == (3 * MIB, 4 * MIB)
+    assert "pull" in found.pull and invoke(*shlex.split(found.pull)[1:], "--dry-run").code == 0
+    run(*shlex.split(found.cure))
+    async with qmpmerge.open(images[3]) as target:
+        assert (await qmpmerge.commit(target, base="[2]", top="[3]")).verdict == "merged"
 
 
 # --- what would be lost -----------------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ async def test_an_ending_of_active_merges_is_refused_for_a_top_below(
         with pytest.raises(ActiveOnly, match=OPTIONS[ending]) as refused:
             await qmpmerge.commit(target, top="[3]", ending=ending, dry_run=dry_run)
         assert str((await target.chain()).chain) == "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2"
-    assert refused.value.top.endswith("/b.qcow2")
+        with pytest.raises(ActiveOnly, match=r"`--keep 0`"):
+            await qmpmerge.commit(target, keep=1, ending=ending, dry_run=dry_run)
+    assert refused.value.top.endswith("/b.qcow2") and "without `--top`" in refused.value.hint
     assert setup.machine.session.execute("query-jobs") == []
 
 

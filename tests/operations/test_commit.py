@@ -585,8 +585,9 @@ async def test_read_only_base_nodes_are_refused_by_qemu(tmp_path: Path, images: 
     ]
     with machine(tmp_path, *explicit, *device("c")) as vm:
         async with qmpmerge.live(vm.target) as target:
-            with pytest.raises(NotWritable, match="read-only"):
+            with pytest.raises(NotWritable, match="read-only") as refused:
                 await qmpmerge.commit(target)
+            assert "`auto-read-only=on`" in refused.value.hint and "chattr" not in refused.value.hint
         await faults.untouched(vm)
 
 

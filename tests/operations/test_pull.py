@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -215,17 +214,18 @@ async def test_a_read_error_fails_the_job_and_leaves_the_chain(
     content.check(images[3])
 
 
-@pytest.mark.parametrize("ends", ["done", "cancelled"])
+@pytest.mark.parametrize(("kind", "ends"), [("blockdev", "done"), ("blockdev", "cancelled"), ("drive", "done")])
 async def test_a_middle_image_is_not_left_open_for_writing(
-    ends: str, tmp_path: Path, images: list[Path], content: Content
+    kind: str, ends: str, tmp_path: Path, images: list[Path], content: Content
 ) -> None:
-    """As QEMU 11.1 does: nobody else could start on it."""
-    with blockdev(tmp_path, images, content) as setup:
+    """As QEMU 11.1 does: nobody else could start on it. Its node keeps the options that it was given."""
+    with WAYS[kind](tmp_path, images, content) as setup:
         async with slow(setup, top="[3]") as pull:
             if ends == "cancelled":
                 pull.cancel()
             else:
-                setup.machine.session.execute("block-job-set-speed", device="qmpmerge-pull-disk0", speed=0)
+                (job,) = setup.machine.session.execute("query-block-jobs")
+                setup.machine.session.execute("block-job-set-speed", device=job["device"], speed=0)
             with pytest.raises(asyncio.CancelledError) if ends == "cancelled" else contextlib.nullcontext():
                 await pull
         (tmp_path / "second").mkdir()
@@ -234,6 +234,30 @@ async def test_a_middle_image_is_not_left_open_for_writing(
         theirs = ["-drive", f"file={overlay},if=none,id=vda", *device("vda")]
         with machine(tmp_path / "second", *theirs):  # it does not start where somebody has b open for writing
             setup.check()
+        async with setup.target() as target:
+            assert (await qmpmerge.pull(target, top="[-2]")).verdict in ("pulled", "unchanged"), (
+                "it can be written again"
+            )
+
+
+async def test_the_options_of_a_middle_node_stay(tmp_path: Path, images: list[Path]) -> None:
+    explicit = [
+        f"{part},detect-zeroes=unmap,discard=unmap" if "node-name=b," in part else part for part in nodes(images)
+    ]
+    with machine(tmp_path, *explicit, *device("c")) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            assert (await qmpmerge.pull(target, base="[1]", top="[3]")).verdict == "pulled"
+        (node,) = [one for one in vm.session.execute("query-named-block-nodes", flat=True) if one["node-name"] == "b"]
+        assert (node["ro"], node["detect_zeroes"]) == (True, "unmap")
+
+
+async def test_a_node_for_reading_alone_is_told_how_it_is_opened(tmp_path: Path, images: list[Path]) -> None:
+    explicit = [part.replace("auto-read-only", "read-only") if "b-file" in part else part for part in nodes(images)]
+    with machine(tmp_path, *explicit, *device("c")) as vm:
+        async with qmpmerge.live(vm.target) as target:
+            with pytest.raises(NotWritable, match="is read-only") as refused:
+                await qmpmerge.pull(target, top="[3]")
+        assert "`auto-read-only=on`" in refused.value.hint and "chattr" not in refused.value.hint
 
 
 # --- what was copied is compared ----------------------------------------------------------------------------------------
@@ -367,31 +391,6 @@ async def test_what_a_kill_before_the_job_has_left_is_taken_away(setup: Setup, m
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_needed", [True, False])
-async def test_a_middle_image_that_would_stay_open_is_no_others(
-    is_needed: bool, setup: Setup, tmp_path: Path, images: list[Path]
-) -> None:
-    """QEMU 11.1 cannot close it for writing again where it has named the node itself; and what to do instead does it."""
-    other = tmp_path / "other.qcow2"
-    stays_open = version_of(setup.machine) > (10, 0)
-    if is_needed:
-        run("qemu-img", "create", "-qf", "qcow2", "-b", "b.qcow2", "-F", "qcow2", other)
-    if is_needed and stays_open:
-        async with setup.target() as target:
-            with pytest.raises(Dependents, match=str(other)) as refused:
-                await qmpmerge.pull(target, top="[3]")
-        assert "ruin" not in refused.value.hint
-        command = shlex.split(refused.value.hint.split("`")[1])
-        assert invoke(*command[1:]).code == 0
-    else:
-        async with setup.target() as target:
-            outcome = await qmpmerge.pull(target, top="[3]")
-        assert bool([hint for hint in outcome.hints if "stays open for writing" in hint]) == stays_open
-    if is_needed or not stays_open:
-        run("qemu-img", "info", images[2])  # fails where somebody has it open for writing
-    setup.check()
 
 
 def short(folder: Path) -> list[Path]:

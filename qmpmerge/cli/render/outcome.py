@@ -33,8 +33,9 @@ MEANINGS = {
     "shared-base": "the base is of use to this VM alone",
     "no-space": "there is room for what is copied",
     "device-too-small": "the device of the base is large enough",
+    "cannot-grow": "the base can be enlarged as far as it must",
     "not-writable": "QEMU may write to the images",
-    "would-lose": "no snapshots or bitmaps are lost",
+    "would-lose": "no snapshots or bitmaps are lost, and no encryption",
     "known-bad": "this QEMU is not known to crash on it",
     "flush-unavailable": "the base can be made durable",
 }
