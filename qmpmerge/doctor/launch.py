@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 
-from qmpmerge.chain.chain import Chain
+from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.doctor.findings import Finding
 from qmpmerge.images import files, notes, stashed
 from qmpmerge.images.dependents import Dependent
@@ -35,10 +35,10 @@ def examine(chains: Sequence[Chain], launched: Sequence[str]) -> Iterator[Findin
     """Where a start by the same command line would not show what the guest sees now."""
     for path in launched:
         inode = files.inode(path)
-        chain = next((chain for chain in chains if inode in {image.inode for image in chain}), None)
+        chain = _chain_of(inode, chains) or _chain_of(_pulled_into(path), chains)
         if chain is not None and path_of_active(chain, launched) is None:
-            started = started_from(chain, launched)
-            if started is not None and files.inode(started) == inode:
+            started = started_from(chain, launched) or path
+            if files.inode(started) == inode:
                 what = f"its command line names {path}, and the guest writes to {chain.active.file} since a snapshot"
                 yield _finding(path, what, "a start by the same line shows older data, and ruins the newer image")
         elif chain is None and inode is not None and notes.base_of(path) is not None:
@@ -47,6 +47,15 @@ def examine(chains: Sequence[Chain], launched: Sequence[str]) -> Iterator[Findin
         elif inode is None and stashed.of(files.real(path)) is not None:
             what = f"its command line names {path}, which a merge has put aside"
             yield _finding(path, what, "a start by the same line fails")
+
+
+def _chain_of(inode: Inode | None, chains: Sequence[Chain]) -> Chain | None:
+    return next((chain for chain in chains if inode is not None and inode in {image.inode for image in chain}), None)
+
+
+def _pulled_into(path: str) -> Inode | None:
+    note = notes.pulled_into(path)
+    return files.inode(note.file) if note is not None and not note.reason else None
 
 
 def path_of_active(chain: Chain, launched: Sequence[str]) -> str | None:

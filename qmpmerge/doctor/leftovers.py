@@ -147,12 +147,19 @@ async def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> A
     for reason in look.unseen:
         why = "an image that is built on the chain could lie there: a merge would ruin it"
         yield Finding("not-looked-at", "care", chain.active.file, reason, why)
-    found = [above for above in _above(chain, look, search) if notes.base_of(above.file) is None]
+    above = [one for one in _above(chain, look, search) if notes.base_of(one.file) is None]
+    found = [one for one in above if not _is_left_by_pull(one.file, chain)]
     roots = _started_from(chain, found, pid)
     for dependent in found:
         users = holders.users([dependent.file])
         if pid is None or pid not in {user.pid for user in users}:
             yield await _beyond(chain, dependent, users, roots, is_live=pid is not None)
+
+
+def _is_left_by_pull(file: str, chain: Chain) -> bool:
+    """Whether it left this very chain: nothing is wrong about it."""
+    note = notes.pulled_into(file)
+    return note is not None and not note.reason and files.inode(note.file) in {image.inode for image in chain}
 
 
 def _started_from(chain: Chain, found: list[Dependent], pid: int | None) -> set[str]:

@@ -1,6 +1,6 @@
 """
 Notes beside images, about what no header says: which overlay in another folder, or whose name does not say that it is one, was
-put on an image, and that an image which has kept its name was merged away.
+put on an image, that an image which has kept its name was merged away, and which image was pulled into that was built on one.
 
 Whoever looks at an image sees only what lies in its folder. A note is a claim: it counts only where nobody but us and root
 can have written it, and as long as the files that it names are those that it was written about. Inode numbers tell that;
@@ -17,7 +17,7 @@ from qmpmerge.chain.chain import Inode
 from qmpmerge.images import files, stashed
 from qmpmerge.images.files import Seen
 
-ABOVE, MERGED = ".qmpmerge-overlay", ".qmpmerge-merged"
+ABOVE, MERGED, PULLED = ".qmpmerge-overlay", ".qmpmerge-merged", ".qmpmerge-pulled"
 QCOW2 = ".qcow2"
 _LARGEST = 65536
 
@@ -68,6 +68,14 @@ def merged(image: str, meant: Inode | None, base: str) -> str:
     return _write(image, meant, MERGED, told)
 
 
+def pulled(image: str, meant: Inode | None, into: str) -> str:
+    """
+    Note beside `image`, which shows what it always did, that `into` was built on it until that was pulled into. As `put_on`.
+    """
+    told = {"into": os.path.realpath(into), "inode": os.stat(into).st_ino, "own": os.stat(image).st_ino}
+    return _write(image, meant, PULLED, told)
+
+
 def is_needed(image: str, overlay: str) -> bool:
     """
     Whether only a note can tell who looks at `image` that this overlay is built on it: it lies elsewhere, or its name does not
@@ -107,6 +115,37 @@ def base_of(image: str) -> str | None:
     return note.file if note is not None and not note.reason else None
 
 
+def pulled_into(image: str) -> Note | None:
+    """
+    The note that what was built on `image` was pulled out of it, which leads to where that has gone since; with a `reason`
+    where it is not believed.
+    """
+    path = _path(image, PULLED)
+    if not os.path.lexists(path) or not os.path.exists(image):
+        return None
+    note = _read(path, "into")
+    if note.reason:
+        return note
+    if note.own != os.stat(image).st_ino:
+        return replace(note, reason=f"{image} is another file than that: a copy, or a newer image")
+    return _followed(note)
+
+
+def _followed(note: Note) -> Note:
+    """The same of the image to which what `note` tells of was merged or pulled, and so on."""
+    seen: set[str] = set()
+    while note.file not in seen:
+        seen.add(note.file)
+        known = (stashed.look(place) for place in stashed.names_of(note.file)) if not note.is_true else ()
+        aside = next((one for one in known if isinstance(one, stashed.Note) and one.inode[1] == note.inode), None)
+        merged = _merged(note.file) if note.is_true else None
+        if aside is not None and aside.base_inode is not None:
+            note = replace(note, file=aside.base, inode=aside.base_inode[1])
+        elif merged is not None and not merged.reason:
+            note = replace(note, file=merged.file, inode=merged.inode)
+    return note if note.is_true else replace(note, reason=f"{note.file} is not there, or another file is")
+
+
 def doubt(image: str) -> Note | None:
     """The note that `image` was merged, where it is not believed: for the `reason` that it tells."""
     note = _merged(image)
@@ -142,7 +181,8 @@ def _was_merged_on(note: Note) -> bool:
 
 def forget(image: str) -> None:
     """A new file has this name: what was noted about an earlier one is no more. Raises OSError."""
-    _remove(_path(image, MERGED))
+    for end in (MERGED, PULLED):
+        _remove(_path(image, end))
 
 
 def take_away(image: str, overlays: Collection[int]) -> None:

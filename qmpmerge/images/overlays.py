@@ -109,31 +109,51 @@ class Around:
         self._built_on: dict[Inode, list[Found]] = {}
         self._dangling: dict[str, list[Found]] = {}
         self._odd: dict[Odd, None] = {}
+        self._pulled: dict[Inode, Found] = {}
         self._read(beside)
 
     def copy(self) -> "Around":
         """The same; what is looked at later is known to one of them."""
         other = Around.__new__(Around)
         other._folders, other._devices, other._odd = dict(self._folders), set(self._devices), dict(self._odd)
+        other._pulled = dict(self._pulled)
         other._built_on = {inode: list(images) for inode, images in self._built_on.items()}
         other._dangling = {name: list(images) for name, images in self._dangling.items()}
         return other
 
     def look_around(self, images: Iterable[Found]) -> bool:
         """Read all that lies around these images, and where their notes lead; whether any of it was not known before."""
-        before = len(self._folders), len(self._devices)
+        before = len(self._folders), len(self._devices), len(self._pulled)
         for image in list(images):
             for place in dict.fromkeys((image.file, os.path.realpath(image.file))):
                 self._read(os.path.dirname(place))
             right, wrong = noted(image.file)
             self._odd |= dict.fromkeys(wrong)
+            self._follow_pull(image)
             for note in right:
                 if not files.is_device(note.file):
                     self._read(os.path.dirname(note.file))
                 elif note.file not in self._devices:
                     self._devices.add(note.file)
                     self._add(note.file)
-        return (len(self._folders), len(self._devices)) > before
+        return (len(self._folders), len(self._devices), len(self._pulled)) != before
+
+    def _follow_pull(self, image: Found) -> None:
+        """What was built on an image before a pull goes on from it still: a pull changes nothing of what a VM starts from."""
+        note = notes.pulled_into(image.file)
+        if note is None or image.inode in self._pulled:
+            return
+        try:
+            into = formats.read(note.file) if not note.reason else None
+            reason = note.reason
+        except OSError as error:
+            into, reason = None, f"{note.file} cannot be read ({error.strerror or error})"
+        if into is None:
+            what = f"was left by a pull, says {note.path}, but {reason}"
+            self._odd[Odd(image.file, what, _NOTE.format(shlex.quote(note.path)))] = None
+        else:
+            self._pulled[image.inode] = into
+            self._read(os.path.dirname(note.file))
 
     def _read(self, folder: str) -> None:
         if folder in self._folders:
@@ -174,7 +194,8 @@ class Around:
         seen, waiting = {start.inode}, [start]
         while waiting:
             image = waiting.pop()
-            children = self._built_on.get(image.inode, [])
+            pulled_into = self._pulled.get(image.inode)
+            children = [*self._built_on.get(image.inode, ()), *([pulled_into] if pulled_into is not None else ())]
             if image.inode not in known.images:  # put aside
                 children = children + self._dangling.get(stashed.original_of(image.file) or "", [])
                 children = [child for child in children if self.format(child) != "raw"]
@@ -191,7 +212,7 @@ class Around:
 
     def told(self, known: Above) -> Above:
         """What was found when there was nothing more to look at."""
-        parents = {inode for image in known.images.values() for inode in image.below}
+        parents = {inode for image in known.images.values() for inode in image.below} | self._pulled.keys()
         leaves = [image for inode, image in known.images.items() if inode not in parents]
         known.leaves = {image.file: self.format(image) for image in sorted(leaves, key=lambda image: image.file)}
         known.folders = list(self._folders)

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Image, Inode
@@ -87,7 +87,9 @@ def finish(record: Record, search: Collection[str] = ()) -> tuple[list[MergedFil
             obstacle = error.strerror or str(error) if record.policy == "delete" else None
             done.append(MergedFile(image.file, "keep", record.place(index), obstacle))
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
-    hints += [*_note_overlays(record), *_note_kept(record, done)]
+    kept_at = {one.file: one.now for one in done if one.action == "keep" and one.now is not None}
+    notes_kept = _note_pulled if record.direction == "pull" else _note_kept
+    hints += [*notes_kept(record, kept_at), *_note_overlays(record, kept_at)]
     return done, hints
 
 
@@ -155,24 +157,28 @@ def _was_changed(record: Record, index: int, place: str) -> bool:
 # --- notes --------------------------------------------------------------------------------------------------------
 
 
-def _note_overlays(record: Record) -> Iterator[str]:
-    """What lies beside an image tells which overlay in another folder is built on it now; yields why it does not."""
+def _note_overlays(record: Record, places: Mapping[str, str]) -> Iterator[str]:
+    """
+    What lies beside an image tells which overlay in another folder is built on it now; yields why it does not. Those that a
+    pull has left at their `places` are built on one another as before.
+    """
     base, above = record.plan.base, record.chain.images[record.top :]
-    if base is None:
-        return
-    try:
-        if above and base.has_path and above[0].has_path and notes.is_needed(base.file, above[0].file):
-            notes.put_on(base.file, _meant(record, base.file, base), above[0].file)
-    except OSError as error:
-        yield (
-            f"it could not be noted beside {base.file} that {above[0].file} is built on it ({error.strerror or error}): "
-            f"`qmpmerge active` finds that only from {above[0].file}"
-        )
-        return
-    merged = {image.inode[1] for image in record.plan.merged if image.inode is not None}
+    if base is not None and above and base.has_path and above[0].has_path:
+        try:
+            if notes.is_needed(base.file, above[0].file):
+                notes.put_on(base.file, _meant(record, base.file, base), above[0].file)
+        except OSError as error:
+            yield (
+                f"it could not be noted beside {base.file} that {above[0].file} is built on it ({error.strerror or error}): "
+                f"`qmpmerge active` finds that only from {above[0].file}"
+            )
+            return
+    stays = places if record.direction == "pull" else {}
+    merged = {image.inode[1] for image in record.plan.merged if image.inode is not None and image.file not in stays}
     higher = {image.inode[1] for image in above if image.inode is not None}
     try:
-        notes.take_away(base.file, merged)
+        if base is not None:
+            notes.take_away(base.file, merged)
         for index in range(record.base + 1, record.top + 1):
             notes.take_away(record.own_name(index), merged | higher)
     except OSError as error:
@@ -185,15 +191,43 @@ def _meant(record: Record, name: str, image: Image) -> Inode | None:
     return found if found is not None and record.is_inode(found, image) else None
 
 
-def _note_kept(record: Record, done: Sequence[MergedFile]) -> Iterator[str]:
+def _note_pulled(record: Record, places: Mapping[str, str]) -> Iterator[str]:
+    """
+    From which of the images that a pull leaves one came to what it was pulled into, by the folder or a note beside: that stays
+    so. Yields why it was not noted. They are not stale: each shows what it always did, and may be anybody's.
+    """
+    receiver = record.plan.receiver
+    for index in range(record.top, record.base, -1):
+        image, above = record.chain[index], record.chain[index + 1]
+        own = record.own_name(index)
+        try:
+            if not (image.has_path and above.has_path and _leads_up(own, above)):
+                return
+            place = places.get(image.file)
+            if place is not None and image.slice is None and files.is_regular(place):
+                notes.pulled(place, _meant(record, place, image), receiver.file)
+        except OSError as error:
+            yield (
+                f"it could not be noted beside {image.file} that {receiver.file} was built on it ({error.strerror or error}): "
+                "to `qmpmerge active` it looks like an image to start from"
+            )
+
+
+def _leads_up(image: str, above: Image) -> bool:
+    """Whether who looks at `image` finds the one above it, which may have lost its name by now."""
+    told = {(note.file, note.overlay) for note in notes.above(image)}
+    number = above.inode[1] if above.inode is not None else None
+    return not notes.is_needed(image, above.file) or any(above.file == file or number == own for file, own in told)
+
+
+def _note_kept(record: Record, places: Mapping[str, str]) -> Iterator[str]:
     """An image that keeps its name looks like one to start from; yields why it was not noted that it is none."""
     base = record.plan.receiver
-    places = {one.file: one.now for one in done if one.action == "keep"}
     needed, _user = spared.needed(record, merged_too=False) if places else (0, "")
     for index in range(max(record.base, needed) + 1, record.top + 1):
         image = record.chain[index]
         place = places.get(image.file)
-        if place is None or image.slice is not None or not files.is_regular(place) or _is_others(record, image):
+        if place is None or image.slice is not None or not files.is_regular(place):
             continue
         try:
             notes.merged(place, _meant(record, place, image), base.file)
@@ -202,11 +236,6 @@ def _note_kept(record: Record, done: Sequence[MergedFile]) -> Iterator[str]:
                 f"it could not be noted beside {place} that it was merged ({error.strerror or error}): to `qmpmerge active` "
                 "it looks like an image to start from"
             )
-
-
-def _is_others(record: Record, image: Image) -> bool:
-    """Whether a pull has only read it, where others can use it as a golden image: what is built on that is not all seen."""
-    return record.plan.direction == "pull" and dependents.is_outside(image, record.plan.receiver)
 
 
 def why_not_delete(record: Record, index: int, place: str) -> str | None:

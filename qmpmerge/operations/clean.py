@@ -20,8 +20,8 @@ from qmpmerge.images.stashed import Note, original_of
 from qmpmerge.journal import spared, store
 from qmpmerge.journal.store import Disbelieved
 
-_KEPT = re.compile(rf"\.(?P<image>.+){re.escape(notes.MERGED)}", re.DOTALL)
-"""Notes beside images that were merged and have kept their names."""
+_KEPT = re.compile(rf"\.(?P<image>.+)({re.escape(notes.MERGED)}|{re.escape(notes.PULLED)})", re.DOTALL)
+"""Notes beside images that were merged, or left by a pull, and have kept their names."""
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,20 @@ def test_a_vm_that_runs_from_an_image_that_was_merged_and_kept_its_name(
     assert invoke("active", str(images[0])).code == 0
 
 
+def test_what_a_pull_has_left_is_not_stale(images: list[Path], content: Content, tmp_path: Path) -> None:
+    """It shows what it always did: others may be started on it, and nothing moves it away."""
+    with blockdev(tmp_path, images, content) as vm:
+        assert invoke("pull", vm.machine.target, "--base", "[1]").code == 0
+        assert found(vm) == {}
+        theirs = tmp_path / "other"
+        theirs.mkdir()
+        other = overlay(theirs / "other.qcow2", images[2], "qcow2")
+        with drive(theirs, [other], Content()) as second:
+            assert set(found(second)) == {"dependent"}  # a merge would change what the first VM sees
+            told = {finding["name"] for finding in advice.findings(str(tmp_path))}
+    assert not told & {"stale-image", "started-stale"}, told
+
+
 def test_a_snapshot_of_a_vm_that_was_started_stale_is_warned_of(vm: Setup, base: Path, tmp_path: Path) -> None:
     night = overlay(tmp_path / "night.qcow2", base, "raw")
     run("qemu-io", "-c", f"write -P 1 0 {MIB}", night)

@@ -327,6 +327,29 @@ def test_snapshots_and_merges(vm: Setup, base: Path, tmp_path: Path, place: str,
         all_lead_to_what_the_guest_uses(vm, base, overlays[2])
 
 
+@pytest.mark.parametrize("place", [".", "far"])
+def test_a_pull_changes_nothing_of_what_is_started(vm: Setup, base: Path, tmp_path: Path, place: str) -> None:
+    """Whatever is pulled, from whichever image one asks, until others use what the pull has left."""
+    overlays = [tmp_path / place / f"{name}.qcow2" for name in "abcd"]
+    for path in overlays[:3]:
+        put(vm, path)
+    for asked in (["--base", "[1]"], []):
+        assert invoke("pull", vm.machine.target, *asked).code == 0
+        all_lead_to_what_the_guest_uses(vm, base, *overlays[:3], *([tmp_path] if place == "." else []))
+        told = invoke("doctor", vm.machine.target, str(tmp_path), "--json").document["findings"]
+        assert {one["name"] for one in told} <= {"launch-path", "shared-image"}, told
+    put(vm, overlays[3])
+    assert invoke("pull", vm.machine.target, "--merged-files", "stash").code == 0
+    all_lead_to_what_the_guest_uses(vm, base, *overlays[:2], overlays[3])
+    other = overlay(tmp_path / "other.qcow2", base, "raw")
+    assert invoke("active", str(base)).code == 3
+    assert invoke("active", str(other)).out.strip() == str(other)
+    vm.off()
+    overlays[3].unlink()
+    told = invoke("active", str(overlays[0]))
+    assert told.code == 3 and "left by a pull" in told.err, told.err
+
+
 def test_a_kept_image_that_is_used_again_is_a_no(vm: Setup, base: Path, tmp_path: Path) -> None:
     put(vm, tmp_path / "a.qcow2")
     assert invoke("commit", vm.machine.target, "--merged-files", "keep").code == 0

@@ -71,7 +71,7 @@ async def test_pull(kind: str, asked: str, tmp_path: Path, images: list[Path], c
     assert views(images) == before
     content.check(images[-1])
     left = [file.name for file in tmp_path.iterdir() if "qmpmerge" in file.name]
-    assert all(name.endswith(".qmpmerge-merged") for name in left), left
+    assert all(name.endswith(".qmpmerge-pulled") for name in left), left
 
 
 async def test_the_guest_writes_on(setup: Setup, images: list[Path], content: Content) -> None:
@@ -525,7 +525,8 @@ async def test_what_others_are_built_on_can_be_pulled(tmp_path: Path, images: li
             assert (await qmpmerge.pull(target, base="[1]")).verdict == "pulled"
         setup.off()
     assert views([tmp_path / "other.qcow2"]) == before
-    assert not (tmp_path / ".a.qcow2.qmpmerge-merged").exists(), "it is needed"
+    told = invoke("active", str(images[1]))
+    assert told.code == 3 and "other.qcow2" in told.err, "it is needed by more than one"
 
 
 async def test_the_guests_filesystem_is_left_a_reserve(
