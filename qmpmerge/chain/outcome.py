@@ -77,7 +77,7 @@ What a merge, or a pull, came to. Of an intermediate merge: ``merged``. Of an ac
 class MergedFile:
     """
     An image that is no longer part of the chain: what was done with its file, and where it is now. `obstacle` is why it was
-    not deleted, where it was to be.
+    not deleted, where it was to be; of a pull that is only looked at, who needs it, or what else it is to be kept for.
     """
 
     file: str

@@ -3,11 +3,11 @@
 import contextlib
 import shlex
 import time
-from dataclasses import replace
+from collections.abc import Mapping
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, told_apart
-from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, OtherWay, Outcome, Policy, Verdict
+from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy, Verdict
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import State
 from qmpmerge.engine.request import Request
@@ -178,16 +178,20 @@ def _advice(run: Run, verdict: Verdict, merged: tuple[MergedFile, ...]) -> list[
     return run.operation.advice(merged)
 
 
-def merged_files(planned: Plan, policy: Policy) -> tuple[MergedFile, ...]:
-    """The images that the chain loses, base first, each still in its place, and what is to become of it."""
+def merged_files(planned: Plan, policy: Policy, spared: Mapping[int, str] | None = None) -> tuple[MergedFile, ...]:
+    """
+    The images that the chain loses, base first, each still in its place, and what is to become of it: those that are `spared`,
+    by their indexes, stay for the reasons there.
+    """
     chain = planned.chain
     able = stash.names_away(chain, planned.base_index, chain.index(planned.top))
     merged = []
     for image in planned.merged:
-        action = policy if chain.index(image) in able else "keep"
+        obstacle = (spared or {}).get(chain.index(image))
+        action = policy if chain.index(image) in able and obstacle is None else "keep"
         if image.data is not None:
             merged.append(MergedFile(image.data.file, "delete" if action == "delete" else "keep", image.data.file))
-        merged.append(MergedFile(image.file, action, image.file))
+        merged.append(MergedFile(image.file, action, image.file, obstacle))
     return tuple(merged)
 
 
@@ -211,14 +215,18 @@ def unchanged(view: ChainView) -> Outcome:
 
 
 def planned(
-    disk: str, plan: Plan, request: Request, checked: tuple[Checked, ...], estimate: Estimate, other: OtherWay | None
+    disk: str,
+    plan: Plan,
+    request: Request,
+    checked: tuple[Checked, ...],
+    estimate: Estimate,
+    spared: Mapping[int, str],
 ) -> Outcome:
     """The outcome of a merge that was only looked at; one that does not switch leaves the chain as it is."""
     after, merged = plan.chain, tuple[MergedFile, ...]()
     if request.ending == "pivot":
-        after, merged = plan.result, merged_files(plan, request.policy(plan))
-    found = Outcome("planned", disk, plan.chain, after, merged=merged, checks=checked, estimate=estimate)
-    return replace(found, other_way=other)
+        after, merged = plan.result, merged_files(plan, request.policy(plan), spared)
+    return Outcome("planned", disk, plan.chain, after, merged=merged, checks=checked, estimate=estimate)
 
 
 def _outcome(

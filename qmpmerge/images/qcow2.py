@@ -23,6 +23,7 @@ _FIXED = struct.Struct(">4sIQIIQI")
 _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 0x44415441
+_BITMAPS = 0x23852875
 _LONGEST_NAME = 1023
 _LARGEST_TABLE = 32 * 1024 * 1024  # QCOW_MAX_L1_SIZE in block/qcow2.h
 _EXTENDED_ENTRIES = 1 << 4
@@ -63,7 +64,7 @@ class Qcow2Header:
     `version` is 2 (`compat=0.10`) or 3. `entry_size` is that of an entry of the second-level tables, 16 with extended entries
     (`extended_l2`). `dirty` says that its reference
     counts are not to be trusted (`lazy_refcounts`): QEMU counts anew as it opens the image for writing. `corrupt` is QEMU's
-    mark, `snapshots` the number of internal ones.
+    mark, `snapshots` the number of internal ones. `has_bitmaps`: dirty bitmaps are stored in it.
     """
 
     virtual_size: int
@@ -77,6 +78,7 @@ class Qcow2Header:
     dirty: bool = field(default=False, compare=False)
     corrupt: bool = field(default=False, compare=False)
     snapshots: int = field(default=0, compare=False)
+    has_bitmaps: bool = field(default=False, compare=False)
 
     @property
     def span(self) -> int:
@@ -199,11 +201,12 @@ def decode(data: bytes) -> Qcow2Header | None:
         dirty=bool(features & _DIRTY),
         corrupt=bool(features & _CORRUPT),
         snapshots=struct.unpack_from(">I", data, 60)[0],
+        has_bitmaps=_BITMAPS in names,
     )
 
 
 def _extensions(data: bytes, start: int, end: int) -> dict[int, str]:
-    """The header extensions, those that are names decoded; 0 ends the list."""
+    """The header extensions that somebody asks for, those that are names decoded; 0 ends the list."""
     found: dict[int, str] = {}
     position, end = start, min(end, len(data))
     while position + _EXTENSION.size <= end:
@@ -211,7 +214,7 @@ def _extensions(data: bytes, start: int, end: int) -> dict[int, str]:
         position += _EXTENSION.size
         if kind == 0 or position + length > end:
             break
-        if kind in (_BACKING_FORMAT, _DATA_FILE):
+        if kind in (_BACKING_FORMAT, _DATA_FILE, _BITMAPS):
             found[kind] = os.fsdecode(data[position : position + length].partition(b"\0")[0])
         position += (length + 7) & ~7
     return found

@@ -3,51 +3,84 @@ Which merged images keep their names, whatever was to become of them: others nee
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
-from qmpmerge.images import dependents, notes
+from qmpmerge.chain.plan import Plan
+from qmpmerge.images import dependents, notes, qcow2
+from qmpmerge.images.dependents import Look
 from qmpmerge.journal.record import Record
 
 
 def kept(record: Record, search: Collection[str] = ()) -> dict[int, str]:
     """
     By their indexes, why. That nobody else has the images of a commit was seen before it began; those that a pull leaves were
-    only read, and may be anybody's. So it is looked for who is built on them, below the folders of `search` too, and among what
-    QEMUs have open, and who has them open himself; and what one needs that is kept is kept.
+    only read, and may be anybody's: see `by_pull`.
     """
     if record.direction == "commit" or record.policy == "keep":
         index, user = needed(record)
         indexes = range(record.base + 1, index + 1)
         return {one: f"{user} is built on it" for one in indexes if record.chain[one] != record.chain.active}
-    found: dict[int, str] = {}
-    reasons = _others(record, search)
-    for index in range(record.top, record.base, -1):
-        if index in reasons:
-            found[index] = reasons[index]
-        elif index + 1 in found:
-            found[index] = f"{record.chain[index + 1].file} stays, and is built on it"
-    return found
+    places = {index: record.place(index) for index in range(record.base + 1, record.top + 1)}
+    return by_pull(record.plan, places, search).reasons
 
 
-def _others(record: Record, search: Collection[str]) -> dict[int, str]:
-    """What speaks against taking its name from each image, by itself."""
+@dataclass(frozen=True)
+class Spared:
+    """The `reasons` for which images keep their names, by their indexes, and how much was looked at to find who needs them."""
+
+    reasons: dict[int, str]
+    looked_at: str
+
+
+def by_pull(
+    plan: Plan, places: Mapping[int, str | None], search: Collection[str] = (), pid: int | None = None
+) -> Spared:
+    """
+    It is looked for who is built on what leaves the chain, below the folders of `search` too, and among what QEMUs have open,
+    and who has it open himself, but for the QEMU of this `pid`. What one needs that is kept is kept, and so is what has
+    internal snapshots or dirty bitmaps, which no stream copies. `places` are where the files are now, by the images' indexes.
+    """
     from qmpmerge.processes import holders  # most merges have no need of it
 
-    look = dependents.look_now(record.plan.merged, record.chain, search, holders.qemu_files())
-    users = {one.image: f"{one.file} is built on it" for one in look.dependents}
-    unseen = f"who needs it cannot be seen: {'; '.join(look.unseen)}" if look.unseen else None
-    reasons = {}
-    for index in range(record.base + 1, record.top + 1):
-        image, place = record.chain[index], record.place(index)
-        reason = users.get(image.file) or (in_use(place) if place is not None else None) or unseen
-        if reason is None and dependents.is_outside(image, record.plan.receiver):
-            folder = os.path.dirname(os.path.realpath(image.file))
-            reason = (
-                None if look.covers(folder) else "others may be built on it that `--search` was not told to look for"
-            )
-        if reason is not None:
-            reasons[index] = reason
-    return reasons
+    below = [folder for image in plan.merged for folder in dependents.folders_above(image, plan.chain.active)]
+    look = dependents.look_now(plan.merged, plan.chain, [*search, *below], holders.qemu_files())
+    found: dict[int, str] = {}
+    for index in sorted(places, reverse=True):
+        reasons = list(_reasons(plan, index, places[index], look, pid))
+        if index + 1 in found:
+            reasons.append(f"{plan.chain[index + 1].file} stays, and is built on it")
+        if reasons:
+            found[index] = "; ".join(reasons[:2])
+    return Spared(found, look.told)
+
+
+def _reasons(plan: Plan, index: int, place: str | None, look: Look, pid: int | None) -> Iterator[str]:
+    """What speaks against taking its name from an image, by itself; the worst first."""
+    image = plan.chain[index]
+    users = [one.file for one in look.dependents if one.image == image.file]
+    if users:
+        yield f"{users[0]} {f'and {len(users) - 1} more are' if users[1:] else 'is'} built on it"
+    if place is not None and (reason := in_use(place, pid)) is not None:
+        yield reason
+    if place is not None and (reason := _holds_alone(place)) is not None:
+        yield reason
+    if look.unseen:
+        yield f"who needs it cannot be seen: {'; '.join(look.unseen)}"
+    elif dependents.is_outside(image, plan.receiver) and not look.covers(os.path.dirname(os.path.realpath(image.file))):
+        yield "others may be built on it that `--search` was not told to look for"
+
+
+def _holds_alone(place: str) -> str | None:
+    """What goes with the image, for nothing copies it; as its header tells it, which QEMU writes as it closes the image."""
+    try:
+        header = qcow2.read(place)
+    except OSError as error:
+        return f"what it holds cannot be seen: {error.strerror or error}"
+    if header is None or not (header.snapshots or header.has_bitmaps):
+        return None
+    what = " and ".join([*["internal snapshots"] * bool(header.snapshots), *["dirty bitmaps"] * header.has_bitmaps])
+    return f"nothing else has its {what}"
 
 
 def needed(record: Record, *, merged_too: bool = True) -> tuple[int, str]:
@@ -62,11 +95,13 @@ def needed(record: Record, *, merged_too: bool = True) -> tuple[int, str]:
     return (max(indexes), users[record.chain[max(indexes)].file]) if indexes else (0, "")
 
 
-def in_use(place: str) -> str | None:
-    """Who holds the file, None where nobody does as far as we can see."""
+def in_use(place: str, pid: int | None = None) -> str | None:
+    """Who holds the file besides this process, None where nobody does as far as we can see."""
     from qmpmerge.processes import holders  # most merges have no need of it
 
-    users = holders.users([place])
+    users = holders.users([place], excluding=[pid] if pid is not None else [])
     if users:
         return f"in use by {', '.join(map(str, users))}"
+    if pid is not None:
+        return None  # what it has open it has locked
     return "locked by a process that we may not see" if holders.is_locked(place) else None

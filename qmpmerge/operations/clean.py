@@ -13,6 +13,7 @@ from typing import Literal
 
 from qmpmerge import folder, given
 from qmpmerge.chain import backing
+from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
 from qmpmerge.given import Paths
 from qmpmerge.images import backing_names, dependents, files, notes, qcow2, stashed
@@ -186,22 +187,33 @@ def _needed(found: Collection[str], free: set[str]) -> dict[str, str]:
 
 def _users(place: str, found: Collection[str]) -> dict[str, dict[str, str]]:
     """
-    What is built on each stashed file of a folder, in that or where a note beside it leads: the image, and a sentence. Stashed
-    are those `found`, and what a note proves to be.
+    What is built on each stashed file of a folder, in that, below it, or where a note beside it leads, and of what QEMUs have
+    open: the image, and a sentence. Stashed are those `found`, and what a note proves to be.
     """
     named = [file for file in found if os.path.dirname(file) == place]
     try:
         os.listdir(place)  # `dependents.files` says nothing where it cannot be
-        images = sorted(entry.path for entry in dependents.files(place))
-        aside = [image for image in images if original_of(image) and image not in found and _doubt(image) is None]
+        beside = sorted(entry.path for entry in dependents.files(place))
+        aside = [image for image in beside if original_of(image) and image not in found and _doubt(image) is None]
         told = {file: _noted(file) for file in [*named, *aside]}
     except OSError as error:
         return {file: {place: f"{place} cannot be listed: {error.strerror or error}"} for file in named}
+    images = dict.fromkeys([*beside, *_further(named[0])])
     names = {image: name for image in images if (name := _backing(image)) is not None}
     for file, users in told.items():
         built = {image: _built_on(file, image, name) for image, name in names.items() if image != file}
         users.update((image, reason) for image, reason in built.items() if reason is not None)
     return told
+
+
+def _further(file: str) -> list[str]:
+    """The files below a stashed file's folder, and those that QEMUs have open: who needs what was renamed names it still."""
+    from qmpmerge.processes import holders
+
+    place = os.path.realpath(os.path.dirname(file))
+    look = dependents.look_now((), Chain((Image(file, "qcow2", 0),)), [place])
+    below = [folder for folder in look.folders if folder != place]
+    return [*(entry.path for folder in below for entry in dependents.files(folder)), *holders.qemu_files()]
 
 
 def _backing(image: str) -> str | None:

@@ -13,9 +13,10 @@ from qmpmerge import given
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.other_way import other_way
 from qmpmerge.chain.outcome import Ending, OtherWay, Outcome, Policy
-from qmpmerge.chain.plan import Plan
+from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
+from qmpmerge.checks.question import process
 from qmpmerge.engine import directions, earlier, go, proof, safeguards
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.patience import Patience
@@ -24,7 +25,7 @@ from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchLayer, OptionsConflict, Refused
 from qmpmerge.given import Paths
-from qmpmerge.journal import locks, store
+from qmpmerge.journal import locks, spared, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.processes import limits
@@ -210,10 +211,25 @@ class _Beginning:
         await earlier.refuse_suspect(self._target, operation, lock.note.suspect)
         if request.dry_run:
             other = await self._other_way(view, planned, answer)
-            return proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate, other)
+            reasons, hints = self._who_needs_what_leaves(view, planned)
+            outcome = proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate, reasons)
+            return replace(outcome, other_way=other, hints=hints)
         run = Run.begin(self._target, operation, request, lock, view=view, report=self._report)
         run.bitmaps, run.checks = answer.bitmaps, answer.checks
+        run.notes += dirty.left_behind(view.layout, planned)
         return run
+
+    def _who_needs_what_leaves(self, view: ChainView, planned: Plan) -> tuple[dict[int, str], tuple[str, ...]]:
+        """By the indexes of images that a pull would leave, and what else there is to say; a commit was refused for less."""
+        if not isinstance(planned, PullPlan):
+            return {}, ()
+        files = {planned.chain.index(image): image.file if image.has_path else None for image in planned.merged}
+        found = spared.by_pull(planned, files, self._request.search, process(self._target, planned)[0])
+        free = [planned.chain[index].file for index in files if index not in found.reasons]
+        hints = dirty.left_behind(view.layout, planned)
+        if free:
+            hints.append(f"nobody else is seen to need {', '.join(free)} (looked at {found.looked_at})")
+        return found.reasons, tuple(hints)
 
     async def _taken_over(
         self, view: ChainView, operation: Operation, lock: Lock, job: Job, record: Record | None

@@ -94,6 +94,14 @@ def portable(layout: Layout, plan: Plan) -> tuple[Bitmap, ...]:
     return tuple(bitmap for bitmap in found if bitmap.name not in lost)
 
 
+def left_behind(layout: Layout, plan: Plan) -> list[str]:
+    """What becomes of the bitmaps of images that a pull takes out of the chain, as sentences; a commit carries them over."""
+    found = [] if isinstance(plan, CommitPlan) else of(layout, plan.merged)
+    ends = {True: "stays in that file", False: "is in QEMU's memory alone, and is gone once that image is closed"}
+    miss = "the next incremental backup by it would miss what it tells"
+    return [f"{bitmap} {ends[bitmap.persistent]}: {miss}" for bitmap in found]
+
+
 async def carry(monitor: Monitor, layout: Layout, base: Image, bitmaps: Sequence[Bitmap]) -> None:
     """
     Merge the bitmaps into those of their names on `base`, which are made where there are none; all or nothing.

@@ -883,13 +883,76 @@ async def test_a_golden_image_elsewhere_keeps_its_name_unless_it_was_looked_who_
 ) -> None:
     for searched in (False, True):
         place = tmp_path / f"{searched}"
-        (place / "golden").mkdir(parents=True)
-        images = make_chain(place, ("golden/base.raw", "a.qcow2", "b.qcow2"))
+        for name in ("golden", "vm"):
+            (place / name).mkdir(parents=True)
+        images = make_chain(place / "vm", ("../golden/base.raw", "a.qcow2", "b.qcow2"))
         search = [place / "golden"] if searched else []
         async with qmpmerge.open(images[-1], allow=[place / "golden"]) as target:
             outcome = await qmpmerge.pull(target, merged_files="stash", search=search)
         assert [one.action for one in outcome.merged] == ["stash" if searched else "keep", "stash"]
         assert searched or any("--search" in hint for hint in outcome.hints)
+
+
+@pytest.mark.parametrize("kind", ["drive", "offline"])
+async def test_a_dry_run_tells_what_stays_and_why(
+    kind: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """As it is then done; what nothing else holds stays, too."""
+    run("qemu-img", "snapshot", "-c", "sn", images[1])
+    run("qemu-img", "bitmap", "--add", images[2], "b0")
+    run("qemu-img", "create", "-qf", "qcow2", "-b", images[0], "-F", "raw", tmp_path / "other.qcow2")
+    expected = {"a.qcow2": "internal snapshots", "b.qcow2": "dirty bitmaps", "base.raw": "other.qcow2 is built on it"}
+    with WAYS[kind](tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            for policy, dry_run in (("keep", True), ("stash", True), ("delete", False)):
+                outcome = await qmpmerge.pull(target, setup.disk, merged_files=policy, dry_run=dry_run)  # type: ignore[arg-type]
+                done = {Path(one.file).name: (one.action, one.obstacle or "") for one in outcome.merged}
+                assert {name: action for name, (action, _why) in done.items()} == dict.fromkeys(expected, "keep")
+                assert all(why in done[name][1] for name, why in expected.items()), done
+                assert any("dirty bitmap b0 of" in hint for hint in outcome.hints), outcome.hints
+        setup.off()
+
+
+async def test_a_dry_run_tells_that_nobody_was_seen(setup: Setup, images: list[Path]) -> None:
+    async with setup.target() as target:
+        (told,) = (await qmpmerge.pull(target, base="[1]", merged_files="stash", dry_run=True)).hints
+        assert told.startswith(f"nobody else is seen to need {images[1]}, {images[2]} (looked at ")
+
+
+@pytest.mark.parametrize("searched", [False, True])
+async def test_a_golden_image_in_the_folder_above_is_not_taken_from_under_another_vm(
+    tmp_path: Path, searched: bool, content: Content
+) -> None:
+    """Not while both run, and not in the night when both are off."""
+    golden, *disks = (tmp_path / name for name in ("golden.qcow2", "v1/a.qcow2", "v2/a.qcow2"))
+    run("qemu-img", "create", "-qf", "qcow2", golden, "64M")
+    with contextlib.ExitStack() as stack:
+        for disk in disks:
+            disk.parent.mkdir()
+            run("qemu-img", "create", "-qf", "qcow2", "-b", golden, "-F", "qcow2", disk)
+            options = ["-drive", f"file={disk},if=none,id=vda", *device("vda")]
+            vm = stack.enter_context(machine(disk.parent, *options))
+            stack.callback(vm.stop)
+        asked = ["--merged-files", "stash", *(["--search", str(tmp_path)] if searched else [])]
+        target = f"{disks[0].parent / 'monitor'}"
+        for more in (["--dry-run"], []):
+            told = invoke("pull", target, *asked, *more)
+            assert told.code == 0 and f"{disks[1]} is built on it" in told.out + told.err, told.err
+    assert golden.exists()
+
+
+async def test_clean_sees_who_needs_what_a_pull_has_stashed(tmp_path: Path) -> None:
+    """In the folders below, with all VMs off."""
+    images = make_chain(tmp_path, ("base.qcow2", "a.qcow2"))
+    (tmp_path / "v2").mkdir()
+    other = tmp_path / "v2" / "other.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", "-b", images[0], "-F", "qcow2", other)
+    async with qmpmerge.offline(images[1]) as target:
+        outcome = await qmpmerge.pull(target, merged_files="stash")
+    (kept,) = await qmpmerge.clean([tmp_path])
+    assert [one.action for one in outcome.merged] == ["stash"] and kept.obstacle == f"{other} is built on it"
+    other.unlink()
+    assert [one.obstacle for one in await qmpmerge.clean([tmp_path])] == [None]
 
 
 async def test_what_was_not_compared_is_stashed_and_not_deleted(setup: Setup) -> None:

@@ -64,6 +64,7 @@ def files(merged: "Sequence[MergedFile]", *, planned: bool = False) -> Iterator[
     for one in merged:
         folder, name = os.path.split(one.file) if one.file.startswith("/") else ("", one.file)
         fate = f"{'to be ' if planned else ''}{FATES.get(one.action, one.action)}{f' in {folder}' if folder else ''}"
+        fate += f": {one.obstacle}" if planned and one.obstacle else ""
         now = os.path.basename(one.now or "")
         usual = f"{name}.merged" if one.action == "stash" and not planned else name
         alike.setdefault(fate, []).append(f"{name} (now {now})" if folder and now not in ("", usual) else name)
