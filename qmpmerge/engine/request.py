@@ -59,6 +59,8 @@ class Request:
         given.forced(self.force)
         if self.keep is not None and (self.shallow or self.top is not None):
             raise OptionsConflict(options=["--keep", "--shallow" if self.shallow else "--top"])
+        if self.keep == 0 and self.direction == "pull":
+            raise OptionsConflict(options=["--keep 0", "--direction pull"])  # no overlay is left to pull into
         if self.converge is not None and self.polite is not None:
             raise OptionsConflict(options=["--converge", "--polite"])
 

@@ -1,8 +1,10 @@
 """Where several disks are that one command is meant for: VMs of this host, each once, and the chains of a folder."""
 
+import itertools
 import os
+import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Inode
@@ -12,18 +14,24 @@ from qmpmerge.images.formats import Found
 from qmpmerge.images.overlays import Around
 from qmpmerge.journal import store
 from qmpmerge.journal.record import Record
+from qmpmerge.processes import proc
 from qmpmerge.processes.vms import Vm, vms
 from qmpmerge.sockets import Address
 from qmpmerge.targets import live
 from qmpmerge.targets.open import is_image
 
+MOST_FOLDERS = 100
+"""In which images are looked for that somebody may have meant."""
+
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A running QEMU that is not ours to touch unless it is named, and why."""
+    """What is not meant, and why: a VM, one of its disks, an image or a folder; `hint` says what may be done about it."""
 
     target: str
     reason: str
+    disk: str | None = None
+    hint: str | None = None
 
 
 def every() -> tuple[list[str], list[LeftOut]]:
@@ -59,27 +67,37 @@ def _reason(vm: Vm) -> str | None:
 
 
 def once(names: Iterable[str]) -> list[str]:
-    """The same targets, each once, whether it is named by its name, pid or monitor."""
+    """The same targets, each once: a VM is named by its name, pid or any monitor, or by an image that it has open."""
     seen: set[Address] = set()
+    opened: set[Inode] = set()
     kept = []
-    for name in dict.fromkeys(names):
-        addresses = set(_addresses(name))
+    named = [*dict.fromkeys(names)]
+    running = vms() if len(named) > 1 else []
+    for name in named:
+        addresses, pids = _place(name, running)
         if not addresses & seen:
             kept.append(name)
         seen |= addresses
-    return kept
+        opened = opened.union(*map(proc.open_inodes, pids))
+    return [name for name in kept if not (is_image(name) and proc.inode_of(name) in opened)]
 
 
-def _addresses(name: str) -> Iterator[Address]:
-    """The monitors of a running QEMU; the path of what else there is."""
+def _place(name: str, running: Sequence[Vm]) -> tuple[set[Address], set[int]]:
+    """All monitors of a running QEMU, and its pid; the path of what else there is."""
     if is_image(name) or os.path.isdir(name):
-        yield os.path.realpath(name)
-        return
+        return {os.path.realpath(name)}, set()
     try:
         found, _vm = live.find(name)
     except Error:  # told when it is opened
-        return
-    yield from (os.path.realpath(one) if isinstance(one, str) else one for one in found)
+        return set(), set()
+    named = {_real(address) for address in found}
+    theirs = {vm.pid: {_real(live.address(monitor)) for monitor in vm.monitors} for vm in running}
+    meant = {pid: addresses for pid, addresses in theirs.items() if addresses & named}
+    return named.union(*meant.values()), {*meant}
+
+
+def _real(address: Address) -> Address:
+    return os.path.realpath(address) if isinstance(address, str) else address
 
 
 def chains(folder: str, known: Collection[Inode]) -> list[str]:
@@ -103,6 +121,28 @@ def chains(folder: str, known: Collection[Inode]) -> list[str]:
         and _is_active(image, folder, around)
     ]
     return list(dict.fromkeys([*leaves, *(record.chain.active.file for record in recorded)]))
+
+
+def passed_by(folder: str, known: Collection[Inode]) -> list[LeftOut]:
+    """
+    The folder, where none of its own images has layers, and folders below hold some that do and are not `known`: somebody has
+    named the wrong one. Of a large tree the first folders are looked at. Raises CannotList.
+    """
+    if chains(folder, ()):
+        return []
+    below = itertools.islice((place for place, _folders, _files in os.walk(folder) if place != folder), MOST_FOLDERS)
+    place = next((place for place in below if _holds_chains(place, known)), None)
+    if place is None:
+        return []
+    hint = f"name the folders below it that hold images, such as {shlex.quote(place)}"
+    return [LeftOut(folder, "no chain has its active image right there", hint=hint)]
+
+
+def _holds_chains(folder: str, known: Collection[Inode]) -> bool:
+    try:
+        return any((image.below or image.dangling) and image.inode not in known for image in _images(folder))
+    except OSError:  # it may not be listed
+        return False
 
 
 def images(path: str, allow: Collection[str]) -> set[Inode]:

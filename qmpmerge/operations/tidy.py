@@ -1,51 +1,36 @@
 """
 Tidy: every disk of several targets down to its base and its newest overlays, several disks at a time.
 
-Each merge is one of `operations.commit`, with its checks and its proof. Here is decided which disks are meant, what goes on at
-the same time, and how fast; one disk's failure stops no other.
+Here is decided which disks are meant, and what goes on at the same time; what becomes of each, in `shorten`. One disk's failure
+stops no other.
 """
 
 import asyncio
-import contextlib
 import functools
 import os
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 from qmpmerge import given, shield
 from qmpmerge.chain.chain import Inode
 from qmpmerge.chain.outcome import Outcome, Policy
-from qmpmerge.engine import proof, resume
 from qmpmerge.engine.pace.patience import Patience
-from qmpmerge.engine.pace.progress import Progress, Report, unreported
+from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.pace.shares import Shares
 from qmpmerge.engine.request import Request
-from qmpmerge.errors import (
-    Cancelled,
-    Dependents,
-    Error,
-    Postponed,
-    Refused,
-    SeveralRefusals,
-    SharedBase,
-    TimeUp,
-    Unfinished,
-    worst,
-)
+from qmpmerge.errors import Cancelled, Error, InUse, Postponed, TimeUp, worst
 from qmpmerge.given import Paths
+from qmpmerge.images import files
 from qmpmerge.journal import store
-from qmpmerge.operations import commit, places
+from qmpmerge.operations import places
 from qmpmerge.operations.places import LeftOut
-from qmpmerge.targets import live, offline  # noqa: F401 - nothing is imported once a job is at work
+from qmpmerge.operations.shorten import Direction, Door, Shorten
+from qmpmerge.targets import identity, live, offline  # noqa: F401 - nothing is imported once a job is at work
 from qmpmerge.targets import open as doors
 from qmpmerge.targets.target import Target
 
-Direction = Literal["auto", "commit", "pull"]
-
-Door = Callable[..., AbstractAsyncContextManager[Target]]
-"""What makes a session, as `targets.open.open` does with `write` and `dry_run`."""
+PASSING = "it is a snapshot=on drive: what the guest writes there is meant to be thrown away"
 
 
 @dataclass(frozen=True)
@@ -70,7 +55,7 @@ class Tidied:
 
 @dataclass(frozen=True)
 class Tidying:
-    """All disks, in the order of their targets, and the VMs that were not meant (`every`)."""
+    """All disks, in the order of their targets, and what is not meant: VMs (`every`), disks of one, images of a folder."""
 
     tidied: tuple[Tidied, ...]
     left_out: tuple[LeftOut, ...] = ()
@@ -116,22 +101,24 @@ async def tidy(
 ) -> Tidying:
     """
     Bring every disk of every target down to its base and its newest `keep` overlays: running QEMUs, images, and folders, of
-    which the chains are meant whose active image lies right there, and no QEMU among the targets has. With `every` all VMs of
-    this host that we may touch are targets too.
+    which the chains are meant whose active image lies right there and is not in use. With `every` all VMs of this host that we
+    may touch are targets too. What is named twice, or is open in a VM among the targets, is one.
 
     `parallel` disks go on at a time, and share `speed` (bytes a second, 0 for unlimited). `direction` ``pull`` pulls what goes
-    into the oldest overlay that stays, so that the base is left as it is; ``auto`` does so where others use the base, and
-    commits elsewhere. At the time limit nothing more is begun, merges of running QEMUs are left to them, and those of images
-    are taken back. `door` makes the sessions. The rest is as of `commit`.
+    into the oldest overlay that stays, so that the base is left as it is; ``auto`` does so where a commit is refused for the
+    sake of others, and goes on with a pull that was left. At the time limit nothing more is begun, merges of running QEMUs are
+    left to them, and those of images are taken back. `door` makes the sessions. The rest is as of `commit`.
 
     What earlier runs have begun is gone on with, so this can be killed and called again. Cancelling the task cancels what is
     merged, and waits until all old chains are back; `told` hears of those too.
 
-    An error of one disk or target is in its `Tidied`, and stops no other. Raises ValueError for numbers that make no sense.
+    An error of one disk or target is in its `Tidied`, and stops no other. Raises ValueError for numbers that make no sense,
+    OptionsConflict for a pull that is to keep no overlay to pull into.
     """
     given.see(direction, Direction, "direction")
     given.see_amount(parallel, "parallel", least=1)
     request = Request(
+        direction="pull" if direction == "pull" else "commit",
         keep=keep,
         merged_files=merged_files,
         force=given.forced(force),
@@ -144,9 +131,10 @@ async def tidy(
     opens = door or _door(force, allowed)
     found, left_out = places.every() if every else ([], [])
     names = places.once([*given.paths(targets), *found])
-    run = _Tidy(request, direction, opens, told or _untold, report or unreported, Shares(speed), parallel, allowed)
+    shorten = Shorten(request, direction, opens, Shares(speed), report or unreported, allowed)
+    run = _Tidy(shorten, told or _untold, parallel, left_out)
     disks = await run.all(names)
-    return Tidying(tuple(disks), tuple(left_out))
+    return Tidying(tuple(disks), tuple(run.left_out))
 
 
 def _untold(done: Tidied) -> None:
@@ -164,21 +152,22 @@ def _door(force: Collection[str], allow: Sequence[str]) -> Door:
 class _Tidy:
     """So many sessions at the most, and so many disks: what waits for its turn holds no monitor."""
 
-    request: Request
-    direction: Direction
-    door: Door
+    shorten: Shorten
     told: Told
-    report: Report
-    shares: Shares
     parallel: int
-    allow: Sequence[str]
+    left_out: list[LeftOut]
     files: set[Inode] = field(default_factory=set)
     """The images of the targets before: those of a folder are not the disks of a VM."""
-    locks: dict[Inode, asyncio.Lock] = field(default_factory=dict)
+    found: set[str] = field(default_factory=set)
+    """What folders hold, and nobody has named: only what is not in use is meant."""
 
     def __post_init__(self) -> None:
         self.sessions = asyncio.Semaphore(self.parallel)
         self.turns = asyncio.Semaphore(self.parallel)
+
+    @property
+    def request(self) -> Request:
+        return self.shorten.request
 
     async def all(self, names: Sequence[str]) -> list[Tidied]:
         """Folders come last: what is not in use there is what no target before has."""
@@ -192,31 +181,39 @@ class _Tidy:
     async def _target(self, name: str) -> list[Tidied]:
         """All disks of a target, as they are done; one that cannot be opened is an entry without a disk."""
         done: list[Tidied] = []
+        disk = os.path.basename(name) if doors.is_image(name) or _had_image(name) else None
         try:
             async with self.sessions:
                 self._refuse_late()
-                if doors.is_image(name) or _had_image(name):
-                    await self._told(done, name, os.path.basename(name), lambda: self._image(name))
+                if disk is not None:
+                    await self._told(done, name, disk, lambda: self._image(name))
                 else:
                     await self._vm(name, done)
         except (Error, asyncio.CancelledError) as error:
             if not done or isinstance(error, Error):
-                self._tell(done, _failed(name, None, error))
+                self._tell(done, _failed(name, disk, error))
         return done
 
     async def _vm(self, name: str, done: list[Tidied]) -> None:
-        async with self.door(name, write=True, dry_run=self.request.dry_run) as target:
+        async with self.shorten.door(name, write=True, dry_run=self.request.dry_run) as target:
             chains = {disk.name: disk.chain for disk in await target.disks() if disk.chain is not None}
             self.files |= {image.inode for chain in chains.values() for image in chain if image.inode is not None}
+            passing = [disk for disk, chain in chains.items() if identity.is_temporary(chain.active)]
+            self.left_out += [LeftOut(name, PASSING, disk) for disk in passing]
             await shield.together(
-                self._told(done, name, disk, functools.partial(self._merged, target, name, disk)) for disk in chains
+                self._told(done, name, disk, functools.partial(self.shorten.disk, target, name, chain, disk))
+                for disk, chain in chains.items()
+                if disk not in passing
             )
 
     async def _folder(self, folder: str) -> list[Tidied]:
         try:
             images = places.chains(os.path.abspath(folder), self.files)
+            if not images:
+                self.left_out += places.passed_by(folder, self.files)
         except Error as error:
             return self._tell([], _failed(folder, None, error))
+        self.found |= {*images}
         return [one for found in await shield.together(map(self._target, images)) for one in found]
 
     async def _told(self, done: list[Tidied], name: str, disk: str, work: Callable[[], Awaitable[Outcome]]) -> None:
@@ -225,7 +222,11 @@ class _Tidy:
             async with self.turns:
                 self._tell(done, Tidied(name, disk, await work()))
         except (Error, asyncio.CancelledError) as error:
-            self._tell(done, _failed(name, disk, error))
+            used = _is_used(name, error) if name in self.found else None
+            if used is not None:
+                self.left_out.append(LeftOut(name, used))
+            else:
+                self._tell(done, _failed(name, disk, error))
 
     def _tell(self, done: list[Tidied], entry: Tidied) -> list[Tidied]:
         done.append(entry)
@@ -239,47 +240,9 @@ class _Tidy:
             raise Postponed(seconds=patience.timeout or 0.0)
 
     async def _image(self, path: str) -> Outcome:
-        """Chains that share an image take turns: who opens one holds all of it."""
-        images = places.images(path, self.allow)
+        images = places.images(path, self.shorten.allow)
         self.files |= images
-        async with contextlib.AsyncExitStack() as stack:
-            for image in sorted(images):
-                await stack.enter_async_context(self.locks.setdefault(image, asyncio.Lock()))
-            return await self._opened(path)
-
-    async def _opened(self, path: str) -> Outcome:
-        """A chain that is short enough is only looked at: it may be in use."""
-        try:
-            async with self.door(path, write=False, dry_run=self.request.dry_run) as target:
-                view = await target.chain()
-                if self.request.plan(view.chain, view.disk.name).is_empty and not store.about(view.chain):
-                    return proof.unchanged(view)
-        except Unfinished as error:
-            if self.request.dry_run or error.path != path:
-                raise
-            outcome = await resume.settle_image(path, allow=self.allow)
-            if outcome is not None and not os.path.exists(path):
-                return outcome
-        async with self.door(path, write=True, dry_run=self.request.dry_run) as target:
-            return await self._merged(target, path, None)
-
-    async def _merged(self, target: Target, name: str, disk: str | None) -> Outcome:
-        first: Literal["commit", "pull"] = "pull" if self.direction == "pull" else "commit"
-        try:
-            return await self._carried_out(target, name, disk, replace(self.request, direction=first))
-        except Refused as error:
-            if self.direction != "auto" or not _is_for_others(error) or not self.request.keep:
-                raise
-        return await self._carried_out(target, name, disk, replace(self.request, direction="pull"))
-
-    async def _carried_out(self, target: Target, name: str, disk: str | None, request: Request) -> Outcome:
-        async with self.shares.one(target) as share:
-
-            def report(progress: Progress) -> None:
-                share.see(progress.job)
-                self.report(replace(progress, target=name))
-
-            return await commit.carry_out(target, disk, replace(request, speed=share.speed), report)
+        return await self.shorten.image(path, images)
 
 
 def _failed(name: str, disk: str | None, error: BaseException) -> Tidied:
@@ -288,12 +251,13 @@ def _failed(name: str, disk: str | None, error: BaseException) -> Tidied:
     return Tidied(name, disk, error=error if isinstance(error, Error) else Cancelled())
 
 
+def _is_used(image: str, error: BaseException) -> str | None:
+    """That the error is that somebody has this very image in use."""
+    users = error.parts if isinstance(error, Error) else ()
+    same = (one for one in users if isinstance(one, InUse) and files.real(one.file) == files.real(image))
+    return next((f"it is in use by {', '.join(one.holders)}" for one in same), None)
+
+
 def _had_image(name: str) -> bool:
     """Whether a merge has taken this name away from an image."""
     return not os.path.exists(name) and store.beside(name) is not None
-
-
-def _is_for_others(refusal: Refused) -> bool:
-    """Whether all that stands against a commit is that others use what it writes to."""
-    refusals = refusal.refusals if isinstance(refusal, SeveralRefusals) else [refusal]
-    return all(isinstance(one, SharedBase | Dependents) for one in refusals)

@@ -104,7 +104,12 @@ def find(target: str) -> "tuple[list[Address], Vm | None]":
 
     by_pid = _PID.fullmatch(target)
     vm = vms.find_pid(int(by_pid[1])) if by_pid else vms.find(target)
-    return [_tcp(address) if address.startswith("tcp:") else address for address in vm.monitors], vm
+    return [*map(address, vm.monitors)], vm
+
+
+def address(monitor: str) -> Address:
+    """That of a monitor of a `Vm`. Raises NoSuchTarget."""
+    return _tcp(monitor) if monitor.startswith("tcp:") else monitor
 
 
 def _beside(path: str) -> str | None:

@@ -30,8 +30,7 @@ def test_only_what_is_heeded_can_be_forced(name: str) -> None:
     heeded = {
         **dict.fromkeys(("disks", "chain", "jobs", "job", "doctor"), ("libvirt",)),
         "snapshot": ("in-use", "libvirt"),
-        **dict.fromkeys(("plan", "commit", "tidy"), FORCEABLE),
-        "pull": tuple(name for name in FORCEABLE if name != "would-lose"),  # nothing is taken away
+        **dict.fromkeys(("plan", "commit", "pull", "tidy"), FORCEABLE),
     }
     force = options_of(name).get("--force")
     offered = None if force is None else tuple(force.type.choices)  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 from rig import contract, exits, faults, kills
 from rig.command import COMMAND, Run, held, invoke, scripted
 from rig.faults import digests
-from rig.fleet import DISKS, Fleet, left
-from rig.machines import CPU, Content, fill, have, machine, make_chain, run
+from rig.fleet import DISKS, Fleet, drive, left
+from rig.machines import CPU, Content, Machine, fill, have, machine, make_chain, run
 from rig.terminal import ENTER, on_terminal, plain
 
 import qmpmerge
@@ -57,12 +58,27 @@ def test_every_disk_of_every_vm_is_left_its_base_and_its_newest_overlays(fleet: 
         two.check()
 
 
-def test_a_chain_that_is_short_enough_is_left_alone_though_it_is_in_use(fleet: Fleet) -> None:
+def test_of_a_folder_what_is_in_use_is_left_out(fleet: Fleet) -> None:
+    """Where its chain is too long; named by itself it is refused."""
     with fleet.vm("one", ["vda"]) as one:
         active = one.chains["vda"].active
         assert entries(tidy(active.parent, "--keep", "3")) == {(str(active), "c.qcow2"): "unchanged"}
-        refused = tidy(active.parent, "--keep", "2")
-        assert (refused.code, refused.document["error"]["name"]) == (3, "in-use")
+        done = tidy(active.parent, "--keep", "2")
+        (left_out,) = done.document["left_out"]
+        assert (done.code, done.document["tidied"], left_out["target"]) == (0, [], str(active))
+        assert left_out["reason"].startswith("it is in use by VM one")
+        assert tidy(active, "--keep", "2").document["error"]["name"] == "in-use"
+
+
+def test_a_folder_whose_chains_lie_further_below_is_told_to_be_the_wrong_one(fleet: Fleet, tmp_path: Path) -> None:
+    chain = fleet.chain("vms/vm")
+    shown = invoke("tidy", str(tmp_path / "vms"), "--keep", "2", "-q")
+    below = f"name the folders below it that hold images, such as {chain.active.parent}"
+    assert (shown.code, shown.err) == (0, f"hint: {tmp_path}/vms: {below}\n")
+    (left_out,) = tidy(tmp_path / "vms", "--keep", "2").document["left_out"]
+    assert (left_out["target"], left_out["hint"]) == (str(tmp_path / "vms"), below)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "vm/c.qcow2", "-F", "qcow2", "d.qcow2", cwd=tmp_path / "vms")
+    assert tidy(tmp_path / "vms", "--keep", "9").document["left_out"] == []
 
 
 def test_of_a_folder_those_chains_are_meant_whose_active_image_lies_there(fleet: Fleet) -> None:
@@ -85,11 +101,24 @@ def test_what_a_vm_among_the_targets_has_is_not_asked_for_again_by_its_folder(fl
         one.check()
 
 
-def test_a_vm_that_is_named_twice_is_one(fleet: Fleet) -> None:
-    with fleet.vm("tidy-twice") as one:
-        pid = one.machine.process.pid
-        done = tidy("tidy-twice", one.target, f"pid:{pid}", "--keep", "3")
-        assert entries(done) == {("tidy-twice", disk): "unchanged" for disk in DISKS}
+def test_a_vm_that_is_named_twice_is_one(fleet: Fleet, tmp_path: Path) -> None:
+    """By its name, its pid, each of its monitors, and what it has open."""
+    other = tmp_path / "other"
+    with fleet.vm("tidy-twice", more=["-qmp", f"unix:{other},server=on,wait=off"]) as one:
+        pid, image = one.machine.process.pid, one.chains["vda"].active
+        done = tidy(image, one.target, other, "tidy-twice", f"pid:{pid}", "--keep", "2")
+        assert (done.code, entries(done)) == (0, {(one.target, disk): "merged" for disk in DISKS})
+        one.check()
+
+
+def test_what_is_meant_to_be_thrown_away_is_left_out(fleet: Fleet) -> None:
+    with fleet.vm("rig", more=["-snapshot"]) as one:
+        done = tidy(one.target, "--keep", "0", "--yes")
+        assert (done.code, done.document["tidied"]) == (0, [])
+        told = {(each["target"], each["disk"]) for each in done.document["left_out"]}
+        assert told == {(one.target, disk) for disk in DISKS}
+        assert f"left out: {one.target} vda: it is a snapshot=on drive" in invoke("tidy", one.target, "--keep", "1").err
+        one.check()
 
 
 async def test_all_are_the_vms_that_are_ours_to_touch(fleet: Fleet) -> None:
@@ -130,7 +159,7 @@ def test_nothing_to_do_is_done_well(tmp_path: Path) -> None:
         (["--keep", "2"], "or say `--all`"),
         (["vm1"], "Missing option '--keep'"),
         (["vm1", "--keep", "1", "--parallel", "0"], "'--parallel'"),
-        (["vm1", "--keep", "1", "--direction", "auto", "--merged-files", "delete"], "cannot be used together"),
+        (["vm1", "--keep", "0", "--direction", "pull"], "no overlay to pull into: keep one with `--keep 1`"),
     ],
 )
 def test_what_makes_no_sense_is_a_usage_error(words: list[str], told: str) -> None:
@@ -274,6 +303,53 @@ def test_a_golden_base_stays_as_it_is(direction: str, tmp_path: Path) -> None:
     assert after(done) == [["base.raw", "b.qcow2"]] * 2 and golden.read_bytes() == before
     for active, content in contents:
         content.check(active)
+
+
+@contextlib.contextmanager
+def built_on(golden: Path, name: str, disks: Sequence[str]) -> Iterator[tuple[Machine, dict[Path, Content]]]:
+    """A VM with these disks, three overlays each, on an image that is others' too."""
+    contents = {}
+    for disk in disks:
+        folder = golden.parent / name / disk
+        folder.mkdir(parents=True)
+        below = [str(golden), "a.qcow2", "b.qcow2"]
+        for image, backing in zip(("a.qcow2", "b.qcow2", "c.qcow2"), below, strict=True):
+            form = backing.rpartition(".")[2]
+            run("qemu-img", "create", "-q", "-f", "qcow2", "-b", backing, "-F", form, image, cwd=folder)
+        contents[folder / "c.qcow2"] = content = Content()
+        fill([folder / "a.qcow2", folder / "b.qcow2", folder / "c.qcow2"], content)
+    drives = [word for image in contents for word in drive(image.parent.name, image)]
+    with machine(golden.parent / name, *drives, "-name", name) as started:
+        yield started, contents
+
+
+def test_auto_pulls_where_others_run_on_the_base_and_goes_on_with_a_pull(tmp_path: Path) -> None:
+    """Two disks of one VM, and one that is off, are others to each other, and no other qmpmerge."""
+    (golden,) = make_chain(tmp_path, ["golden.raw"])
+    before = golden.read_bytes()
+    with built_on(golden, "off", ["vda"]) as (off, its):
+        off.stop()
+    with built_on(golden, "one", DISKS) as (one, ours), built_on(golden, "two", ["vda"]) as (two, theirs):
+        words = [one.target, two.target, *map(str, its), "--allow", str(tmp_path), "--keep", "1"]
+        refused = tidy(*words, "--parallel", "4", "--dry-run")
+        names = {error["name"] for each in refused.document["tidied"] for error in _all_of(each["error"])}
+        assert (refused.code, names) == (3, {"in-use", "dependents", "shared-base"})
+        planned = tidy(*words, "--direction", "auto", "--parallel", "4", "--dry-run")
+        assert (planned.code, set(entries(planned).values())) == (0, {"planned"})
+        Begun(*words, "--direction", "auto", "--parallel", "4", disks=4).kill()
+        assert [job["type"] for job in one.session.execute("query-jobs")] == ["stream", "stream"]
+        done = tidy(*words, "--direction", "auto", "--speed", "0", "--parallel", "4")
+        assert (done.code, set(entries(done).values())) == (0, {"pulled"})
+        assert after(done) == [["golden.raw", "c.qcow2"]] * 4
+        one.stop()
+        two.stop()
+    assert golden.read_bytes() == before
+    for active, content in {**its, **ours, **theirs}.items():
+        content.check(active)
+
+
+def _all_of(error: dict[str, Any]) -> list[dict[str, Any]]:
+    return error["facts"].get("refusals") or [error]
 
 
 # --- ended, left and begun again --------------------------------------------------------------------------------------

@@ -95,11 +95,11 @@ class Fleet:
         return Chain(images, content)
 
     @contextlib.contextmanager
-    def vm(self, name: str, disks: Iterable[str] = DISKS) -> Iterator[Vm]:
-        """One of this name."""
+    def vm(self, name: str, disks: Iterable[str] = DISKS, more: Iterable[str] = ()) -> Iterator[Vm]:
+        """One of this name, with `more` words on its command line."""
         chains = {disk: self.chain(f"{name}/{disk}") for disk in disks}
         arguments = [word for disk, chain in chains.items() for word in drive(disk, chain.images[-1])]
-        with machine(self.folder / name, *arguments, "-name", name) as started:
+        with machine(self.folder / name, *arguments, "-name", name, *more) as started:
             yield Vm(started, chains)
 
 

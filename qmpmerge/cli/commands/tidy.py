@@ -8,7 +8,7 @@ import click
 
 from qmpmerge.cli import ask, merge_options, options, streams
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Options, forcing, refuse_together, shared
+from qmpmerge.cli.options import Options, forcing, shared
 from qmpmerge.cli.quantities import Duration, Size
 from qmpmerge.cli.run import awaited, door, look
 from qmpmerge.errors import FORCEABLE
@@ -16,7 +16,8 @@ from qmpmerge.errors import FORCEABLE
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome, Policy
     from qmpmerge.cli.render.output import Output
-    from qmpmerge.operations.tidy import Direction, Tidied, Tidying, Told
+    from qmpmerge.operations.shorten import Direction
+    from qmpmerge.operations.tidy import Tidied, Tidying, Told
 
 QUESTION = f"Merge, and have the VMs use the bases from now on? {ask.CHOICE}"
 
@@ -41,7 +42,7 @@ class Work(Protocol):
     show_default=True,
     metavar="WAY",
     help="commit merges into the base; pull leaves the base as it is, and pulls into the oldest overlay that stays; auto pulls "
-    "where others use the base.",
+    "where a commit is refused for the sake of others.",
 )
 @click.option(
     "--parallel",
@@ -89,8 +90,9 @@ def tidy(
 
     Each is left its base and its newest overlays.
 
-    TARGET may also be a folder: its images that no VM uses, each chain whose active image lies right there. Disks whose chains
-    are short enough are left alone, and one that is refused or fails stops no other.
+    TARGET may also be a folder: each chain whose active image lies right there and is not in use. Disks whose chains are short
+    enough are left alone, and one that is refused or fails stops no other. Left out are images of a folder that are in use,
+    and `snapshot=on` drives.
 
     \b
     Examples:
@@ -118,7 +120,11 @@ def tidy(
     """
     if not (targets or every):
         raise click.UsageError("name VMs, images or folders, as in `qmpmerge tidy vm1 /vm --keep 2`, or say `--all`")
-    refuse_together({"--direction": direction != "commit", "--merged-files delete": merged_files == "delete"})
+    if direction == "pull" and not keep:
+        raise click.UsageError(
+            "`--direction pull` with `--keep 0` has no overlay to pull into: keep one with `--keep 1`, or have guests moved "
+            "onto their bases with `--direction commit`"
+        )
 
     async def work(
         output: "Output", told: "Told", *, dry_run: bool, agreed: "Sequence[Outcome] | None" = None

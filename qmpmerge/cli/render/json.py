@@ -128,7 +128,7 @@ class JsonOutput:
             }
             for one in done.tidied
         ]
-        left_out = [_keys(one, "target", "reason") for one in done.left_out]
+        left_out = [_keys(one, "target", "disk", "reason", "hint") for one in done.left_out]
         self._print(done.verdict, tidied=tidied, left_out=left_out, **_error(done.error))
 
     def jobs(self, found: "Sequence[Job]") -> None:

@@ -199,7 +199,9 @@ class TextOutput:
     def tidy(self, done: "Tidying") -> None:
         """How many came to what, and once what there is left to do."""
         for one in done.left_out:
-            self.note(f"left out: {one.target}, {one.reason}")
+            self.note(f"left out: {humanize.name(one.target, one.disk)}: {one.reason}")
+            if one.hint:
+                self._advise(f"{one.target}: {one.hint}" if self._quiet else one.hint)
         self._say(humanize.tidied(done))
         for hint in dict.fromkeys(hint for one in done.tidied if one.outcome for hint in one.outcome.hints):
             self._hint(hint)

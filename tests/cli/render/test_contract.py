@@ -259,7 +259,7 @@ def _tidied(outcome: Outcome, short: Progress) -> Iterator[Run]:
         def tidying(output: JsonOutput) -> None:
             output.progress(replace(short, target="vm1"))
             output.tidied(done)
-            output.tidy(Tidying((done,), (LeftOut("vm2", "libvirt manages it"),)))
+            output.tidy(Tidying((done,), (LeftOut("vm2", "libvirt manages it"), LeftOut("vm3", "why", "vda", "hint"))))
 
         return _rendered("tidy", tidying)
 
