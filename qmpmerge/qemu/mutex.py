@@ -150,9 +150,10 @@ class _Queue:
         return f" (if it is gone, `{command}` takes its turn away)"
 
     def _tell(self) -> None:
-        if not self._is_told:
+        """Once, as soon as it is known that it is another process."""
+        if self._ahead is not None and not (self._is_told or self._waits_for_ourselves):
             self._is_told = True
-            self._monitor.tell(f"waiting for {self._holder}, who is at work on {self._monitor.name} too")
+            self._monitor.tell(f"waiting for {self._ahead}, who is at work on {self._monitor.name} too")
 
     async def _is_our_turn(self) -> bool:
         is_new = self._ours is None

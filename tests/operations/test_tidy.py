@@ -209,14 +209,15 @@ def test_a_line_for_each_disk_and_one_for_all(fleet: Fleet, tmp_path: Path) -> N
     with fleet.vm("one") as one:
         before = digests(tmp_path / "one/vda")
         planned = invoke("tidy", one.target, "/nowhere/monitor", "--keep", "1", "--dry-run")
-        lines = [line for line in planned.out.splitlines() if not line.startswith("  not checked  ")]
         way = "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2, then base.raw <-- c.qcow2"
-        assert sorted(lines) == sorted(
-            [
-                *(f"{one.target} {disk}: planned: {way}" for disk in DISKS),
-                "2 disks: 2 planned; not looked at: /nowhere/monitor",
-            ]
-        )
+        *lines, unchecked, summary = planned.out.splitlines()
+        heads = [number for number, line in enumerate(lines) if not line.startswith("  ")]
+        assert sorted(lines[number] for number in heads) == [f"{one.target} {disk}: planned: {way}" for disk in DISKS]
+        for number in heads:  # as `commit --dry-run` has them
+            assert [line[2:10] for line in lines[number + 1 : number + 4]] == ["files   ", "copies  ", "space   "]
+        names = sorted(f"{one.target} {disk}" for disk in DISKS)
+        assert unchecked.startswith(f"{names[0]}, {names[1]}: not checked  ")
+        assert summary == "2 disks: 2 planned; not looked at: /nowhere/monitor"
         assert planned.code == 4 and digests(tmp_path / "one/vda") == before and one.left == []
         done = invoke("tidy", one.target, "--keep", "1")
         *lines, summary = done.out.splitlines()

@@ -226,13 +226,18 @@ async def test_a_pause_of_somebody_else_that_does_not_end(tmp_path: Path, monkey
 
 
 async def test_our_own_pauses_queue_for_as_long_as_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody is told that somebody is waited for."""
     monkeypatch.setattr(mutex, "LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr(mutex, "TELL_SECONDS", 0.0)
     with two_monitors(tmp_path) as (vm, other):
         async with qmpmerge.live(vm.target) as one, qmpmerge.live(other) as two:
+            told: list[str] = []
+            two.monitor.tell = told.append
             async with mutex.taken("work", one.monitor):
                 waiting = asyncio.ensure_future(taken(two.monitor, None))
                 assert not (await asyncio.wait({waiting}, timeout=0.3))[0]
             await waiting
+            assert told == []
 
 
 def test_the_command_says_for_whom_it_waits(tmp_path: Path) -> None:

@@ -163,9 +163,16 @@ def _agreed(work: Work, options: Options, output: "Output") -> "list[Outcome]":
     planned = awaited(options, lambda output: work(output, lambda entry: None, dry_run=True), output)
     moved = [(one, one.outcome) for one in planned.tidied if one.outcome is not None and one.outcome.pivots]
     if moved:
-        ask.confirm(lambda screen: screen.tidied(*(entry for entry, _plan in moved)), QUESTION)
+        ask.confirm(lambda screen: _show_all(screen, [entry for entry, _plan in moved]), QUESTION)
         options.patience.begin_again()  # the question took its time
     return [plan for _entry, plan in moved]
+
+
+def _show_all(screen: "Output", entries: "list[Tidied]") -> None:
+    from qmpmerge.operations.tidy import Tidying
+
+    screen.tidied(*entries)
+    screen.tidy(Tidying(tuple(entries)))
 
 
 def _carried_out(

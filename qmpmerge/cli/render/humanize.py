@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Estimate, OtherWay, Outcome
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
-    from qmpmerge.operations.tidy import Tidying
     from qmpmerge.qemu.jobs import Job
 
 
@@ -66,16 +65,6 @@ def result(outcome: "Outcome") -> str:
     """What follows the verdict: `` in 0.42 s, 9 MiB copied: base.raw <-- c.qcow2``."""
     before = f"{outcome.before}, then " if outcome.verdict == "planned" else ""
     return f"{'' if before else cost(outcome)}: {before}{outcome.after}"
-
-
-def tidied(done: "Tidying") -> str:
-    """``40 disks: 38 merged, 1 failed, 1 refused; not looked at: vm9``."""
-    counted = Counter(one.verdict for one in done.tidied if one.disk is not None)
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
-    count = counted.total()
-    told = f"{count} disk{'' if count == 1 else 's'}{f': {verdicts}' if verdicts else ''}"
-    missed = [one.target for one in done.tidied if one.disk is None]
-    return f"{told}; not looked at: {', '.join(missed)}" if missed else told
 
 
 def cleaned_verdict(found: "Sequence[Cleaned]", *, dry_run: bool) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
-from qmpmerge.cli.render import humanize
+from qmpmerge.cli.render import humanize, tidied
 from qmpmerge.cli.render import outcome as merge
 from qmpmerge.cli.render.page import Colour, Page, Painted
 
@@ -185,24 +185,28 @@ class TextOutput:
             self._say(f"{len(gone)} of {len(found)} files {fate}, {humanize.size(sum(gone))}")
 
     def tidied(self, *done: "Tidied") -> None:
-        """A line for each, with what was not checked; an error as of any command, with the disk."""
+        """A line for each, of a plan with what it takes; an error as of any command, with the disk, but those of many alike."""
         for one in done:
             name = humanize.name(one.target, one.disk)
             self._at_work.pop(name, None)
-            if one.error is not None:
+            if one.error is not None and not tidied.is_alike(one):
                 self._failed(one.error, f"{name}: ")
             if one.outcome is not None:
                 self._say(f"{name}: ", Painted(one.verdict, COLOURS.get(one.verdict)), humanize.result(one.outcome))
-                for line in merge.unpassed(one.outcome.checks):
+                for line in tidied.takes(one.outcome):
                     self._say(f"  {line}")
 
     def tidy(self, done: "Tidying") -> None:
-        """How many came to what, and once what there is left to do."""
+        """What is the same of many, how many came to what, and once what there is left to do."""
         for one in done.left_out:
             self.note(f"left out: {humanize.name(one.target, one.disk)}: {one.reason}")
             if one.hint:
                 self._advise(f"{one.target}: {one.hint}" if self._quiet else one.hint)
-        self._say(humanize.tidied(done))
+        for error, names in tidied.alike(done.tidied):
+            self._failed(error, f"{names}: ")
+        for line in tidied.unpassed(done.tidied):
+            self._say(line)
+        self._say(tidied.summary(done.tidied))
         for hint in dict.fromkeys(hint for one in done.tidied if one.outcome for hint in one.outcome.hints):
             self._hint(hint)
 
@@ -266,7 +270,7 @@ class TextOutput:
             self._hint(f"{progress.disk}: {progress.hint}")
         now = self._clock()
         if progress.note is not None:
-            self.note(progress.note)
+            self.note(progress.note if progress.target is None else f"{progress.disk}: {progress.note}")
         if self._begun is None:
             self._begun = now
         if self._quiet or now - self._begun < DRAW_AFTER_SECONDS:

@@ -18,12 +18,12 @@ from qmpmerge.cli.render.width import width
 from qmpmerge.doctor.findings import Finding, Severity
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.resume import Recovery
-from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, ShorterLayer, StillRunning
+from qmpmerge.errors import Cancelled, JobVerb, NoSuchDisk, NoSuchTarget, ShorterLayer, StillRunning
 from qmpmerge.images.headers import Oddity
 from qmpmerge.operations.clean import Cleaned
 from qmpmerge.operations.examine import Examination, Examined
 from qmpmerge.operations.snapshot import Overlay
-from qmpmerge.operations.tidy import Tidied
+from qmpmerge.operations.tidy import Tidied, Tidying
 from qmpmerge.processes.vms import Vm
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.jobs import Job
@@ -565,6 +565,25 @@ def test_disks_of_several_targets_share_the_line_until_each_is_done(terminal: Sc
     terminal.output.progress(dataclasses.replace(told(20), target="vm2"))
     assert " vm2 vda: 20 %, copied " in terminal.err.getvalue().rpartition("\r")[2]
     assert terminal.out.getvalue().startswith("vm1 vda: ")
+
+
+def test_what_is_the_same_of_many_disks_is_told_once(screen: Screen) -> None:
+    cancelled = [Tidied(f"vm{number}", disk, error=Cancelled()) for number in (1, 2) for disk in ("vda", "vdb")]
+    done = [*cancelled, Tidied("vm3", None, error=Cancelled()), Tidied("vm4", None, error=NoSuchTarget(target="vm4"))]
+    screen.output.tidied(*done)
+    screen.output.tidy(Tidying(tuple(done)))
+    assert screen.out.getvalue() == "4 disks: 4 cancelled; not looked at: vm4\n"
+    assert screen.err.getvalue().splitlines() == [
+        "unreachable: vm4: no socket and no running QEMU called vm4",
+        "hint: `qmpmerge vms` lists the running QEMUs and their monitors",
+        "cancelled: vm1 vda, vm1 vdb and 3 more: the disks are as they were",
+        "hint: run the same command again when you like",
+    ]
+
+
+def test_a_note_on_one_of_several_targets_names_it(screen: Screen) -> None:
+    screen.output.progress(dataclasses.replace(told(10), target="vm1", note="job qmpmerge-commit-vda is at work"))
+    assert screen.complains("vm1 vda: job qmpmerge-commit-vda is at work")
 
 
 def test_a_dumb_terminal_gets_lines(terminal: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
