@@ -164,6 +164,15 @@ def launch_advice(base: str, old: MergedFile) -> str:
     return f"start the VM from {base} from now on{ask}{stale.get(old.action, '')}"
 
 
+def pulled_advice(merged: Sequence[MergedFile]) -> list[str]:
+    """What can be done with the files that a pull has left where they were, too: they may be anybody's."""
+    left = [file.now for file in merged if file.action == "keep" and file.now and file.now.startswith("/")]
+    command = shlex.join(["qmpmerge", "doctor", *left])
+    who = f"`{command}` tells who is built on what was left, or uses it (overlays in folders elsewhere with `--search FOLDER`)"
+    stashed = [file for file in merged if file.action != "keep"]
+    return [*files_advice(stashed), *([f"{who}: what nobody needs can be deleted"] if left else [])]
+
+
 def files_advice(merged: Sequence[MergedFile]) -> list[str]:
     """What can be done with the merged files."""
     folders = dict.fromkeys(os.path.dirname(file.now) for file in merged if file.action == "stash" and file.now)

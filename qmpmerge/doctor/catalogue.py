@@ -168,7 +168,7 @@ MEANINGS: dict[str, tuple[tuple[Severity, ...], str, str]] = {
     ),
     "unfinished": (("note",), "a merge was left; the next one into the same base goes on from there", "nothing to do"),
     "old-lock": (("note",), "the lock of a merge that was killed; it keeps nobody out", "`rm`"),
-    "stashed": (("note",), "an image that a merge put aside takes up room", "`qmpmerge clean`"),
+    "stashed": (("note",), "an image that a merge or a pull put aside takes up room", "`qmpmerge clean`"),
     "out-of-reach": (("note",), "images that were put out of reach, in a folder `stale`, take up room", "by hand"),
     "unsupported-format": (("note",), "an image of a format that is not merged offline", "`qemu-img convert`"),
 }

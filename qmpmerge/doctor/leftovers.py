@@ -79,6 +79,10 @@ _UNSETTLED: tuple[Severity, str] = (
     "harm",
     "nothing in the images says which of them is right now: do not start the VM before this is settled",
 )
+_PULL: tuple[Severity, str] = (
+    "care",
+    "the VM is started from the same image whatever has come of it",
+)
 
 
 def _unsettled(found: Found) -> Finding:
@@ -92,8 +96,9 @@ def _unsettled(found: Found) -> Finding:
         why = f"{why}: {found.cure}"
         return Finding("unsettled", "harm", found.path, what, why)
     image = found.chain.active.file
-    severity, why = _STATES.get(found.state, _UNSETTLED)
-    what = f"a merge of {image} (job {found.job}) was left or interrupted in state {found.state.value}"
+    word, otherwise = ("pull", _PULL) if found.direction == "pull" else ("merge", _UNSETTLED)
+    severity, why = _STATES.get(found.state, otherwise)
+    what = f"a {word} of {image} (job {found.job}) was left or interrupted in state {found.state.value}"
     return Finding("unsettled", severity, found.path, what, why, shlex.join(["qmpmerge", "recover", image]))
 
 
@@ -121,7 +126,7 @@ def _stashed(folder: str) -> Iterator[Finding]:
     for path in paths:
         why = "it takes up room" + (f", and {users[path]} has it open still" if path in users else "")
         command = None if path in users else shlex.join(["qmpmerge", "clean", path])
-        yield Finding("stashed", "note", path, "an image that a merge put aside", why, command)
+        yield Finding("stashed", "note", path, "an image that a merge or a pull put aside", why, command)
 
 
 def _kept(folder: str) -> Iterator[Finding]:
@@ -143,7 +148,7 @@ async def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> A
     for one in odd:
         yield one
     search = [*search, *noted]
-    look = dependents.look_now(chain.images, chain, search)
+    look = dependents.look_now(chain.images, chain, search, holders.qemu_files() if pid is None else ())
     for reason in look.unseen:
         why = "an image that is built on the chain could lie there: a merge would ruin it"
         yield Finding("not-looked-at", "care", chain.active.file, reason, why)

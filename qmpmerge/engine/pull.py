@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpmerge import shield
-from qmpmerge.chain.outcome import MergedFile, Verdict, files_advice
+from qmpmerge.chain.outcome import MergedFile, Verdict, pulled_advice
 from qmpmerge.chain.plan import PullPlan
 from qmpmerge.engine import blockjob, copies, proof, safeguards
 from qmpmerge.engine.run import Run
@@ -215,7 +215,7 @@ class Pull:
     def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
         """Nothing changes for the VM's next start."""
         stays = f"the VM is started from {self.plan.chain.active.file}, as before"
-        return [stays, *files_advice(merged)]
+        return [stays, *pulled_advice(merged)]
 
 
 def _filter(run: Run) -> str:

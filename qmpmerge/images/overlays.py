@@ -276,7 +276,7 @@ def _wrong(note: notes.Note, image: Found) -> str:
 def _stranded(child: Found, aside: Found) -> Odd:
     file, folder = shlex.quote(child.file), shlex.quote(os.path.dirname(child.file))
     cure = f"`qmpmerge recover {file}`, or `qmpmerge doctor {folder}`"
-    return Odd(child.file, f"is built on {aside.file}, which was merged away", cure)
+    return Odd(child.file, f"is built on {aside.file}, which was put aside", cure)
 
 
 def _doubtful(image: Found) -> Iterator[Odd]:

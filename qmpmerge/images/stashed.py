@@ -142,7 +142,7 @@ def lost(note: Note) -> str | None:
 
 
 def _base_lost(note: Note) -> str | None:
-    merged = f"{note.base}, into which it was merged,"
+    merged = f"{note.base}, which has its data since,"
     try:
         status = os.stat(note.base)
     except (OSError, ValueError) as error:

@@ -137,7 +137,7 @@ def _merged_into(image: str, path: str) -> str:
             break
         found = files.inode(base)
         if note is not None and note.base_inode is not None and found is not None and found[1] != note.base_inode[1]:
-            reason = f"{image} was merged into {base}, and another file is there now"
+            reason = f"what {image} held has gone into {base}, and another file is there now"
             raise NoActive(path=path, reason=reason, cure="name an image that is there, or the folder")
         image = base
     return image

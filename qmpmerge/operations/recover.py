@@ -75,8 +75,8 @@ def _nothing(path: str) -> Recovery:
     if note is None:
         action = f"{file} is there, and no merge was left unfinished"
         return Recovery("unchanged", path, None, action, (f"{known[file]}",))
-    action = f"{file} was stashed by a merge that was finished"
-    return Recovery("unchanged", path, None, action, (f"it was merged into {note.base}",))
+    action = f"{file} was put aside, and nothing was left unfinished"
+    return Recovery("unchanged", path, None, action, (f"what it held is in {note.base}",))
 
 
 def _unread(path: str) -> tuple[str, ...]:

@@ -226,6 +226,21 @@ def test_what_a_pull_has_left_is_not_stale(images: list[Path], content: Content,
     assert not told & {"stale-image", "started-stale"}, told
 
 
+def test_the_command_of_a_pull_tells_whether_an_old_file_may_go(tmp_path: Path) -> None:
+    """Who is built on it in another folder is known as long as he runs, or where the folder is named."""
+    golden, disk = make_chain(tmp_path, ("golden.qcow2", "a.qcow2"))
+    theirs = tmp_path / "other"
+    theirs.mkdir()
+    other = overlay(theirs / "other.qcow2", golden, "qcow2")
+    hint = invoke("pull", str(disk), "--json").document["hints"][-1]
+    command = hint.split("`")[1]
+    assert command == f"qmpmerge doctor {golden}" and "--search FOLDER" in hint and "merge" not in hint.split("`")[2]
+    with drive(theirs, [other], Content()):
+        assert str(other) in invoke(*shlex.split(command)[1:]).out
+    assert str(other) not in invoke(*shlex.split(command)[1:]).out
+    assert str(other) in invoke(*shlex.split(command)[1:], "--search", str(theirs)).out
+
+
 def test_a_snapshot_of_a_vm_that_was_started_stale_is_warned_of(vm: Setup, base: Path, tmp_path: Path) -> None:
     night = overlay(tmp_path / "night.qcow2", base, "raw")
     run("qemu-io", "-c", f"write -P 1 0 {MIB}", night)

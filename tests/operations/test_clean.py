@@ -169,7 +169,7 @@ async def test_without_the_base_that_has_their_data_all_stay(
 ) -> None:
     shutil.copy2(images[0], tmp_path / "base.old")
     await merged(images)
-    reason = f"{images[0]}, into which it was merged, {lose(images[0]).format(tmp_path)}"
+    reason = f"{images[0]}, which has its data since, {lose(images[0]).format(tmp_path)}"
     told = await kept(tmp_path)
     assert sorted(told) == STASHED and (told[STASHED[2]] or "").startswith(reason), told
     assert [told[name] for name in STASHED[:2]] == [f"{tmp_path}/{name} is built on it" for name in STASHED[1:]]
