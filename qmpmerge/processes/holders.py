@@ -176,7 +176,7 @@ def processes(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple
     for pid in proc.pids():
         if pid == os.getpid() or pid in excluding:
             continue
-        for one in set(proc.open_files(pid) or ()) & set(wanted):
+        for one in wanted.keys() & (proc.open_files(pid) or {}):
             found[pid, wanted[one]] = User(wanted[one], pid, proc.command_name(pid), vms.vm_of(pid))
     return tuple(user for _key, user in sorted(found.items()))
 

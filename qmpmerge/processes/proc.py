@@ -1,6 +1,5 @@
 """What /proc tells of a process."""
 
-import contextlib
 import os
 import re
 import stat
@@ -14,6 +13,8 @@ _UNIX_ROW = re.compile(
     r"[0-9a-f]+: [0-9A-F]{8} [0-9A-F]{8} ([0-9A-F]{8}) [0-9A-F]{4} [0-9A-F]{2} +(\d+) (.+)", re.DOTALL
 )
 _ACCEPTS = 0x10000  # __SO_ACCEPTCON in include/linux/net.h
+
+_AT_ONCE = 64 * 1024
 
 Identity = tuple[str, int, int]
 """Which file or device it is, whatever it is called."""
@@ -43,21 +44,36 @@ def descriptors(pid: int) -> list[str] | None:
 
 def open_files(pid: int) -> dict[Identity, int] | None:
     """All that a process has open, each with one of its descriptors; None when we may not look or the process is gone."""
-    numbers = descriptors(pid)
-    if numbers is None:
-        return None
-    paths = {number: f"/proc/{pid}/fd/{number}" for number in numbers}
-    return {found: int(number) for number, path in paths.items() if (found := identity(path)) is not None}
+    found = _statuses(pid)
+    return None if found is None else {_identity(status): number for number, status in found}
 
 
 def open_inodes(pid: int) -> set[Inode]:
     """Those of the regular files and block devices that a process has open and that have a name; none when we may not look."""
-    found = set()
-    for number in descriptors(pid) or ():
-        with contextlib.suppress(OSError):
-            status = os.stat(f"/proc/{pid}/fd/{number}")
-            if status.st_nlink and (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-                found.add((status.st_dev, status.st_ino))
+    return {
+        (status.st_dev, status.st_ino)
+        for _number, status in _statuses(pid) or ()
+        if status.st_nlink and (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode))
+    }
+
+
+def _statuses(pid: int) -> list[tuple[int, os.stat_result]] | None:
+    """Of each descriptor, by names in a folder that is opened once: every process of the host is looked at before a merge."""
+    found = []
+    try:
+        folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        for number in os.listdir(folder):
+            try:
+                found.append((int(number), os.stat(number, dir_fd=folder)))
+            except OSError:  # closed meanwhile
+                continue
+    except OSError:  # the process has ended
+        return None
+    finally:
+        os.close(folder)
     return found
 
 
@@ -113,9 +129,12 @@ def _within(root: str, name: str) -> str:
 def identity(path: str) -> Identity | None:
     """The inode of a file, the device number of a block device: several device nodes can lead to one device."""
     try:
-        status = os.stat(path)
+        return _identity(os.stat(path))
     except (OSError, ValueError):
         return None
+
+
+def _identity(status: os.stat_result) -> Identity:
     if stat.S_ISBLK(status.st_mode):
         return "device", status.st_rdev, 0
     return "file", status.st_dev, status.st_ino
@@ -165,10 +184,15 @@ def command_name(pid: int) -> str:
 def read_text(path: str) -> str:
     """A file of /proc, with names as they are (a carriage return is no line end); empty where it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return os.fsdecode(file.read())
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        return os.fsdecode(b"".join(iter(lambda: os.read(file, _AT_ONCE), b"")))
+    except OSError:
+        return ""
+    finally:
+        os.close(file)
 
 
 def executable(pid: int) -> str:

@@ -299,9 +299,10 @@ def test_a_golden_base_stays_as_it_is(direction: str, tmp_path: Path) -> None:
     allow = ("--allow", tmp_path / "golden", "--keep", "1")
     refused = tidy(*folders, *allow)
     assert (refused.code, {one["error"]["name"] for one in refused.document["tidied"]}) == (3, {"shared-base"})
-    done = tidy(*folders, *allow, "--direction", direction)
+    done = tidy(*folders, *allow, "--direction", direction, "--merged-files", "delete")
     assert (done.code, set(entries(done).values())) == (0, {"pulled"})
     assert after(done) == [["base.raw", "b.qcow2"]] * 2 and golden.read_bytes() == before
+    assert not any((folder / "a.qcow2").exists() for folder in folders)
     for active, content in contents:
         content.check(active)
 
@@ -328,13 +329,15 @@ def test_auto_pulls_where_others_run_on_the_base_and_goes_on_with_a_pull(tmp_pat
     """Two disks of one VM, and one that is off, are others to each other, and no other qmpmerge."""
     (golden,) = make_chain(tmp_path, ["golden.raw"])
     before = golden.read_bytes()
+    riddle = 'json:{"driver":"qcow2","file":{"driver":"whatever","x":"y"}}'
+    run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", riddle, "-F", "qcow2", "odd.qcow2", "1M", cwd=tmp_path)
     with built_on(golden, "off", ["vda"]) as (off, its):
         off.stop()
     with built_on(golden, "one", DISKS) as (one, ours), built_on(golden, "two", ["vda"]) as (two, theirs):
         words = [one.target, two.target, *map(str, its), "--allow", str(tmp_path), "--keep", "1"]
         refused = tidy(*words, "--parallel", "4", "--dry-run")
         names = {error["name"] for each in refused.document["tidied"] for error in _all_of(each["error"])}
-        assert (refused.code, names) == (3, {"in-use", "dependents", "shared-base"})
+        assert (refused.code, names) == (3, {"in-use", "dependents", "not-seen", "shared-base"})
         planned = tidy(*words, "--direction", "auto", "--parallel", "4", "--dry-run")
         assert (planned.code, set(entries(planned).values())) == (0, {"planned"})
         Begun(*words, "--direction", "auto", "--parallel", "4", disks=4).kill()
