@@ -83,7 +83,7 @@ def once(names: Iterable[str]) -> list[str]:
 
 
 def _place(name: str, running: Sequence[Vm]) -> tuple[set[Address], set[int]]:
-    """All monitors of a running QEMU, and its pid; the path of what else there is."""
+    """All monitors of a running QEMU, and its pid, as far as we take its word; the path of what else there is."""
     if is_image(name) or os.path.isdir(name):
         return {os.path.realpath(name)}, set()
     try:
@@ -91,7 +91,8 @@ def _place(name: str, running: Sequence[Vm]) -> tuple[set[Address], set[int]]:
     except Error:  # told when it is opened
         return set(), set()
     named = {_real(address) for address in found}
-    theirs = {vm.pid: {_real(live.address(monitor)) for monitor in vm.monitors} for vm in running}
+    known = (vm for vm in running if not vm.is_foreign)
+    theirs = {vm.pid: {_real(live.address(monitor)) for monitor in vm.monitors} for vm in known}
     meant = {pid: addresses for pid, addresses in theirs.items() if addresses & named}
     return named.union(*meant.values()), {*meant}
 

@@ -414,15 +414,19 @@ def test_images_that_lost_their_names_to_a_kill_get_them_back(fleet: Fleet, tmp_
 
 
 def test_ctrl_c_cancels_all_and_tells_of_each(fleet: Fleet) -> None:
+    """Of an image whose turn had not come as of a disk, too."""
+    off = fleet.chain("off")
     with fleet.vm("one") as one, fleet.vm("two") as two:
-        begun = Begun(one.target, two.target, "--keep", "1", disks=2)
+        begun = Begun(one.target, two.target, off.active, "--keep", "1", disks=2)
         begun.process.send_signal(signal.SIGINT)
         done = begun.end()
         assert (done.code, done.document["verdict"]) == (130, "cancelled")
         assert set(entries(done).values()) == {"cancelled"} and {target for target, _ in entries(done)} == {
             one.target,
             two.target,
+            str(off.active),
         }
+        assert entries(done)[str(off.active), "c.qcow2"] == "cancelled"
         for each in (one, two):
             assert each.machine.session.execute("query-jobs") == []
             each.check()
