@@ -13,7 +13,7 @@ from typing import Literal
 
 from qmpmerge import folder, given
 from qmpmerge.chain import backing
-from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.chain import Chain
 from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
 from qmpmerge.given import Paths
 from qmpmerge.images import backing_names, dependents, files, notes, qcow2, stashed
@@ -211,7 +211,8 @@ def _further(file: str) -> list[str]:
     from qmpmerge.processes import holders
 
     place = os.path.realpath(os.path.dirname(file))
-    look = dependents.look_now((), Chain((Image(file, "qcow2", 0),)), [place])
+    image = dependents.image_at(file)
+    look = dependents.look_now([image], Chain((image,)), [place])
     below = [folder for folder in look.folders if folder != place]
     return [*(entry.path for folder in below for entry in dependents.files(folder)), *holders.qemu_files()]
 
