@@ -14,7 +14,7 @@ from qmpmerge import shield
 from qmpmerge.chain.plan import PullPlan
 from qmpmerge.engine import blockjob, safeguards
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import Damaged, ImageUnreadable, NotVerified, QemuRefused
+from qmpmerge.errors import Damaged, ImageUnreadable, MaybeDamaged, NotVerified, QemuRefused
 from qmpmerge.images import compare
 from qmpmerge.images.compare import Shown
 from qmpmerge.images.qemuimg import Extent
@@ -42,32 +42,26 @@ async def foresee(run: Run, plan: PullPlan) -> Shown | str:
         return error.reason
 
 
-def taking_over(run: Run, plan: PullPlan, filter_node: str) -> list[writes.Command]:
-    """What is to be sent right behind the command that starts the job."""
-    is_noted = isinstance(run.copies, Shown) and is_written(run, plan)
-    return [writes.moved(plan.overlay.node or "", filter_node)] if is_noted else []
-
-
 async def forget(run: Run, plan: PullPlan) -> None:
-    """What `foresee` has begun ends, where no job has taken it over."""
+    """What `foresee` has begun ends."""
     if is_written(run, plan):
         with contextlib.suppress(QemuRefused):  # it is in nobody's way
             await writes.end(run.target.monitor, await run.target.layout(), plan.overlay.node or "")
 
 
-async def verify(run: Run, doorbell: Doorbell, plan: PullPlan, filter_node: str) -> None:
+async def verify(run: Run, doorbell: Doorbell, plan: PullPlan) -> None:
     """
     Once all is copied and durable. Raises NotVerified with the job taken back where something is missing, or cannot be looked
-    at though it is to be; Damaged where the copy is not what it was copied from.
+    at though it is to be; Damaged where the copy is not what it was copied from, MaybeDamaged where that cannot be told.
     """
     if not (len(plan.chain) <= safeguards.CHEAP_LAYERS if run.verify is None else run.verify):
         return
-    reason, place = compare.DIFFERENT, None
+    reason, damage = compare.DIFFERENT, None
     try:
         safeguards.see_what_is_compared(run)
         missing = bool((await compare.shown(plan)).below)
         if not missing:
-            place = await _difference(run, plan, filter_node)
+            damage = await _damage(run, plan)
         safeguards.see_what_is_compared(run)  # it may have been given to another file meanwhile
     except ImageUnreadable as error:
         run.verified = False
@@ -78,34 +72,36 @@ async def verify(run: Run, doorbell: Doorbell, plan: PullPlan, filter_node: str)
     if missing:
         await shield.finished(blockjob.take_back(run, doorbell))
         raise NotVerified(base=plan.overlay.file, top=plan.top.file, reason=reason)
-    if place is not None:
+    if damage is not None:
         await shield.finished(blockjob.take_back(run, doorbell))
-        damaged = Damaged(overlay=plan.overlay.file, below=[image.file for image in plan.merged], offset=place)
-        run.undone(damaged)
-        raise damaged
+        run.undone(damage)
+        raise damage
 
 
-async def _difference(run: Run, plan: PullPlan, filter_node: str) -> int | None:
-    """Where the copy differs from what it was copied from, and no guest has written; what cannot be compared is said."""
+async def _damage(run: Run, plan: PullPlan) -> Damaged | MaybeDamaged | None:
+    """Whether the copy differs from what it was copied from where no guest has written; what cannot be compared is said."""
     if not _is_read(run, plan):
         return None
-    reason = run.copies
-    if isinstance(run.copies, Shown):
+    if not isinstance(run.copies, Shown):
+        if run.verify:
+            run.notes.append(f"not checked: what was copied into {plan.overlay.file} was not compared: {run.copies}")
+        return None
+    overlay, below = plan.overlay, [image.file for image in plan.merged]
 
-        async def written() -> list[Extent]:
-            monitor, size = run.target.monitor, plan.overlay.virtual_size
-            return await writes.read(monitor, filter_node, size) if is_written(run, plan) else []
-
+    async def written(offset: int) -> list[Extent]:
+        if not is_written(run, plan):
+            return []
         try:
-            place = await compare.copy_differs_at(plan, run.copies, written)
+            return await writes.read(run.target.monitor, overlay.node or "", overlay.virtual_size)
         except QemuRefused as error:
-            reason = f"it differs, and QEMU does not tell whether a guest has written there: {error.reason}"
-        else:
-            run.verified = place is None and run.suspect is None
-            return place
-    if run.verify:
-        run.notes.append(f"not checked: what was copied into {plan.overlay.file} was not compared: {reason}")
-    return None
+            raise MaybeDamaged(overlay=overlay.file, below=below, offset=offset, reason=error.reason) from None
+
+    try:
+        place = await compare.copy_differs_at(plan, run.copies, written)
+    except MaybeDamaged as damage:
+        return damage
+    run.verified = place is None and run.suspect is None
+    return None if place is None else Damaged(overlay=overlay.file, below=below, offset=place)
 
 
 def is_written(run: Run, plan: PullPlan) -> bool:

@@ -69,25 +69,22 @@ class Pull:
         arguments: dict[str, Any] = {
             "job_id": run.job,
             "device": self.plan.overlay.node,
-            "filter_node_name": _filter(run),
+            "filter_node_name": f"qmpmerge-pull-{zlib.crc32(run.job.encode()):08x}",  # 31 characters at the most
             "speed": run.speed or 0,
             "on_error": "enospc",
             "auto_finalize": False,
             "auto_dismiss": True,
             **await self._base(run),
         }
-        more = copies.taking_over(run, self.plan, _filter(run))
-        started, *taken = await run.target.monitor.execute_all([("block-stream", arguments), *more])
-        if isinstance(started, QemuRefused):
+        try:
+            await run.target.monitor.execute("block-stream", **arguments)
+        except QemuRefused as error:
             with unproven(run.target.name, f"no job {run.job}, since QEMU refused to start it"):
                 if await jobs.look(run.target.monitor, run.job) is not None:
                     raise NotProven(target=run.target.name, expected=f"no job {run.job}", found="it at work") from None
-            if "read-only" in started.reason or "Failed to get" in started.reason:
-                raise NotWritable(file=self.plan.overlay.file, reason=started.reason) from None
-            raise started
-        if any(isinstance(reply, QemuRefused) for reply in taken):
-            run.copies = f"what a guest writes cannot be noted: {taken[0].reason}"
-            await copies.forget(run, self.plan)
+            if "read-only" in error.reason or "Failed to get" in error.reason:
+                raise NotWritable(file=self.plan.overlay.file, reason=error.reason) from None
+            raise
 
     async def _base(self, run: Run) -> dict[str, Any]:
         """
@@ -113,7 +110,7 @@ class Pull:
             return
         await safeguards.see_files(run, doorbell)
         await safeguards.make_receiver_durable(run, doorbell)
-        await copies.verify(run, doorbell, self.plan, _filter(run))
+        await copies.verify(run, doorbell, self.plan)
         if run.suspect is not None:
             run.notes.append(
                 f"what an earlier pull has copied into {self.plan.overlay.file} was not compared: it failed ({run.suspect})"
@@ -216,8 +213,3 @@ class Pull:
         """Nothing changes for the VM's next start."""
         stays = f"the VM is started from {self.plan.chain.active.file}, as before"
         return [stays, *pulled_advice(merged)]
-
-
-def _filter(run: Run) -> str:
-    """The name of the job's filter, of 31 characters at the most."""
-    return f"qmpmerge-pull-{zlib.crc32(run.job.encode()):08x}"

@@ -17,7 +17,7 @@ from qmpmerge.engine.pace.course import Course
 from qmpmerge.engine.pace.progress import Progress, Report, ReportRaised, unreported
 from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.engine.request import Request
-from qmpmerge.errors import CannotRecord, CannotRecover, Damaged, JobFailed, NotDurable, NotVerified
+from qmpmerge.errors import CannotRecord, CannotRecover, Damaged, JobFailed, MaybeDamaged, NotDurable, NotVerified
 from qmpmerge.guest.deadman import Switch
 from qmpmerge.images import compare
 from qmpmerge.images.files import Seen
@@ -357,7 +357,7 @@ def _suspicion(error: BaseException | None) -> str | None:
     The reason where after this failure base may not hold what QEMU believes: not where somebody cancelled the job, or
     where base and top could not be compared.
     """
-    if isinstance(error, Damaged):
+    if isinstance(error, Damaged | MaybeDamaged):
         return compare.DIFFERENT
     if isinstance(error, NotVerified):
         return error.reason if error.reason == compare.DIFFERENT else None

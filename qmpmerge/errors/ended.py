@@ -80,6 +80,27 @@ class Damaged(Unknown):
     advice = "keep {below}, where it is right, and look at the storage of {overlay}, which has changed what was written to it"
 
 
+class MaybeDamaged(Unknown):
+    """
+    What a pull has copied is not what it was copied from, and it could not be seen whether a guest has written there. The job
+    was cancelled, and the old chain is in use, but whoever reads the overlay reads the copy.
+    """
+
+    overlay: str
+    below: list[str]
+    offset: int
+    reason: str
+    sentence = (
+        "{overlay} was compared before the switch: from byte {offset} on it holds something else than the images that it was "
+        "copied from, and it could not be seen whether a guest has written that ({reason}); nothing was switched, but the "
+        "guest reads what {overlay} holds"
+    )
+    advice = (
+        "if somebody has written there while the pull was at work, all is right; if not, keep {below}, where it is right, and "
+        "look at the storage of {overlay}"
+    )
+
+
 class NotAtRest(Failed):
     """The guest was paused to compare base with top, and somebody let it run, or wrote; the job was cancelled."""
 

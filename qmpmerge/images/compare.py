@@ -72,13 +72,14 @@ async def shown(planned: PullPlan) -> Shown:
 
 
 async def copy_differs_at(
-    planned: PullPlan, before: Shown, written: Callable[[], Awaitable[list[Extent]]]
+    planned: PullPlan, before: Shown, written: Callable[[int], Awaitable[list[Extent]]]
 ) -> int | None:
     """
     The first byte at which the overlay of a pull differs from what it has shown `before` of the images below; None where there
     is none.
 
-    Guests may write meanwhile: where there is a difference it is asked what they have `written`, and that is left out.
+    Guests may write meanwhile: where there is a difference it is asked what they have `written`, and that is left out; it is
+    told at which byte.
     Raises ImageUnreadable, ToolMissing, and what that raises.
     """
     old, new = planned.chain.images[: planned.chain.index(planned.top)], planned.views[1]
@@ -90,7 +91,7 @@ async def copy_differs_at(
             offset = await qemuimg.differs_at(old, new, Extent(start, part.end - start), mask)
             if offset is None:
                 break
-            theirs = await written()
+            theirs = await written(offset)
             there = next((one for one in theirs if one.start <= offset < one.end), None)
             if there is None:
                 return offset

@@ -49,6 +49,7 @@ BITMAP: Shape = {
     "persistent": bool,
     "inconsistent": (bool,),
     "busy": bool,
+    "count": int,
 }
 OWN: Shape = {
     "compat": (str,),

@@ -1,13 +1,13 @@
 """
 What guests write to an image while a job of QEMU's copies into it.
 
-A dirty bitmap of ours tells it, in QEMU's memory alone. It begins on the image, before the job is asked for, and moves to the
-job's own filter in the moment that is there: all that guests write passes through the filter, what the job copies does not, and
-the bitmap is gone with it, however the job ends and whoever ends it. (QEMU 7.2.22, 10.0.2 and 11.1.3: after a whole pull it
-told of what was written and of nothing else, and of nothing at all where nobody wrote; see tests/qemu/test_writes.py.)
+A dirty bitmap of ours tells it, in QEMU's memory alone, on the image's own node: all that anybody writes is marked there, also
+by who was attached below the job's filter meanwhile, and nothing of what the job copies is, which QEMU writes past it. (QEMU
+7.2.22, 10.0.2 and 11.1.3: after a whole pull it told of what was written and of nothing else, and of nothing at all where
+nobody wrote; see tests/qemu/test_writes.py.)
 
-QEMU tells by QMP how much is marked in a bitmap, and not what. So it is put into a small qcow2, in memory, that we hand to
-QEMU; that takes a monitor on a UNIX socket of this host, and `add-fd`, which a storage daemon does not have.
+QEMU tells by QMP how much is marked in a bitmap, and not what. So where anything is, it is put into a small qcow2, in memory,
+that we hand to QEMU; that takes a monitor on a UNIX socket of this host, and `add-fd`, which a storage daemon does not have.
 """
 
 from collections.abc import Mapping
@@ -31,19 +31,8 @@ async def begin(monitor: Monitor, layout: Layout, node: str) -> None:
     await monitor.execute("block-dirty-bitmap-add", node=node, name=OURS)
 
 
-def moved(node: str, to: str) -> Command:
-    """The command that has `to` go on with it, and leaves no write out: QEMU waits for all that is under way first."""
-    there = {"node": to, "name": OURS}
-    data = {
-        "block-dirty-bitmap-add": there,
-        "block-dirty-bitmap-merge": {"node": to, "target": OURS, "bitmaps": [{"node": node, "name": OURS}]},
-        "block-dirty-bitmap-remove": {"node": node, "name": OURS},
-    }
-    return "transaction", {"actions": [{"type": kind, "data": one} for kind, one in data.items()]}
-
-
 async def end(monitor: Monitor, layout: Layout, node: str) -> None:
-    """Take away one that was left on this node by somebody who was killed before it could be moved. Raises QemuRefused."""
+    """Take away what `begin` has made, or what was left on this node by somebody who was killed. Raises QemuRefused."""
     known = layout.nodes.get(node)
     if known is not None and any(map(is_ours, known.info.get("dirty-bitmaps", ()))):
         await monitor.execute("block-dirty-bitmap-remove", node=node, name=OURS)
@@ -52,9 +41,11 @@ async def end(monitor: Monitor, layout: Layout, node: str) -> None:
 async def read(monitor: Monitor, node: str, size: int) -> list[Extent]:
     """
     The parts that were written to, in order, of an image of `size` bytes; those of all writes that had begun by then too, which
-    are marked as they end: QEMU waits for them before a transaction (7.2.22, 10.0.2, 11.1.3). Raises QemuRefused where QEMU
-    does not tell, ImageUnreadable, ToolMissing, and what a lost session raises.
+    are marked as they end: QEMU waits for them before a transaction (7.2.22, 10.0.2, 11.1.3). Raises QemuRefused where there
+    are some and QEMU does not tell which, ImageUnreadable, ToolMissing, and what a lost session raises.
     """
+    if await _are_none(monitor, node):
+        return []
     with folder.in_memory() as file:
         await qemuimg.create(file, size)
         try:
@@ -67,6 +58,25 @@ async def read(monitor: Monitor, node: str, size: int) -> list[Extent]:
             if isinstance(reply, QemuRefused):
                 raise reply
         return masks.stored(file, size)
+
+
+async def _are_none(monitor: Monitor, node: str) -> bool:
+    """Which any QEMU tells. Raises QemuRefused where it does not know the bitmap any more."""
+    all_have_ended: Command = ("transaction", {"actions": []})
+    ended, nodes = await monitor.execute_all([all_have_ended, ("query-named-block-nodes", {"flat": True})])
+    for reply in (ended, nodes):
+        if isinstance(reply, QemuRefused):
+            raise reply
+    marked = [
+        bitmap["count"]
+        for entry in nodes
+        if entry["node-name"] == node
+        for bitmap in entry.get("dirty-bitmaps", ())
+        if is_ours(bitmap)
+    ]
+    if not marked:
+        raise QemuRefused(command="query-named-block-nodes", reason=f"the bitmap {OURS} of {node} is gone")
+    return not any(marked)
 
 
 def _storing(node: str, number: int) -> list[Command]:

@@ -18,7 +18,7 @@ import pytest
 from rig import faults
 from rig.command import invoke
 from rig.devices import mounted
-from rig.disks import WAYS, Setup, blockdev, device, drive, nodes
+from rig.disks import BACKEND, WAYS, Setup, blockdev, device, drive, nodes, storage_daemon
 from rig.harms import harm
 from rig.machines import MIB, Content, fill, machine, make_chain, run
 from rig.pulls import JOB, RANGES, slow, stream, version_of, views
@@ -38,11 +38,11 @@ from qmpmerge.errors import (
     InUse,
     JobFailed,
     KnownBad,
+    MaybeDamaged,
     NoSpace,
     NotDurable,
     NotSeen,
     NotWritable,
-    QemuRefused,
     Replaced,
     ShorterLayer,
     StillRunning,
@@ -50,7 +50,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.images import space
 from qmpmerge.qemu import bitmaps, jobs
-from qmpmerge.qemu.monitor import Doorbell, Monitor
+from qmpmerge.qemu.monitor import Doorbell
 
 
 @pytest.mark.parametrize("asked", RANGES)
@@ -293,6 +293,7 @@ DAMAGED = {
     "drive": ({"base": "[1]"}, 3, COPIED),
     "offline": ({}, 3, COPIED),
     "middle": ({"top": "[3]"}, 2, COPIED),
+    "storage-daemon": ({}, 3, COPIED),
 }
 
 
@@ -306,7 +307,7 @@ async def test_a_copy_that_was_damaged_is_found(
 
         def act() -> None:
             flip(images[into], place)
-            if case != "offline":
+            if case not in ("offline", "storage-daemon"):  # which tells only whether anybody has written
                 setup.write(0x77, 64 * 1024, 4096)
                 setup.write(0x78, 2 * MIB, 128 * 1024)
 
@@ -328,34 +329,50 @@ async def test_a_copy_that_was_damaged_is_found(
     assert views(images[:into]) == before
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
 async def test_what_the_guest_writes_is_no_damage(
-    told: bool, tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the pull, while it is at work, and where it has copied already."""
+    """Before the pull, while it is at work, and where it has copied already; nor what is written below the job's filter."""
 
     def act() -> None:
         setup.write(0x71, COPIED + 64 * 1024, 4096)
         setup.write(0x72, 3 * MIB + 512 * 1024, 192 * 1024)
+        session, server = setup.machine.session, str(tmp_path / "server")
+        session.execute("nbd-server-start", addr={"type": "unix", "data": {"path": server}})
+        session.execute("block-export-add", id="e", type="nbd", name="below", **{"node-name": "c", "writable": True})
+        wrote = setup.content.put(0x74, COPIED + 512 * 1024, 64 * 1024)
+        run("qemu-io", "-f", "raw", "-c", wrote, f"nbd+unix:///below?socket={server}")
+        session.execute("nbd-server-stop")
 
-    async def refused(self: Monitor, descriptor: int) -> int:
-        raise QemuRefused(command="add-fd", reason="its monitor is no UNIX socket")
-
-    if not told:
-        monkeypatch.setattr(Monitor, "hand_over", refused)
     at_pending(monkeypatch, act)
-    with blockdev(tmp_path, images, content) as setup:
+    with machine(tmp_path, *nodes(images), *device("c,share-rw=on")) as vm:
+        setup = Setup(vm, "disk0", content, lambda command: vm.io(BACKEND, command))
         setup.write(0x70, 4096, 8192)
         async with slow(setup, verify=True) as pull:
             setup.write(0x73, 2 * MIB + 4096, 4096)
             setup.machine.session.execute("block-job-set-speed", device="qmpmerge-pull-disk0", speed=0)
             outcome = await pull
-        assert (outcome.verdict, outcome.verified) == ("pulled", told)
-        said = [hint for hint in outcome.hints if hint.startswith("not checked: ")]
-        assert not said if told else "no UNIX socket" in said[0]
+        assert (outcome.verdict, outcome.verified) == ("pulled", True)
+        assert not any(hint.startswith("not checked: ") for hint in outcome.hints)
+        assert not any(node.get("dirty-bitmaps") for node in vm.session.execute("query-named-block-nodes", flat=True))
         setup.check()
         setup.off()
     content.check(images[3])
+
+
+async def test_a_copy_that_differs_is_not_switched_to_where_nobody_tells_who_wrote_there(
+    tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with storage_daemon(tmp_path, images, content) as setup:
+        at_pending(monkeypatch, lambda: setup.write(0x71, COPIED, 4096))
+        async with setup.target() as target:
+            with pytest.raises(MaybeDamaged) as found:
+                await qmpmerge.pull(target, verify=True)
+            assert (found.value.offset, found.value.exit_code) == (COPIED, 6) and "add-fd" in found.value.reason
+            view = await target.chain()
+            assert view.chain.files == [str(image) for image in images] and not await target.jobs()
+            assert not any(node.info.get("dirty-bitmaps") for node in view.layout.nodes.values())
+        setup.check()
 
 
 async def test_what_an_earlier_run_has_begun_cannot_be_compared(setup: Setup, images: list[Path]) -> None:
@@ -363,8 +380,8 @@ async def test_what_an_earlier_run_has_begun_cannot_be_compared(setup: Setup, im
     async with setup.target() as target:
         with pytest.raises(StillRunning):
             await qmpmerge.pull(target, speed=1, verify=True, patience=qmpmerge.Patience(detach=True))
-        node = (await target.chain()).chain.active.node
-        setup.machine.session.execute("block-dirty-bitmap-add", node=node, name=bitmaps.OURS)
+        nodes = (await target.layout()).nodes.values()
+        assert [entry["name"] for node in nodes for entry in node.info.get("dirty-bitmaps", ())] == [bitmaps.OURS]
     async with setup.target() as target:
         outcome = await qmpmerge.pull(target, speed=0, verify=True)
         assert (outcome.verdict, outcome.verified) == ("pulled", False)

@@ -1,6 +1,7 @@
 """What guests write while QEMU streams is told, what it copies is not; and nothing is left of it, however the job ends."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig.disks import BACKEND, KINDS, Setup, device, nodes
@@ -22,8 +23,8 @@ def left(setup: Setup) -> list[str]:
     return names + [bitmap["name"] for node in nodes for bitmap in node.get("dirty-bitmaps", ())]
 
 
-async def told(monitor: Monitor) -> list[tuple[int, int]]:
-    return [(part.start, part.length) for part in await writes.read(monitor, FILTER, SIZE)]
+async def told(monitor: Monitor, node: str) -> list[tuple[int, int]]:
+    return [(part.start, part.length) for part in await writes.read(monitor, node, SIZE)]
 
 
 @pytest.mark.parametrize("ends", ["job-finalize", "job-cancel"])
@@ -38,23 +39,25 @@ async def test_what_guests_write_is_told(
             await writes.begin(target.monitor, layout, node)
             assert bitmaps.of(await target.layout(), [active]) == [], "it is nobody's"
             await writes.begin(target.monitor, await target.layout(), node)  # one that was left goes
-            setup.write(0x61, 4096, 4096)
-            stream = {"job_id": "j", "device": node, "filter_node_name": FILTER, "auto_finalize": False}
-            replies = await target.monitor.execute_all([("block-stream", stream), writes.moved(node, FILTER)])
-            assert replies == [{}, {}]
+            stream: dict[str, Any] = {"job_id": "j", "device": node, "filter_node_name": FILTER, "auto_finalize": False}
+            await target.monitor.execute("block-stream", **stream)
             setup.machine.wait_for_job("pending")
+            assert await told(target.monitor, node) == [], "what is copied is not written"
+            setup.write(0x61, 4096, 4096)
             if kind == "storage-daemon":
                 with pytest.raises(QemuRefused, match="add-fd"):
-                    await writes.read(target.monitor, FILTER, SIZE)
+                    await writes.read(target.monitor, node, SIZE)
             else:
-                assert await told(target.monitor) == [(0, GRAIN)], "what is copied is not written"
                 setup.write(0x62, 5 * MIB, 2 * GRAIN)
                 setup.write(0x63, SIZE - 512, 512)
-                assert await told(target.monitor) == [(0, GRAIN), (5 * MIB, 2 * GRAIN), (SIZE - GRAIN, GRAIN)]
+                assert await told(target.monitor, node) == [(0, GRAIN), (5 * MIB, 2 * GRAIN), (SIZE - GRAIN, GRAIN)]
             setup.machine.session.execute(ends, id="j")
             while setup.machine.session.execute("query-jobs"):
                 pass
+            await writes.end(target.monitor, await target.layout(), node)
             assert left(setup) == []
+            with pytest.raises(QemuRefused, match="is gone"):
+                await writes.read(target.monitor, node, SIZE)
 
 
 async def test_a_write_that_is_under_way_is_told(tmp_path: Path, images: list[Path]) -> None:
@@ -72,8 +75,8 @@ async def test_a_write_that_is_under_way_is_told(tmp_path: Path, images: list[Pa
     with machine(tmp_path, *arguments, *device("c")) as vm:
         async with qmpmerge.live(vm.target) as target:
             await writes.begin(target.monitor, await target.layout(), "c")
-            stream = {"job_id": "j", "device": "c", "filter_node_name": FILTER, "auto_finalize": False}
-            await target.monitor.execute_all([("block-stream", stream), writes.moved("c", FILTER)])
+            stream: dict[str, Any] = {"job_id": "j", "device": "c", "filter_node_name": FILTER, "auto_finalize": False}
+            await target.monitor.execute("block-stream", **stream)
             vm.wait_for_job("pending")
             limits = {"bps-write": 1000, "bps-write-max": 1000}
             vm.session.execute("qom-set", path="/objects/group", property="limits", value=limits)
@@ -82,10 +85,10 @@ async def test_a_write_that_is_under_way_is_told(tmp_path: Path, images: list[Pa
             (bitmap,) = next(
                 node["dirty-bitmaps"]
                 for node in vm.session.execute("query-named-block-nodes", flat=True)
-                if node["node-name"] == FILTER
+                if node["node-name"] == "c"
             )
             assert bitmap["count"] < 2 * GRAIN
-            assert await told(target.monitor) == [(5 * MIB, GRAIN), (6 * MIB, GRAIN)]
+            assert await told(target.monitor, "c") == [(5 * MIB, GRAIN), (6 * MIB, GRAIN)]
 
 
 async def test_a_bitmap_of_the_users_is_left_alone(setup: Setup) -> None:
