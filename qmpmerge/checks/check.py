@@ -124,6 +124,7 @@ CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen | Seen]]] 
     "temporary": graph.temporary,
     "shorter-layer": graph.shorter_layer,
     "replaced": files.replaced,
+    "doubtful": files.doubtful,
     "disagrees": graph.disagrees,
     "no-format": graph.no_format,
     "backing-string": graph.backing_string,

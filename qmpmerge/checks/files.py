@@ -16,6 +16,7 @@ from qmpmerge.errors import (
     CannotGrow,
     Dependents,
     DeviceTooSmall,
+    Doubtful,
     InUse,
     NoSpace,
     NotReopenable,
@@ -25,6 +26,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.images import notes, qcow2
 from qmpmerge.images.dependents import is_outside, out_of_reach
+from qmpmerge.journal import locks
 from qmpmerge.processes import permissions, proc
 from qmpmerge.processes.openfiles import FDSET
 from qmpmerge.qemu.blockgraph import Layout
@@ -56,6 +58,13 @@ async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
             yield lost
     for blind in sight.unseen(question):
         yield blind
+
+
+async def doubtful(question: Question) -> AsyncIterator[Refused]:
+    """Nothing is taken out of an image that a pull has found damaged, nor into it: what is right may lie below it alone."""
+    for image in (*question.plan.merged, question.plan.receiver):
+        if locks.is_damaged(image):
+            yield Doubtful(file=image.file)
 
 
 def _lost_name(question: Question, image: Image, pid: int) -> NotReopenable | None:

@@ -27,6 +27,11 @@ MEANINGS: dict[str, tuple[tuple[Severity, ...], str, str]] = {
         "another file is at a path than the one that QEMU has open",
         "by hand: put the old file back",
     ),
+    "doubtful": (
+        ("harm",),
+        "a pull found that an image holds something else than was copied into it (`damaged`, `maybe-damaged`)",
+        "by hand: keep what lies below it, and put it right",
+    ),
     "unreadable": (("harm",), "the header of an image cannot be read, and the next start needs it", "by hand"),
     "image-unreadable": (("harm",), "QEMU cannot open an image: a VM on this chain does not start", "by hand"),
     "backing-loop": (

@@ -108,7 +108,12 @@ def _old_locks(folder: str, jobs: Collection[str]) -> Iterator[Finding]:
         record = store.read(note.record) if note.record is not None else None
         if locks.is_held(path) or (isinstance(record, Record) and record.job in jobs):
             continue
-        if note == Note():
+        file = os.path.join(folder, image)
+        if locks.is_damaged(Image(file, "raw", 0)):
+            what = "a pull found that it holds something else than was copied into it"
+            why = "what is right may be in the images below it alone: keep them, and put it right before anything is merged"
+            yield Finding("doubtful", "harm", file, what, why)
+        elif note == Note():
             what = f"a lock file without a holder: a merge into {image} was killed"
             yield Finding("old-lock", "note", path, what, "it keeps nobody out", shlex.join(["rm", "-f", "--", path]))
         else:

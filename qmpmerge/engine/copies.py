@@ -73,6 +73,8 @@ async def verify(run: Run, doorbell: Doorbell, plan: PullPlan) -> None:
         await shield.finished(blockjob.take_back(run, doorbell))
         raise NotVerified(base=plan.overlay.file, top=plan.top.file, reason=reason)
     if damage is not None:
+        with contextlib.suppress(OSError):  # its room was taken before the job was started
+            run.lock.damaged(plan.overlay)
         await shield.finished(blockjob.take_back(run, doorbell))
         run.undone(damage)
         raise damage

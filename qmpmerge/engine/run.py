@@ -21,7 +21,7 @@ from qmpmerge.errors import CannotRecord, CannotRecover, Damaged, JobFailed, May
 from qmpmerge.guest.deadman import Switch
 from qmpmerge.images import compare
 from qmpmerge.images.files import Seen
-from qmpmerge.journal import merged_files, store
+from qmpmerge.journal import locks, merged_files, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
@@ -272,7 +272,7 @@ class Run:
         """To UNDONE, after `error`, since the old chain was proved to be in use: names come back, and the record goes."""
         if State.UNDONE not in NEXT[self.state] or not self._names_given_back():
             return
-        self._forget_record(_suspicion(error) or self.suspect)
+        self._forget_record(_suspicion(error) or self.suspect, self.lock.note.damaged)
         self.enter(State.UNDONE)
 
     def give_names_back(self) -> None:
@@ -296,7 +296,7 @@ class Run:
             self._names_given_back()
         else:
             merged = self._files_dealt_with()
-        self._forget_record(None if self.verified else self.suspect)
+        self._forget_record(None if self.verified else self.suspect, None)
         self.enter(state)
         return tuple(merged)
 
@@ -331,10 +331,12 @@ class Run:
         self.notes += hints
         for file in done:
             self.log("%s: %s, now %s", file.file, file.action, file.now or "gone")
+            if file.action != "keep":
+                locks.forget_damage(file.file)
         return done
 
-    def _forget_record(self, suspect: str | None) -> None:
-        """Nothing remains but the suspicion about base, where there is one; or the record, where it cannot be removed."""
+    def _forget_record(self, suspect: str | None, damaged: int | None) -> None:
+        """Nothing remains but what is to be said of the receiver, if anything; or the record, where it cannot be removed."""
         try:
             if self.record is not None:
                 store.remove(self.record)
@@ -343,7 +345,7 @@ class Run:
             self.notes.append(f"the record cannot be removed: {error.strerror or error}")
         try:
             if self.record is None:
-                self.lock.conclude(suspect)
+                self.lock.conclude(suspect, damaged=damaged)
             elif suspect is not None:
                 self.lock.suspect(suspect)
         except OSError as error:  # its room was taken before the job was started

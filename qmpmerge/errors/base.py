@@ -51,13 +51,24 @@ def worst(codes: Iterable[int]) -> int:
     return min(codes, key=WORST.index, default=0)
 
 
-FORCEABLE = ("dependents", "in-use", "known-bad", "libvirt", "no-format", "no-space", "not-seen", "would-lose")
+FORCEABLE = (
+    "dependents",
+    "doubtful",
+    "in-use",
+    "known-bad",
+    "libvirt",
+    "no-format",
+    "no-space",
+    "not-seen",
+    "would-lose",
+)
 """
 What `--force` takes: the refusals about which a user can rightly know better than we do.
 
 An image that is built on ours may be rubbish, a reader may be a backup that is wanted, what we may not look at may be known
-to the user, a crash may be fixed in this very QEMU, space may be on its way (the job waits for it), and what would be lost
-may be worthless. The others say that the merge would write wrong data, crash QEMU or fail: nobody can know better.
+to the user, a crash may be fixed in this very QEMU, space may be on its way (the job waits for it), what would be lost may be
+worthless, and what differs may have been written. The others say that the merge would write wrong data, crash QEMU or fail:
+nobody can know better.
 """
 
 

@@ -446,6 +446,20 @@ class KnownBad(Refused):
     advice = "{instead}; `--force known-bad` goes on if you know that yours does not"
 
 
+class Doubtful(Refused):
+    """
+    An earlier pull into this image ended with `damaged` or `maybe-damaged`: what the image holds may be wrong, and what is
+    right may be in those below it alone, which a merge would overwrite, or take out of the chain.
+    """
+
+    file: str
+    sentence = "what {file} holds may be wrong: an earlier pull found that it differs from what was copied into it"
+    advice = (
+        "keep the images below it, which have what is right, and put {file} right first; where you know that it is right, as "
+        "where a guest has written what differs, `--force doubtful` goes on"
+    )
+
+
 class Suspect(Refused):
     """
     An earlier merge into this base failed on its storage, and now the guest writes where both would be compared.

@@ -3,7 +3,7 @@ A lock of our own beside every image that is written, so that two qmpmerge never
 
 QEMU's image locks keep other processes from writing; they do not keep two of us from checking at the same time. The kernel
 drops the lock with its holder, the file stays: what a holder that was killed, or that left on purpose, noted in it is found
-by the next one. It says where the record of the merge lies, and whether base is suspect.
+by the next one. It says where the record of the merge lies, whether base is suspect, and whether what it holds is damaged.
 """
 
 import contextlib
@@ -31,11 +31,13 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 class Note:
     """
     What a lock file says: the path of a record, and the error of an earlier merge into this base after which what it
-    shows must be compared (QEMU's cache may believe what the storage has lost).
+    shows must be compared (QEMU's cache may believe what the storage has lost). `damaged` is the inode number of the image
+    where a pull has found that what it holds may be wrong.
     """
 
     record: str | None = None
     suspect: str | None = None
+    damaged: int | None = None
 
 
 UNREADABLE = Note(suspect="what an earlier merge noted beside it cannot be read")
@@ -73,20 +75,24 @@ class Lock:
         """Say that base is suspect, until `conclude`. Raises OSError."""
         self._write(replace(self.note, suspect=reason))
 
-    def conclude(self, suspect: str | None) -> None:
+    def damaged(self, image: Image) -> None:
+        """Say that what `image`, whose lock this is, holds may be wrong, until `conclude`. Raises OSError."""
+        self._write(replace(self.note, damaged=_number(image.file)))
+
+    def conclude(self, suspect: str | None, *, damaged: int | None = None) -> None:
         """
         The record is gone. Without a suspicion there is nothing to be told any more: the file goes with the lock. Raises
         OSError.
         """
-        self.note = Note()
-        if suspect is not None:
-            self.suspect(suspect)
+        self.note = Note(suspect=suspect, damaged=damaged)
+        if self.note != Note():
+            self._write(self.note)
 
     def _write(self, note: Note) -> None:
         self.note = note
         if self._file is not None:
-            data = json.dumps({"record": note.record, "suspect": note.suspect and note.suspect[:_REASON]})
-            self._file.write(data.encode().ljust(_ROOM))
+            entry = {"record": note.record, "suspect": note.suspect and note.suspect[:_REASON], "damaged": note.damaged}
+            self._file.write(json.dumps(entry).encode().ljust(_ROOM))
 
 
 @contextlib.contextmanager
@@ -143,6 +149,20 @@ def noted(image: Image) -> Note:
     return (read(lock_path(image)) if image.has_path else None) or Note()
 
 
+def is_damaged(image: Image) -> bool:
+    """Whether what the image holds may be wrong, as a pull has found; not of another file that has its name now."""
+    damaged = noted(image).damaged
+    return damaged is not None and damaged == _number(image.file)
+
+
+def forget_damage(file: str) -> None:
+    """Nobody finds an image at this path any more: what was noted about it is not to be told of the next one."""
+    image = Image(file, "raw", 0)
+    if noted(image).damaged is not None:
+        with contextlib.suppress(Locked, CannotLock, OSError), held(image) as lock:
+            lock.conclude(None)
+
+
 def is_held(lock: str) -> bool:
     """Whether somebody holds this lock file: by its inode in /proc/locks, since trying it would get in others' way."""
     try:
@@ -169,8 +189,11 @@ def _note(file: File, image: str) -> Note:
         if file.status.st_uid not in (0, os.geteuid(), _owner(image)):
             return UNREADABLE
         entry = json.loads(data)
-        return Note(_text(entry["record"]), _text(entry["suspect"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        damaged = entry.get("damaged")
+        if damaged is not None and not isinstance(damaged, int):
+            return UNREADABLE
+        return Note(_text(entry["record"]), _text(entry["suspect"]), damaged)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return UNREADABLE
 
 
@@ -178,6 +201,13 @@ def _text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise TypeError(value)
+
+
+def _number(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
 
 
 def _owner(path: str) -> int | None:

@@ -132,7 +132,16 @@ ELSEWHERE = {
 BY_HAND = {
     *("started-stale", "replaced", "unreadable", "image-unreadable", "backing-loop", "too-deep", "other-overlay"),
     *("dependent", "used-below", "shared-image", "odd-note", "no-active", "several-active", "active-unknown"),
-    *("not-seen", "disguised", "foreign-name", "filter-left", "unfinished", "out-of-reach", "unsupported-format"),
+    *(
+        "not-seen",
+        "disguised",
+        "foreign-name",
+        "filter-left",
+        "unfinished",
+        "out-of-reach",
+        "unsupported-format",
+        "doubtful",
+    ),
 }
 """No command of ours decides about these."""
 

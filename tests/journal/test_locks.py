@@ -102,6 +102,28 @@ def test_two_bases_in_one_folder_do_not_keep_each_other_waiting(base: Image) -> 
         assert is_free(Image(f"{base.file}2", "raw", 0))
 
 
+# --- what a pull has found of the image ---------------------------------------------------------------------------
+
+
+def test_what_is_damaged_stays_so_until_its_merge_is_done_or_another_file_has_its_name(
+    base: Image, tmp_path: Path
+) -> None:
+    def found() -> None:
+        with locks.held(base) as lock:
+            lock.damaged(base)
+            lock.conclude("it failed", damaged=lock.note.damaged)
+
+    found()
+    assert locks.is_damaged(base) and locks.noted(base).suspect == "it failed"
+    (tmp_path / "other").touch()
+    (tmp_path / "other").replace(base.file)
+    assert not locks.is_damaged(base)
+    found()
+    os.unlink(base.file)
+    locks.forget_damage(base.file)
+    assert left(tmp_path) == []
+
+
 # --- the file -----------------------------------------------------------------------------------------------------
 
 

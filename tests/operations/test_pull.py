@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import faults
+from rig import advice, faults
 from rig.command import invoke
 from rig.devices import mounted
 from rig.disks import BACKEND, WAYS, Setup, blockdev, device, drive, nodes, storage_daemon
@@ -34,6 +34,7 @@ from qmpmerge.errors import (
     Busy,
     Damaged,
     Dependents,
+    Doubtful,
     HeaderNotDurable,
     InUse,
     JobFailed,
@@ -49,6 +50,7 @@ from qmpmerge.errors import (
     WouldLose,
 )
 from qmpmerge.images import space
+from qmpmerge.journal import locks
 from qmpmerge.qemu import bitmaps, jobs
 from qmpmerge.qemu.monitor import Doorbell
 
@@ -323,10 +325,30 @@ async def test_a_copy_that_was_damaged_is_found(
             assert (view.chain.files, view.oddities) == ([str(image) for image in images], ())
             assert not any(node.info.get("dirty-bitmaps") for node in view.layout.nodes.values())
             monkeypatch.undo()
-            outcome = await qmpmerge.pull(target, setup.disk, **options)  # type: ignore[arg-type]
+            for ask in (qmpmerge.pull, qmpmerge.commit):
+                for dry_run in (True, False):
+                    with pytest.raises(Doubtful) as doubtful:
+                        await ask(target, setup.disk, base="[1]", merged_files="delete", verify=True, dry_run=dry_run)
+                    assert doubtful.value.file == str(images[into])
+            told = [(one["name"], one["severity"], one["where"]) for one in advice.findings(tmp_path)]
+            assert told.count(("doubtful", "harm", str(images[into]))) == 1
+            assert views(images[:into]) == before
+            outcome = await qmpmerge.pull(target, setup.disk, force=["doubtful"], **options)  # type: ignore[arg-type]
             assert not outcome.verified and any("was not compared" in hint for hint in outcome.hints)
+            assert not locks.is_damaged(Image(str(images[into]), "qcow2", 0))
         setup.off()
     assert views(images[:into]) == before
+
+
+@harm("doubtful", "the damage is written over the only images that have what is right")
+def test_plain_commit_writes_damage_over_what_is_right(images: list[Path], content: Content) -> None:
+    before = views(images[:3])
+    run(
+        "qemu-io", "-f", "qcow2", "-c", f"write -P {content.data[COPIED]} {COPIED} 64k", images[3]
+    )  # as a stream copies it
+    flip(images[3], COPIED)
+    run("qemu-img", "commit", "-f", "qcow2", images[3])
+    assert views(images[:3]) != before
 
 
 async def test_what_the_guest_writes_is_no_damage(

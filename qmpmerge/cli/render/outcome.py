@@ -25,6 +25,7 @@ MEANINGS = {
     "temporary": "the drive writes to its image for good (no `snapshot=on`)",
     "shorter-layer": "no merged image is smaller than the base",
     "replaced": "the names lead to the files that QEMU has open",
+    "doubtful": "no pull has found damage in what is copied, or written to",
     "disagrees": "the headers tell the same chain as QEMU",
     "no-format": "the format of the base is recorded",
     "backing-string": "the overlay can name the base",
