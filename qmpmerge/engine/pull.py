@@ -113,7 +113,8 @@ class Pull:
         await copies.verify(run, doorbell, self.plan)
         if run.suspect is not None:
             run.notes.append(
-                f"what an earlier pull has copied into {self.plan.overlay.file} was not compared: it failed ({run.suspect})"
+                f"what an earlier pull has copied into {self.plan.overlay.file} was not compared: it failed ({run.suspect}); "
+                f"what left the chain keeps its name"
             )
 
     async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:

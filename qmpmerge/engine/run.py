@@ -136,6 +136,10 @@ class Run:
         suspect = lock.note.suspect
         if record is not None and request.merged_files is None:
             request = replace(request, merged_files=record.policy)
+        if suspect is not None and operation.plan.direction == "pull":
+            request = replace(
+                request, merged_files="keep"
+            )  # they may hold what the storage has lost of an earlier copy
         return cls(
             operation=operation,
             request=request,

@@ -146,6 +146,11 @@ async def test_an_image_that_cannot_be_flushed_stops_the_pull(
         vm.stop()
     run("qemu-img", "check", "-q", "-r", "leaks", images[3])  # what was copied and cannot be given back
     content.check(images[3])
+    async with qmpmerge.offline(images[3]) as target:
+        outcome = await qmpmerge.pull(target, merged_files="delete")
+    assert {one.action for one in outcome.merged} == {"keep"} and not outcome.verified, "they may hold what was lost"
+    assert any("what left the chain keeps its name" in hint for hint in outcome.hints)
+    content.check(images[3])
 
 
 async def test_an_image_whose_header_cannot_be_written_is_refused(
