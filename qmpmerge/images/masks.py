@@ -18,10 +18,12 @@ from qmpmerge.folder import File
 from qmpmerge.images import qcow2
 from qmpmerge.images.qemuimg import Extent
 
-_SMALLEST, _LARGEST = 512, 2 * 1024 * 1024
+_SMALLEST, _LARGEST = 512, 64 * 1024
+_SUBCLUSTERS = 32
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _LENGTH = 104
-_ZERO = 1  # of an entry in a table of clusters: it reads as zeros
+_EXTENDED_L2 = 0x10
+_ENTRY_LENGTH = 16
 _BITMAPS = struct.Struct(">IIIIQQ")
 _BITMAPS_EXTENSION = 0x23852875
 _ENTRY = struct.Struct(">QIIBBHI")
@@ -30,23 +32,34 @@ _PLACE = 0x00FFFFFFFFFFFE00
 
 def mask(parts: Iterable[Extent], size: int) -> File:
     """
-    A qcow2 of `size` bytes that reads as zeros in these parts, and has nothing elsewhere. Its clusters are as large as the
-    parts allow; what does not begin or end at 512 bytes is made wider.
+    A qcow2 of `size` bytes that reads as zeros in these parts, and has nothing elsewhere. Its subclusters, of which a cluster
+    has 32, are as large as the parts allow; what does not begin or end at 512 bytes is made wider. Where that is 4 KiB it takes
+    128 KiB for each GiB that holds a part; with clusters as small QEMU would open none for disks of more than 8 TiB.
     """
     parts = [Extent(part.start, min(part.end, size) - part.start) for part in parts if part.start < size]
-    cluster = _cluster(parts, size)
-    entries = cluster // 8
+    grain = _grain(parts, size)
+    cluster = grain * _SUBCLUSTERS
+    covered = cluster // _ENTRY_LENGTH * _SUBCLUSTERS
     tables: dict[int, bytearray] = {}
     for part in parts:
-        first, end = part.start // cluster, -(-part.end // cluster)
-        for index in range(first // entries, -(-end // entries)):
-            start, stop = (min(max(at - index * entries, 0), entries) for at in (first, end))
-            table = tables.setdefault(index, bytearray(cluster))
-            table[8 * start + 7 : 8 * stop : 8] = bytes([_ZERO]) * (stop - start)
+        first, end = part.start // grain, -(-part.end // grain)
+        for index in range(first // covered, -(-end // covered)):
+            start, stop = (min(max(at - index * covered, 0), covered) for at in (first, end))
+            _zero(tables.setdefault(index, bytearray(cluster)), start, stop)
     return _written(cluster, size, tables)
 
 
-def _cluster(parts: Iterable[Extent], size: int) -> int:
+def _zero(table: bytearray, start: int, stop: int) -> None:
+    """The subclusters from `start` to `stop`: each is a bit of four bytes in its cluster's entry, the first is the lowest."""
+    whole, end = -(-start // _SUBCLUSTERS), stop // _SUBCLUSTERS
+    for byte in range(8, 12):
+        table[whole * _ENTRY_LENGTH + byte : end * _ENTRY_LENGTH : _ENTRY_LENGTH] = b"\xff" * (end - whole)
+    for number in (*range(start, min(whole * _SUBCLUSTERS, stop)), *range(max(end * _SUBCLUSTERS, start), stop)):
+        cluster, bit = divmod(number, _SUBCLUSTERS)
+        table[cluster * _ENTRY_LENGTH + 11 - bit // 8] |= 1 << bit % 8
+
+
+def _grain(parts: Iterable[Extent], size: int) -> int:
     edges = [edge for part in parts for edge in (part.start, part.end) if edge < size]
     together = functools.reduce(operator.or_, edges, _LARGEST)
     return max(together & -together, _SMALLEST)
@@ -54,12 +67,13 @@ def _cluster(parts: Iterable[Extent], size: int) -> int:
 
 def _written(cluster: int, size: int, tables: dict[int, bytearray]) -> File:
     """Header, an empty table of refcounts, which nobody reads who does not write, the upper table, and the others."""
-    length = -(-size // (cluster * (cluster // 8)))
+    length = -(-size // (cluster * (cluster // _ENTRY_LENGTH)))
     start = 2 * cluster + -(-length * 8 // cluster) * cluster
     places = {index: start + number * cluster for number, index in enumerate(sorted(tables))}
     upper = struct.pack(f">{length}Q", *(places.get(index, 0) for index in range(length)))
     bits = cluster.bit_length() - 1
-    head = _HEADER.pack(qcow2.MAGIC, 3, 0, 0, bits, size, 0, length, 2 * cluster, cluster, 1, 0, 0, 0, 0, 0, 4, _LENGTH)
+    places_of = (size, 0, length, 2 * cluster, cluster, 1, 0, 0)
+    head = _HEADER.pack(qcow2.MAGIC, 3, 0, 0, bits, *places_of, _EXTENDED_L2, 0, 0, 4, _LENGTH)
     file = folder.in_memory()
     os.ftruncate(file.descriptor, start + len(tables) * cluster)
     os.pwrite(file.descriptor, head, 0)
