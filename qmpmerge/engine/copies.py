@@ -74,7 +74,7 @@ async def verify(run: Run, doorbell: Doorbell, plan: PullPlan) -> None:
         raise NotVerified(base=plan.overlay.file, top=plan.top.file, reason=reason)
     if damage is not None:
         with contextlib.suppress(OSError):  # its room was taken before the job was started
-            run.lock.damaged(plan.overlay)
+            run.lock.damaged(plan.overlay, compare.DIFFERENT)
         await shield.finished(blockjob.take_back(run, doorbell))
         run.undone(damage)
         raise damage
@@ -95,7 +95,7 @@ async def _damage(run: Run, plan: PullPlan) -> Damaged | MaybeDamaged | None:
             return []
         try:
             return await writes.read(run.target.monitor, overlay.node or "", overlay.virtual_size)
-        except QemuRefused as error:
+        except (QemuRefused, ImageUnreadable) as error:
             raise MaybeDamaged(overlay=overlay.file, below=below, offset=offset, reason=error.reason) from None
 
     try:

@@ -300,7 +300,8 @@ class Run:
             self._names_given_back()
         else:
             merged = self._files_dealt_with()
-        self._forget_record(None if self.verified else self.suspect, None)
+        damaged = None if "doubtful" in self.request.force else self.lock.note.damaged
+        self._forget_record(None if self.verified else self.suspect, damaged)
         self.enter(state)
         return tuple(merged)
 

@@ -96,8 +96,8 @@ class MaybeDamaged(Unknown):
         "guest reads what {overlay} holds"
     )
     advice = (
-        "if somebody has written there while the pull was at work, all is right; if not, keep {below}, where it is right, and "
-        "look at the storage of {overlay}"
+        "if somebody has written there while the pull was at work, all is right, and `--force doubtful` goes on; if not, keep "
+        "{below}, where it is right, and look at the storage of {overlay}"
     )
 
 

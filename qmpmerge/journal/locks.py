@@ -75,9 +75,9 @@ class Lock:
         """Say that base is suspect, until `conclude`. Raises OSError."""
         self._write(replace(self.note, suspect=reason))
 
-    def damaged(self, image: Image) -> None:
+    def damaged(self, image: Image, reason: str) -> None:
         """Say that what `image`, whose lock this is, holds may be wrong, until `conclude`. Raises OSError."""
-        self._write(replace(self.note, damaged=_number(image.file)))
+        self._write(replace(self.note, suspect=reason, damaged=_number(image.file)))
 
     def conclude(self, suspect: str | None, *, damaged: int | None = None) -> None:
         """

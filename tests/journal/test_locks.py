@@ -110,8 +110,8 @@ def test_what_is_damaged_stays_so_until_its_merge_is_done_or_another_file_has_it
 ) -> None:
     def found() -> None:
         with locks.held(base) as lock:
-            lock.damaged(base)
-            lock.conclude("it failed", damaged=lock.note.damaged)
+            lock.damaged(base, "it failed")
+            lock.conclude(lock.note.suspect, damaged=lock.note.damaged)
 
     found()
     assert locks.is_damaged(base) and locks.noted(base).suspect == "it failed"

@@ -26,7 +26,7 @@ from rig.pulls import JOB, RANGES, slow, stream, version_of, views
 import qmpmerge
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.engine import safeguards
+from qmpmerge.engine import blockjob, safeguards
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.engine.pull import Pull
 from qmpmerge.engine.run import Run
@@ -343,6 +343,25 @@ async def test_a_copy_that_was_damaged_is_found(
             assert not locks.is_damaged(Image(str(images[into]), "qcow2", 0))
         setup.off()
     assert views(images[:into]) == before
+
+
+async def test_damage_that_was_seen_right_before_a_kill_is_not_forgotten(
+    tmp_path: Path, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def die(run: Run, doorbell: Doorbell) -> None:
+        raise RuntimeError
+
+    with blockdev(tmp_path, images, content) as setup:
+        at_pending(monkeypatch, lambda: flip(images[3], COPIED))
+        monkeypatch.setattr(blockjob, "take_back", die)
+        async with setup.target() as target:
+            with pytest.raises(RuntimeError):
+                await qmpmerge.pull(target, verify=True)
+        monkeypatch.undo()
+        async with setup.target() as target:
+            outcome = await qmpmerge.pull(target, merged_files="stash")
+        assert {one.action for one in outcome.merged} == {"keep"} and not outcome.verified
+        assert locks.is_damaged(Image(str(images[3]), "qcow2", 0))
 
 
 @harm("doubtful", "the damage is written over the only images that have what is right")
