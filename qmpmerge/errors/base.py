@@ -152,7 +152,7 @@ def _made_again(kind: type[Error]) -> Error:
     return kind.__new__(kind)
 
 
-_TYPED = frozenset({"option", "command", "pull", "below"})
+_TYPED = frozenset({"option", "command", "cure", "pull", "below"})
 """Facts that are words of ours for a shell already."""
 
 

@@ -870,6 +870,7 @@ async def test_plain_commit_into_a_base_that_cannot_hide_what_it_is_built_on(tmp
     found = await refused(images[3], CannotGrow, base="[2]", top="[3]")
     assert (found.size, found.needed) == (3 * MIB, 4 * MIB)
     assert "pull" in found.pull and invoke(*shlex.split(found.pull)[1:], "--dry-run").code == 0
+    assert f"`{found.cure}`" in found.hint  # as it is typed
     run(*shlex.split(found.cure))
     async with qmpmerge.open(images[3]) as target:
         assert (await qmpmerge.commit(target, base="[2]", top="[3]")).verdict == "merged"
