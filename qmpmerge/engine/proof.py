@@ -206,10 +206,10 @@ def unchanged(view: ChainView) -> Outcome:
     if hidden:
         images = [view.layout.opened_as(child) or child for child in hidden]
         raise SeveralImages(disk=view.disk.name, driver=node.driver, images=images)
-    command = f"qemu-img snapshot -d NAME {shlex.quote(active.file)}"
     hints = [
-        f"{told} is no image of the chain: `{command}` removes it, with the VM off"
-        for told in snapshots(view.layout, view.chain.images)
+        f"{told} is no image of the chain: `qemu-img snapshot -d NAME {shlex.quote(image.file)}` removes it, with the VM off"
+        for image in view.chain.images
+        for told in snapshots(view.layout, (image,))
     ]
     return Outcome("unchanged", view.disk.name, view.chain, view.chain, hints=tuple(hints))
 

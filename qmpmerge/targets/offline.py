@@ -182,6 +182,8 @@ def _instead(user: User) -> str:
     """What to do about an image in use; the command and its options are the user's."""
     if user.vm is None:
         return user.instead
+    if not user.may_write:  # it is below the image that the VM writes to: the same command there is for another disk
+        return "shut that VM down, or give it a copy of the image"
     if user.vm.monitors and not user.vm.libvirt:
         name = shlex.quote(user.vm.name or f"pid:{user.vm.pid}")
         return f"run the command with `{name}` for TARGET, in place of the image: `qmpmerge disks {name}` shows what it has"

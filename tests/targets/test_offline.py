@@ -560,6 +560,14 @@ def test_internal_snapshots_are_told_where_there_is_nothing_else(folder: Path) -
     assert invoke("commit", str(image)).err == ""
 
 
+def test_the_command_for_an_internal_snapshot_names_the_image_that_has_it(images: list[Path]) -> None:
+    run("qemu-img", "snapshot", "-c", "before", images[1])
+    said = invoke("pull", str(images[2]), "--base", str(images[1]))
+    assert (said.code, "nothing to merge" in said.out) == (0, True)
+    run(*shlex.split(said.err.split("`")[1].replace("NAME", "before")))
+    assert "internal snapshot" not in invoke("pull", str(images[2]), "--base", str(images[1])).err
+
+
 # --- block devices -------------------------------------------------------------------------------------------------------
 
 
@@ -691,6 +699,13 @@ def test_the_live_command_can_be_pasted(images: list[Path], tmp_path: Path) -> N
     with machine(tmp_path, "-name", name, *nodes(images)):
         hint = invoke("commit", str(images[3]), "--json").document["error"]["hint"]
     assert f"`qmpmerge disks '{name}'`" in hint
+
+
+def test_no_command_for_a_vm_that_only_reads_the_image(images: list[Path], folder: Path, tmp_path: Path) -> None:
+    """Typed with the VM for TARGET it would be for the VM's own disk, which nobody has named."""
+    with machine(tmp_path, *nodes(images), "-device", "virtio-blk-pci,drive=c"), unchanged(folder):
+        said = invoke("pull", str(images[1]), "--json").document["error"]
+    assert (said["name"], said["hint"]) == ("in-use", "shut that VM down, or give it a copy of the image")
 
 
 def test_held_without_a_name_or_a_monitor(images: list[Path], folder: Path, tmp_path: Path) -> None:
