@@ -69,6 +69,13 @@ class NotASocket(Unreachable):
     sentence = "{path} is a {kind}, not a monitor socket"
     advice = "name the QMP monitor of a running QEMU; `qmpmerge vms` lists them"
 
+    @property
+    def hint(self) -> str:
+        """As of any error; a folder is one of images where it is no slip."""
+        if self.kind == "folder":
+            return "name an image in it, or a QMP monitor (`qmpmerge vms`); `qmpmerge tidy` and `doctor` take folders"
+        return super().hint
+
 
 class Offline(Unreachable):
     """TARGET is an image, and the command is about a running QEMU."""
@@ -135,8 +142,8 @@ class MonitorSilent(Unreachable):
     pid: int | None = None
     sentence = "the monitor {address} did not greet us{within}: {holder}"
     advice = (
-        "end that session, or give QEMU a second monitor (`-qmp unix:PATH,server=on,wait=off`); a `commit` or `follow` of ours "
-        "lets others in with `--polite`"
+        "end that session, or give QEMU a second monitor (`-qmp unix:PATH,server=on,wait=off`); a `commit`, `pull` or `follow` "
+        "of ours lets others in with `--polite`"
     )
 
     @property

@@ -99,6 +99,7 @@ async def test_what_is_no_socket_is_called_by_what_it_is(tmp_path: Path) -> None
     for path, kind in ((tmp_path, "folder"), (tmp_path / "file", "file"), (tmp_path / "pipe", "special file")):
         error = await refusal(str(path))
         assert isinstance(error, NotASocket) and error.facts == {"path": str(path), "kind": kind}
+        assert ("name an image in it" in error.hint) == (kind == "folder")
 
 
 async def test_a_socket_whose_qemu_is_gone(tmp_path: Path) -> None:
