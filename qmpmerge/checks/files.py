@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.other_way import sparing
-from qmpmerge.chain.plan import CommitPlan
+from qmpmerge.chain.plan import CommitPlan, PullPlan
 from qmpmerge.checks import sight
 from qmpmerge.checks.question import Question, Seen, Unseen
 from qmpmerge.errors import (
@@ -22,6 +22,7 @@ from qmpmerge.errors import (
     NotReopenable,
     NotWritable,
     Refused,
+    Replaced,
     SharedBase,
 )
 from qmpmerge.images import notes, qcow2
@@ -44,16 +45,21 @@ async def replaced(question: Question) -> AsyncIterator[Refused | Unseen]:
     """
     QEMU opens base and overlay again by name: the name must still lead to the file it has open.
 
-    A merged image whose name is gone is merged all the same: nothing else can save its data.
+    A merged image whose name is gone is merged all the same: nothing else can save its data. The active image of a
+    `snapshot=on` drive never has one, and is refused as that.
     """
     if question.pid is None or not question.opened:
         yield UNSEEN
         return
     needed = {*question.written, *question.plan.named}
     for image in question.touched:
-        astray = identity.astray(image, question.pid)
+        astray = None if identity.is_temporary(image) else identity.astray(image, question.pid)
         if astray is not None and (astray.there is not None or image in needed):
-            yield identity.refusal(astray, question.target)
+            refusal = identity.refusal(astray, question.target)
+            if isinstance(question.plan, PullPlan) and image is question.plan.base and astray.there is None:
+                cure = f"{refusal.cure}; or pull it too (without `--base`): then nothing needs its name any more"
+                refusal = Replaced(file=refusal.file, found=refusal.found, cure=cure)
+            yield refusal
         elif image in question.written and (lost := _lost_name(question, image, question.pid)) is not None:
             yield lost
     for blind in sight.unseen(question):

@@ -744,6 +744,16 @@ def test_plain_commit_of_a_snapshot_on_drive(tmp_path: Path, images: list[Path])
     assert images[3].read_bytes() != before
 
 
+async def test_a_snapshot_on_drive_is_refused_as_that_alone(tmp_path: Path, images: list[Path]) -> None:
+    """That its active image has no name is so from the start, and nobody has to save its data."""
+    with machine(tmp_path, "-drive", DRIVE.format(images[3]) + ",snapshot=on", *device("vda")) as vm:
+        async with qmpmerge.open(vm.target) as target:
+            for merge in (qmpmerge.commit, qmpmerge.pull):
+                with pytest.raises(Refused) as found:
+                    await merge(target, dry_run=True)
+                assert [one.name for one in found.value.parts] == ["temporary"]
+
+
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 

@@ -862,8 +862,9 @@ async def test_a_base_that_has_lost_its_name_is_missed_before_anything_is_copied
     if there:
         run("qemu-img", "create", "-qf", "raw", images[0], "8M")
     async with setup.target() as target:
-        with pytest.raises(Replaced):
+        with pytest.raises(Replaced) as refused:
             await qmpmerge.pull(target, base="[1]", dry_run=True)
+        assert ("without `--base`" in refused.value.hint) != there
         if not there:
             assert (await qmpmerge.pull(target)).verdict == "pulled"
 
