@@ -19,6 +19,9 @@ COMMANDS = {
 }
 """Of several commands of ours the first that takes the rest of the line is meant."""
 
+VERBS = {"abort": "cancel", "complete": "pivot"}
+"""What virsh and QMP do with a job, and our verb for it."""
+
 _NO_COPY = "there is nothing like it here: qmpmerge merges the images of a chain, and copies none elsewhere"
 _NO_WAY_BACK = "there is nothing like it here: qmpmerge takes no disk back to what it was"
 _MERGED = "a snapshot goes by merging the image that was made for it: see `qmpmerge commit --help`"

@@ -203,7 +203,8 @@ def _put_right(name: str, rest: Sequence[str]) -> Iterator[list[str]]:
 def _with_verb_in_place(words: Sequence[str]) -> Iterator[list[str]]:
     from qmpmerge.operations.control import VERBS
 
-    given = [(place, word if word in VERBS else nearest(word, VERBS)) for place, word in enumerate(words)]
+    verbs = [elsewhere.VERBS.get(word, word) for word in words]
+    given = [(place, word if word in VERBS else nearest(word, VERBS)) for place, word in enumerate(verbs)]
     for place, verb in sorted(given, key=lambda one: words[one[0]] not in VERBS):
         first, *others = (word for number, word in enumerate(words) if number != place) if len(words) > 1 else ("",)
         if verb is not None and others:
@@ -239,6 +240,8 @@ def _example(error: click.ClickException, name: str, rest: Sequence[str]) -> str
     """What the line lacks, where nobody can know what was meant."""
     if name == "job" and "speed" in rest:
         return _told("as in", _first_that_parses(iter([[name, *rest, "50M"]])))
+    if name == "job" and isinstance(error, click.MissingParameter):
+        return "TARGET, ID and VERB are needed, as in `qmpmerge job vm1 vda cancel`"
     if name == "snapshot" and not {"-a", "-c", "-d"}.isdisjoint(rest):
         return "a snapshot is an overlay here: those inside of an image are made and removed by `qemu-img snapshot`"
     if name == "snapshot" and isinstance(error, click.BadParameter) and error.param and error.param.name == "overlays":
