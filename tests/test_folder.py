@@ -43,7 +43,7 @@ KERNEL = ("/proc/", "/sys/")
 
 ALLOWED = {
     ("sockets.py", "os.open(path, os.O_PATH)"): "a socket, which is not opened, but connected to",
-    ("processes/proc.py", "open(path, 'rb')"): "a file of /proc or /sys",
+    ("processes/proc.py", "os.open(path, os.O_RDONLY | os.O_CLOEXEC)"): "a file of /proc or /sys",
     ("cli/streams.py", "open(0, encoding='utf-8', closefd=False)"): "what we were given",
     ("cli/ask.py", "os.open('/dev/tty', os.O_RDWR)"): "the terminal, which the kernel finds",
     ("cli/run.py", "open(file, encoding='utf-8')"): "read, and named by the user",

@@ -108,17 +108,23 @@ def import_asyncio() -> None:
     del sys.modules["ssl"]
 
 
+ONE_SIGNAL_SECONDS = 0.25
+"""Within so short a time it is one: timeout(1) sends its signal to the process, and once more to all of its group."""
+
+
 async def _interruptible(work: "Callable[[Output], Awaitable[T]]", output: "Output", patience: Patience) -> T:
     import asyncio
 
     task = asyncio.ensure_future(work(output))
-    asked = 0
+    asked: float | None = None
 
     def interrupt() -> None:
         nonlocal asked
-        asked += 1
-        if asked == 1:
+        if asked is None:
+            asked = loop.time()
             output.note("cancelling: waiting until the old chain is back (once more to leave at once)")
+        elif loop.time() - asked < ONE_SIGNAL_SECONDS:
+            return
         else:
             output.note("leaving at once; only what must be proved first is waited for")
             patience.leave()

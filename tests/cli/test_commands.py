@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rig.machines import Content, machine, make_chain
 from qmpmerge.cli import bug
 from qmpmerge.cli.commands.group import FILES, cli
 from qmpmerge.cli.commands.job import VERBS
+from qmpmerge.cli.run import ONE_SIGNAL_SECONDS
 from qmpmerge.errors import EXIT_CODES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -310,6 +312,7 @@ def test_a_second_ctrl_c_leaves_at_once(vm: str, setup: Setup) -> None:
     assert begun.process.stderr is not None
     while b"cancelling" not in begun.process.stderr.readline():
         pass
+    time.sleep(2 * ONE_SIGNAL_SECONDS)
     begun.process.send_signal(signal.SIGINT)
     assert begun.process.wait(30) == 7
     begun.process.communicate()

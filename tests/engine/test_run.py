@@ -21,6 +21,7 @@ from rig.server import CLIENT, stop
 
 import qmpmerge as library
 from qmpmerge.chain.state import State
+from qmpmerge.cli.run import ONE_SIGNAL_SECONDS
 from qmpmerge.engine import go, reconnect, safeguards
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, LiveOnly, NoReply, SessionLost, StillRunning, TimeUp
@@ -103,6 +104,7 @@ def test_a_second_signal_leaves_at_once_and_says_how_to_come_back(setup: Setup, 
     assert begun.process.stderr is not None
     while b"cancelling" not in begun.process.stderr.readline():
         pass
+    time.sleep(2 * ONE_SIGNAL_SECONDS)
     begun.process.send_signal(second)
     run = begun.end()
     setup.machine.process.send_signal(signal.SIGCONT)
@@ -163,6 +165,15 @@ async def test_offline_nothing_can_be_left(images: list[Path], content: Content)
 def test_offline_there_is_no_guest_to_slow_down(option: list[str], dry_run: list[str], images: list[Path]) -> None:
     told = invoke("commit", str(images[3]), *option, *dry_run, "--json").document["error"]
     assert (told["name"], told["facts"]["option"]) == ("live-only", option[0])
+
+
+def test_two_signals_at_once_are_one(setup: Setup) -> None:
+    """As timeout(1) sends them, to the process and then to its group: the job is cancelled, and not left."""
+    begun = Begun("commit", setup.machine.target, "--top", "[3]", *FOREVER)
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+        begun.process.send_signal(number)
+    run = begun.end()
+    assert (run.code, run.document["verdict"], job_now(setup)) == (130, "cancelled", None)
 
 
 @ALL_TOPS

@@ -60,6 +60,6 @@ def summary(done: "Sequence[Tidied]") -> str:
 
 
 def _names(entries: "Sequence[Tidied]") -> str:
-    """The first two, and how many more."""
-    names = [humanize.name(one.target, one.disk) for one in entries]
+    """The first two by name, and how many more."""
+    names = sorted(humanize.name(one.target, one.disk) for one in entries)
     return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
