@@ -2,21 +2,15 @@
 Base and top compared while both still exist, for what was copied and not for the whole disk.
 """
 
-import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.errors import ImageUnreadable
 from qmpmerge.images import growth, masks, nbd, qemuimg, ranges
 from qmpmerge.images.qemuimg import Extent
-
-PARTS = 16
-"""Into at most so many parts what is compared is cut: each is a `qemu-img` of its own, some 10 ms."""
-
-SMALL_GAP = 16 * 1024 * 1024
-"""A gap that is read along with its neighbours, since a process of its own would take longer."""
-
+from qmpmerge.images.ranges import Range
 
 DIFFERENT = "they show different data"
 """What is wrong with a base that was compared; all else is a comparison that could not be made."""
@@ -48,13 +42,12 @@ async def same(planned: Plan, held: Sequence[Extent] | None = None) -> bool:
     upto, below = planned.views
     await nbd.see_that_they_answer(upto)
     held = await qemuimg.held(planned.merged) if held is None else held
+    # What lies next to it is the same too: in a mask of larger grains there is less to look up.
+    read = ranges.aligned(_within(held, upto[-1].virtual_size), masks.LARGEST)
     try:
-        for part in parts(held, upto[-1].virtual_size):
-            if not await qemuimg.same(upto, below, part):
-                return False
-    except ImageUnreadable:  # a qemu-img that was built without what a part of a disk takes
+        return await _differs_at(upto, below, read) is None
+    except ImageUnreadable:  # a qemu-img that cannot read a mask, or knows more
         return await qemuimg.same(upto, below)
-    return True
 
 
 @dataclass(frozen=True)
@@ -83,35 +76,23 @@ async def copy_differs_at(
     Raises ImageUnreadable, ToolMissing, and what that raises.
     """
     old, new = planned.chain.images[: planned.chain.index(planned.top)], planned.views[1]
-    size = planned.overlay.virtual_size
-    mask = masks.mask(before.own, size)
-    for part in parts(before.below, size):
-        start = part.start
-        while start < part.end:
-            offset = await qemuimg.differs_at(old, new, Extent(start, part.end - start), mask)
-            if offset is None:
-                break
-            theirs = await written(offset)
-            there = next((one for one in theirs if one.start <= offset < one.end), None)
-            if there is None:
-                return offset
-            mask, start = masks.mask([*before.own, *theirs], size), there.end
+    left = _within(before.below, planned.overlay.virtual_size)
+    while (offset := await _differs_at(old, new, left)) is not None:
+        theirs = ranges.joined((extent.start, extent.end) for extent in await written(offset))
+        if not any(start <= offset < end for start, end in theirs):
+            return offset
+        left = ranges.without([(max(start, offset), end) for start, end in left if end > offset], theirs)
     return None
 
 
-def parts(held: Sequence[Extent], size: int) -> list[Extent]:
-    """
-    At most `PARTS` parts of a disk of `size` bytes, in order, that cover all of `held`, which is in order too.
+def _within(extents: Iterable[Extent], size: int) -> list[Range]:
+    """Where they are on a disk of `size` bytes, in order and apart."""
+    return ranges.joined((extent.start, min(extent.end, size)) for extent in extents)
 
-    The widest gaps are left out, as long as they are worth a process.
-    """
-    covered = [extent for extent in held if extent.start < size]
-    gaps = sorted(itertools.pairwise(covered), key=lambda pair: pair[1].start - pair[0].end, reverse=True)
-    kept = {right.start for left, right in gaps[: PARTS - 1] if right.start - left.end > SMALL_GAP}
-    found: list[Extent] = []
-    for extent in covered:
-        if found and extent.start not in kept:
-            found[-1] = Extent(found[-1].start, extent.end - found[-1].start)
-        else:
-            found.append(extent)
-    return [Extent(part.start, min(part.end, size) - part.start) for part in found]
+
+async def _differs_at(chain: Sequence[Image], other: Sequence[Image], within: Sequence[Range]) -> int | None:
+    """The first byte of these ranges at which the two views differ; little else is read. As `qemuimg.differs_at`."""
+    if not within:
+        return None
+    with masks.around(within, chain[-1].virtual_size) as mask:
+        return await qemuimg.differs_at(chain, other, mask)

@@ -1,9 +1,10 @@
 """
-Parts of a disk in a small qcow2 of our own: those that a comparison leaves out, and those that a dirty bitmap tells of.
+Parts of a disk in a small qcow2 of our own: those that a comparison is to read, and those that a dirty bitmap tells of.
 
-Laid over two chains, an image of zeros makes both read the same where it has some, so that one `qemu-img compare` leaves out as
-many parts as there are. QEMU would need a command for each of them, and hands out a bitmap's parts only over NBD, by its one
-server, which may be the user's: so both are written and read by ourselves (docs/interop/qcow2.txt in QEMU's source).
+Laid over two chains, an image of zeros with holes makes both read the same but for the holes, so that one `qemu-img compare`
+reads as many parts as there are, and nothing in between. QEMU would need a command for each of them, and hands out a bitmap's
+parts only over NBD, by its one server, which may be the user's: so both are written and read by ourselves
+(docs/interop/qcow2.txt in QEMU's source).
 """
 
 import functools
@@ -15,71 +16,81 @@ from collections.abc import Iterable, Iterator
 from qmpmerge import folder
 from qmpmerge.errors import ImageUnreadable
 from qmpmerge.folder import File
-from qmpmerge.images import qcow2
+from qmpmerge.images import qcow2, ranges
 from qmpmerge.images.qemuimg import Extent
+from qmpmerge.images.ranges import Range
 
-_SMALLEST, _LARGEST = 512, 64 * 1024
-_SUBCLUSTERS = 32
+LARGEST = 64 * 1024
+"""What a mask tells apart at the most: 1 TiB is 8 MiB of tables then."""
+
+_SMALLEST = 512
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _LENGTH = 104
-_EXTENDED_L2 = 0x10
-_ENTRY_LENGTH = 16
+_EXTENDED = 1 << 4  # of the features: 32 bits for each cluster tell which parts of it read as zeros (`extended_l2`)
+_PARTS = 32
+_ZEROS = struct.pack(">QII", 0, 0xFFFFFFFF, 0)
+_NOTHING = bytes(len(_ZEROS))
 _BITMAPS = struct.Struct(">IIIIQQ")
 _BITMAPS_EXTENSION = 0x23852875
 _ENTRY = struct.Struct(">QIIBBHI")
 _PLACE = 0x00FFFFFFFFFFFE00
 
 
-def mask(parts: Iterable[Extent], size: int) -> File:
+def around(parts: Iterable[Range], size: int) -> File:
     """
-    A qcow2 of `size` bytes that reads as zeros in these parts, and has nothing elsewhere. Its subclusters, of which a cluster
-    has 32, are as large as the parts allow; what does not begin or end at 512 bytes is made wider. Where that is 4 KiB it takes
-    128 KiB for each GiB that holds a part; with clusters as small QEMU would open none for disks of more than 8 TiB.
+    A qcow2 of `size` bytes that has nothing in these parts, which are in order and apart, and reads as zeros elsewhere; for
+    QEMU 5.2 or newer. What does not begin or end at 512 bytes is made wider.
     """
-    parts = [Extent(part.start, min(part.end, size) - part.start) for part in parts if part.start < size]
-    grain = _grain(parts, size)
-    cluster = grain * _SUBCLUSTERS
-    covered = cluster // _ENTRY_LENGTH * _SUBCLUSTERS
+    grain = _grain(parts := [part for part in parts if part[0] < size], size)
+    cluster = grain * _PARTS
+    span = cluster // len(_ZEROS) * cluster
     tables: dict[int, bytearray] = {}
-    for part in parts:
-        first, end = part.start // grain, -(-part.end // grain)
-        for index in range(first // covered, -(-end // covered)):
-            start, stop = (min(max(at - index * covered, 0), covered) for at in (first, end))
-            _zero(tables.setdefault(index, bytearray(cluster)), start, stop)
+    for begin, end in ranges.aligned(parts, grain):
+        for number in range(begin // span, -(-min(end, size) // span)):
+            if number not in tables:
+                tables[number] = bytearray(_ZEROS * (cluster // len(_ZEROS)))
+            start, stop = (min(max(edge - number * span, 0), span) // grain for edge in (begin, end))
+            _open(tables[number], start, stop)
     return _written(cluster, size, tables)
 
 
-def _zero(table: bytearray, start: int, stop: int) -> None:
-    """The subclusters from `start` to `stop`: each is a bit of four bytes in its cluster's entry, the first is the lowest."""
-    whole, end = -(-start // _SUBCLUSTERS), stop // _SUBCLUSTERS
-    for byte in range(8, 12):
-        table[whole * _ENTRY_LENGTH + byte : end * _ENTRY_LENGTH : _ENTRY_LENGTH] = b"\xff" * (end - whole)
-    for number in (*range(start, min(whole * _SUBCLUSTERS, stop)), *range(max(end * _SUBCLUSTERS, start), stop)):
-        cluster, bit = divmod(number, _SUBCLUSTERS)
-        table[cluster * _ENTRY_LENGTH + 11 - bit // 8] |= 1 << bit % 8
-
-
-def _grain(parts: Iterable[Extent], size: int) -> int:
-    edges = [edge for part in parts for edge in (part.start, part.end) if edge < size]
-    together = functools.reduce(operator.or_, edges, _LARGEST)
+def _grain(parts: Iterable[Range], size: int) -> int:
+    edges = [edge for part in parts for edge in part if edge < size]
+    together = functools.reduce(operator.or_, edges, LARGEST)
     return max(together & -together, _SMALLEST)
 
 
+def _open(table: bytearray, start: int, stop: int) -> None:
+    """Leave a hole in a table of zeros, from one grain to before another."""
+    first, last = start // _PARTS, (stop - 1) // _PARTS
+    for entry in {first, last}:
+        begin, end = (min(max(edge - entry * _PARTS, 0), _PARTS) for edge in (start, stop))
+        bits = int.from_bytes(table[16 * entry + 8 : 16 * entry + 12], "big") & ~((1 << end) - (1 << begin))
+        table[16 * entry + 8 : 16 * entry + 12] = bits.to_bytes(4, "big")
+    if last > first + 1:
+        table[16 * (first + 1) : 16 * last] = _NOTHING * (last - first - 1)
+
+
 def _written(cluster: int, size: int, tables: dict[int, bytearray]) -> File:
-    """Header, an empty table of refcounts, which nobody reads who does not write, the upper table, and the others."""
-    length = -(-size // (cluster * (cluster // _ENTRY_LENGTH)))
-    start = 2 * cluster + -(-length * 8 // cluster) * cluster
-    places = {index: start + number * cluster for number, index in enumerate(sorted(tables))}
-    upper = struct.pack(f">{length}Q", *(places.get(index, 0) for index in range(length)))
+    """
+    Header, an empty table of refcounts, which nobody reads who does not write, the upper table, a table of zeros alone, to
+    which every entry leads that has none of its own, and these.
+    """
+    length = -(-size // (cluster // len(_ZEROS) * cluster))
+    start = 2 * cluster + ranges.up(length * 8, cluster)
+    places = {number: start + count * cluster for count, number in enumerate(sorted(tables), 1)}
+    upper = struct.pack(f">{length}Q", *(places.get(number, start) for number in range(length)))
     bits = cluster.bit_length() - 1
-    places_of = (size, 0, length, 2 * cluster, cluster, 1, 0, 0)
-    head = _HEADER.pack(qcow2.MAGIC, 3, 0, 0, bits, *places_of, _EXTENDED_L2, 0, 0, 4, _LENGTH)
+    head = _HEADER.pack(
+        *(qcow2.MAGIC, 3, 0, 0, bits, size, 0, length, 2 * cluster, cluster, 1, 0, 0, _EXTENDED, 0, 0, 4, _LENGTH)
+    )
     file = folder.in_memory()
-    os.ftruncate(file.descriptor, start + len(tables) * cluster)
+    os.ftruncate(file.descriptor, start + (1 + len(tables)) * cluster)
     os.pwrite(file.descriptor, head, 0)
     os.pwrite(file.descriptor, upper, 2 * cluster)
-    for index, place in places.items():
-        os.pwrite(file.descriptor, tables[index], place)
+    os.pwrite(file.descriptor, _ZEROS * (cluster // len(_ZEROS)), start)
+    for number, place in places.items():
+        os.pwrite(file.descriptor, tables[number], place)
     return file
 
 

@@ -35,6 +35,13 @@ _READ = 65536
 _WHOLE = struct.Struct(">4sI8x4xIQIIQQIIQQQQII")
 
 
+SMALLEST_PART, TABLE_PART = 512, 64 * 1024
+"""
+So much of a second-level table QEMU reads at a time where it is told to (`l2-cache-entry-size`), up to a cluster. Its default
+are 4 KiB, among 8192 of which each miss is a search through all: to walk a whole disk of 1 TiB takes three times as long.
+"""
+
+
 class _Whole(NamedTuple):
     """The fixed part of a header of version 3 but for the backing file's name, in the order of the file."""
 
@@ -85,6 +92,11 @@ class Qcow2Header:
         """Bytes of the disk that one second-level table covers."""
         return self.cluster_size // self.entry_size * self.cluster_size
 
+    @property
+    def table_part(self) -> int:
+        """What QEMU is to read of its tables at a time by whoever walks the whole disk."""
+        return min(self.cluster_size, TABLE_PART)
+
 
 def read_of(image: Image) -> Qcow2Header | None:
     """The same of an image that may be a part of its file. Raises OSError, also where nobody tells which part."""
@@ -115,12 +127,16 @@ def read_from(file: File, offset: int = 0) -> Qcow2Header | None:
 
 
 def data_path(image: Image) -> str | None:
-    """
-    The data file of an image, its name resolved as QEMU does; None where it has none.
+    """As `data_in`, of the header as it is now. Raises OSError."""
+    return data_in(image, read_of(image))
 
-    Raises OSError, also where the name leads to anything but a regular file: nothing else is to be opened for it.
+
+def data_in(image: Image, header: Qcow2Header | None) -> str | None:
     """
-    header = read_of(image)
+    The data file of an image with this header, its name resolved as QEMU does; None where it has none.
+
+    Raises OSError where the name leads to anything but a regular file: nothing else is to be opened for it.
+    """
     if header is None or header.data_file is None:
         return None
     name = backing.named_path(header.data_file)

@@ -21,6 +21,7 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ImageUnreadable, ToolMissing
 from qmpmerge.folder import File
 from qmpmerge.images import qcow2
+from qmpmerge.images.qcow2 import Qcow2Header
 
 SECONDS = 60.0
 _OFFSET = re.compile(rb"offset (\d+)")
@@ -121,10 +122,12 @@ async def extents(image: Image) -> list[Extent]:
     opened = _Files()
     try:
         node = opened.image(image)
+        if image.format not in ("raw", "luks"):
+            node["backing"] = None
+        if image.format == "qcow2":
+            node.update(_tables(qcow2.read_of(image)))
     except OSError as error:
         raise ImageUnreadable(file=image.file, reason=error.strerror or str(error)) from None
-    if image.format not in ("raw", "luks"):
-        node["backing"] = None
     output = await _run(image.file, "map", "--force-share", "--output=json", _source(node), opened=opened.all)
     # QEMU before 6.1 does not tell zeros that are noted from what is not there.
     with _understood(image.file):
@@ -216,43 +219,40 @@ async def _mapped(images: Sequence[Image]) -> list[tuple[Extent, int]]:
         ]
 
 
-async def same(chain: Sequence[Image], other: Sequence[Image], within: Extent | None = None) -> bool:
+async def same(chain: Sequence[Image], other: Sequence[Image]) -> bool:
     """
-    Whether a chain (base first) and a lower part of it show the same data, `within` a part or all over, as read by
-    another process without locks.
+    Whether a chain (base first) and a lower part of it show the same data all over, as read by another process without locks.
 
     Holes cost nothing, all else is read. Nobody may write meanwhile, and what was written must be flushed. Raises
     ImageUnreadable when either cannot be opened like that (encrypted, on other networks than NBD), ToolMissing.
     """
-    return await differs_at(chain, other, within) is None
+    return await differs_at(chain, other) is None
 
 
-async def differs_at(
-    chain: Sequence[Image], other: Sequence[Image], within: Extent | None = None, mask: File | None = None
-) -> int | None:
+async def differs_at(chain: Sequence[Image], other: Sequence[Image], mask: File | None = None) -> int | None:
     """
-    The same, telling at which byte the first difference is; None where there is none. What a `mask` has (see `masks`) is not
-    compared.
+    The same, telling at which byte the first difference is; None where there is none. Only what a `mask` (see `masks`) does not
+    have is read.
     """
     opened = _Files()
     try:
-        sources = [_source(opened.masked(node, mask), within) for node in opened.both(chain, other)]
+        sources = [_source(opened.masked(node, mask)) for node in opened.both(chain, other)]
     except OSError as error:
         raise ImageUnreadable(file=chain[-1].file, reason=error.strerror or str(error)) from None
     code, output, complaints = await _finished("compare", *sources, seconds=None, opened=opened.all)
     if code not in (0, 1):  # 1: they differ; more: it is not known
         raise ImageUnreadable(file=chain[-1].file, reason=_first_line(complaints))
-    start, place = within.start if within is not None else 0, _OFFSET.search(output)
-    return None if code == 0 else start + (int(place[1]) if place is not None else 0)
+    place = _OFFSET.search(output)
+    return None if code == 0 else int(place[1]) if place is not None else 0
 
 
-def _source(node: dict[str, object], within: Extent | None = None) -> str:
-    if within is not None:
-        # The node in between looks through a whole chain for what is allocated where; `raw` by itself asks the top only.
-        # "fifo": it hands on what its only child says, while a vote, even of one, takes four times as long.
-        whole = {"driver": "quorum", "read-pattern": "fifo", "vote-threshold": 1, "children": [node]}
-        node = {"driver": "raw", "offset": within.start, "size": within.length, "file": whole}
+def _source(node: dict[str, object]) -> str:
     return f"json:{json.dumps(node)}"
+
+
+def _tables(header: Qcow2Header | None) -> dict[str, object]:
+    """How to keep the tables of an image that is read from its first byte to its last: in large parts, and few of them."""
+    return {} if header is None else {"l2-cache-entry-size": header.table_part, "l2-cache-size": 16 * header.table_part}
 
 
 class _Files:
@@ -275,7 +275,8 @@ class _Files:
         if mask is None:
             return node
         self.all.append(mask)
-        return {"driver": "qcow2", "file": {**backing.storage(mask.link), "locking": "off"}, "backing": node}
+        file = {**backing.storage(mask.link), "locking": "off"}
+        return {"driver": "qcow2", "file": file, "backing": node, **_tables(qcow2.decode(mask.read(512)))}
 
     def chain(self, images: Sequence[Image], lowest: str | None = None) -> dict[str, object]:
         """
@@ -286,7 +287,9 @@ class _Files:
         node = self.image(image)
         if image.format != "qcow2":
             return node
-        data = image.data.file if image.data is not None else qcow2.data_path(image) if image.has_path else None
+        header = qcow2.read_of(image) if image.has_path else None
+        data = image.data.file if image.data is not None else qcow2.data_in(image, header)
+        node.update(_tables(header))
         node["backing"] = self.chain(below, lowest) if below else lowest
         return node if data is None else {**node, "data-file": self._file(data)}
 

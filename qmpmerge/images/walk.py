@@ -33,6 +33,8 @@ class Layer:
     backing_format: str | None = None
     data_file: str | None = None
     """Its path, once it has passed the rule for names."""
+    table_part: int = qcow2.SMALLEST_PART
+    """So much of a table to read at a time: see `qcow2.TABLE_PART`."""
     encrypted: bool = False
     is_device: bool = False
     slice: Slice | None = None
@@ -127,6 +129,7 @@ def _open(named: Described, seen: File) -> tuple[Layer, object]:
         backing=header.backing if header else None,
         backing_format=header.backing_format if header else None,
         data_file=header.data_file if header else None,
+        table_part=header.table_part if header else qcow2.SMALLEST_PART,
         encrypted=form == "luks" or (header is not None and header.encrypted),
         is_device=stat.S_ISBLK(status.st_mode),
         slice=named.slice,

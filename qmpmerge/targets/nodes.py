@@ -132,6 +132,7 @@ def _image(image: Named, below: Named | None, *, write: bool, writable: bool) ->
     }
     if layer.format == "qcow2":
         options["backing"] = below.node if below is not None else None
+        options["l2-cache-entry-size"] = layer.table_part  # jobs read whole tables: see `qcow2.TABLE_PART`
     if layer.data_file is not None:
         options["data-file"] = f"{node}-data"
     if not write:

@@ -1155,9 +1155,9 @@ def test_the_result_says_verified(top: str, words: list[str], images: list[Path]
 @contextlib.contextmanager
 def corrupting(monkeypatch: pytest.MonkeyPatch, base: Path) -> Iterator[None]:
     """After the base was flushed and before it is looked at, a bit of it changes without QEMU."""
-    really = qemuimg.same
+    really = qemuimg.differs_at
 
-    async def same(chain: Sequence[qmpmerge.Image], *others: Any) -> bool:
+    async def differs_at(chain: Sequence[qmpmerge.Image], *others: Any) -> int | None:
         with open(base, "r+b") as file:
             file.seek(2 * MIB + 77)
             (byte,) = file.read(1)
@@ -1166,7 +1166,7 @@ def corrupting(monkeypatch: pytest.MonkeyPatch, base: Path) -> Iterator[None]:
         return await really(chain, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(qemuimg, "same", same)
+        patch.setattr(qemuimg, "differs_at", differs_at)
         yield
 
 
@@ -1202,7 +1202,7 @@ async def test_live_too(images: list[Path], content: Content, tmp_path: Path, mo
 async def test_without_verify_nothing_is_compared(
     top: str, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qemuimg, "same", lambda *chains: pytest.fail("it was compared"))
+    monkeypatch.setattr(qemuimg, "differs_at", lambda *chains: pytest.fail("it was compared"))
     outcome = await merged(images[3], top=top, verify=False)
     assert not outcome.verified
     content.check(outcome.after.active.file)
@@ -1221,10 +1221,10 @@ async def test_what_is_not_cheap_is_compared_on_demand_only(
 async def test_a_comparison_that_cannot_be_made_is_no_proof(
     images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def unreadable(*chains: object) -> bool:
+    async def unreadable(*chains: object) -> None:
         raise ImageUnreadable(file="x", reason="not like this")
 
-    monkeypatch.setattr(qemuimg, "same", unreadable)
+    monkeypatch.setattr(qemuimg, "differs_at", unreadable)
     with pytest.raises(NotVerified, match="not like this"):
         await merged(images[3], top="[3]", verify=True)
     content.check(images[3])
