@@ -9,6 +9,8 @@ A raw image holds all of itself, its holes too; and behind the end of an image i
 are allocated as if they were noted there (bdrv_co_common_block_status_above in block/io.c).
 """
 
+import bisect
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -197,12 +199,12 @@ def _chunks_of_raw(plan: Plan, maps: Maps) -> list[Range]:
     if raw.format != "raw":
         return []
     above = _union([*maps[plan.receiver], *(one for layer in _layers(plan, maps)[1:] for one in layer)])
-    found = list[Range]()
-    for begin, stop in ranges.without([(0, raw.virtual_size)], above):
-        data = ranges.common([(begin, stop)], _union(maps[raw]))
+    read, found = ranges.without([(0, raw.virtual_size)], above), list[Range]()
+    for start, end in ranges.common(read, _union(maps[raw])):
+        begin, stop = read[bisect.bisect_right(read, start, key=operator.itemgetter(0)) - 1]
         for phase in {0, begin % CHUNK}:
-            chunks = ((down(start - phase, CHUNK) + phase, up(end - phase, CHUNK) + phase) for start, end in data)
-            found += [(max(start, begin), min(end, stop)) for start, end in chunks]
+            chunk = down(start - phase, CHUNK) + phase, up(end - phase, CHUNK) + phase
+            found.append((max(chunk[0], begin), min(chunk[1], stop)))
     return ranges.joined(found)
 
 

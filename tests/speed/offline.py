@@ -34,7 +34,13 @@ def sparse(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None
         for whole in (False, True):
             name = f"{'whole chain' if whole else 'middle layer'}, {clusters} clusters of 1 TiB"
             for who in alternating(runs, [OURS, COMPARED, QEMU_IMG]):
-                _merge_once(figures, name, who, chain, whole=whole)
+                cpu = _merge_once(figures, name, who, chain, whole=whole)
+                figures.add(SECTION, f"{name}: CPU", who, cpu)
+        chain.put_back()
+        _merge(chain, QEMU_IMG, whole=True)  # so that base has clusters all over too
+        for _run in range(runs):
+            dry_run = ours("commit", chain.active, "--dry-run")
+            figures.add(SECTION, f"dry run, {clusters} clusters of 1 TiB: CPU", OURS, dry_run.cpu)
 
 
 def deep(figures: Figures, folder: Path, runs: int, lengths: list[int]) -> None:
