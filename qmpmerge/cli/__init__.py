@@ -37,6 +37,8 @@ def main() -> None:
         code = error.exit_code
     except click.Abort:
         code = 130
+    except SystemExit as ended:  # click's way to end a completion
+        code = ended.code
     except Exception as error:
         from qmpmerge.cli import bug
 

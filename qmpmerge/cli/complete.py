@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from qmpmerge.cli import no_tls
 from qmpmerge.errors import Error
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def _ask(ctx: click.Context, question: "Callable[[Target], Awaitable[list[T]]]")
     if target is None:
         return []
 
-    import asyncio  # the shell's TAB waits for this module, most words of a line do not need a session
+    no_tls.import_asyncio()  # the shell's TAB waits for this module, most words of a line do not need a session
+    import asyncio
 
     async def asking() -> list[T]:
         from qmpmerge.targets import open as door

@@ -10,12 +10,11 @@ import functools
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qmpmerge.cli import bug, interrupts, streams
+from qmpmerge.cli import bug, interrupts, no_tls, streams
 from qmpmerge.cli.options import Options
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import (
@@ -48,7 +47,7 @@ def awaited(options: Options, work: "Callable[[Output], Awaitable[T]]", output: 
 
     limits.raise_own()
     limits.refuse_few()
-    import_asyncio()  # `--version` and `--help` need not wait for it
+    no_tls.import_asyncio()  # `--version` and `--help` need not wait for it
     import asyncio
 
     return asyncio.run(_interruptible(work, output, options.patience))
@@ -88,24 +87,6 @@ def show(error: Error, options: Options, output: "Output") -> int:
     if not options.json and streams.is_failing(sys.stderr):
         options.output(err=sys.stdout).failure(error)
     return error.exit_code
-
-
-def import_asyncio() -> None:
-    """
-    Import asyncio as where Python was built without TLS, which no monitor speaks: loading OpenSSL takes a tenth of the time of
-    a short command.
-    """
-    if "asyncio" in sys.modules or "ssl" in sys.modules:
-        return
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # which makes its import fail
-    import asyncio  # noqa: F401
-
-    stand_in = ModuleType("ssl")
-    stand_in.SSLContext = object  # type: ignore[attr-defined]  # all that qemu.qmp wants of it is the type of an argument
-    sys.modules["ssl"] = stand_in
-    import qmpmerge.qemu.monitor  # noqa: F401
-
-    del sys.modules["ssl"]
 
 
 ONE_SIGNAL_SECONDS = 0.25

@@ -109,9 +109,9 @@ def _close_all() -> None:
 
 def serve(connection: socket.socket) -> None:
     import qmpmerge
-    from qmpmerge.cli import run
+    from qmpmerge.cli import no_tls
 
-    run.import_asyncio()
+    no_tls.import_asyncio()
     for module in pkgutil.walk_packages(qmpmerge.__path__, "qmpmerge."):
         if not module.name.endswith("__main__"):
             __import__(module.name)
