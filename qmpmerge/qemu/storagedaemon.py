@@ -7,7 +7,6 @@ The kernel ends it when we die. Where it is not installed, a QEMU without a mach
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -58,6 +57,8 @@ class Daemon:
 
 
 def _start(descriptor: int, folder: str) -> "subprocess.Popen[bytes]":
+    import ctypes  # 2 ms, and who only looks at a chain starts no daemon
+
     libc = ctypes.CDLL(None, use_errno=True)
 
     def die_with_us() -> None:
