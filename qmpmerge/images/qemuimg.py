@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -389,7 +390,8 @@ async def _finished(*arguments: str, seconds: float | None, opened: Sequence[Fil
             output, complaints = await process.communicate()
     finally:
         if process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)  # its own kill() may reap it before asyncio does, which complains
             await process.wait()
     assert process.returncode is not None
     return process.returncode, output, complaints
