@@ -217,7 +217,7 @@ async def test_the_commands_follow_a_symlink_that_leads_nowhere(
     for command in ("commit", "disks"):
         done = invoke(command, str(images[3]), "--json")
         assert (done.code, done.document["error"]["facts"]["now"]) == (3, f"{real}.merged")
-    assert f"{real}.merged was stashed" in invoke("recover", str(images[3])).out
+    assert f"{real}.merged was put aside" in invoke("recover", str(images[3])).out
     (cleaned,) = await qmpmerge.clean([real.parent])
     assert (cleaned.file, cleaned.obstacle, cleaned.allocated > 0, os.listdir(real.parent)) == (
         f"{real}.merged",
