@@ -9,6 +9,7 @@ device numbers change with a reboot.
 
 import errno
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from qmpmerge.images.files import Seen
 
 ABOVE, MERGED, PULLED = ".qmpmerge-overlay", ".qmpmerge-merged", ".qmpmerge-pulled"
 QCOW2 = ".qcow2"
+_LEFT = re.compile(rf"\.(?P<image>.+){re.escape(PULLED)}", re.DOTALL)
 _LARGEST = 65536
 
 
@@ -139,11 +141,45 @@ def _followed(note: Note) -> Note:
         known = (stashed.look(place) for place in stashed.names_of(note.file)) if not note.is_true else ()
         aside = next((one for one in known if isinstance(one, stashed.Note) and one.inode[1] == note.inode), None)
         merged = _merged(note.file) if note.is_true else None
+        left = _left_by(note.file, note.inode) if not note.is_true else None
         if aside is not None and aside.base_inode is not None:
             note = replace(note, file=aside.base, inode=aside.base_inode[1])
+        elif left is not None:
+            note = replace(note, file=left.file, inode=left.inode)
         elif merged is not None and not merged.reason:
             note = replace(note, file=merged.file, inode=merged.inode)
     return note if note.is_true else replace(note, reason=f"{note.file} is not there, or another file is")
+
+
+def _left_by(image: str, inode: int) -> Note | None:
+    """What the note says that was put beside this very image when it was left by a pull; the image itself may be gone."""
+    path = _path(image, PULLED)
+    note = _read(path, "into") if os.path.lexists(path) else None
+    return note if note is not None and not note.reason and note.own == inode else None
+
+
+def lead_on(place: str, gone: str, inode: int, into: str, into_inode: int) -> None:
+    """
+    Have the notes in a folder that lead to the image `gone`, which a pull has left or a merge takes away, lead to the one that
+    has its data. Raises OSError.
+    """
+    for path, _image in files.matching(place, _LEFT):
+        note = _read(path, "into")
+        if not note.reason and (note.file, note.inode) == (gone, inode):
+            with folder.beside(path) as (beside, name):
+                told = {"into": os.path.realpath(into), "inode": into_inode, "own": note.own}
+                beside.put(name, _encoded(told), folder.NOTE)
+                beside.sync()
+
+
+def forget_left(place: str) -> None:
+    """Remove the notes beside images that a pull had left and that are gone; what led to them is led on. Raises OSError."""
+    for path, image in files.matching(place, _LEFT):
+        gone = os.path.join(os.path.realpath(place), image)
+        note = _read(path, "into")
+        if not os.path.lexists(gone) and not note.reason:
+            lead_on(place, gone, note.own, note.file, note.inode)
+            _remove(path)
 
 
 def doubt(image: str) -> Note | None:
@@ -197,19 +233,23 @@ def _path(image: str, end: str) -> str:
 
 
 def _write(image: str, meant: Inode | None, end: str, told: Mapping[str, object]) -> str:
-    import json
-
     real, path = os.path.realpath(image), _path(image, end)
     with folder.beside(path) as (place, name):
         if meant is None or place.inode_of(os.path.basename(real)) != meant:
             raise FileNotFoundError(errno.ENOENT, f"{image} is another file now", image)
-        inode = place.put(name, json.dumps(told).encode() + b"\n", folder.NOTE).inode
+        inode = place.put(name, _encoded(told), folder.NOTE).inode
         try:
             place.sync()
         except OSError:
             place.remove(name, inode)
             raise
     return path
+
+
+def _encoded(told: Mapping[str, object]) -> bytes:
+    import json
+
+    return json.dumps(told).encode() + b"\n"
 
 
 def _remove(path: str) -> None:

@@ -150,7 +150,7 @@ class Around:
             into, reason = None, f"{note.file} cannot be read ({error.strerror or error})"
         if into is None:
             what = f"was left by a pull, says {note.path}, but {reason}"
-            self._odd[Odd(image.file, what, _NOTE.format(shlex.quote(note.path)))] = None
+            self._odd[Odd(image.file, what, _cure(note, image))] = None
         else:
             self._pulled[image.inode] = into
             self._read(os.path.dirname(note.file))
@@ -240,6 +240,16 @@ def _guest_like(image: Found, below: Found) -> Odd:
 
 
 _NOTE = "find out which image holds the last writes, then `rm -f -- {}`"
+
+
+def _cure(note: notes.Note, left: Found) -> str:
+    """Without the note an image that a pull has left looks like one to start from."""
+    if note.own != left.inode[1]:
+        return _NOTE.format(shlex.quote(note.path))
+    return (
+        f"find out which image holds the last writes, and name that: {left.file} holds older data. Once nobody needs it, move "
+        "it out of its folder"
+    )
 
 
 def noted(image: str) -> tuple[list[notes.Note], list[Odd]]:

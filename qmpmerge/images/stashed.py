@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qmpmerge import folder
@@ -87,6 +87,18 @@ def write(path: str, note: Note) -> None:
         file.remove()
         raise OSError(errno.EPERM, known, path)
     place.sync()
+
+
+def lead_on(place: str, gone: str, inode: int, into: str, into_inode: Inode, into_seen: Seen | None) -> None:
+    """
+    Have the notes in a folder that name for their base the image `gone`, which goes itself, name the one that has its data.
+    Raises OSError.
+    """
+    for _path, file in noted_in(place):
+        note = look(file)
+        is_led = isinstance(note, Note) and note.base_inode is not None and note.base_inode[1] == inode
+        if isinstance(note, Note) and is_led and files.real(note.base) == gone:
+            write(file, replace(note, base=into, base_inode=into_inode, base_seen=into_seen))
 
 
 def encode(note: Note) -> bytes:

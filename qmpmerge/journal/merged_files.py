@@ -17,7 +17,7 @@ from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.folder import Folder
 from qmpmerge.images import dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note
-from qmpmerge.journal import spared
+from qmpmerge.journal import leads, spared
 from qmpmerge.journal.record import Record, look
 
 
@@ -108,7 +108,8 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
             kept.sync()
     if own != image.file:
         hints.append(f"{image.file} leads nowhere now: it is a symlink to {own}, which was merged")
-    reason = why_not_delete(record, index, place) if record.policy == "delete" else "it is to be stashed"
+    reason = leads.why_not_led_on(record, index)
+    reason = (reason or why_not_delete(record, index, place)) if record.policy == "delete" else "it is to be stashed"
     if reason is None:
         _remove(record, image, place)  # it took a while to find out; from here on nobody can close the gap
         return MergedFile(image.file, "delete", None)

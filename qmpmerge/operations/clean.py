@@ -18,11 +18,11 @@ from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
 from qmpmerge.given import Paths
 from qmpmerge.images import backing_names, dependents, files, notes, qcow2, stashed
 from qmpmerge.images.stashed import Note, original_of
-from qmpmerge.journal import spared, store
+from qmpmerge.journal import leads, spared, store
 from qmpmerge.journal.store import Disbelieved
 
-_KEPT = re.compile(rf"\.(?P<image>.+)({re.escape(notes.MERGED)}|{re.escape(notes.PULLED)})", re.DOTALL)
-"""Notes beside images that were merged, or left by a pull, and have kept their names."""
+_KEPT = re.compile(rf"\.(?P<image>.+){re.escape(notes.MERGED)}", re.DOTALL)
+"""Notes beside images that were merged and have kept their names."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def _remove(file: str, meant: os.stat_result) -> str | None:
             now = os.lstat(file)
             if (now.st_size, now.st_mtime_ns) != (meant.st_size, meant.st_mtime_ns):
                 return "it has been written to meanwhile"
+            leads.lead_on_from_stashed(file)
             place.remove(name, folder.inode_in(meant))
             note = os.path.basename(stashed.note_path(file))
             place.remove(note, place.inode_of(note))
@@ -90,6 +91,8 @@ def _remove(file: str, meant: os.stat_result) -> str | None:
 
 def _forget_what_is_gone(path: str) -> None:
     """Notes of ours about files that somebody else has removed, or that we had when we were killed."""
+    with contextlib.suppress(OSError):
+        notes.forget_left(path)
     kept = [(note, os.path.join(path, name)) for note, name in files.matching(path, _KEPT)]
     for note, file in (*stashed.noted_in(path), *kept):
         if not os.path.lexists(file):

@@ -350,6 +350,24 @@ def test_a_pull_changes_nothing_of_what_is_started(vm: Setup, base: Path, tmp_pa
     assert told.code == 3 and "left by a pull" in told.err, told.err
 
 
+def test_what_a_pull_has_left_leads_on_when_what_it_leads_to_is_pulled_itself(tmp_path: Path) -> None:
+    """However that goes: with the pull, with `clean`, by hand. No hint helps an old one to a start."""
+    (first, last), folder = make_chain(tmp_path, ["l0.qcow2", "l1.qcow2"]), str(tmp_path)
+    assert invoke("pull", str(last)).code == 0
+    for number, policy in enumerate(("keep", "delete", "stash"), 2):
+        last, gone = overlay(tmp_path / f"l{number}.qcow2", last), last
+        assert invoke("pull", str(last), "--merged-files", policy).code == 0
+        if policy == "keep":
+            gone.unlink()
+        elif policy == "stash":
+            assert invoke("clean", folder).code == 0
+        assert [invoke("active", place).out.strip() for place in (str(first), folder)] == [str(last)] * 2, policy
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".l0.qcow2.qmpmerge-pulled", "l0.qcow2", "l4.qcow2"]
+    last.unlink()
+    told = invoke("active", str(first))
+    assert (told.code, "rm " in told.err, f"{first} holds older data" in " ".join(told.err.split())) == (3, False, True)
+
+
 def test_a_kept_image_that_is_used_again_is_a_no(vm: Setup, base: Path, tmp_path: Path) -> None:
     put(vm, tmp_path / "a.qcow2")
     assert invoke("commit", vm.machine.target, "--merged-files", "keep").code == 0

@@ -1019,6 +1019,20 @@ async def test_clean_sees_who_needs_what_a_pull_has_stashed(tmp_path: Path) -> N
     assert [one.obstacle for one in await qmpmerge.clean([tmp_path])] == [None]
 
 
+@pytest.mark.parametrize("policy", ["delete", "stash"])
+async def test_what_a_commit_has_stashed_can_go_after_a_pull_has_taken_its_base(policy: Any, tmp_path: Path) -> None:
+    images = make_chain(tmp_path, ("base.qcow2", "a.qcow2", "b.qcow2"))
+    async with qmpmerge.offline(images[2]) as target:
+        await qmpmerge.commit(target, top="[2]")
+    async with qmpmerge.offline(images[2]) as target:
+        outcome = await qmpmerge.pull(target, merged_files=policy)
+    assert [one.action for one in outcome.merged] == [policy]
+    if policy == "stash":
+        await qmpmerge.clean([f"{images[0]}.merged"])
+    assert [one.obstacle for one in await qmpmerge.clean([tmp_path])] == [None]
+    assert [file.name for file in tmp_path.iterdir()] == ["b.qcow2"]
+
+
 async def test_what_was_not_compared_is_stashed_and_not_deleted(setup: Setup) -> None:
     async with setup.target() as target:
         with pytest.raises(StillRunning):
