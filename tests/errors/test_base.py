@@ -109,7 +109,7 @@ def test_an_error_says_what_to_do_next(kind: type[Error]) -> None:
     assert hint.count("`") % 2 == 0, "commands stand in backticks"
 
 
-TYPED = {"option", "command", "pull", "below"}
+TYPED = {"option", "command", "cure", "pull", "below"}
 """Facts that are words for a shell already."""
 
 

@@ -130,11 +130,11 @@ async def test_a_difference_while_the_guest_is_paused_stops_the_pivot(
 ) -> None:
     before = folder.names(tmp_path)
 
-    async def differ(*chains: object) -> bool:
+    async def differ(*_of: object) -> int:
         assert setup.machine.session.execute("query-status")["status"] == "paused"
-        return False
+        return 0
 
-    monkeypatch.setattr(qemuimg, "same", differ)
+    monkeypatch.setattr(qemuimg, "differs_at", differ)
     with pytest.raises(NotVerified):
         await folder.live(setup, verify=True)
     assert setup.machine.session.execute("query-status")["status"] == "running"
