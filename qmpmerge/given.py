@@ -38,3 +38,10 @@ def see_amount(value: object, what: str, *, least: float = 0) -> None:
     """Raise ValueError where `value` is neither None nor a number from `least` up."""
     if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and value >= least):
         raise ValueError(f"{what} is a number from {least} up, and not {value!r}")
+
+
+def see_count(value: object, what: str, *, least: int = 0) -> None:
+    """Raise ValueError where `value`, bytes or how many, is neither None nor a whole number from `least` up."""
+    see_amount(value, what, least=least)
+    if isinstance(value, float):
+        raise ValueError(f"{what} is a whole number, and not {value!r}")

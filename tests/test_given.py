@@ -18,6 +18,8 @@ MISTAKES: dict[str, Callable[[Target], Awaitable[Any]]] = {
     "merged_files": lambda target: qmpmerge.commit(target, merged_files="x"),  # type: ignore[arg-type]
     "speed": lambda target: qmpmerge.commit(target, speed="10M"),  # type: ignore[arg-type]
     "no speed": lambda target: qmpmerge.commit(target, speed=-1, dry_run=True),
+    "parts of a byte": lambda target: qmpmerge.commit(target, speed=1.5),  # type: ignore[arg-type]
+    "parts of an image": lambda target: qmpmerge.commit(target, keep=1.5, dry_run=True),  # type: ignore[arg-type]
     "polite": lambda target: qmpmerge.commit(target, polite=-1.0),
     "force": lambda target: qmpmerge.commit(target, force={"bogus"}),
     "force of pull": lambda target: qmpmerge.pull(target, force="bogus"),
@@ -30,7 +32,7 @@ MISTAKES: dict[str, Callable[[Target], Awaitable[Any]]] = {
 async def test_a_word_that_is_none_is_a_value_error_and_does_nothing(mistake: str, setup: Setup) -> None:
     async with setup.target() as target:
         before = await target.layout()
-        with pytest.raises(ValueError, match="is one of|is a number"):
+        with pytest.raises(ValueError, match="is one of|is a (whole )?number"):
             await MISTAKES[mistake](target)
         assert (await target.layout()).disks == before.disks
 

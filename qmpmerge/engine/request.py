@@ -53,9 +53,9 @@ class Request:
         """Raises ValueError for what is none of these; OptionsConflict: whoever helps a guest must have the monitor at hand."""
         given.see(self.ending, Ending, "ending")
         given.see(self.merged_files, (None, *get_args(Policy)), "merged_files")
-        given.see_amount(self.speed, "speed")
+        given.see_count(self.speed, "speed")
         given.see_amount(self.polite, "polite")
-        given.see_amount(self.keep, "keep")
+        given.see_count(self.keep, "keep")
         given.forced(self.force)
         if self.keep is not None and (self.shallow or self.top is not None):
             raise OptionsConflict(options=["--keep", "--shallow" if self.shallow else "--top"])

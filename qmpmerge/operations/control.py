@@ -52,7 +52,7 @@ async def control(
     Raises NoSuchJob, JobVerb, QemuRefused, Replaced, NotProven, and what `follow.follow` raises.
     """
     given.see(verb, VERBS, "verb")
-    given.see_amount(speed, "speed")
+    given.see_count(speed, "speed")
     job = await target.job(job_id)
     if verb not in job.verbs and not (verb in jobs.FINISHING and job.can_be_followed):
         raise JobVerb(job=job.id, verb=verb, status=job.status, verbs=job.verbs)

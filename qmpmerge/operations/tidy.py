@@ -116,7 +116,7 @@ async def tidy(
     OptionsConflict for a pull that is to keep no overlay to pull into.
     """
     given.see(direction, Direction, "direction")
-    given.see_amount(parallel, "parallel", least=1)
+    given.see_count(parallel, "parallel", least=1)
     request = Request(
         direction="pull" if direction == "pull" else "commit",
         keep=keep,
