@@ -33,7 +33,7 @@ class Note:
     inode: int = 0
     own: int = 0
     seen: Seen | None = None
-    """The inode number of the image beside which it lies, and what that looked like; of a merged one."""
+    """The inode number of the image beside which it lies, and what that looked like; of one merged, or left by a pull."""
     reason: str = ""
 
     @property
@@ -64,9 +64,11 @@ def put_on(image: str, meant: Inode | None, overlay: str) -> str:
 
 def merged(image: str, meant: Inode | None, base: str) -> str:
     """Note beside `image`, which keeps its name, that all it holds is in `base` now. As `put_on`."""
-    seen = files.seen(image)
-    looks = {"own": os.stat(image).st_ino, "size": seen.size, "changed": seen.changed}
-    told = {"base": os.path.realpath(base), "inode": os.stat(base).st_ino, **looks}
+    told = {
+        "base": os.path.realpath(base),
+        "inode": os.stat(base).st_ino,
+        **_looks(os.stat(image).st_ino, files.seen(image)),
+    }
     return _write(image, meant, MERGED, told)
 
 
@@ -74,8 +76,16 @@ def pulled(image: str, meant: Inode | None, into: str) -> str:
     """
     Note beside `image`, which shows what it always did, that `into` was built on it until that was pulled into. As `put_on`.
     """
-    told = {"into": os.path.realpath(into), "inode": os.stat(into).st_ino, "own": os.stat(image).st_ino}
+    told = {
+        "into": os.path.realpath(into),
+        "inode": os.stat(into).st_ino,
+        **_looks(os.stat(image).st_ino, files.seen(image)),
+    }
     return _write(image, meant, PULLED, told)
+
+
+def _looks(own: int, seen: Seen | None) -> dict[str, int]:
+    return {"own": own, **({"size": seen.size, "changed": seen.changed} if seen is not None else {})}
 
 
 def is_needed(image: str, overlay: str) -> bool:
@@ -130,6 +140,8 @@ def pulled_into(image: str) -> Note | None:
         return note
     if note.own != os.stat(image).st_ino:
         return replace(note, reason=f"{image} is another file than that: a copy, or a newer image")
+    if note.seen is not None and note.seen != files.seen(image):
+        return replace(note, reason=f"{image} was written to since")
     return _followed(note)
 
 
@@ -167,7 +179,7 @@ def lead_on(place: str, gone: str, inode: int, into: str, into_inode: int) -> No
         note = _read(path, "into")
         if not note.reason and (note.file, note.inode) == (gone, inode):
             with folder.beside(path) as (beside, name):
-                told = {"into": os.path.realpath(into), "inode": into_inode, "own": note.own}
+                told = {"into": os.path.realpath(into), "inode": into_inode, **_looks(note.own, note.seen)}
                 beside.put(name, _encoded(told), folder.NOTE)
                 beside.sync()
 
@@ -213,6 +225,24 @@ def _was_merged_on(note: Note) -> bool:
     """Whether the base has been merged itself meanwhile, and is stashed."""
     places = map(files.inode, stashed.names_of(note.file))
     return any(found is not None and found[1] == note.inode for found in places)
+
+
+def written_by_merge(image: str, meant: Inode | None) -> None:
+    """
+    A merge down has written to `image`, and which overlay was once pulled out of it says nothing any more of who goes on from
+    here. Raises OSError.
+    """
+    if meant is not None and files.inode(image) == meant:
+        _remove(_path(image, PULLED))
+
+
+def written_by_pull(image: str, meant: Inode | None) -> None:
+    """A pull into `image` has changed nothing of what it shows: a note of an earlier one stays true. Raises OSError."""
+    path = _path(image, PULLED)
+    note = _read(path, "into") if os.path.lexists(path) else None
+    if note is not None and not note.reason and meant is not None and note.own == meant[1]:
+        told = {"into": note.file, "inode": note.inode, **_looks(note.own, files.seen(image))}
+        _write(image, meant, PULLED, told)
 
 
 def forget(image: str) -> None:

@@ -246,9 +246,10 @@ def _cure(note: notes.Note, left: Found) -> str:
     """Without the note an image that a pull has left looks like one to start from."""
     if note.own != left.inode[1]:
         return _NOTE.format(shlex.quote(note.path))
+    older = "" if "written to since" in note.reason else f": {left.file} holds older data"
     return (
-        f"find out which image holds the last writes, and name that: {left.file} holds older data. Once nobody needs it, move "
-        "it out of its folder"
+        f"find out which image holds the last writes, and name that{older}. Once nobody needs {left.file}, move it out of its "
+        "folder"
     )
 
 

@@ -89,7 +89,7 @@ def finish(record: Record, search: Collection[str] = ()) -> tuple[list[MergedFil
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
     kept_at = {one.file: one.now for one in done if one.action == "keep" and one.now is not None}
     notes_kept = _note_pulled if record.direction == "pull" else _note_kept
-    hints += [*notes_kept(record, kept_at), *_note_overlays(record, kept_at)]
+    hints += [*notes_kept(record, kept_at), *_note_overlays(record, kept_at), *_note_written(record)]
     return done, hints
 
 
@@ -212,6 +212,20 @@ def _note_pulled(record: Record, places: Mapping[str, str]) -> Iterator[str]:
                 f"it could not be noted beside {image.file} that {receiver.file} was built on it ({error.strerror or error}): "
                 "to `qmpmerge active` it looks like an image to start from"
             )
+
+
+def _note_written(record: Record) -> Iterator[str]:
+    """What the note of an earlier pull beside the receiver says from now on; yields why that could not be written down."""
+    receiver = record.plan.receiver
+    written = notes.written_by_pull if record.direction == "pull" else notes.written_by_merge
+    try:
+        if receiver.has_path and files.is_regular(receiver.file):
+            written(receiver.file, _meant(record, receiver.file, receiver))
+    except OSError as error:
+        yield (
+            f"the note of an earlier pull beside {receiver.file} could not be brought up to date ({error.strerror or error}): "
+            "`qmpmerge active` refuses to follow it"
+        )
 
 
 def _leads_up(image: str, above: Image) -> bool:

@@ -368,6 +368,33 @@ def test_what_a_pull_has_left_leads_on_when_what_it_leads_to_is_pulled_itself(tm
     assert (told.code, "rm " in told.err, f"{first} holds older data" in " ".join(told.err.split())) == (3, False, True)
 
 
+def test_who_once_was_pulled_off_a_base_is_not_who_goes_on_from_it(tmp_path: Path) -> None:
+    """Two VMs on one base: the first is pulled off, the other is merged into it. The base is the other's then."""
+    base, first = make_chain(tmp_path, ["base.qcow2", "first.qcow2"])
+    other, last = overlay(tmp_path / "other.qcow2", base), tmp_path / "last.qcow2"
+    assert invoke("pull", str(first)).code == 0
+    assert (invoke("active", str(base)).code, active(first), active(other)) == (3, "first.qcow2", "other.qcow2")
+    overlay(last, other)
+    assert invoke("commit", str(last), "--base", str(base), "--top", str(other)).code == 0
+    assert (active(base), active(first), active(last)) == ("last.qcow2", "first.qcow2", "last.qcow2")
+    assert invoke("commit", str(last), "--yes").code == 0
+    assert [active(image) for image in (base, first, last, other)] == ["base.qcow2", "first.qcow2"] + ["base.qcow2"] * 2
+    assert invoke("active", str(tmp_path)).code == 3
+
+
+def test_an_image_left_by_a_pull_that_is_written_to_leads_nowhere(tmp_path: Path) -> None:
+    """Somebody's VM writes to it. That another pull has filled it up changes nothing of what it shows."""
+    base, middle, last = make_chain(tmp_path, ["base.qcow2", "middle.qcow2", "last.qcow2"])
+    assert invoke("pull", str(last)).code == 0
+    assert invoke("pull", str(middle)).code == 0
+    assert [active(image) for image in (base, middle)] == ["last.qcow2"] * 2
+    run("qemu-io", "-c", "write -P 7 0 64k", middle)
+    for path in (base, middle, tmp_path):
+        told = invoke("active", str(path))
+        assert (told.code, f"{middle} was written to since" in " ".join(told.err.split())) == (3, True), told.err
+    assert active(last) == "last.qcow2"
+
+
 def test_a_kept_image_that_is_used_again_is_a_no(vm: Setup, base: Path, tmp_path: Path) -> None:
     put(vm, tmp_path / "a.qcow2")
     assert invoke("commit", vm.machine.target, "--merged-files", "keep").code == 0
