@@ -12,7 +12,7 @@ from qmpmerge.errors import NotSeen, Refused
 from qmpmerge.processes import holders, proc
 from qmpmerge.processes.openfiles import FDSET
 
-INSIST = "`--force not-seen` merges if you know that nobody else needs these images"
+INSIST = "`--force not-seen` goes on if you know that nobody else needs these images"
 ABSOLUTE = "start the VM with absolute file names, or merge with the VM off"
 
 
@@ -24,7 +24,7 @@ async def not_seen(question: Question) -> AsyncIterator[Refused]:
     Where QEMU's process may not be looked at, the images' own locks tell that some QEMU has the very file open.
     """
     pid = question.target.pid
-    again = f"commit pid:{pid} {shlex.quote(question.view.disk.name)}"
+    again = f"{question.plan.direction} pid:{pid} {shlex.quote(question.view.disk.name)}"
     found: dict[tuple[str, str], list[str]] = {}
     for image in question.touched:
         why = whereabouts(image, pid, again) if image.is_elsewhere else doubtful(image, is_seen=bool(question.opened))

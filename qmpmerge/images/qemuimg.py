@@ -7,6 +7,7 @@ a leading dash. `info` opens a single image and nothing below it.
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from qmpmerge.images import qcow2
 from qmpmerge.images.qcow2 import Qcow2Header
 
 SECONDS = 60.0
+_CANNOT_RUN = 126  # as a shell has it
 _OFFSET = re.compile(rb"offset (\d+)")
 
 
@@ -248,7 +250,8 @@ async def differs_at(chain: Sequence[Image], other: Sequence[Image], mask: File 
 
 
 def _source(node: dict[str, object]) -> str:
-    return f"json:{json.dumps(node)}"
+    """Without blanks, since Linux takes 128 KiB for an argument, which a chain of `walk.DEEPEST` images needs."""
+    return f"json:{json.dumps(node, separators=(',', ':'))}"
 
 
 def _tables(header: Qcow2Header | None) -> dict[str, object]:
@@ -385,6 +388,10 @@ async def _finished(*arguments: str, seconds: float | None, opened: Sequence[Fil
         )
     except FileNotFoundError:
         raise ToolMissing(program="qemu-img", package="qemu-utils") from None
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        return _CANNOT_RUN, b"", b"the chain is too long to be described to qemu-img"
     try:
         async with asyncio.timeout(seconds):
             output, complaints = await process.communicate()

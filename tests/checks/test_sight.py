@@ -312,18 +312,34 @@ def test_insisted_on_it_is_qemus_doing_alone(
     content.check(inside / ("base.raw" if top is None else "c.qcow2"))
 
 
+def test_the_cure_of_a_pull_pulls_in_the_namespace(container: tuple[Machine, Path], content: Content) -> None:
+    vm, inside = container
+    refused = invoke("pull", vm.target)
+    done = typed_as_told(refused.err)
+    assert done.returncode == 0, done.stderr
+    vm.stop()
+    assert "backing file" not in run("qemu-img", "info", inside / "c.qcow2")
+    content.check(inside / "c.qcow2")
+
+
+def typed_as_told(said: str) -> subprocess.CompletedProcess[str]:
+    """What is run in QEMU's mount namespace, as the hint has it."""
+    command = said.partition("`nsenter")[2].partition("`")[0]
+    environment = {**os.environ, "PATH": f"{os.path.dirname(COMMAND)}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["sh", "-c", f"nsenter{command}"], capture_output=True, text=True, env=environment, check=False
+    )
+
+
 def test_the_cure_looks_and_merges_in_the_namespace(container: tuple[Machine, Path], content: Content) -> None:
     """Typed as it is printed: it sees who is built on the images there, and merges when nobody is any more."""
     vm, inside = container
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "other.qcow2", cwd=inside)
     refused = invoke("commit", vm.target)
-    command = refused.err.partition("`nsenter")[2].partition("`")[0]
-    environment = {**os.environ, "PATH": f"{os.path.dirname(COMMAND)}:{os.environ['PATH']}"}
-    typed = ["sh", "-c", f"nsenter{command}"]
-    done = subprocess.run(typed, capture_output=True, text=True, env=environment, check=False)
+    done = typed_as_told(refused.err)
     assert (done.returncode, "other.qcow2" in done.stderr) == (3, True), done.stderr
     (inside / "other.qcow2").unlink()
-    done = subprocess.run(typed, capture_output=True, text=True, env=environment, check=False)
+    done = typed_as_told(refused.err)
     assert done.returncode == 0, done.stderr
     vm.stop()
     content.check(inside / "base.raw")

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 from rig.machines import MIB, SIZE, Content, fill, make_chain, run
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.errors import ImageUnreadable
 from qmpmerge.images import compare, qemuimg
 from qmpmerge.images.qemuimg import Extent
+from qmpmerge.images.walk import DEEPEST
 
 
 def planned(images: list[Path], top: str) -> plan.CommitPlan:
@@ -43,3 +46,14 @@ async def test_a_byte_that_differs_is_found_wherever_an_image_holds_it(tmp_path:
         wrong[offset] ^= 1
         images[0].write_bytes(wrong)
         assert not await compare.same(whole), offset
+
+
+async def test_a_chain_too_long_for_an_argument_cannot_be_compared(tmp_path: Path) -> None:
+    """Linux takes 128 KiB for one, which many images with data files of their own need more than."""
+    first, data = tmp_path / "0.qcow2", tmp_path / "data.raw"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", first, "1M")
+    images = [Image(str(tmp_path / f"{number}.qcow2"), "qcow2", MIB) for number in range(DEEPEST)]
+    for image in images[1:]:
+        Path(image.file).write_bytes(first.read_bytes())
+    with pytest.raises(ImageUnreadable, match="too long"):
+        await qemuimg.same(images, images[:1])
