@@ -3,6 +3,7 @@ How a VM was started, next to what its images are now: a start by the same comma
 newer.
 """
 
+import contextlib
 import os
 import shlex
 import time
@@ -35,7 +36,7 @@ def examine(chains: Sequence[Chain], launched: Sequence[str]) -> Iterator[Findin
     """Where a start by the same command line would not show what the guest sees now."""
     for path in launched:
         inode = files.inode(path)
-        chain = _chain_of(inode, chains) or _chain_of(_pulled_into(path), chains)
+        chain = next(filter(None, (_chain_of(one, chains) for one in (inode, *_pulled_into(path)))), None)
         if chain is not None and path_of_active(chain, launched) is None:
             started = started_from(chain, launched) or path
             if files.inode(started) == inode:
@@ -53,9 +54,10 @@ def _chain_of(inode: Inode | None, chains: Sequence[Chain]) -> Chain | None:
     return next((chain for chain in chains if inode is not None and inode in {image.inode for image in chain}), None)
 
 
-def _pulled_into(path: str) -> Inode | None:
-    note = notes.pulled_into(path)
-    return files.inode(note.file) if note is not None and not note.reason else None
+def _pulled_into(path: str) -> list[Inode | None]:
+    with contextlib.suppress(OSError):
+        return [files.inode(note.file) for note in notes.pulled_into(path) if not note.reason]
+    return []
 
 
 def path_of_active(chain: Chain, launched: Sequence[str]) -> str | None:

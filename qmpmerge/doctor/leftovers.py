@@ -168,8 +168,8 @@ async def _built_on(chain: Chain, search: Collection[str], pid: int | None) -> A
 
 def _is_left_by_pull(file: str, chain: Chain) -> bool:
     """Whether it left this very chain: nothing is wrong about it."""
-    note = notes.pulled_into(file)
-    return note is not None and not note.reason and files.inode(note.file) in {image.inode for image in chain}
+    own = {image.inode for image in chain}
+    return any(not note.reason and files.inode(note.file) in own for note in notes.pulled_into(file))
 
 
 def _started_from(chain: Chain, found: list[Dependent], pid: int | None) -> set[str]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.outcome import Policy
+from qmpmerge.chain.plan import Plan
 from qmpmerge.journal import record, stash
 from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
@@ -37,9 +38,15 @@ def of_run(run: "Run", path: str) -> Record:
         old_nodes=run.old_nodes,
         base_driver=run.base_driver,
         away={} if policy == "keep" else stash.names_away(plan.chain, base, top),
-        before=record.looks(plan.chain, range(base + 1, top + (plan.overlay is not None))),
+        before=record.looks(plan.chain, _quiet(plan, base, top)),
     )
     return new if run.record is None else _continued(new, run.record)
+
+
+def _quiet(plan: Plan, base: int, top: int) -> range:
+    """The merged images, and what is pulled into, as far as no guest writes to them, which the active image is for."""
+    end = top + 1 if plan.direction == "pull" else top
+    return range(base + 1, min(end, len(plan.chain) - 1) + 1)
 
 
 def _continued(new: Record, known: Record) -> Record:

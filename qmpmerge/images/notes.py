@@ -20,8 +20,10 @@ from qmpmerge.images.files import Seen
 
 ABOVE, MERGED, PULLED = ".qmpmerge-overlay", ".qmpmerge-merged", ".qmpmerge-pulled"
 QCOW2 = ".qcow2"
-_LEFT = re.compile(rf"\.(?P<image>.+){re.escape(PULLED)}", re.DOTALL)
+_LEFT = re.compile(rf"\.(?P<image>.+)\.[0-9a-f]+{re.escape(PULLED)}", re.DOTALL)
 _LARGEST = 65536
+_NEVER = Seen(-1, -1)
+"""As no file looks."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,21 @@ def pulled(image: str, meant: Inode | None, into: str) -> str:
     """
     Note beside `image`, which shows what it always did, that `into` was built on it until that was pulled into. As `put_on`.
     """
-    told = {
-        "into": os.path.realpath(into),
-        "inode": os.stat(into).st_ino,
-        **_looks(os.stat(image).st_ino, files.seen(image)),
-    }
-    return _write(image, meant, PULLED, told)
+    return _pulled(image, meant, os.path.realpath(into), os.stat(into).st_ino)
 
 
-def _looks(own: int, seen: Seen | None) -> dict[str, int]:
-    return {"own": own, **({"size": seen.size, "changed": seen.changed} if seen is not None else {})}
+def _pulled(image: str, meant: Inode | None, into: str, inode: int) -> str:
+    told = {"into": into, "inode": inode, **_looks(os.stat(image).st_ino, files.seen(image))}
+    return _write(image, meant, _left_for(inode), told)
+
+
+def _left_for(inode: int) -> str:
+    """How the name of a note ends about what was pulled into the file of this inode number."""
+    return f".{inode:x}{PULLED}"
+
+
+def _looks(own: int, seen: Seen) -> dict[str, int]:
+    return {"own": own, "size": seen.size, "changed": seen.changed}
 
 
 def is_needed(image: str, overlay: str) -> bool:
@@ -114,11 +121,15 @@ def tells(image: str, overlay: str) -> bool:
 
 def above(image: str) -> list[Note]:
     """The notes about overlays of `image`. Raises OSError where the folder cannot be listed."""
+    return [_read(path, "overlay") for path in _numbered(image, ABOVE)]
+
+
+def _numbered(image: str, end: str) -> list[str]:
+    """The notes of a kind of which an image can have several, whose names have the other file's inode number."""
     place, name = os.path.split(os.path.realpath(image))
     start = f".{name}."
-    found = sorted(one for one in os.listdir(place) if one.startswith(start) and one.endswith(ABOVE))
-    exact = [one for one in found if "." not in one[len(start) : -len(ABOVE)]]
-    return [_read(os.path.join(place, one), "overlay") for one in exact]
+    found = sorted(one for one in os.listdir(place) if one.startswith(start) and one.endswith(end))
+    return [os.path.join(place, one) for one in found if "." not in one[len(start) : -len(end)]]
 
 
 def base_of(image: str) -> str | None:
@@ -127,71 +138,81 @@ def base_of(image: str) -> str | None:
     return note.file if note is not None and not note.reason else None
 
 
-def pulled_into(image: str) -> Note | None:
+def pulled_into(image: str) -> list[Note]:
     """
-    The note that what was built on `image` was pulled out of it, which leads to where that has gone since; with a `reason`
-    where it is not believed.
+    The notes that what was built on `image` was pulled out of it, each leading to where that has gone since; with a `reason`
+    where one is not believed. Raises OSError where the folder cannot be listed.
     """
-    path = _path(image, PULLED)
-    if not os.path.lexists(path) or not os.path.exists(image):
-        return None
-    note = _read(path, "into")
+    left = map(_left, _numbered(image, PULLED)) if os.path.exists(image) else ()
+    return [end for note in left for end in _ends(_held_against(image, note))]
+
+
+def _left(path: str) -> Note:
+    return _read(path, "into")
+
+
+def _held_against(image: str, note: Note) -> Note:
     if note.reason:
         return note
     if note.own != os.stat(image).st_ino:
         return replace(note, reason=f"{image} is another file than that: a copy, or a newer image")
-    if note.seen is not None and note.seen != files.seen(image):
+    if note.seen != files.seen(image):
         return replace(note, reason=f"{image} was written to since")
-    return _followed(note)
+    return note
 
 
-def _followed(note: Note) -> Note:
-    """The same of the image to which what `note` tells of was merged or pulled, and so on."""
-    seen: set[str] = set()
-    while note.file not in seen:
-        seen.add(note.file)
-        known = (stashed.look(place) for place in stashed.names_of(note.file)) if not note.is_true else ()
-        aside = next((one for one in known if isinstance(one, stashed.Note) and one.inode[1] == note.inode), None)
-        merged = _merged(note.file) if note.is_true else None
-        left = _left_by(note.file, note.inode) if not note.is_true else None
-        if aside is not None and aside.base_inode is not None:
-            note = replace(note, file=aside.base, inode=aside.base_inode[1])
-        elif left is not None:
-            note = replace(note, file=left.file, inode=left.inode)
-        elif merged is not None and not merged.reason:
-            note = replace(note, file=merged.file, inode=merged.inode)
-    return note if note.is_true else replace(note, reason=f"{note.file} is not there, or another file is")
+def _ends(note: Note, before: frozenset[tuple[str, int]] = frozenset()) -> list[Note]:
+    """The same for the images to which what `note` tells of was merged or pulled, and so on."""
+    here = (note.file, note.inode)
+    further = _further(note) if not note.reason and here not in before else []
+    if further:
+        return [end for one in further for end in _ends(one, before | {here})]
+    is_lost = not note.reason and not note.is_true
+    return [replace(note, reason=f"{note.file} is not there, or another file is") if is_lost else note]
 
 
-def _left_by(image: str, inode: int) -> Note | None:
-    """What the note says that was put beside this very image when it was left by a pull; the image itself may be gone."""
-    path = _path(image, PULLED)
-    note = _read(path, "into") if os.path.lexists(path) else None
-    return note if note is not None and not note.reason and note.own == inode else None
+def _further(note: Note) -> list[Note]:
+    """Where the image has gone to which a note leads, if it has."""
+    if note.is_true:
+        merged = _merged(note.file)
+        return [replace(note, file=merged.file, inode=merged.inode)] if merged is not None and not merged.reason else []
+    for place in stashed.names_of(note.file):
+        aside = stashed.look(place)
+        if isinstance(aside, stashed.Note) and aside.inode[1] == note.inode and aside.base_inode is not None:
+            return [replace(note, file=aside.base, inode=aside.base_inode[1])]
+    is_there = os.path.isdir(os.path.dirname(os.path.realpath(note.file)))
+    left = map(_left, _numbered(note.file, PULLED)) if is_there else ()  # the image itself may be gone
+    return [replace(note, file=one.file, inode=one.inode) for one in left if not one.reason and one.own == note.inode]
 
 
-def lead_on(place: str, gone: str, inode: int, into: str, into_inode: int) -> None:
+def lead_on(place: str, gone: str, inode: int, into: Collection[tuple[str, int]]) -> None:
     """
-    Have the notes in a folder that lead to the image `gone`, which a pull has left or a merge takes away, lead to the one that
-    has its data. Raises OSError.
+    Have the notes in a folder that lead to the image `gone`, which a pull has left or a merge takes away, lead to those that
+    have its data, by path and inode number. Raises OSError.
     """
-    for path, _image in files.matching(place, _LEFT):
-        note = _read(path, "into")
+    for path, image in files.matching(place, _LEFT):
+        note = _left(path)
         if not note.reason and (note.file, note.inode) == (gone, inode):
             with folder.beside(path) as (beside, name):
-                told = {"into": os.path.realpath(into), "inode": into_inode, **_looks(note.own, note.seen)}
-                beside.put(name, _encoded(told), folder.NOTE)
+                for file, number in into:
+                    told = {"into": os.path.realpath(file), "inode": number, **_looks(note.own, note.seen or _NEVER)}
+                    beside.put(f".{image}{_left_for(number)}", _encoded(told), folder.NOTE)
+                if all(number != inode for _file, number in into):
+                    beside.remove(name, beside.inode_of(name))
                 beside.sync()
 
 
 def forget_left(place: str) -> None:
     """Remove the notes beside images that a pull had left and that are gone; what led to them is led on. Raises OSError."""
+    found: dict[tuple[str, int], list[Note]] = {}
     for path, image in files.matching(place, _LEFT):
-        gone = os.path.join(os.path.realpath(place), image)
-        note = _read(path, "into")
+        gone, note = os.path.join(os.path.realpath(place), image), _left(path)
         if not os.path.lexists(gone) and not note.reason:
-            lead_on(place, gone, note.own, note.file, note.inode)
-            _remove(path)
+            found.setdefault((gone, note.own), []).append(note)
+    for (gone, own), left in found.items():
+        lead_on(place, gone, own, [(note.file, note.inode) for note in left])
+        for note in left:
+            _remove(note.path)
 
 
 def doubt(image: str) -> Note | None:
@@ -227,28 +248,33 @@ def _was_merged_on(note: Note) -> bool:
     return any(found is not None and found[1] == note.inode for found in places)
 
 
-def written_by_merge(image: str, meant: Inode | None) -> None:
+def renew_left(image: str, meant: Inode | None, before: Seen | None) -> None:
     """
-    A merge down has written to `image`, and which overlay was once pulled out of it says nothing any more of who goes on from
-    here. Raises OSError.
+    A pull into `image` has changed nothing of what it shows: notes that earlier ones have left beside it, and that were true
+    when it looked as it did `before`, stay so. Raises OSError.
     """
-    if meant is not None and files.inode(image) == meant:
-        _remove(_path(image, PULLED))
+    for note in map(_left, _numbered(image, PULLED)):
+        if not note.reason and meant is not None and note.own == meant[1] and note.seen == before:
+            _pulled(image, meant, note.file, note.inode)
 
 
-def written_by_pull(image: str, meant: Inode | None) -> None:
-    """A pull into `image` has changed nothing of what it shows: a note of an earlier one stays true. Raises OSError."""
-    path = _path(image, PULLED)
-    note = _read(path, "into") if os.path.lexists(path) else None
-    if note is not None and not note.reason and meant is not None and note.own == meant[1]:
-        told = {"into": note.file, "inode": note.inode, **_looks(note.own, files.seen(image))}
-        _write(image, meant, PULLED, told)
+def end_left(image: str, meant: Inode | None) -> list[str]:
+    """
+    A merge has gone into `image`: from now on no note that a pull has left beside it is true, though the merge may have had
+    nothing to write. Returns their paths. Raises OSError.
+    """
+    left = [note for note in map(_left, _numbered(image, PULLED)) if meant is not None and note.own == meant[1]]
+    for note in left:
+        _write(
+            image, meant, _left_for(note.inode), {"into": note.file, "inode": note.inode, **_looks(note.own, _NEVER)}
+        )
+    return [note.path for note in left]
 
 
 def forget(image: str) -> None:
     """A new file has this name: what was noted about an earlier one is no more. Raises OSError."""
-    for end in (MERGED, PULLED):
-        _remove(_path(image, end))
+    for path in (_path(image, MERGED), *_numbered(image, PULLED)):
+        _remove(path)
 
 
 def take_away(image: str, overlays: Collection[int]) -> None:

@@ -109,7 +109,7 @@ class Around:
         self._built_on: dict[Inode, list[Found]] = {}
         self._dangling: dict[str, list[Found]] = {}
         self._odd: dict[Odd, None] = {}
-        self._pulled: dict[Inode, Found] = {}
+        self._pulled: dict[Inode, list[Found]] = {}
         self._read(beside)
 
     def copy(self) -> "Around":
@@ -129,7 +129,7 @@ class Around:
                 self._read(os.path.dirname(place))
             right, wrong = noted(image.file)
             self._odd |= dict.fromkeys(wrong)
-            self._follow_pull(image)
+            self._follow_pulls(image)
             for note in right:
                 if not files.is_device(note.file):
                     self._read(os.path.dirname(note.file))
@@ -138,22 +138,26 @@ class Around:
                     self._add(note.file)
         return (len(self._folders), len(self._devices), len(self._pulled)) != before
 
-    def _follow_pull(self, image: Found) -> None:
+    def _follow_pulls(self, image: Found) -> None:
         """What was built on an image before a pull goes on from it still: a pull changes nothing of what a VM starts from."""
-        note = notes.pulled_into(image.file)
-        if note is None or image.inode in self._pulled:
+        if image.inode in self._pulled:
             return
-        try:
-            into = formats.read(note.file) if not note.reason else None
-            reason = note.reason
-        except OSError as error:
-            into, reason = None, f"{note.file} cannot be read ({error.strerror or error})"
-        if into is None:
-            what = f"was left by a pull, says {note.path}, but {reason}"
-            self._odd[Odd(image.file, what, _cure(note, image))] = None
-        else:
-            self._pulled[image.inode] = into
-            self._read(os.path.dirname(note.file))
+        found = []
+        for note in notes.pulled_into(image.file):
+            try:
+                into = formats.read(note.file) if not note.reason else None
+                reason = note.reason
+            except OSError as error:
+                into, reason = None, f"{note.file} cannot be read ({error.strerror or error})"
+            if into is None:
+                what = f"was left by a pull, says {note.path}, but {reason}"
+                self._odd[Odd(image.file, what, _cure(note, image))] = None
+            else:
+                found.append(into)
+        if found:
+            self._pulled[image.inode] = found
+        for into in found:
+            self._read(os.path.dirname(into.file))
 
     def _read(self, folder: str) -> None:
         if folder in self._folders:
@@ -194,8 +198,7 @@ class Around:
         seen, waiting = {start.inode}, [start]
         while waiting:
             image = waiting.pop()
-            pulled_into = self._pulled.get(image.inode)
-            children = [*self._built_on.get(image.inode, ()), *([pulled_into] if pulled_into is not None else ())]
+            children = [*self._built_on.get(image.inode, ()), *self._pulled.get(image.inode, ())]
             if image.inode not in known.images:  # put aside
                 children = children + self._dangling.get(stashed.original_of(image.file) or "", [])
                 children = [child for child in children if self.format(child) != "raw"]
@@ -246,10 +249,12 @@ def _cure(note: notes.Note, left: Found) -> str:
     """Without the note an image that a pull has left looks like one to start from."""
     if note.own != left.inode[1]:
         return _NOTE.format(shlex.quote(note.path))
-    older = "" if "written to since" in note.reason else f": {left.file} holds older data"
+    if "written to since" in note.reason:
+        name, gone = shlex.quote(note.path), note.file
+        return f"name the image that the VM goes on from; once no start script names {left.file} for {gone}, `rm -f -- {name}`"
     return (
-        f"find out which image holds the last writes, and name that{older}. Once nobody needs {left.file}, move it out of its "
-        "folder"
+        f"find out which image holds the last writes, and name that: {left.file} holds older data. Once nobody needs it, move "
+        "it out of its folder"
     )
 
 

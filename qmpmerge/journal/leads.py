@@ -31,7 +31,7 @@ def _lead_on(record: Record, index: int) -> None:
     seen = files.seen(receiver.file) if files.is_regular(receiver.file) else None
     own = [record.own_name(number) for number, image in enumerate(record.chain, 1) if image.has_path]
     for place in _folders(own):
-        notes.lead_on(place, record.own_name(index), gone.inode[1], receiver.file, receiver.inode[1])
+        notes.lead_on(place, record.own_name(index), gone.inode[1], [(receiver.file, receiver.inode[1])])
         stashed.lead_on(place, record.own_name(index), gone.inode[1], receiver.file, receiver.inode, seen)
 
 
@@ -41,7 +41,7 @@ def lead_on_from_stashed(file: str) -> None:
     if not isinstance(note, Note) or note.base_inode is None:
         return
     for place in _folders([file, note.base]):
-        notes.lead_on(place, note.original, note.inode[1], note.base, note.base_inode[1])
+        notes.lead_on(place, note.original, note.inode[1], [(note.base, note.base_inode[1])])
         stashed.lead_on(place, note.original, note.inode[1], note.base, note.base_inode, note.base_seen)
 
 

@@ -8,6 +8,7 @@ record lists are touched, and only while they lead to the very files that it mea
 import contextlib
 import errno
 import os
+import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping
 
@@ -215,16 +216,26 @@ def _note_pulled(record: Record, places: Mapping[str, str]) -> Iterator[str]:
 
 
 def _note_written(record: Record) -> Iterator[str]:
-    """What the note of an earlier pull beside the receiver says from now on; yields why that could not be written down."""
+    """
+    What notes of earlier pulls beside the receiver say from now on: that one was pulled off it is no answer any more for who
+    goes on from there. Yields that, and why it was not written down.
+    """
     receiver = record.plan.receiver
-    written = notes.written_by_pull if record.direction == "pull" else notes.written_by_merge
+    if not (receiver.has_path and files.is_regular(receiver.file)):
+        return
+    meant = _meant(record, receiver.file, receiver)
     try:
-        if receiver.has_path and files.is_regular(receiver.file):
-            written(receiver.file, _meant(record, receiver.file, receiver))
+        if record.direction == "pull":
+            notes.renew_left(receiver.file, meant, record.before.get(record.top + 1))
+            return
+        left = notes.end_left(receiver.file, meant)
     except OSError as error:
+        yield f"the notes of earlier pulls beside {receiver.file} could not be written anew: {error.strerror or error}"
+        return
+    if left:
         yield (
-            f"the note of an earlier pull beside {receiver.file} could not be brought up to date ({error.strerror or error}): "
-            "`qmpmerge active` refuses to follow it"
+            f"others were pulled off {receiver.file}, so `qmpmerge active` does not tell which image goes on from it: once no "
+            f"start script names it for them, `rm -f -- {shlex.join(left)}`"
         )
 
 

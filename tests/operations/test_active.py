@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from rig import advice, kills, nobody
-from rig.command import invoke, scripted
+from rig.command import COMMAND, invoke, scripted
 from rig.devices import loop
 from rig.disks import Setup, device, drive
 from rig.machines import MIB, SIZE, Content, machine, make_chain, run
@@ -362,37 +362,60 @@ def test_what_a_pull_has_left_leads_on_when_what_it_leads_to_is_pulled_itself(tm
         elif policy == "stash":
             assert invoke("clean", folder).code == 0
         assert [invoke("active", place).out.strip() for place in (str(first), folder)] == [str(last)] * 2, policy
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".l0.qcow2.qmpmerge-pulled", "l0.qcow2", "l4.qcow2"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f".l0.qcow2.{last.stat().st_ino:x}.qmpmerge-pulled",
+        "l0.qcow2",
+        "l4.qcow2",
+    ]
     last.unlink()
     told = invoke("active", str(first))
     assert (told.code, "rm " in told.err, f"{first} holds older data" in " ".join(told.err.split())) == (3, False, True)
 
 
-def test_who_once_was_pulled_off_a_base_is_not_who_goes_on_from_it(tmp_path: Path) -> None:
-    """Two VMs on one base: the first is pulled off, the other is merged into it. The base is the other's then."""
+def test_what_two_were_pulled_off_leads_to_neither(tmp_path: Path) -> None:
+    """Two VMs on one base, both pulled off it, and also when one of them is merged away then."""
     base, first = make_chain(tmp_path, ["base.qcow2", "first.qcow2"])
-    other, last = overlay(tmp_path / "other.qcow2", base), tmp_path / "last.qcow2"
+    other = overlay(tmp_path / "other.qcow2", base)
+    for image in (first, other):
+        assert (invoke("pull", str(image)).code, invoke("active", str(base)).code) == (0, 3)
+    last = overlay(tmp_path / "last.qcow2", other)
+    assert invoke("commit", str(last), "--merged-files", "delete", "--yes").code == 0
+    told = invoke("active", str(base))
+    assert told.code == 3 and str(first) in told.err and str(other) in told.err, told.err
+    assert [active(image) for image in (first, other)] == ["first.qcow2", "other.qcow2"]
+
+
+def test_who_once_was_pulled_off_a_base_is_not_who_goes_on_from_it(tmp_path: Path) -> None:
+    """The first VM is pulled off, the other merged into the base: it names neither until somebody says whose it is."""
+    base, first = make_chain(tmp_path, ["base.qcow2", "first.qcow2"])
+    other = overlay(tmp_path / "other.qcow2", base)
     assert invoke("pull", str(first)).code == 0
-    assert (invoke("active", str(base)).code, active(first), active(other)) == (3, "first.qcow2", "other.qcow2")
-    overlay(last, other)
-    assert invoke("commit", str(last), "--base", str(base), "--top", str(other)).code == 0
-    assert (active(base), active(first), active(last)) == ("last.qcow2", "first.qcow2", "last.qcow2")
-    assert invoke("commit", str(last), "--yes").code == 0
-    assert [active(image) for image in (base, first, last, other)] == ["base.qcow2", "first.qcow2"] + ["base.qcow2"] * 2
-    assert invoke("active", str(tmp_path)).code == 3
+    merged = invoke("commit", str(other), "--yes")
+    cure = " ".join(merged.err.split()).partition("for them, `")[2].partition("`")[0]
+    told = [invoke("active", str(place)) for place in (base, other, tmp_path)]
+    assert [(one.code, cure in " ".join(one.err.split())) for one in told] == [(3, True)] * 3, (cure, told)
+    assert active(first) == "first.qcow2"
+    subprocess.run(cure, shell=True, check=True)
+    assert [active(image) for image in (base, first, other)] == ["base.qcow2", "first.qcow2", "base.qcow2"]
 
 
 def test_an_image_left_by_a_pull_that_is_written_to_leads_nowhere(tmp_path: Path) -> None:
-    """Somebody's VM writes to it. That another pull has filled it up changes nothing of what it shows."""
-    base, middle, last = make_chain(tmp_path, ["base.qcow2", "middle.qcow2", "last.qcow2"])
+    """Somebody's VM writes to it. A pull into it changes nothing of that; of what nobody writes to it changes nothing at all."""
+    base, middle, other = make_chain(tmp_path, ["base.qcow2", "middle.qcow2", "other.qcow2"])
+    last = overlay(tmp_path / "last.qcow2", middle)
     assert invoke("pull", str(last)).code == 0
-    assert invoke("pull", str(middle)).code == 0
+    other.unlink()
+    top = overlay(tmp_path / "top.qcow2", middle)
+    assert invoke("pull", str(top), "--top", str(middle)).code == 0
+    assert invoke("active", str(middle)).code == 3
+    top.unlink()
     assert [active(image) for image in (base, middle)] == ["last.qcow2"] * 2
-    run("qemu-io", "-c", "write -P 7 0 64k", middle)
-    for path in (base, middle, tmp_path):
-        told = invoke("active", str(path))
-        assert (told.code, f"{middle} was written to since" in " ".join(told.err.split())) == (3, True), told.err
-    assert active(last) == "last.qcow2"
+    for command in (["qemu-io", "-c", "write -P 7 0 64k", middle], [COMMAND, "pull", middle]):
+        run(*command)
+        for path in (base, middle, tmp_path):
+            told = invoke("active", str(path))
+            assert (told.code, f"{middle} was written to since" in " ".join(told.err.split())) == (3, True), told.err
+        assert active(last) == "last.qcow2"
 
 
 def test_a_kept_image_that_is_used_again_is_a_no(vm: Setup, base: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def litter(folder: Path) -> list[str]:
     files = [str(file) for file in folder.iterdir()]
     told = {os.path.basename(stashed.note_path(file)) for file in files if stashed.is_stashed(file)}
     told |= {f".{os.path.basename(file)}{notes.MERGED}" for file in files if notes.base_of(file)}
-    told |= {f".{os.path.basename(file)}{notes.PULLED}" for file in files if notes.pulled_into(file)}
+    told |= {os.path.basename(note.path) for file in files for note in notes.pulled_into(file)}
     return sorted({file.name for file in folder.iterdir() if file.name.startswith(".")} - told)
 
 
