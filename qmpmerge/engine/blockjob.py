@@ -23,29 +23,46 @@ CANCEL_SECONDS = 60.0
 
 async def end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False) -> Job | None:
     """Tell the job to end, and wait until it has. Raises what `see_names` does."""
+    return await ended(run, doorbell, await tell_to_end(run, doorbell, status, keeps=keeps), keeps=keeps)
+
+
+async def tell_to_end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool = False) -> tuple[str, ...]:
+    """
+    Tell the job, which has this status, to end; returns those in which it is to be looked at then. Raises what `see_names`
+    does.
+    """
     monitor = run.target.monitor
+    await see_names(run, doorbell)
+    run.log("%s, told to end%s", status, " and to keep the overlay" if keeps else "")
+    try:
+        if status == "pending":
+            await monitor.execute("job-finalize", id=run.job)
+        elif keeps:
+            await monitor.execute("block-job-cancel", device=run.job, force=False)
+        else:
+            await monitor.execute("job-complete", id=run.job)
+    except QemuRefused:
+        # A drain by somebody else can put a ready job into standby for a moment: wait for it and say it again.
+        # A pending job of ours is on its way already.
+        await doorbell.wait(jobs.LOOK_AGAIN_SECONDS / 5)
+        return ("concluded", status) if status == "ready" else ("concluded",)
+    # Somebody else's active job may want to be finalized too, and the guest stands still until it is.
+    return ("concluded", "pending") if status == "ready" else ("concluded",)
+
+
+async def ended(
+    run: Run, doorbell: Doorbell, wanted: tuple[str, ...] = ("concluded",), *, keeps: bool = False
+) -> Job | None:
+    """
+    Wait until the job has ended, which was told to; in another of the `wanted` states it is told again. Raises what
+    `see_names` does.
+    """
+    deadline = run.deadline if run.target.is_live else None
     while True:
-        await see_names(run, doorbell)
-        run.log("%s, told to end%s", status, " and to keep the overlay" if keeps else "")
-        try:
-            if status == "pending":
-                await monitor.execute("job-finalize", id=run.job)
-            elif keeps:
-                await monitor.execute("block-job-cancel", device=run.job, force=False)
-            else:
-                await monitor.execute("job-complete", id=run.job)
-            # Somebody else's active job may want to be finalized too, and the guest stands still until it is.
-            wanted: tuple[str, ...] = ("concluded", "pending") if status == "ready" else ("concluded",)
-        except QemuRefused:
-            # A drain by somebody else can put a ready job into standby for a moment: wait for it and say it again.
-            # A pending job of ours is on its way already.
-            wanted = ("concluded", status) if status == "ready" else ("concluded",)
-            await doorbell.wait(jobs.LOOK_AGAIN_SECONDS / 5)
-        deadline = run.deadline if run.target.is_live else None
-        job = await jobs.follow(monitor, doorbell, run.job, wanted, tell=lambda job: None, deadline=deadline)
+        job = await jobs.follow(run.target.monitor, doorbell, run.job, wanted, tell=lambda job: None, deadline=deadline)
         if job is None or job.status == "concluded":
             return job
-        status = job.status
+        wanted = await tell_to_end(run, doorbell, job.status, keeps=keeps)
 
 
 async def finalize(run: Run, doorbell: Doorbell, job: Job) -> Job | None:

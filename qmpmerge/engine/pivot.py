@@ -11,13 +11,13 @@ import contextlib
 import os
 from dataclasses import replace
 
-from qmpmerge import shield
+from qmpmerge import folder, shield
 from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob, rest, safeguards
 from qmpmerge.engine.log import held
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import ImageUnreadable, LeftDisplaced, RecordFailed
-from qmpmerge.guest.pause import paused
+from qmpmerge.guest.pause import Pause, paused
 from qmpmerge.images import files
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.record import look
@@ -25,6 +25,9 @@ from qmpmerge.qemu import discovery, mutex
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
 from qmpmerge.targets import identity
+
+EVENT_SECONDS = 0.02
+"""How long the event of the job's end is waited for, which comes within one; asked before that, QEMU has to be asked again."""
 
 
 async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
@@ -34,25 +37,20 @@ async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     Raises NotPaused, NotVerified, NotAtRest, MigrationBegan, RecordFailed with the job taken back; LeftDisplaced;
     PauseUnproven; what a lost session raises.
     """
+    await asyncio.to_thread(folder.renaming)  # the first thread takes a millisecond, with all that is loaded for it
     try:
         with held():
-            return await _paused(run, doorbell, status)
+            job = await _paused(run, doorbell, status)
     except mutex.NoTurn as error:  # so nothing has been done yet
         raise await safeguards.not_paused(run, doorbell, error) from None
+    return job or await shield.finished(blockjob.ended(run, doorbell))
 
 
 async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     async with paused(run.target.monitor, run.deadman) as pause:
         if pause.switch is not None:
             run.log("the guest is paused")
-        since = await rest.begin(run)
-        if since is not None and pause.switch is None and run.target.is_live:
-            with contextlib.suppress(ImageUnreadable):  # what that means is for the comparison to say
-                await safeguards.write_out_top(run)
-        if not run.verified:
-            await _verify(run, doorbell, since)
-        await safeguards.see_that_it_stays(run, doorbell)
-        rests = await rest.lasts(run, since) and not pause.has_lapsed
+        rests = await _comes_to_rest(run, doorbell, pause) and not pause.has_lapsed
         job = await shield.finished(_move(run, doorbell, status, rests))
     run.paused_seconds = pause.seconds
     if pause.seconds is not None:
@@ -62,6 +60,25 @@ async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
             "the guest was not paused for the pivot: the process that was to guard the pause did not start"
         )
     return job
+
+
+async def _comes_to_rest(run: Run, doorbell: Doorbell, pause: Pause) -> bool:
+    """
+    Whether nobody writes, once base and top have been compared where that is asked for. The last look is right before the
+    switch; what is asked in it goes out at once, for the guest waits.
+    """
+    is_others, since = pause.switch is None and run.target.is_live, None
+    takes_time = is_others or (run.verify is True and not run.verified)
+    if takes_time:
+        since = await rest.begin(run)
+    if since is not None and is_others:
+        with contextlib.suppress(ImageUnreadable):  # what that means is for the comparison to say
+            await safeguards.write_out_top(run)
+    if not run.verified:
+        await _verify(run, doorbell, since)
+    look = rest.lasts(run, since) if takes_time else rest.begin(run)
+    last, _ = await shield.together([look, safeguards.see_that_it_stays(run, doorbell)])
+    return last is not None
 
 
 async def _verify(run: Run, doorbell: Doorbell, since: int | None) -> None:
@@ -95,23 +112,36 @@ async def _move(run: Run, doorbell: Doorbell, status: str, rests: bool) -> Job |
         path = run.record.path if run.record else run.plan.top.file
         raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
     try:
-        try:
-            job = await blockjob.end(run, doorbell, status)
-        except LeftDisplaced:  # nothing was asked for
-            _give_name_back(run)
-            raise
-        await _note_whether_it_moved(run, job)
+        return await _ended(run, doorbell, status)
     finally:
         try:
             await syncing
         except OSError as error:
             run.notes.append(f"the storage did not make the new names durable: {error.strerror or error}")
+
+
+async def _ended(run: Run, doorbell: Doorbell, status: str) -> Job | None:
+    """
+    Tell the job to end; None once the graph shows the device on base, which it does before anybody has asked for the job: the
+    guest need not wait for that.
+    """
+    doorbell.silence()
+    try:
+        wanted = await blockjob.tell_to_end(run, doorbell, status)
+    except LeftDisplaced:  # nothing was asked for
+        _give_name_back(run)
+        raise
+    await doorbell.wait(EVENT_SECONDS)
+    job, moved = None, await _has_moved(run)
+    if not moved:
+        job = await blockjob.ended(run, doorbell, wanted)
+        moved = await _has_moved(run, job)
+    await _note_whether_it_moved(run, moved)
     return job
 
 
-async def _note_whether_it_moved(run: Run, job: Job | None) -> None:
+async def _note_whether_it_moved(run: Run, moved: bool | None) -> None:
     """What was written before tells enough where this cannot be written: the guest waits."""
-    moved = await _has_moved(run, job)
     if run.record is None or moved is None:
         return
     with contextlib.suppress(OSError):
@@ -175,7 +205,7 @@ def _give_name_back(run: Run) -> None:
             merged_files.give_back(run.record, run.record.top)
 
 
-async def _has_moved(run: Run, job: Job | None) -> bool | None:
+async def _has_moved(run: Run, job: Job | None = None) -> bool | None:
     """As the graph tells it; a disk that nobody uses has no device to look at, and nobody who could write."""
     device = run.disk.drive or run.disk.qdev or ""
     used = await discovery.in_use(run.target.monitor, device) if run.target.is_live else set()

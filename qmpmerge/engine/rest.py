@@ -30,12 +30,12 @@ async def begin(run: Run) -> int | None:
     return None
 
 
-async def lasts(run: Run, since: int | None) -> bool:
-    """Whether nobody can have written since `begin` has returned `since`."""
+async def lasts(run: Run, since: int | None) -> int | None:
+    """`since`, where nobody can have written since `begin` has returned that; else None."""
     if since is None:
-        return False
+        return None
     is_written, job = await _look(run)
-    return not is_written and job is not None and _is_clean(job) and job["offset"] == since
+    return since if not is_written and job is not None and _is_clean(job) and job["offset"] == since else None
 
 
 async def _look(run: Run) -> tuple[bool, Any]:

@@ -154,7 +154,7 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
         same, reason = False, error.reason
     else:
         reason = compare.DIFFERENT
-    if since is not None and not await rest.lasts(run, since):
+    if since is not None and await rest.lasts(run, since) is None:
         await shield.finished(blockjob.take_back(run, doorbell))
         raise NotAtRest(base=run.plan.receiver.file, top=run.plan.top.file)
     if not same:

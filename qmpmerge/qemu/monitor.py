@@ -246,6 +246,10 @@ class Doorbell(EventListener):
             self._events += 1
             self._heard.append(str(event)[:TRACED_LETTERS])
 
+    def silence(self) -> None:
+        """What it has rung for is known."""
+        self._rung.clear()
+
     async def wait(self, seconds: float) -> None:
         """Return when it rang, at the latest after `seconds`; a dead session does not ring."""
         with contextlib.suppress(TimeoutError):

@@ -19,6 +19,8 @@ from qmpmerge.engine.run import Run
 from qmpmerge.errors import NotAtRest
 from qmpmerge.guest.pause import paused
 from qmpmerge.images import compare
+from qmpmerge.qemu import discovery
+from qmpmerge.qemu.monitor import Monitor
 
 
 @pytest.fixture
@@ -92,30 +94,58 @@ async def test_a_guest_that_runs_during_the_comparison(
     content.check(images[0])
 
 
-@pytest.mark.parametrize("meanwhile", [resume, write])
+@pytest.mark.parametrize(("meanwhile", "rests"), [(resume, False), (write, True)])
 async def test_a_guest_that_runs_before_it_is_written_down_that_nobody_writes(
     meanwhile: Any,
+    rests: bool,
     vm: Machine,
     evidence: list[bool],
     content: Content,
     images: list[Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The last look comes after it; what was written before a guest stands still again the job has copied."""
     real = rest.begin
 
     async def begin(run: Run) -> int | None:
-        since = await real(run)
-        assert since is not None
         meanwhile(vm)
-        return since
+        return await real(run)
 
     monkeypatch.setattr(rest, "begin", begin)
     assert (await merge(vm, None)).verdict == "pivoted"
-    assert evidence == [False]
+    assert evidence == [rests]
     if meanwhile is write:
         content.put(0x77, 4 * MIB, 64 * 1024)
     vm.stop()
     content.check(images[0])
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_what_is_asked_while_the_guest_stands_still(
+    is_late: bool, vm: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    All that nothing depends on in one go; the end of the job is for the graph to show, and is waited for where that shows the
+    device on top still.
+    """
+    asked: list[str] = []
+    graphs = iter([{"c"}] if is_late else [])
+    execute, in_use = Monitor.execute, discovery.in_use
+
+    async def noted(monitor: Monitor, command: str, **arguments: Any) -> Any:
+        asked.append(command)
+        return await execute(monitor, command, **arguments)
+
+    async def late(monitor: Monitor, device: str) -> set[str]:
+        return next(graphs, None) or await in_use(monitor, device)
+
+    monkeypatch.setattr(Monitor, "execute", noted)
+    monkeypatch.setattr(discovery, "in_use", late)
+    assert (await merge(vm, None)).verdict == "pivoted"
+    paused = asked[asked.index("stop") : asked.index("cont")]
+    rest_and_migration = ["query-status", "query-block-exports", "query-block-jobs", "query-migrate"]
+    assert paused[:6] == ["stop", *rest_and_migration, "job-complete"]
+    assert paused[6] == ("query-jobs" if is_late else "x-debug-query-block-graph")
 
 
 async def test_a_stop_that_takes_longer_than_the_limit(
