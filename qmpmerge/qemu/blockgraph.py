@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpmerge.chain import backing
-from qmpmerge.chain.chain import Chain, Image
+from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk, NoSuchJob
 from qmpmerge.qemu.jobs import Job, job_id
 
@@ -142,7 +142,8 @@ class Layout:
     `job_edges` maps a job's id and an edge's name (``base``, ``source``, ``target``, ``intermediate node``) to nodes.
     `exported` are the nodes that something without a name uses: an export, or a job's target while it runs.
     `held` are the nodes that a device, an export or a job has for its root, `parents` all who have a node, by its name,
-    `devices` what QEMU tells of those (`query-block`).
+    `devices` what QEMU tells of those (`query-block`). `files` are those that QEMU had open before it was asked, none where
+    that cannot be seen.
     """
 
     disks: tuple[Disk, ...]
@@ -153,6 +154,7 @@ class Layout:
     held: frozenset[str] = frozenset()
     parents: Mapping[str, list[Parent]] = field(default_factory=dict)
     devices: Sequence[Any] = ()
+    files: frozenset[Inode] = frozenset()
 
     def find(self, name: DiskName | None, target: str) -> Disk:
         """

@@ -247,7 +247,10 @@ async def _edges(monitor: Monitor) -> Any:
 
 
 def _is_known(graph: Any, known: Layout) -> bool:
-    """Whether the graph has no node, and no device, that is not known."""
+    """
+    Whether the graph has no node, and no device, that is not known, and each node is stored where it was: `blockdev-reopen`
+    gives a node another file. What lies below an image is for the graph alone to tell.
+    """
     devices = {
         parent.name for parents in known.parents.values() for parent in parents if parent.kind == "block-backend"
     }
@@ -255,7 +258,16 @@ def _is_known(graph: Any, known: Layout) -> bool:
         "block-driver": {name for name, node in known.nodes.items() if node.info},
         "block-backend": {"", *devices},
     }
-    return all(node["name"] in names.get(node["type"], (node["name"],)) for node in graph["nodes"])
+    if any(node["name"] not in names.get(node["type"], (node["name"],)) for node in graph["nodes"]):
+        return False
+    called = {node["id"]: node["name"] for node in graph["nodes"]}
+    nodes = {node["id"] for node in graph["nodes"] if node["type"] == "block-driver"}
+    edges = [
+        (called[edge["parent"]], edge["name"], called[edge["child"]])
+        for edge in graph["edges"]
+        if edge["parent"] in nodes
+    ]
+    return all(name == "backing" or known.nodes[parent].children.get(name) == child for parent, name, child in edges)
 
 
 def _is_torn(graph: Any, details: Any) -> bool:

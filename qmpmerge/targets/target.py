@@ -19,6 +19,7 @@ from qmpmerge.images.headers import Oddity
 from qmpmerge.images.qemuimg import Header
 from qmpmerge.journal import store
 from qmpmerge.journal.store import Disbelieved
+from qmpmerge.processes import proc
 from qmpmerge.processes.openfiles import OpenFiles
 from qmpmerge.qemu import discovery
 from qmpmerge.qemu.blockgraph import Disk, DiskName, Layout
@@ -137,9 +138,12 @@ class Target:
     async def layout(self, known: Layout | None = None) -> Layout:
         """
         Disks, jobs and nodes as they are now. Of a long chain that is `known` nothing is asked again that stays as it is (see
-        `discover`), where it can be seen which files QEMU has open.
+        `discover`), where it can be seen which files QEMU has open, and that it has opened none since.
         """
-        return await discovery.discover(self.monitor, self.locate(), known if identity.Opened(self.pid) else None)
+        pid = self.pid
+        files = frozenset(proc.open_inodes(pid)) if pid is not None else frozenset()
+        is_same = known is not None and bool(files) and files <= known.files
+        return replace(await discovery.discover(self.monitor, self.locate(), known if is_same else None), files=files)
 
     async def disks(self, *, details: bool = False) -> list[Disk]:
         """All disks, empty drives included; with `details` of each the device, and how large its storage is."""

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,6 +25,7 @@ from rig.disks import KINDS, Setup, blockdev, device, drive, filters, nodes, off
 from rig.harms import harm
 from rig.machines import MIB, Content, fill, machine, make_chain, run
 from speed.images import empty_chain
+from speed.peers import node_of
 
 import qmpmerge
 from qmpmerge.chain.outcome import Ending
@@ -97,8 +99,12 @@ async def test_nobody_is_kept_waiting_for_a_figure(setup: Setup, monkeypatch: py
     assert (outcome.verdict, outcome.copied) == ("merged", None)
 
 
-@pytest.mark.parametrize("grows", [False, True], ids=["known", "with a new node"])
-async def test_of_a_long_chain_all_is_asked_for_once(grows: bool, tmp_path: Path) -> None:
+NEW_NODE = ("blockdev-add", {"driver": "null-co", "node_name": "new"})
+NEW_FILE = ("chardev-add", {"id": "new", "backend": {"type": "file", "data": {"out": "new"}}})
+
+
+@pytest.mark.parametrize("more", [None, NEW_NODE, NEW_FILE], ids=["known", "with a new node", "with a new file"])
+async def test_of_a_long_chain_all_is_asked_for_once(more: tuple[str, dict[str, Any]] | None, tmp_path: Path) -> None:
     """The questions at the end take QEMU seconds at 200 layers with relative names; what is not known yet is asked for."""
     images = empty_chain(tmp_path, 40)
     asked: list[str] = []
@@ -108,13 +114,35 @@ async def test_of_a_long_chain_all_is_asked_for_once(grows: bool, tmp_path: Path
             if direction != "->":
                 return
             asked.append(json.loads(text)["execute"])
-            if grows and asked[-1] == "job-finalize":
-                vm.session.execute("blockdev-add", driver="null-co", node_name="new")
+            if more is not None and asked[-1] == "job-finalize":
+                vm.session.execute(more[0], **more[1])
 
         async with qmpmerge.live(vm.target, trace=trace) as target:
             outcome = await qmpmerge.commit(target, "vda", base="[10]", top="[12]")
     assert (outcome.verdict, outcome.after.files) == ("merged", [str(image) for image in images if image.exists()])
-    assert (asked.count("query-named-block-nodes"), asked.count("x-debug-query-block-graph")) == (1 + grows, 2)
+    counts = asked.count("query-named-block-nodes"), asked.count("x-debug-query-block-graph")
+    assert counts == (1 if more is None else 2, 2)
+
+
+async def test_of_a_long_chain_a_node_that_was_given_another_file_meanwhile_is_seen(tmp_path: Path) -> None:
+    """All names are known, and all files are open before and after; but the active image is stored in another one."""
+    images = empty_chain(tmp_path, 40)
+    copy = Path(shutil.copy(images[-1], tmp_path / "copy.qcow2"))
+    opened = ["-blockdev", f"file,node-name=copy,filename={copy}"]
+    opened += ["-blockdev", f"file,node-name=kept,filename={images[-1]},read-only=on,force-share=on"]
+    drives = ["-drive", f"file={images[-1]},format=qcow2,if=none,id=vda,node-name=active", *device("vda")]
+    with machine(tmp_path, *opened, *drives) as vm:
+        below = node_of(vm.session, images[-2])
+        options = {"driver": "qcow2", "node-name": "active", "file": "copy", "backing": below}
+
+        def trace(direction: str, text: str) -> None:
+            if direction == "->" and json.loads(text)["execute"] == "job-finalize":
+                vm.session.execute("blockdev-reopen", options=[options])
+
+        async with qmpmerge.live(vm.target, trace=trace) as target:
+            with pytest.raises(NotProven) as unproven:
+                await qmpmerge.commit(target, "vda", base="[10]", top="[12]")
+    assert str(copy) in unproven.value.found
 
 
 # --- the newest overlays stay -----------------------------------------------------------------------------------------
