@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from qemu.qmp import Message
 from rig import server
-from rig.machines import Machine, have, machine, make_chain
+from rig.machines import TCP, Machine, have, machine, make_chain, port
 from rig.server import CLIENT
 
 from qmpmerge.errors import (
@@ -799,15 +799,6 @@ async def test_the_doorbell_of_a_dead_session_returns_after_the_time_given(vm: M
 # --- over TCP -----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def on_tcp(folder: Path, host: str) -> Iterator[int]:
-    """A QEMU with a monitor on a port that the kernel chose; yields the port."""
-    arguments = ["-chardev", f"socket,id=tcp,host={host},port=0,server=on,wait=off", "-mon", "tcp,mode=control"]
-    with machine(folder, *arguments) as vm:
-        (name,) = [entry["filename"] for entry in vm.session.execute("query-chardev") if entry["label"] == "tcp"]
-        yield int(name.split(",")[0].rpartition(":")[2])
-
-
 def has_ipv6() -> bool:
     try:
         with socket.socket(socket.AF_INET6) as tried:
@@ -827,8 +818,8 @@ def has_ipv6() -> bool:
     ],
 )
 async def test_a_monitor_on_a_port(tmp_path: Path, host: str, target: str) -> None:
-    with on_tcp(tmp_path, host) as port:
-        async with live.live(target.format(port), timeout=PATIENCE) as host_there:
+    with machine(tmp_path, *(argument.format(host) for argument in TCP)) as vm:
+        async with live.live(target.format(port(vm)), timeout=PATIENCE) as host_there:
             assert await host_there.monitor.execute("query-name") == {}
             assert host_there.pid is None  # the kernel tells it for sockets of this host only
 

@@ -144,6 +144,16 @@ def machine(
                 process.wait()
 
 
+TCP = ["-chardev", "socket,id=tcp,host={},port=0,server=on,wait=off", "-mon", "tcp,mode=control"]
+"""One more monitor for a machine, on a port of this host address that the kernel chooses: see `port`."""
+
+
+def port(vm: Machine) -> int:
+    """That of the `TCP` monitor."""
+    (name,) = [entry["filename"] for entry in vm.session.execute("query-chardev") if entry["label"] == "tcp"]
+    return int(name.split(",")[0].rpartition(":")[2])
+
+
 def _greeted(connection: socket.socket, command: list[str], folder: Path) -> Session:
     try:
         return Session(connection)

@@ -84,6 +84,7 @@ PEERS: dict[Callable[[Figures, Path], None], dict[str, set[str]]] = {
         "intermediate, 1 MiB: worst write and flush": {BARE, writes.ALONE},
         "active, pivot, 1 MiB: 95 of 100 are within": {BARE, writes.ALONE},
         "the guest's pause": {BARE},
+        "the guest's pause, by TCP": {BARE},
     },
 }
 

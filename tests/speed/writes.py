@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rig import writers
-from rig.machines import Machine, Session, machine
+from rig.machines import TCP, Machine, Session, machine, port
 
 from speed.figures import BARE, OURS, Figures, alternating, percentile
 from speed.images import DataChain, data_chain
@@ -42,13 +42,24 @@ def measure(figures: Figures, folder: Path, runs: int, sizes: list[int]) -> None
 
 
 def pauses(figures: Figures, folder: Path, runs: int) -> None:
-    """How long the guest stands still for a pivot."""
+    """How long the guest stands still for a pivot: asked by a monitor on a UNIX socket, and by one on TCP."""
     chain = data_chain(folder / "pauses", LAYERS, 0)
-    for who in alternating(runs, [OURS, BARE]):
-        chain.put_back()
-        with _writing(folder, chain) as (vm, _acknowledged):
-            _merge(vm, chain, who, active=True, still=True)
-            figures.add(SECTION, "the guest's pause", who, _pause(vm.session))
+    for tcp in (False, True):
+        for who in alternating(runs, [OURS, BARE]):
+            chain.put_back()
+            with _writing(folder, chain) as (vm, _acknowledged):
+                _merge_by_tcp(vm, chain, who) if tcp else _merge(vm, chain, who, active=True, still=True)
+                figures.add(SECTION, f"the guest's pause{', by TCP' if tcp else ''}", who, _pause(vm.session))
+
+
+def _merge_by_tcp(vm: Machine, chain: DataChain, who: str) -> None:
+    """By the monitor on a port, which serves one client."""
+    address = "127.0.0.1", port(vm)
+    if who == OURS:
+        ours("commit", f"tcp:{address[0]}:{address[1]}", "vda")
+        return
+    with socket.create_connection(address) as connection:
+        bare(Session(connection), chain.merge(active=True), still=True)
 
 
 def _written(folder: Path, chain: DataChain, who: str, *, active: bool) -> list[float]:
@@ -134,4 +145,12 @@ def _arguments(folder: Path, chain: DataChain, path: Path) -> Sequence[str]:
     """Those of the guest, who says to a socket what it has written."""
     *arguments, option, _file = writers.arguments(folder, [f"file={chain.active},format=qcow2,discard=unmap"])
     assert option == "-debugcon"
-    return [*arguments, "-chardev", f"socket,id=said,path={path}", "-device", "isa-debugcon,iobase=0xe9,chardev=said"]
+    tcp = [argument.format("127.0.0.1") for argument in TCP]
+    return [
+        *arguments,
+        *tcp,
+        "-chardev",
+        f"socket,id=said,path={path}",
+        "-device",
+        "isa-debugcon,iobase=0xe9,chardev=said",
+    ]
