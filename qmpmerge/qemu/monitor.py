@@ -185,6 +185,7 @@ class _Client(QMPClient):
         while lines[0].rstrip() == b"{" and lines[-1].rstrip(b"\r\n") != b"}" and size <= LARGEST_REPLY:
             lines.append(await self._readline())
             size += len(lines[-1])
+        self._acknowledge()
         return Message(b"".join(lines), eager=True)
 
     def _cb_inbound(self, msg: Message) -> Message:
@@ -199,11 +200,14 @@ class _Client(QMPClient):
         return self.logger.isEnabledFor(logging.DEBUG)
 
     def _do_send(self, msg: Message) -> None:
+        super()._do_send(msg)
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
         """
         Over TCP acknowledge at once what comes: QEMU, with Nagle's algorithm on, does not send a reply while the event
         before it is not acknowledged, and the kernel takes 40 ms for that. It is told each time, since it forgets that.
         """
-        super()._do_send(msg)
         connection = self._writer.get_extra_info("socket") if self._writer is not None else None
         if connection is not None and connection.family != socket.AF_UNIX:
             with contextlib.suppress(OSError):  # it has ended, which the next read tells
