@@ -258,8 +258,11 @@ def look_now(images: Sequence[Image], chain: Chain, search: Collection[str] = ()
 def folders(chain: Chain, search: Collection[str] = ()) -> list[str]:
     """The folders in which the chain's files are, under their names and their real ones, and those of `search`."""
     files = [image.file for image in chain if image.has_path]
-    names = [*map(os.path.dirname, files), *(os.path.dirname(os.path.realpath(file)) for file in files), *search]
-    return list(dict.fromkeys(map(os.path.realpath, names)))
+    linked = [os.path.realpath(file) for file in files if os.path.islink(file)]
+    names = dict.fromkeys(
+        map(os.path.dirname, (*files, *linked))
+    )  # most lie in one folder, and realpath looks at each part
+    return list(dict.fromkeys(map(os.path.realpath, (*names, *search))))
 
 
 def is_outside(base: Image, active: Image) -> bool:
