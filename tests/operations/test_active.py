@@ -400,7 +400,7 @@ def test_who_once_was_pulled_off_a_base_is_not_who_goes_on_from_it(tmp_path: Pat
 
 
 def test_an_image_left_by_a_pull_that_is_written_to_leads_nowhere(tmp_path: Path) -> None:
-    """Somebody's VM writes to it. A pull into it changes nothing of that; of what nobody writes to it changes nothing at all."""
+    """Somebody's VM writes to it. A pull into it changes nothing of that, and nothing of what nobody writes to."""
     base, middle, other = make_chain(tmp_path, ["base.qcow2", "middle.qcow2", "other.qcow2"])
     last = overlay(tmp_path / "last.qcow2", middle)
     assert invoke("pull", str(last)).code == 0
@@ -411,7 +411,7 @@ def test_an_image_left_by_a_pull_that_is_written_to_leads_nowhere(tmp_path: Path
     top.unlink()
     assert [active(image) for image in (base, middle)] == ["last.qcow2"] * 2
     for command in (["qemu-io", "-c", "write -P 7 0 64k", middle], [COMMAND, "pull", middle]):
-        run(*command)
+        run(*map(str, command))
         for path in (base, middle, tmp_path):
             told = invoke("active", str(path))
             assert (told.code, f"{middle} was written to since" in " ".join(told.err.split())) == (3, True), told.err
