@@ -2,13 +2,13 @@
 
 import os
 import re
-from dataclasses import dataclass
+
+from qmpmerge.value import Value
 
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(Value):
     """
     A line of /proc/self/mountinfo (proc(5)).
 

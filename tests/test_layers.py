@@ -8,6 +8,7 @@ from pathlib import Path
 import qmpmerge
 
 ROWS = (
+    {"value"},
     {"errors", "folder", "mounts", "shield", "sockets", "users"},
     {"chain", "given"},
     {"images", "processes"},
@@ -21,7 +22,7 @@ ROWS = (
     {"cli"},
     {"__main__"},
 )
-"""The wings, bottom up; in the lowest row also the files that any wing may use."""
+"""The wings, bottom up; in the lowest rows also the files that any wing may use."""
 
 PACKAGE = Path(qmpmerge.__file__).parent
 FILES = {

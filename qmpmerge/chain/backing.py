@@ -6,10 +6,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image, Slice
 from qmpmerge.errors import BackingString
+from qmpmerge.value import Value
 
 HEADER_LIMIT = 1023
 """Bytes a qcow2 header has for the backing file name (docs/interop/qcow2.txt: backing_file_size)."""
@@ -171,8 +171,7 @@ def _bytes(value: object) -> int:
     return number
 
 
-@dataclass(frozen=True)
-class Described:
+class Described(Value):
     """What a ``json:`` name says, where that is all: an image of this format in a local file, or in a part of one."""
 
     path: str

@@ -7,9 +7,9 @@ the highest index, so ``vda[1]`` is the base whatever is stacked on it.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from qmpmerge.chain.layer import LayerName, find
+from qmpmerge.value import Value
 
 Inode = tuple[int, int]
 """(st_dev, st_ino): which file it is, whatever it is called."""
@@ -18,8 +18,7 @@ ELSEWHERE = "qemu:"
 """What stands before QEMU's own name for a file that no path of ours is known to lead to; no protocol of QEMU's."""
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(Value):
     """
     A part of a file that an image is in: `size` bytes from the byte `offset` on, without a size all that follows.
 
@@ -35,8 +34,7 @@ class Slice:
         return f"{self.size} bytes from {self.offset} on" if self.size is not None else f"from byte {self.offset} on"
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(Value):
     """
     One image of a chain.
 
@@ -120,8 +118,7 @@ class Image:
         return (self.file, self.slice) == (other.file, other.slice)
 
 
-@dataclass(frozen=True)
-class Chain:
+class Chain(Value):
     """The images of one disk, base first. Not empty, no image twice."""
 
     images: tuple[Image, ...]

@@ -5,10 +5,10 @@ What a merge came to.
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qmpmerge.chain.chain import Chain
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.qemu.jobs import Job
@@ -17,8 +17,7 @@ ASSUMED_RATE = 200 * 1024 * 1024
 """Bytes a second that a disk of today copies; nobody has measured this one."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(Value):
     """
     Bytes that a merge copies and by how much the image `file` grows at most that they go into, metadata included; None for what
     is not known.
@@ -73,8 +72,7 @@ What a merge, or a pull, came to. Of an intermediate merge: ``merged``. Of an ac
 """
 
 
-@dataclass(frozen=True)
-class MergedFile:
+class MergedFile(Value):
     """
     An image that is no longer part of the chain: what was done with its file, and where it is now. `obstacle` is why it was
     not deleted, where it was to be; of a pull that is only looked at, who needs it, or what else it is to be kept for.
@@ -89,8 +87,7 @@ class MergedFile:
 CheckResult = Literal["passed", "forced", "not checked"]
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(Value):
     """
     A check by its refusal's name, and what it came to. `forced` refused, and the user wanted to go on all the same;
     what is not checked could not be, or not wholly, for the `reason`. `scope` says how much was, where that matters.
@@ -102,8 +99,7 @@ class Checked:
     scope: str | None = None
 
 
-@dataclass(frozen=True)
-class OtherWay:
+class OtherWay(Value):
     """As short a chain in the other direction: the command, the image that grows, bytes to copy (None where nobody looked)."""
 
     run: str
@@ -111,8 +107,7 @@ class OtherWay:
     copy: int | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Value):
     """
     What a merge came to; only proved outcomes are made into one, and what is known where the job goes on without us
     (``running``, see `StillRunning`).

@@ -7,20 +7,20 @@ and after the job a fresh discovery must equal its `result`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.errors import BackingString, BaseAboveTop, BaseIsTop, OptionsConflict, Refused, ShorterLayer
+from qmpmerge.value import Value
 
 Direction = Literal["commit", "pull"]
 """Where the data of the images goes that leave a chain: into the image below them, or into the one above."""
 
 
-@dataclass(frozen=True)
-class Plan(ABC):
+class Plan(Value, ABC):
     """
     Images leave a chain, and what they hold goes into a neighbour of theirs: the `receiver`.
 
@@ -96,7 +96,6 @@ class Plan(ABC):
         return not self.merged
 
 
-@dataclass(frozen=True)
 class CommitPlan(Plan):
     """Merge the images above `base` up to and including `top` into `base`."""
 
@@ -136,7 +135,6 @@ class CommitPlan(Plan):
         return self.touched
 
 
-@dataclass(frozen=True)
 class PullPlan(Plan):
     """Pull what the images below `overlay` hold, down to `base` and without it, into `overlay`: no image shows other data."""
 

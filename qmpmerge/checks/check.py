@@ -7,7 +7,6 @@ at files and processes (`files`).
 """
 
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
@@ -19,10 +18,10 @@ from qmpmerge.images import dependents, space
 from qmpmerge.qemu import bitmaps, vmstate
 from qmpmerge.qemu.bitmaps import Bitmap
 from qmpmerge.targets.target import ChainView, Target
+from qmpmerge.value import Value
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Value):
     """What was found out: each check, the space, the bitmaps to be carried over, and what the images hold (`space.Maps`)."""
 
     checks: tuple[Checked, ...]

@@ -2,8 +2,6 @@
 What a check is asked about, and how files are told apart.
 """
 
-from dataclasses import dataclass
-
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import Ending, Estimate
 from qmpmerge.chain.plan import Plan, PullPlan
@@ -11,24 +9,22 @@ from qmpmerge.images.dependents import Look
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
 from qmpmerge.targets.target import ChainView, Target
+from qmpmerge.value import Value
 
 
-@dataclass(frozen=True)
-class Unseen:
+class Unseen(Value):
     """What a check yields where it could not look: it has not passed then, it is *not checked*."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Value):
     """What a check yields to say how much it has looked at."""
 
     what: str
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(Value):
     """
     All that a check may want to know. `pid` is QEMU's, None where it is not known; `opened` is what it has open. `others` is
     the look for images that are built on those of the chain.

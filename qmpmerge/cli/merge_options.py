@@ -1,7 +1,6 @@
 """Options of the commands that merge: which layers, how fast, how it ends, and what becomes of the files."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,6 +8,7 @@ import click
 from qmpmerge.cli import complete
 from qmpmerge.cli.options import declared, refuse_together
 from qmpmerge.cli.quantities import Duration, Size
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
@@ -111,8 +111,7 @@ def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
     return declared(gather, function, [merged_files, pause])
 
 
-@dataclass(frozen=True)
-class Help:
+class Help(Value):
     """What may be done to a guest that writes faster than the job copies, as `converge.Converge` takes it."""
 
     pause: float

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -11,13 +11,13 @@ from qmpmerge.cli import complete
 from qmpmerge.cli.commands import group
 from qmpmerge.cli.quantities import Duration
 from qmpmerge.engine.pace.patience import Patience
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.cli.render.output import Output
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Value):
     """
     What the shared options say. `patience` says how long we stay, and is told when a signal wants us to leave at once.
     """

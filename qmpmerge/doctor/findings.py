@@ -3,8 +3,9 @@ What the doctor has to say: one value for each problem, worst first.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
+
+from qmpmerge.value import Value
 
 Severity = Literal["harm", "care", "note"]
 """
@@ -18,8 +19,7 @@ EXIT_CODES: dict[Severity | None, int] = {"harm": 11, "care": 10, "note": 0, Non
 SEVERITIES: tuple[Severity, ...] = ("harm", "care", "note")
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Value):
     """
     A problem: `where` is a disk, a job, a node or a file, `message` a sentence about it, `why` it matters.
 
@@ -34,8 +34,7 @@ class Finding:
     fix: str | None = None
 
 
-@dataclass(frozen=True)
-class Looked:
+class Looked(Value):
     """What was found, and the images that were looked at: the file of each, by its inode or else by its name."""
 
     findings: tuple[Finding, ...]

@@ -1,7 +1,7 @@
 """What is asked of an operation, as one value."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, get_args
 
 from qmpmerge import given
@@ -11,13 +11,13 @@ from qmpmerge.chain.outcome import Ending, Estimate, MergedFile, Outcome, Policy
 from qmpmerge.chain.plan import Direction, Plan, keeping, planned
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import ActiveOnly, LiveOnly, NotAgreed, OptionsConflict
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Converge
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Value):
     """
     `direction`, `base`, `top` and `shallow` say which layers go where, as `plan.planned` takes them, or `base` and `keep`, as
     `plan.keeping` does. `ending` is how an active

@@ -43,10 +43,10 @@ from qmpmerge.recovery.claims import Vouched, refuse_foreign
 from qmpmerge.recovery.evidence import Judgement, Use, Way, see_unused
 from qmpmerge.targets.live import live
 from qmpmerge.targets.target import ChainView, Target
+from qmpmerge.value import Value
 
 
-@dataclass(frozen=True)
-class Recovery:
+class Recovery(Value):
     """
     What became of one merge that was not finished, or of none.
 

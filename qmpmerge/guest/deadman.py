@@ -24,11 +24,11 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 from qmpmerge import shield
 from qmpmerge.guest import deadman_child
 from qmpmerge.guest.deadman_child import Duty, Undoing
+from qmpmerge.value import Value
 
 NEVER = float("inf")
 
@@ -42,8 +42,7 @@ UNDO_SECONDS = 60.0
 """How long we wait for it to have undone something; it goes on without us."""
 
 
-@dataclass(frozen=True)
-class Undo:
+class Undo(Value):
     """
     A request that undoes what we do; to make it twice must do no harm.
 

@@ -3,7 +3,6 @@ Base and top compared while both still exist, for what was copied and not for th
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import Plan, PullPlan
@@ -11,6 +10,7 @@ from qmpmerge.errors import ImageUnreadable
 from qmpmerge.images import growth, masks, nbd, qemuimg, ranges
 from qmpmerge.images.qemuimg import Extent
 from qmpmerge.images.ranges import Range
+from qmpmerge.value import Value
 
 DIFFERENT = "they show different data"
 """What is wrong with a base that was compared; all else is a comparison that could not be made."""
@@ -50,8 +50,7 @@ async def same(planned: Plan, held: Sequence[Extent] | None = None) -> bool:
         return await qemuimg.same(upto, below)
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(Value):
     """What the overlay of a pull holds of its `own`, and what it shows of those `below` that leave."""
 
     own: list[Extent]

@@ -12,13 +12,13 @@ import re
 import shlex
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.images import backing_names, notes, stashed
 from qmpmerge.images import files as files_
 from qmpmerge.mounts import mounts
+from qmpmerge.value import Value
 
 MOST = 100_000
 """Files and folders that are looked at before a search is given up."""
@@ -36,16 +36,14 @@ A_STEP = 100
 """Files that are looked at until others have their turn, and a signal is heeded."""
 
 
-@dataclass(frozen=True)
-class Dependent:
+class Dependent(Value):
     """`file` is an image outside the chain whose header names `image` as its backing file."""
 
     file: str
     image: str
 
 
-@dataclass(frozen=True)
-class Doubt:
+class Doubt(Value):
     """A file on disk that does not let us see which image something is built on: why, and what to do about it."""
 
     file: str

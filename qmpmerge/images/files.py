@@ -5,11 +5,11 @@ Names on disk: what they lead to, and what that looks like. What is done to them
 import os
 import re
 import stat
-from dataclasses import dataclass
 
 from qmpmerge import folder, users
 from qmpmerge.chain.chain import Inode
 from qmpmerge.folder import File, Folder, Planted
+from qmpmerge.value import Value
 
 
 def inode(path: str) -> Inode | None:
@@ -32,8 +32,7 @@ def unread(path: str) -> list[tuple[str, bool]]:
     return [(file, not os.access(file, os.R_OK, effective_ids=True)) for file in found]
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Value):
     """What a file looked like at a moment when nobody wrote: any write since then shows."""
 
     size: int

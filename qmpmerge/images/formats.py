@@ -9,12 +9,12 @@ import errno
 import os
 import stat
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Inode
 from qmpmerge.images import backing_names, files, magic, notes, qcow2, stashed
+from qmpmerge.value import Value
 
 RAW = (".raw", ".iso")
 """How a file is called whose first bytes belong to a guest, whatever they look like."""
@@ -23,8 +23,7 @@ SAYS = {".qcow2": "qcow2", ".qed": "qed", ".vmdk": "vmdk", ".vhdx": "vhdx", ".vh
 """How a file is called that is no raw image."""
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Value):
     """
     An image on disk, and what its header, if it is one, leads to: files that are there (`below`), or a name that nobody has.
 

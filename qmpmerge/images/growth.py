@@ -12,7 +12,6 @@ are allocated as if they were noted there (bdrv_co_common_block_status_above in 
 import bisect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan, Plan
@@ -20,6 +19,7 @@ from qmpmerge.images import qcow2, ranges
 from qmpmerge.images.qcow2 import Qcow2Header
 from qmpmerge.images.qemuimg import Extent
 from qmpmerge.images.ranges import Range, down, up
+from qmpmerge.value import Value
 
 ZEROS_STAY = (11, 1, 0)
 """
@@ -46,8 +46,7 @@ Maps = Mapping[Image, Sequence[Extent]]
 """What images hold."""
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(Value):
     """What a job writes: `data` what takes clusters, `touched` what is led to by tables, be it data or noted as zeros."""
 
     data: list[Range]

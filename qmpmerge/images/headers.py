@@ -7,17 +7,17 @@ another disk.
 
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.errors import ImageUnreadable
 from qmpmerge.images import qcow2, qemuimg
 from qmpmerge.images.qemuimg import Header
+from qmpmerge.value import Value
 
 
-@dataclass(frozen=True)
-class Oddity:
+class Oddity(Value):
     """Something about an image that deserves a look: `name` is a refusal's name where a merge would be refused."""
 
     name: str

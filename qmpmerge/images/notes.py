@@ -11,12 +11,13 @@ import errno
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Inode
 from qmpmerge.images import files, stashed
 from qmpmerge.images.files import Seen
+from qmpmerge.value import Value
 
 ABOVE, MERGED, PULLED = ".qmpmerge-overlay", ".qmpmerge-merged", ".qmpmerge-pulled"
 QCOW2 = ".qcow2"
@@ -26,8 +27,7 @@ _NEVER = Seen(-1, -1)
 """As no file looks."""
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(Value):
     """What a note at `path` says: the other image's path and inode number; `reason` is why it is not believed."""
 
     path: str

@@ -12,6 +12,7 @@ from qmpmerge import users
 from qmpmerge.chain.chain import Inode
 from qmpmerge.images import dependents, files, formats, notes, qcow2, stashed
 from qmpmerge.images.formats import Found, format_of
+from qmpmerge.value import Value
 
 LIKE_RAW = (".raw", ".img")
 """How a file without a header is called that may be an image."""
@@ -19,8 +20,7 @@ LIKE_RAW = (".raw", ".img")
 OWNER = "run it as a user who may read the images"
 
 
-@dataclass(frozen=True)
-class Odd:
+class Odd(Value):
     """Something for which nobody can say what is built on an image: about which file, a clause, and what to do about it."""
 
     file: str

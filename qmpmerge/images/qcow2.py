@@ -10,13 +10,14 @@ import errno
 import os
 import stat
 import struct
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from qmpmerge import folder
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
 from qmpmerge.folder import File
+from qmpmerge.value import Value
 
 MAGIC = b"QFI\xfb"
 _FIXED = struct.Struct(">4sIQIIQI")
@@ -63,8 +64,7 @@ class _Whole(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True)
-class Qcow2Header:
+class Qcow2Header(Value):
     """
     Names as they are written; sizes in bytes; `encrypted` also for the old AES method.
 

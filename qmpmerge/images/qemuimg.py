@@ -14,7 +14,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from qmpmerge import folder
@@ -24,14 +24,14 @@ from qmpmerge.errors import ImageUnreadable, ToolMissing
 from qmpmerge.folder import File
 from qmpmerge.images import qcow2
 from qmpmerge.images.qcow2 import Qcow2Header
+from qmpmerge.value import Value
 
 SECONDS = 60.0
 _CANNOT_RUN = 126  # as a shell has it
 _OFFSET = re.compile(rb"offset (\d+)")
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(Value):
     """
     What an image's own header says. `backing` is the string as written; sizes in bytes.
 
@@ -48,8 +48,7 @@ class Header:
     corrupt: bool = False
 
 
-@dataclass(frozen=True)
-class Info:
+class Info(Value):
     """An image's header, and all that qemu-img told of the image, which is what QEMU tells of one that it has open."""
 
     header: Header
@@ -96,8 +95,7 @@ async def chain_info(path: str, format: str) -> list[Info]:
         return [Info(_header(entry), entry) for entry in reversed(json.loads(output))]
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(Value):
     """
     A range of an image's data, in bytes. `zero` says that it is known to read as zeros: by a note in the tables, or from a
     place in the file where nothing was written yet (`preallocation=metadata`). What is `compressed` is never written in its

@@ -12,13 +12,14 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Inode
 from qmpmerge.images import files
 from qmpmerge.images.files import Seen
+from qmpmerge.value import Value
 
 STASHED = ".merged"
 SCHEMA = 1
@@ -27,8 +28,7 @@ LARGEST = 64 * 1024
 NO_NOTE = "nothing but its name says that a merge has stashed it"
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(Value):
     """
     What a merge has said of a file that it has stashed: its name before, which file it is and what it looked like, the base
     that holds its data since, whether both were compared, and when that was, in seconds since 1970.

@@ -9,7 +9,7 @@ the user has named, which the active image's own folder is; or a ``json:`` name 
 import os
 import stat
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpmerge import folder
 from qmpmerge.chain import backing
@@ -18,13 +18,13 @@ from qmpmerge.chain.chain import Slice
 from qmpmerge.errors import BackingLoop, Disguised, ForeignName, ImageUnreadable, NoFormat, TooDeep, UnsupportedFormat
 from qmpmerge.folder import File, Inode
 from qmpmerge.images import files, magic, qcow2, stashed
+from qmpmerge.value import Value
 
 DEEPEST = 800
 """Images in a chain. QEMU 10 crashes on the first read through 870 of them."""
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(Value):
     """One image on disk: absolute path, format, and what its header says of others."""
 
     file: str

@@ -12,13 +12,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpmerge import folder, users
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import Plan
 from qmpmerge.errors import CannotLock, Locked
 from qmpmerge.folder import File, Folder
+from qmpmerge.value import Value
 
 _LARGEST = 64 * 1024
 _ROOM = 8192
@@ -27,8 +28,7 @@ _REASON = 1000
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(Value):
     """
     What a lock file says: the path of a record, and the error of an earlier merge into this base after which what it
     shows must be compared (QEMU's cache may believe what the storage has lost). `damaged` is the inode number of the image

@@ -12,7 +12,7 @@ QEMU's graph agree with it (`recovery.evidence`).
 import contextlib
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 
 from qmpmerge.chain import plan
@@ -27,10 +27,10 @@ from qmpmerge.images.files import Seen
 from qmpmerge.images.stashed import original_of
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Process
+from qmpmerge.value import Value
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Value):
     """
     One merge or pull. `chain` is the chain before it, `base` and `top` are the plan's, by their indexes there (0 for no base),
     `away` the names that its files get by

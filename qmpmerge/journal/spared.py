@@ -4,12 +4,12 @@ Which merged images keep their names, whatever was to become of them: others nee
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 from qmpmerge.chain.plan import Plan
 from qmpmerge.images import dependents, notes, qcow2
 from qmpmerge.images.dependents import Look
 from qmpmerge.journal.record import Record
+from qmpmerge.value import Value
 
 
 def kept(record: Record, search: Collection[str] = ()) -> dict[int, str]:
@@ -25,8 +25,7 @@ def kept(record: Record, search: Collection[str] = ()) -> dict[int, str]:
     return by_pull(record.plan, places, search).reasons
 
 
-@dataclass(frozen=True)
-class Spared:
+class Spared(Value):
     """The `reasons` for which images keep their names, by their indexes, and how much was looked at to find who needs them."""
 
     reasons: dict[int, str]

@@ -11,7 +11,7 @@ import errno
 import os
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from qmpmerge import folder
@@ -19,6 +19,7 @@ from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.errors import Overtaken, RecordNotBelieved
 from qmpmerge.folder import File, Folder
 from qmpmerge.images import files
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.journal.record import Record
@@ -29,8 +30,7 @@ LARGEST = 64 * 1024 * 1024
 """Bytes. A chain of 1000 images with the longest names makes a record of some 10 MiB."""
 
 
-@dataclass(frozen=True)
-class Disbelieved:
+class Disbelieved(Value):
     """What lies at `path` under the name of a record of `image`, why it is not believed, and what to do: `cure`."""
 
     path: str

@@ -5,7 +5,6 @@ Which image a VM must be started from: told by headers and notes, as long as no 
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
@@ -14,12 +13,12 @@ from qmpmerge.images.overlays import Above, Around
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.store import Disbelieved
+from qmpmerge.value import Value
 
 SECTOR = 512
 
 
-@dataclass(frozen=True)
-class Active:
+class Active(Value):
     """The image that a VM must be started from, and its format, as QEMU's `format=` takes it."""
 
     file: str

@@ -8,7 +8,6 @@ import re
 import shlex
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Literal
 
 from qmpmerge import folder, given
@@ -20,13 +19,13 @@ from qmpmerge.images import backing_names, dependents, files, notes, qcow2, stas
 from qmpmerge.images.stashed import Note, original_of
 from qmpmerge.journal import leads, spared, store
 from qmpmerge.journal.store import Disbelieved
+from qmpmerge.value import Value
 
 _KEPT = re.compile(rf"\.(?P<image>.+){re.escape(notes.MERGED)}", re.DOTALL)
 """Notes beside images that were merged and have kept their names."""
 
 
-@dataclass(frozen=True)
-class Cleaned:
+class Cleaned(Value):
     """
     A stashed file: `obstacle` says why it was not removed, None where it was, or would be. `allocated` is what it takes on its
     filesystem, in bytes.

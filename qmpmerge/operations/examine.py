@@ -21,13 +21,13 @@ from qmpmerge.operations import active
 from qmpmerge.targets import open as doors
 from qmpmerge.targets.open import is_image
 from qmpmerge.targets.target import Target
+from qmpmerge.value import Value
 
 Door = Callable[[str], AbstractAsyncContextManager[Target]]
 """What makes a session with a running QEMU, as `targets.open.open` does."""
 
 
-@dataclass(frozen=True)
-class Examined:
+class Examined(Value):
     """A target: the findings about it that no target before it had, or the error for which it was not looked at."""
 
     target: str
@@ -40,8 +40,7 @@ class Examined:
         return "done" if self.error is None else self.error.verdict
 
 
-@dataclass(frozen=True)
-class Examination:
+class Examination(Value):
     """All targets, as they were named; how many VMs (and storage daemons) and image files were looked at."""
 
     targets: tuple[Examined, ...]

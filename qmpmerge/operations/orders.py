@@ -3,7 +3,7 @@
 import os
 import shlex
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import ELSEWHERE, Image
@@ -13,10 +13,10 @@ from qmpmerge.processes import proc
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
+from qmpmerge.value import Value
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(Value):
     """
     One overlay to make, or to use as it is (`is_reused`): on which disk, where, with which backing string in its header.
     """

@@ -5,7 +5,6 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Inode
 from qmpmerge.errors import CannotList, Error
@@ -19,13 +18,13 @@ from qmpmerge.processes.vms import Vm, vms
 from qmpmerge.sockets import Address
 from qmpmerge.targets import live
 from qmpmerge.targets.open import is_image
+from qmpmerge.value import Value
 
 MOST_FOLDERS = 100
 """In which images are looked for that somebody may have meant."""
 
 
-@dataclass(frozen=True)
-class LeftOut:
+class LeftOut(Value):
     """What is not meant, and why: a VM, one of its disks, an image or a folder; `hint` says what may be done about it."""
 
     target: str

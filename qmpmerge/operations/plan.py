@@ -4,7 +4,7 @@ changed.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from qmpmerge import given
@@ -24,13 +24,13 @@ from qmpmerge.operations import commit
 from qmpmerge.qemu.blockgraph import DiskName
 from qmpmerge.targets.command import command
 from qmpmerge.targets.target import ChainView, Target
+from qmpmerge.value import Value
 
 CLEARLY_LESS = 0.9
 """Of what the other way copies, for that to count: a little is no reason to pause a guest, or to change what it starts from."""
 
 
-@dataclass(frozen=True)
-class Sharer:
+class Sharer(Value):
     """Who needs `file` besides this chain: the `image` of this name, which is built on it, or a `process` that has it open."""
 
     file: str
@@ -38,8 +38,7 @@ class Sharer:
     name: str
 
 
-@dataclass(frozen=True)
-class Way:
+class Way(Value):
     """
     One of the two. `run` is the command, for a shell. `pauses_guest` for the milliseconds of a pivot; `start_from` is the image
     that the VM is started from afterwards. A way with `refusals` cannot be gone, and has no `checks`.
@@ -56,8 +55,7 @@ class Way:
     refusals: tuple[Error, ...] = ()
 
 
-@dataclass(frozen=True)
-class Ways:
+class Ways(Value):
     """
     Both ways, the merge first; none where there is nothing to merge. `shared` are those who need what the merge would write to
     or take away, `not_seen` says where they could not be looked for. `choice` is the way to take, None where both are refused,

@@ -8,7 +8,7 @@ writes absolute backing names. Then each is opened as a node, and one `transacti
 import contextlib
 import os
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpmerge import given, shield
 from qmpmerge.chain.chain import Chain, told_apart
@@ -33,10 +33,10 @@ from qmpmerge.qemu import vmstate
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
+from qmpmerge.value import Value
 
 
-@dataclass(frozen=True)
-class Overlay:
+class Overlay(Value):
     """
     An overlay that is now the active image of `disk`: its absolute path, its node, and the `backing` string in its header. The
     VM must be started from it from now on, and not from `backing_file`, which is the image below it. `ask` is what a launch

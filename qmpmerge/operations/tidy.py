@@ -29,12 +29,12 @@ from qmpmerge.operations.shorten import Direction, Door, Shorten
 from qmpmerge.targets import identity, live, offline  # noqa: F401 - nothing is imported once a job is at work
 from qmpmerge.targets import open as doors
 from qmpmerge.targets.target import Target
+from qmpmerge.value import Value
 
 PASSING = "it is a snapshot=on drive: what the guest writes there is meant to be thrown away"
 
 
-@dataclass(frozen=True)
-class Tidied:
+class Tidied(Value):
     """
     One disk: what came of it, or the error for which it is as it was. `target` is the word for which a command takes it, an
     image's own path where it lies in a folder; `disk` is None where the target's disks could not be looked at.
@@ -53,8 +53,7 @@ class Tidied:
         return self.error.verdict if self.error is not None else "unchanged"
 
 
-@dataclass(frozen=True)
-class Tidying:
+class Tidying(Value):
     """All disks, in the order of their targets, and what is not meant: VMs (`every`), disks of one, images of a folder."""
 
     tidied: tuple[Tidied, ...]

@@ -8,7 +8,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from qmpmerge.value import Value
 
 _PROGRAM = re.compile(r"\.?(?:qemu-system-.+|qemu-kvm|kvm|qemu-storage-daemon)(?:-wrapped)?")
 _LOADER = re.compile(r"ld(?:64|-linux.*|-musl.*|-\d.*)?\.so.*|ld-musl.*")
@@ -21,8 +22,7 @@ _DISKS = ("hda", "hdb", "hdc", "hdd")
 _NOT_PLAIN = ("telnet", "tn3270", "websocket", "tls-creds", "abstract")
 
 
-@dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Value):
     """
     What a QEMU's command line tells. Monitors are listening QMP sockets: a path, ``tcp:HOST:PORT``, or ``fd:N``.
 

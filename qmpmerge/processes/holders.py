@@ -8,12 +8,13 @@ import struct
 import subprocess
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Inode
 from qmpmerge.processes import kernel, proc, vms
 from qmpmerge.processes.vms import Vm
+from qmpmerge.value import Value
 
 LOOKS, LOOK_AGAIN_SECONDS = 5, 0.05
 """How often a process must be seen again to have a file for more than a moment, and how long we wait before each look."""
@@ -23,16 +24,14 @@ UNKNOWN = "it may be in another container or of another user: look there, or as 
 """What to do about somebody whom we may not see."""
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(Value):
     """The process at the other end of a monitor: its pid, and its name as the kernel has it (15 bytes)."""
 
     pid: int
     name: str
 
 
-@dataclass(frozen=True)
-class _Connection:
+class _Connection(Value):
     """One end of a connection: the name and inode number it was bound to, its own and its peer's socket inodes."""
 
     bound: str
@@ -58,8 +57,7 @@ _OWNER = re.compile(r'\("([^"]*)",pid=(\d+),fd=\d+\)')
 _BOUND_INODE = re.compile(r" ino:(\d+) ")
 
 
-@dataclass(frozen=True)
-class User:
+class User(Value):
     """
     Who has an image open: a process, `vm` being what it is where it is a QEMU; or, without a `pid`, the kernel.
 

@@ -11,12 +11,13 @@ import os
 import shlex
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpmerge import folder
 from qmpmerge.mounts import Mount, mounts, plain
 from qmpmerge.processes import proc
 from qmpmerge.processes.proc import Identity
+from qmpmerge.value import Value
 
 SYS = "/sys"
 _LOOP_GET_STATUS64 = 0x4C05
@@ -24,8 +25,7 @@ _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO = struct.Struct("QQQ208x")
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(Value):
     """
     `what` has the image `file`; `release` are the commands that make it let go, as a shell takes them, "" if not known.
 
@@ -38,16 +38,14 @@ class Use:
     devices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(Value):
     """What was found, and why that may not be all."""
 
     uses: tuple[Use, ...]
     unseen: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Thing:
+class _Thing(Value):
     """Something that lies on a device, and the command that takes it away."""
 
     what: str

@@ -8,10 +8,10 @@ import array
 import fcntl
 import os
 import stat
-from dataclasses import dataclass
 
 from qmpmerge import folder, users
 from qmpmerge.processes import proc
+from qmpmerge.value import Value
 
 _DAC_OVERRIDE = 1 << 1
 _FS_IOC_GETFLAGS = 0x80086601
@@ -19,8 +19,7 @@ _ATTRIBUTES = {0x10: "it is immutable (`chattr +i`)", 0x20: "it is append-only (
 _ACL = "system.posix_acl_access"
 
 
-@dataclass(frozen=True)
-class _Credentials:
+class _Credentials(Value):
     """As of /proc/PID/status: what the kernel judges access to files by."""
 
     user: int

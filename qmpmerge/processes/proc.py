@@ -3,9 +3,9 @@
 import os
 import re
 import stat
-from dataclasses import dataclass
 
 from qmpmerge.chain.chain import Inode
+from qmpmerge.value import Value
 
 _MOST_LINKS = 40  # MAXSYMLINKS in include/linux/namei.h
 # As unix_seq_show in net/unix/af_unix.c writes it: flags, inode, name.
@@ -20,8 +20,7 @@ Identity = tuple[str, int, int]
 """Which file or device it is, whatever it is called."""
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(Value):
     """A process that cannot be taken for a later one of the same number: `started` is in the kernel's ticks since `boot`."""
 
     pid: int

@@ -9,13 +9,14 @@ or may not be looked at is left out, and nothing raises for it.
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpmerge.errors import AmbiguousName, NoMonitor, NoSuchTarget
 from qmpmerge.errors.nearest import nearest
 from qmpmerge.processes import commandline, proc
 from qmpmerge.processes.commandline import CommandLine
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     import psutil  # takes 20 ms, and is needed only where a QEMU is looked at closely
@@ -27,8 +28,7 @@ _LIBVIRT_FOLDER = re.compile(r"(?:/var/lib|/var/cache|(?:/var)?/run(?:/user/\d+)
 _LIBVIRT_DAEMONS = ("libvirtd", "virtqemud")
 
 
-@dataclass(frozen=True)
-class Vm:
+class Vm(Value):
     """
     A running QEMU or qemu-storage-daemon.
 
@@ -105,8 +105,7 @@ def _with_monitor(vm: Vm, target: str) -> Vm:
     return vm
 
 
-@dataclass(frozen=True)
-class _Process:
+class _Process(Value):
     vm: Vm
     parent: int
     argv: tuple[str, ...]

@@ -6,7 +6,6 @@ would miss what they tell.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -14,13 +13,13 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import CommitPlan, Plan
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.value import Value
 
 OURS = "qmpmerge-writes"
 """The name of one that a pull makes for itself (`writes`), in QEMU's memory alone."""
 
 
-@dataclass(frozen=True)
-class Bitmap:
+class Bitmap(Value):
     """A dirty bitmap as QEMU has it. `granularity` in bytes; `recording` says that writes are marked in it."""
 
     image: Image

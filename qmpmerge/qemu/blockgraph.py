@@ -20,6 +20,7 @@ from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, Inode
 from qmpmerge.errors import DiskNeeded, NoDisk, NoSuchDisk, NoSuchJob
 from qmpmerge.qemu.jobs import Job, job_id
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.qemu.details import DiskDetails
@@ -64,8 +65,7 @@ class Node:
         return None
 
 
-@dataclass(frozen=True)
-class Parent:
+class Parent(Value):
     """
     Who has a node for a child, by its name, which an export has not: `kind` and `edge` as QEMU tells them. `reads` and
     `lets_write` say what it does with the node and what it lets others do, None where that was not told.
@@ -90,8 +90,7 @@ def storage(node: Node, nodes: Mapping[str, Node]) -> Iterator[Node]:
         yield node
 
 
-@dataclass(frozen=True)
-class Disk:
+class Disk(Value):
     """
     A disk of a VM, or an exported root node of a qemu-storage-daemon.
 
@@ -134,8 +133,7 @@ class Disk:
     """
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Value):
     """
     All disks of a QEMU at one moment, its jobs, and the graph's nodes by name.
 

@@ -8,7 +8,7 @@ plain values: nothing that reads from the disk.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from qmpmerge.chain.chain import Image
@@ -18,6 +18,7 @@ from qmpmerge.qemu.bitmaps import Bitmap
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.discovery import DEEP
 from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.value import Value
 
 _PROPERTIES: dict[str, reply.Shape] = {
     **dict.fromkeys(("type", "parent_bus", "iothread"), str),
@@ -25,8 +26,7 @@ _PROPERTIES: dict[str, reply.Shape] = {
 }
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(Value):
     """
     The device that a guest sees a disk as: its `kind` as ``-device`` names it, the `bus` that it is on, and where there
     (``04.0`` for PCI, ``0:1:0`` for SCSI, a unit's number elsewhere). What is not known is None; `tray_open` also where there
@@ -41,16 +41,14 @@ class Device:
     tray_open: bool | None = None
 
 
-@dataclass(frozen=True)
-class DiskDetails:
+class DiskDetails(Value):
     """`device` is None where no device uses the disk, or it is not known which. `physical` is as in `ImageDetails`."""
 
     device: Device | None
     physical: int | None
 
 
-@dataclass(frozen=True)
-class ImageDetails:
+class ImageDetails(Value):
     """
     What an image is like. `physical` is the size of the file or device that it lies in, in bytes; `dirty` says that its
     reference counts are not to be trusted until QEMU has opened it for writing. What its format does not have, or QEMU does

@@ -9,11 +9,11 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 from qmpmerge.errors import JobVerb, NoSuchJob, NotProven, QemuRefused, StillRunning, unproven
 from qmpmerge.qemu.monitor import Doorbell, Monitor
+from qmpmerge.value import Value
 
 PREFIX = "qmpmerge-"
 LOOK_AGAIN_SECONDS = 0.5
@@ -41,8 +41,7 @@ CANCELED = "Operation canceled"
 """The error of a job that somebody has cancelled (strerror of ECANCELED)."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Value):
     """
     One job as QEMU tells it. `done` and `total` are in bytes and count what the job type counts; `speed` is bytes a
     second, 0 for unlimited. `reason` is QEMU's sentence once the job has failed. `disk` is known where the block

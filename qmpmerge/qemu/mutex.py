@@ -21,12 +21,14 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import NamedTuple
 
 from qmpmerge import shield, sockets, users
 from qmpmerge.errors import NoReply, QemuRefused, SessionLost
 from qmpmerge.processes import proc
 from qmpmerge.qemu.monitor import COMMAND_SECONDS, Monitor
+from qmpmerge.value import Value
 
 LOOK_AGAIN_SECONDS = 0.01
 """On average: two that look at the same times would be in each other's way."""
@@ -51,8 +53,7 @@ class NoTurn(Exception):
         self.holder = holder
 
 
-@dataclass(frozen=True)
-class _Owner:
+class _Owner(Value):
     """What a ticket says: the process, as whom it runs, and where its socket can be seen."""
 
     pid: int
@@ -64,8 +65,7 @@ class _Owner:
         return f"pid {self.pid} of user {users.name(self.user)}{elsewhere}"
 
 
-@dataclass(frozen=True, order=True)
-class _Ticket:
+class _Ticket(NamedTuple):
     """Its number; `mark` is in the names of the object and of the socket, and no two have the same."""
 
     number: int

@@ -9,7 +9,6 @@ never renamed, so a golden image elsewhere asks for nothing.
 import os
 import shlex
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain import backing
@@ -17,14 +16,14 @@ from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.errors import CannotRecover, ForeignFile
 from qmpmerge.journal import store
 from qmpmerge.journal.record import Record
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.recovery.evidence import Way
     from qmpmerge.targets.target import Target
 
 
-@dataclass(frozen=True)
-class Vouched:
+class Vouched(Value):
     """
     What others say of files than the record: `shown` are the images in the chain of the target that the user has named,
     `allow` the files and folders that he has.

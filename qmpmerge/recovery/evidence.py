@@ -7,7 +7,7 @@ Nothing is changed here, and nothing guessed: where the evidence does not decide
 import os
 import shlex
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from qmpmerge.chain import backing
@@ -22,6 +22,7 @@ from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
+from qmpmerge.value import Value
 
 Way = Literal["back", "finish", "repoint", "leave"]
 """
@@ -33,8 +34,7 @@ Use = Literal["base", "top"]
 """Which image a user who has looked takes for the right one."""
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(Value):
     """What to do, and the sentences that say why. `right` is the image to start the VM from."""
 
     way: Way

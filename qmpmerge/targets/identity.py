@@ -11,7 +11,6 @@ Two open images that have exchanged their names look right here: the kernel does
 import functools
 import os
 import shlex
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image, Inode
@@ -20,6 +19,7 @@ from qmpmerge.errors import Displaced, LeftDisplaced, NotUnderItsName, Replaced
 from qmpmerge.images import stashed
 from qmpmerge.processes import proc
 from qmpmerge.sockets import typed
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.targets.target import Target
@@ -75,8 +75,7 @@ class Opened:
         return {proc.read_link(f"/proc/{self._pid}/fd/{number}"): inode for number, inode in files.items()}
 
 
-@dataclass(frozen=True)
-class Astray:
+class Astray(Value):
     """
     An image whose name `file` does not lead to it: `there` is what it leads to, `inode` what was meant, None where that is
     not known. `descriptor` is QEMU's, `now` the name that the image has now, None where it has none that is known.

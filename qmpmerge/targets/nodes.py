@@ -12,7 +12,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qmpmerge.chain import backing
@@ -21,12 +20,12 @@ from qmpmerge.images.walk import Layer
 from qmpmerge.processes import proc
 from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.targets import identity
+from qmpmerge.value import Value
 
 SECRET = "qmpmerge-secret"  # noqa: S105 - the id of the object, not the passphrase
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(Value):
     """An image, its `node`, and the `name` by which the daemon opens its file."""
 
     layer: Layer

@@ -9,7 +9,6 @@ told: a daemon opens the chain, and says what is wrong.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qmpmerge import folder
@@ -19,12 +18,12 @@ from qmpmerge.images.qemuimg import Header
 from qmpmerge.images.walk import Layer
 from qmpmerge.qemu import discovery, reply
 from qmpmerge.qemu.blockgraph import Layout
+from qmpmerge.value import Value
 
 SECTOR = 512
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(Value):
     """What QEMU would tell of the chain, and what the headers say, base first."""
 
     layout: Layout

@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
@@ -26,6 +26,7 @@ from qmpmerge.qemu.blockgraph import Disk, DiskName, Layout
 from qmpmerge.qemu.jobs import Job, query
 from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.targets import identity
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.journal.record import Record
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     from qmpmerge.qemu.details import ImageDetails
 
 
-@dataclass(frozen=True)
-class ChainView:
+class ChainView(Value):
     """
     A disk, its chain with the backing strings as they stand in the headers, problems with it, and the graph; and of each image
     the details, base first, where they were asked for.

@@ -33,6 +33,7 @@ from qmpmerge.guest.throttle import Throttle
 from qmpmerge.qemu import mutex
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.value import Value
 
 MIB = 1024 * 1024
 FLOOR = MIB
@@ -41,8 +42,7 @@ HANGING_SECONDS = 2.0
 """How much longer than allowed the guest may stand still where our process hangs."""
 
 
-@dataclass(frozen=True)
-class Converge:
+class Converge(Value):
     """
     That the ladder may be climbed. `pause` is how many seconds the guest may stand still, 0 for never; `tell` hears of each
     rung.

@@ -3,17 +3,16 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image
+from qmpmerge.value import Value
 
 if TYPE_CHECKING:
     from qmpmerge.qemu.jobs import Job
 
 
-@dataclass(frozen=True)
-class Shortage:
+class Shortage(Value):
     """
     `filesystem` is the mount point under the base, or the base itself where it is no file of this host. `needed` bytes
     more, at most, make room for what is still to be copied.
@@ -23,8 +22,7 @@ class Shortage:
     needed: int
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(Value):
     """
     How far a merge is: its `job` as seen last. `counts` says what `done` and `total` (bytes) are: what has to be copied
     (``copied``), of which an active merge gets more while the guest writes; or the virtual disk, which all others walk

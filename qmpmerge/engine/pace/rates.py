@@ -8,10 +8,11 @@ only between two passes of up to 16 MiB, so rates are taken from one such update
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.value import Value
 
 SETTLE_SECONDS = 3.0
 """Over this long rates are measured before anything is said of them."""
@@ -23,8 +24,7 @@ HEADWAY = 0.95
 HINT = "the guest writes faster than the job copies, so this never gets ready: `--converge` helps, or less work in the guest"
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(Value):
     """Bytes a second: what the guest dirties, what is copied; and how many bytes are left to copy."""
 
     dirty: float
