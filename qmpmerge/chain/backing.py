@@ -199,9 +199,9 @@ def described(name: str) -> Described | None:
         return None
 
 
-_WRAPPED = re.compile(r"(?:file|host_device|host_cdrom|blkdebug:[^:]*):(.*)", re.DOTALL)
-_VERIFIED = re.compile(r"blkverify:([^:]*):(.*)", re.DOTALL)
-_NO_FILE = re.compile(r"[a-z0-9+]+://|(?:fat|iscsi|nbd|nvme|rbd|sheepdog|ssh):|null-(?:co|aio):")
+_WRAPPED = r"(?s)(?:file|host_device|host_cdrom|blkdebug:[^:]*):(.*)"
+_VERIFIED = r"(?s)blkverify:([^:]*):(.*)"
+_NO_FILE = r"[a-z0-9+]+://|(?:fat|iscsi|nbd|nvme|rbd|sheepdog|ssh):|null-(?:co|aio):"
 """Names of what is no image file of this host."""
 
 _ELSEWHERE = frozenset(
@@ -250,7 +250,7 @@ def is_riddle(name: str) -> bool:
     if named_paths(name) or not _may_be_a_path(name):
         return False
     if not name.startswith("json:"):
-        return not is_path(name) and _NO_FILE.match(name) is None
+        return not is_path(name) and re.match(_NO_FILE, name) is None
     options = _options(name)
     if options is None:
         return True
@@ -265,10 +265,10 @@ def _named(name: str) -> Iterator[str]:
         for key, value in _options(name) or ():
             if _is(key, *_FILE_KEYS):
                 yield from _named(value)
-    elif (verified := _VERIFIED.fullmatch(name)) is not None:
+    elif (verified := re.fullmatch(_VERIFIED, name)) is not None:
         yield from _named(verified[1])
         yield from _named(verified[2])
-    elif (wrapped := _WRAPPED.fullmatch(name)) is not None:
+    elif (wrapped := re.fullmatch(_WRAPPED, name)) is not None:
         yield from _named(wrapped[1])
     else:
         yield name

@@ -24,7 +24,7 @@ MOST_TOLD = 10
 """Layers in a message: chains have hundreds."""
 
 _NUMBER = r"-?[1-9][0-9]{0,8}"
-_INDEX = re.compile(rf"(?P<plain>{_NUMBER})|(?P<disk>.*)\[(?P<number>{_NUMBER})\]", re.DOTALL)
+_INDEX = rf"(?s)(?P<plain>{_NUMBER})|(?P<disk>.*)\[(?P<number>{_NUMBER})\]"
 
 
 def find(chain: "Chain", layer: LayerName, disk: str) -> "Image":
@@ -65,7 +65,7 @@ def _is_called(image: "Image", word: str) -> bool:
 
 
 def _index_in(word: str, disk: str) -> int | None:
-    match = _INDEX.fullmatch(word)
+    match = re.fullmatch(_INDEX, word)
     if match is None or match["disk"] not in (None, "", disk):
         return None
     return int(match["plain"] or match["number"])

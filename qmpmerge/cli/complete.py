@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SECONDS = 1.0
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
 
 def _ask(ctx: click.Context, question: "Callable[[Target], Awaitable[list[T]]]") -> list[T]:
@@ -59,7 +59,7 @@ def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
 
     found = [vm for vm in vms() if not vm.libvirt and any(map(_may_use, vm.monitors))]
     named = Counter(vm.name for vm in found if vm.name)
-    plain = [name for name in named if named[name] == 1 and _PLAIN.fullmatch(name) and not os.path.lexists(name)]
+    plain = [name for name in named if named[name] == 1 and re.fullmatch(_PLAIN, name) and not os.path.lexists(name)]
     others = [f"pid:{vm.pid}" for vm in found if vm.name not in plain]
     names = [CompletionItem(name) for name in (*plain, *others) if name.startswith(incomplete)]
     return [*names, *([CompletionItem(incomplete, type="file")] if not names else [])]

@@ -13,7 +13,7 @@ LONGEST_SECONDS = 1e9
 """Thirty years; the timers of Python and of the kernel cannot be set to any time."""
 
 _NUMBER = r"\d{1,19}(?:\.\d{1,19})?"
-_SIZE = re.compile(rf"({_NUMBER}) ?(?:([KkMGT])(?:i?B)?|([kmgt])(?:i?b)?|B)?(?:/s)?", re.ASCII)
+_SIZE = rf"({_NUMBER}) ?(?:([KkMGT])(?:i?B)?|([kmgt])(?:i?b)?|B)?(?:/s)?"
 POWERS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 _SECONDS = {
@@ -24,8 +24,7 @@ _SECONDS = {
     **dict.fromkeys(("d", "day", "days"), 86400),
     **dict.fromkeys(("w", "week", "weeks"), 604800),
 }
-_PART = re.compile(rf"({_NUMBER}) ?([a-z]+) ?", re.ASCII)
-_PARTS = re.compile(rf"(?:{_PART.pattern})+", re.ASCII)
+_PART = rf"({_NUMBER}) ?([a-z]+) ?"
 
 
 class Size(click.ParamType[int]):
@@ -37,7 +36,7 @@ class Size(click.ParamType[int]):
         """``64M`` is 67108864."""
         if isinstance(value, int):
             return value
-        match = _SIZE.fullmatch(str(value).strip(" "))
+        match = re.fullmatch(_SIZE, str(value).strip(" "), re.ASCII)
         size = -1
         if match:
             number, unit = match[1], POWERS[(match[2] or match[3] or "").upper()]
@@ -75,5 +74,5 @@ def _seconds(text: str) -> float:
     """NaN for what is no time."""
     if re.fullmatch(_NUMBER, text, re.ASCII):
         return float(text)
-    parts = _PART.findall(text) if _PARTS.fullmatch(text) else []
+    parts = re.findall(_PART, text, re.ASCII) if re.fullmatch(rf"(?:{_PART})+", text, re.ASCII) else []
     return sum(float(number) * _SECONDS.get(unit, math.nan) for number, unit in parts) if parts else math.nan

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qmpmerge.cli import bug, interrupts, no_tls, streams
+from qmpmerge.cli import interrupts, no_tls, streams
 from qmpmerge.cli.options import Options
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.errors import (
@@ -71,6 +71,8 @@ def _shown(options: Options, work: "Callable[[Output], str]") -> int:
     except (Error, KeyboardInterrupt) as error:  # the latter until the signals are ours: nothing was begun
         code = show(error if isinstance(error, Error) else Cancelled(), options, output)
     except Exception as error:
+        from qmpmerge.cli import bug
+
         code = bug.show(error, as_json=options.json)
     finally:
         output.close()

@@ -7,19 +7,21 @@ A job belongs to QEMU, so whoever comes next goes on from where it stands.
 import contextlib
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import Plan
-from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.progress import Progress, Report
 from qmpmerge.errors import Busy, CannotRecord, Locked, Overtaken, Suspect, refuse
 from qmpmerge.journal import locks, store
-from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs, mutex
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView, Target
+
+if TYPE_CHECKING:
+    from qmpmerge.journal.record import Record
 
 
 def plan_of(view: ChainView, job: Job) -> Plan | None:
@@ -76,12 +78,12 @@ def under_way(view: ChainView, planned: Plan) -> Job | None:
     return job if same else None
 
 
-def of_job(records: Sequence[Record], job: Job) -> Record | None:
+def of_job(records: "Sequence[Record]", job: Job) -> "Record | None":
     """The record of the merge that this job carries out."""
     return next((record for record in records if record.job == job.id), None)
 
 
-def as_left(record: Record | None) -> Record | None:
+def as_left(record: "Record | None") -> "Record | None":
     """The record as it is now that its lock is held. Raises Overtaken, also where it is gone: its merge was ended meanwhile."""
     now = store.again(record) if record is not None else None
     if record is not None and now is None:
@@ -89,7 +91,7 @@ def as_left(record: Record | None) -> Record | None:
     return now
 
 
-async def without_concluded(target: Target, view: ChainView, records: Sequence[Record], report: Report) -> ChainView:
+async def without_concluded(target: Target, view: ChainView, records: "Sequence[Record]", report: Report) -> ChainView:
     """
     Read and dismiss a commit job of ours on this disk that ended while nobody looked, and return the view without it.
 
@@ -106,7 +108,7 @@ async def without_concluded(target: Target, view: ChainView, records: Sequence[R
     return await target.chain(view.disk.name)
 
 
-async def dismiss(target: Target, record: Record | None, job: Job) -> None:
+async def dismiss(target: Target, record: "Record | None", job: Job) -> None:
     """Take a concluded job away. An error that it ended with is noted beside base: QEMU forgets it now. Raises CannotRecord."""
     if record is not None and job.reason not in (None, jobs.CANCELED):
         with contextlib.suppress(Locked), locks.taken_for(record.plan) as lock:
@@ -117,7 +119,7 @@ async def dismiss(target: Target, record: Record | None, job: Job) -> None:
     await jobs.dismiss(target.monitor, job.id)
 
 
-def going_on(view: ChainView, job: Job, record: Record | None, speed: int | None = None) -> Progress:
+def going_on(view: ChainView, job: Job, record: "Record | None", speed: int | None = None) -> Progress:
     """The report that we go on with a job, whose limit stays where no other `speed` is asked for."""
     paused = ", where it waits to be resumed" if job.status in ("paused", "standby") and not job.has_no_space else ""
     limited = f", limited to {job.speed} bytes a second (`--speed 0` lifts that)" if speed is None and job.speed else ""
@@ -130,13 +132,13 @@ def _progress(view: ChainView, job: Job, note: str) -> Progress:
     return Progress(view.disk.name, job, counts, note=note)
 
 
-def _since(record: Record | None) -> str:
+def _since(record: "Record | None") -> str:
     if record is None:
         return ""
     return f" (begun {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.since))})"
 
 
-def refuse_astray(target: Target, view: ChainView, record: Record | None, *images: Image) -> None:
+def refuse_astray(target: Target, view: ChainView, record: "Record | None", *images: Image) -> None:
     """
     These of a job at work must be the images that it was begun with, as its record knows them, under their names. Raises
     Replaced.
@@ -147,18 +149,18 @@ def refuse_astray(target: Target, view: ChainView, record: Record | None, *image
             raise identity.refusal(astray, target, active=view.chain.active.file if record is not None else None)
 
 
-def _as_recorded(image: Image, record: Record | None) -> Image:
+def _as_recorded(image: Image, record: "Record | None") -> Image:
     known = record.chain if record is not None else ()
     return next((one for one in known if one.inode is not None and one.file == image.file), image)
 
 
-async def refuse_suspect(target: Target, operation: Operation, suspect: str | None) -> None:
+async def refuse_suspect(target: Target, planned: Plan, suspect: str | None) -> None:
     """What must be compared, and cannot be while a guest writes, is not begun. Raises Suspect, Busy."""
-    if suspect is None or not operation.pivots or not target.is_live:
+    if suspect is None or not planned.pivots or not target.is_live:
         return
     try:
         guest_runs = await target.guest_runs()
     except mutex.NoTurn as error:
-        raise Busy(disk=operation.plan.receiver.file, target=target.name, holder=error.holder) from None
+        raise Busy(disk=planned.receiver.file, target=target.name, holder=error.holder) from None
     if guest_runs:
-        raise Suspect(base=operation.plan.receiver.file, reason=suspect)
+        raise Suspect(base=planned.receiver.file, reason=suspect)

@@ -6,8 +6,6 @@ Success is read back: a fresh discovery of the graph and the header on disk must
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,7 +13,6 @@ from qmpmerge import shield
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import NEXT, State
 from qmpmerge.engine import blockjob, proof, reconnect, safeguards
-from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import ReportRaised
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -28,7 +25,6 @@ from qmpmerge.errors import (
     Postponed,
     StillRunning,
     TimedOut,
-    TimeUp,
     Untouched,
 )
 from qmpmerge.guest import pause
@@ -38,21 +34,6 @@ from qmpmerge.qemu.monitor import Doorbell
 
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Ladder
-
-
-@contextlib.asynccontextmanager
-async def in_time(patience: Patience) -> AsyncIterator[None]:
-    """What comes before the job's start, within the time limit. Raises TimeUp; not for StillRunning, which is of a job."""
-    limit = asyncio.timeout(patience.left)
-    try:
-        async with limit:
-            yield
-    except StillRunning:
-        raise
-    except TimeoutError:
-        if not limit.expired():  # somebody else's
-            raise
-        raise TimeUp(seconds=patience.timeout or 0.0) from None
 
 
 async def go(run: Run) -> Outcome:

@@ -4,14 +4,13 @@ import contextlib
 import shlex
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image, told_apart
 from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Policy, Verdict
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import State
-from qmpmerge.engine.request import Request
-from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchDisk, NotProven, QemuRefused, SeveralImages
 from qmpmerge.images import files, nbd
 from qmpmerge.journal import stash
@@ -19,8 +18,12 @@ from qmpmerge.qemu.bitmaps import snapshots
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import ChainView
 
+if TYPE_CHECKING:
+    from qmpmerge.engine.request import Request
+    from qmpmerge.engine.run import Run
 
-async def prove(run: Run, verdict: Verdict, expected: Chain) -> Outcome:
+
+async def prove(run: "Run", verdict: Verdict, expected: Chain) -> Outcome:
     """A fresh look at graph and headers must show what was expected, else the outcome is unknown."""
     try:
         view = await view_after(run, expected)
@@ -43,7 +46,7 @@ async def prove(run: Run, verdict: Verdict, expected: Chain) -> Outcome:
     return _outcome(run, verdict, found, tuple(hints), merged)
 
 
-async def _is_closed(run: Run, expected: Chain) -> bool:
+async def _is_closed(run: "Run", expected: Chain) -> bool:
     """
     Whether nothing of the disk is open any more because nobody used it: the last node with a name was that of its old active
     image, and nodes without one go with what is above them. Then there is no graph to look at, and no guest that could be on
@@ -64,21 +67,21 @@ async def _is_closed(run: Run, expected: Chain) -> bool:
     return True
 
 
-async def prove_old_chain(run: Run) -> None:
+async def prove_old_chain(run: "Run") -> None:
     """See that the chain is what it was before. Raises NotProven."""
     after = await view_after(run, run.plan.chain)
     if not after.chain.same_files(run.plan.chain):
         raise _not_proven(run, run.plan.chain, after.chain)
 
 
-async def see_old_chain(run: Run) -> None:
+async def see_old_chain(run: "Run") -> None:
     """See that nothing was switched; which file an image is may not be known. Raises NotProven."""
     after = (await view_after(run, run.plan.chain)).chain
     if len(after) != len(run.plan.chain) or not all(map(Image.may_be, after, run.plan.chain)):
         raise _not_proven(run, run.plan.chain, after)
 
 
-async def view_after(run: Run, expected: Chain) -> ChainView:
+async def view_after(run: "Run", expected: Chain) -> ChainView:
     """The disk as it is now. Where its device was unplugged meanwhile, only the node of its active image has a name."""
     try:
         return await run.target.chain(run.name_after(expected), known=run.known)
@@ -88,7 +91,7 @@ async def view_after(run: Run, expected: Chain) -> ChainView:
         return await run.target.chain(expected.active.node, known=run.known)
 
 
-async def _see_header_on_server(run: Run) -> None:
+async def _see_header_on_server(run: "Run") -> None:
     """
     Of an overlay on the network QEMU tells what it has written, not what its server has kept. Raises NotProven.
     """
@@ -103,7 +106,7 @@ async def _see_header_on_server(run: Run) -> None:
         raise NotProven(target=run.target.name, expected=told_apart(run.plan.result, run.plan.result)[0], found=found)
 
 
-def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
+def _is_shown(run: "Run", expected: Chain, found: Chain) -> bool:
     if not found.same_files(expected):
         return False
     overlay = run.plan.overlay
@@ -115,7 +118,7 @@ def _is_shown(run: Run, expected: Chain, found: Chain) -> bool:
     return _leads_to_base(run, image, base) and image.backing_format in (base.format, run.base_driver)
 
 
-def _leads_to_base(run: Run, overlay: Image, base: Image) -> bool:
+def _leads_to_base(run: "Run", overlay: Image, base: Image) -> bool:
     """Whether the header names base, by the string that was planned or by another path to the same file."""
     name = overlay.backing
     if name is None or name == run.plan.backing_name:
@@ -126,7 +129,7 @@ def _leads_to_base(run: Run, overlay: Image, base: Image) -> bool:
     return bool(folders) and all(backing.leads_from(folder, name, base) for folder in folders)
 
 
-async def _spelt_as_planned(run: Run, expected: Chain, found: Chain) -> Chain:
+async def _spelt_as_planned(run: "Run", expected: Chain, found: Chain) -> Chain:
     """
     Who starts a job without `backing-file` has QEMU write an absolute path over a relative one. It is mended where QEMU can:
     it records the overlay's own format for base (`change-backing-file`). Raises HeaderNotDurable.
@@ -158,12 +161,12 @@ async def _spelt_as_planned(run: Run, expected: Chain, found: Chain) -> Chain:
     return found
 
 
-def _not_proven(run: Run, expected: Chain, found: Chain) -> NotProven:
+def _not_proven(run: "Run", expected: Chain, found: Chain) -> NotProven:
     words = told_apart(expected, found)
     return NotProven(target=run.target.name, expected=words[0], found=words[1])
 
 
-def _see_names(run: Run) -> None:
+def _see_names(run: "Run") -> None:
     """QEMU uses what it has open; the next start opens names. Raises NotUnderItsName."""
     for image in run.plan.named:
         astray = identity.astray(image, run.target.pid)
@@ -171,7 +174,7 @@ def _see_names(run: Run) -> None:
             raise identity.unproven(astray, run.target, run.plan)
 
 
-def _advice(run: Run, verdict: Verdict, merged: tuple[MergedFile, ...]) -> list[str]:
+def _advice(run: "Run", verdict: Verdict, merged: tuple[MergedFile, ...]) -> list[str]:
     base = run.plan.receiver.file
     if verdict == "kept":
         return [f"{base} held all data at the moment it was let go; the guest writes to the overlay"]
@@ -217,7 +220,7 @@ def unchanged(view: ChainView) -> Outcome:
 def planned(
     disk: str,
     plan: Plan,
-    request: Request,
+    request: "Request",
     checked: tuple[Checked, ...],
     estimate: Estimate,
     spared: Mapping[int, str],
@@ -230,7 +233,7 @@ def planned(
 
 
 def _outcome(
-    run: Run, verdict: Verdict, after: Chain, hints: tuple[str, ...], merged: tuple[MergedFile, ...] = ()
+    run: "Run", verdict: Verdict, after: Chain, hints: tuple[str, ...], merged: tuple[MergedFile, ...] = ()
 ) -> Outcome:
     return Outcome(
         verdict=verdict,
@@ -248,13 +251,13 @@ def _outcome(
     )
 
 
-def ready(run: Run) -> Outcome:
+def ready(run: "Run") -> Outcome:
     """The outcome of a merge that was to stop at ready."""
     command = f"qmpmerge job {shlex.quote(run.target.name)} {shlex.quote(run.job)}"
     hints = (f"every write goes to both images until `{command} pivot`, or `keep`, or `cancel`",)
     return _outcome(run, "ready", run.plan.chain, hints)
 
 
-def left(run: Run) -> Outcome:
+def left(run: "Run") -> Outcome:
     """What is known where the job goes on without us."""
     return _outcome(run, "running", run.plan.chain, tuple(run.notes))

@@ -22,7 +22,7 @@ _VMDK_SPARSE = b"KDMV"
 _VMDK_DESCRIPTOR = struct.Struct("<QQ")
 _SECTOR = 512
 _LONGEST = 65536
-_PARENT = re.compile(rb'^parentFileNameHint\s*=\s*"([^"\n]*)"', re.MULTILINE)
+_PARENT = rb'(?m)^parentFileNameHint\s*=\s*"([^"\n]*)"'
 
 
 def read(path: str, *, device: bool = False) -> str | None:
@@ -59,7 +59,7 @@ def _vmdk(file: File, start: bytes) -> str | None:
     if start.startswith(_VMDK_SPARSE) and len(start) >= _SECTOR:
         offset, size = (sectors * _SECTOR for sectors in _VMDK_DESCRIPTOR.unpack_from(start, 28))
         text = file.read(min(size, _LONGEST), offset) if offset < 1 << 62 else b""
-    parent = _PARENT.search(text)
+    parent = re.search(_PARENT, text)
     return _decoded(parent[1]) if parent is not None else None
 
 

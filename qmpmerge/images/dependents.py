@@ -5,7 +5,6 @@ QEMU knows nothing about it: an overlay that nobody has open at the moment is ru
 it is merged away or written to.
 """
 
-import asyncio
 import contextlib
 import os
 import re
@@ -239,6 +238,8 @@ class Look:
 
 async def look(images: Sequence[Image], chain: Chain, search: Collection[str] = (), opened: Iterable[str] = ()) -> Look:
     """Look for images that are built on `images`; others have their turn meanwhile."""
+    import asyncio  # `active` asks nobody, and looks without
+
     looking = Look(images, chain, search, opened)
     for _step in looking.steps():
         await asyncio.sleep(0)

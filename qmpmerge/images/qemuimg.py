@@ -28,7 +28,7 @@ from qmpmerge.value import Value
 
 SECONDS = 60.0
 _CANNOT_RUN = 126  # as a shell has it
-_OFFSET = re.compile(rb"offset (\d+)")
+_OFFSET = rb"offset (\d+)"
 
 
 class Header(Value):
@@ -243,7 +243,7 @@ async def differs_at(chain: Sequence[Image], other: Sequence[Image], mask: File 
     code, output, complaints = await _finished("compare", *sources, seconds=None, opened=opened.all)
     if code not in (0, 1):  # 1: they differ; more: it is not known
         raise ImageUnreadable(file=chain[-1].file, reason=_first_line(complaints))
-    place = _OFFSET.search(output)
+    place = re.search(_OFFSET, output)
     return None if code == 0 else int(place[1]) if place is not None else 0
 
 

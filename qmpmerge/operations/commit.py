@@ -1,7 +1,8 @@
 """
 Merge: what is asked for, what was begun before, what is refused; then the engine carries it out.
 
-What an earlier qmpmerge has begun is gone on with from where it stands.
+What an earlier qmpmerge has begun is gone on with from where it stands. What carries out is imported where something is to
+be: a dry run, which somebody waits for, does without.
 """
 
 import contextlib
@@ -17,17 +18,14 @@ from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
 from qmpmerge.checks.question import process
-from qmpmerge.engine import directions, earlier, go, proof, safeguards
-from qmpmerge.engine.operation import Operation
+from qmpmerge.engine import earlier, proof, time_limit
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.request import Request
-from qmpmerge.engine.run import Run
 from qmpmerge.errors import NoSuchLayer, OptionsConflict, Refused
 from qmpmerge.given import Paths
-from qmpmerge.journal import locks, spared, store
+from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
-from qmpmerge.journal.record import Record
 from qmpmerge.processes import limits
 from qmpmerge.qemu import bitmaps as dirty
 from qmpmerge.qemu import jobs, vmstate
@@ -38,6 +36,8 @@ from qmpmerge.targets.target import ChainView, Target
 
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Converge
+    from qmpmerge.engine.run import Run
+    from qmpmerge.journal.record import Record
 
 
 async def commit(
@@ -118,10 +118,14 @@ async def commit(
 async def carry_out(target: Target, disk: DiskName | None, request: Request, report: Report | None) -> Outcome:
     """Do what is asked for, a commit or a pull: see there."""
     with contextlib.ExitStack() as stack:
-        async with go.in_time(request.patience):
+        async with time_limit.in_time(request.patience):
             with target.looking(only=request.dry_run):
                 begun = await _Beginning(target, request, report or unreported, stack).of(disk)
-        return begun if isinstance(begun, Outcome) else await go.go(begun)
+        if isinstance(begun, Outcome):
+            return begun
+        from qmpmerge.engine import go
+
+        return await go.go(begun)
 
 
 async def would_pivot(
@@ -152,7 +156,7 @@ class _Beginning:
         self._report = report
         self._stack = stack
 
-    async def of(self, disk: DiskName | None) -> Run | Outcome:
+    async def of(self, disk: DiskName | None) -> "Run | Outcome":
         view = await self._target.chain(disk)
         limits.refuse_few(len(view.chain))
         records = store.believed(store.about(view.chain))
@@ -170,12 +174,12 @@ class _Beginning:
                 return await self._ended_unseen(view, record)
         return await (self._settled(view, disk, records) if records else self._begun(view, records))
 
-    async def _ended_unseen(self, view: ChainView, record: Record) -> Run:
+    async def _ended_unseen(self, view: ChainView, record: "Record") -> "Run":
         """The very merge that is asked for was made by an earlier qmpmerge, and nobody has proved it yet."""
-        operation = directions.operation(record.as_called_now(view.chain))
-        return await self._resumed(view, operation, self._locked(record.plan), earlier.as_left(record))
+        planned = record.as_called_now(view.chain)
+        return await self._resumed(view, planned, self._locked(record.plan), earlier.as_left(record))
 
-    async def _settled(self, view: ChainView, disk: DiskName | None, records: list[Record]) -> Run | Outcome:
+    async def _settled(self, view: ChainView, disk: DiskName | None, records: "list[Record]") -> "Run | Outcome":
         """What an earlier merge left is put right first; that may be all there was to do."""
         from qmpmerge.engine import resume  # most chains have no record
 
@@ -193,27 +197,30 @@ class _Beginning:
         is_all = isinstance(begun, Outcome) and begun.verdict == "unchanged"
         return settled.outcome or begun if is_all else begun
 
-    async def _begun(self, view: ChainView, records: list[Record]) -> Run | Outcome:
+    async def _begun(self, view: ChainView, records: "list[Record]") -> "Run | Outcome":
         """The merge that is asked for: resumed where its job is at work, else checked; an outcome where that is all."""
         request = self._request
         planned = request.plan(view.chain, view.disk.name)
         if planned.is_empty:
             return _unchanged(view, planned)
-        operation = directions.operation(planned)
-        self._refuse_what_does_not_go_together(operation, view)
+        self._refuse_what_does_not_go_together(planned, view)
         lock = self._locked(planned)
         job = None if request.dry_run else earlier.under_way(view, planned)
         if job is not None:
-            return await self._taken_over(view, operation, lock, job, earlier.of_job(records, job))
+            return await self._taken_over(view, planned, lock, job, earlier.of_job(records, job))
         if not request.dry_run:
             request.refuse_not_agreed(planned, proof.merged_files(planned, request.policy(planned)))
         answer = await self._checked(view, planned)
-        await earlier.refuse_suspect(self._target, operation, lock.note.suspect)
+        await earlier.refuse_suspect(self._target, planned, lock.note.suspect)
         if request.dry_run:
             other = await self._other_way(view, planned, answer)
             reasons, hints = self._who_needs_what_leaves(view, planned)
             outcome = proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate, reasons)
             return replace(outcome, other_way=other, hints=hints)
+        from qmpmerge.engine import directions
+        from qmpmerge.engine.run import Run
+
+        operation = directions.operation(planned)
         run = Run.begin(self._target, operation, request, lock, view=view, report=self._report)
         run.bitmaps, run.checks = answer.bitmaps, answer.checks
         run.notes += dirty.left_behind(view.layout, planned)
@@ -224,6 +231,8 @@ class _Beginning:
         if not isinstance(planned, PullPlan):
             return {}, ()
         files = {planned.chain.index(image): image.file if image.has_path else None for image in planned.merged}
+        from qmpmerge.journal import spared
+
         found = spared.by_pull(planned, files, self._request.search, process(self._target, planned)[0])
         free = [planned.chain[index].file for index in files if index not in found.reasons]
         hints = dirty.left_behind(view.layout, planned)
@@ -231,12 +240,10 @@ class _Beginning:
             hints.append(f"nobody else is seen to need {', '.join(free)} (looked at {found.looked_at})")
         return found.reasons, tuple(hints)
 
-    async def _taken_over(
-        self, view: ChainView, operation: Operation, lock: Lock, job: Job, record: Record | None
-    ) -> Run:
+    async def _taken_over(self, view: ChainView, planned: Plan, lock: Lock, job: Job, record: "Record | None") -> "Run":
         record = earlier.as_left(record)
-        earlier.refuse_astray(self._target, view, record, *operation.plan.named)
-        run = await self._resumed(view, operation, lock, record)
+        earlier.refuse_astray(self._target, view, record, *planned.named)
+        run = await self._resumed(view, planned, lock, record)
         self._report(earlier.going_on(view, job, record, self._request.speed))
         if self._request.speed is not None:
             await jobs.set_speed(self._target.monitor, job, self._request.speed)
@@ -244,23 +251,29 @@ class _Beginning:
         run.bitmaps = dirty.portable(view.layout, run.plan)
         return run
 
-    async def _resumed(self, view: ChainView, operation: Operation, lock: Lock, record: Record | None) -> Run:
+    async def _resumed(self, view: ChainView, planned: Plan, lock: Lock, record: "Record | None") -> "Run":
         """What is there already is not checked again, but for the state of the VM."""
         await vmstate.check(self._target.monitor, view.layout.nodes_of(view.disk))
+        from qmpmerge.engine import directions
+        from qmpmerge.engine.run import Run
+
+        operation = directions.operation(planned)
         return Run.resume(self._target, operation, self._request, lock, view=view, record=record, report=self._report)
 
     def _locked(self, planned: Plan) -> Lock:
         return self._stack.enter_context(locks.taken_for(planned))
 
-    def _refuse_what_does_not_go_together(self, operation: Operation, view: ChainView) -> None:
+    def _refuse_what_does_not_go_together(self, planned: Plan, view: ChainView) -> None:
         request = self._request
-        request.refuse_ending_of(operation.plan)
+        request.refuse_ending_of(planned)
         if not self._target.is_live:
             request.refuse_offline()
-        elif request.verify is True and not request.pause and operation.pivots:
+        elif request.verify is True and not request.pause and planned.pivots:
             raise OptionsConflict(options=["--verify", "--no-pause"])
         if request.compares is True:
-            safeguards.refuse_encrypted(operation.plan, view.layout)
+            from qmpmerge.engine import safeguards
+
+            safeguards.refuse_encrypted(planned, view.layout)
 
     async def _checked(self, view: ChainView, planned: Plan) -> Answer:
         request = self._request

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qmpmerge.chain.outcome import Ending, Outcome, Policy
 from qmpmerge.chain.plan import Plan
 from qmpmerge.checks import known_bad
-from qmpmerge.engine import directions, earlier, go
+from qmpmerge.engine import directions, earlier, go, time_limit
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.request import Request
@@ -61,7 +61,7 @@ async def follow(
         patience=patience or Patience(timeout),
     )
     with contextlib.ExitStack() as stack:
-        async with go.in_time(request.patience):
+        async with time_limit.in_time(request.patience):
             run = await _begun(target, job_id, request, report or unreported, needs_ready=needs_ready, stack=stack)
         return await go.go(run)
 

@@ -52,9 +52,9 @@ class _Connection(Value):
 
 # The columns of `ss`: state, queues, local name and inode, peer's name ("*") and inode, then the owners and the inode
 # of the bound file. A name may have spaces.
-_ROW = re.compile(r"u_\w+ +ESTAB +\d+ +\d+ +(.+) (\d+) +\S.* (\d+) *(users:.*|<->.*)?")
-_OWNER = re.compile(r'\("([^"]*)",pid=(\d+),fd=\d+\)')
-_BOUND_INODE = re.compile(r" ino:(\d+) ")
+_ROW = r"u_\w+ +ESTAB +\d+ +\d+ +(.+) (\d+) +\S.* (\d+) *(users:.*|<->.*)?"
+_OWNER = r'\("([^"]*)",pid=(\d+),fd=\d+\)'
+_BOUND_INODE = r" ino:(\d+) "
 
 
 class User(Value):
@@ -93,7 +93,7 @@ class User(Value):
 # struct flock for F_OFD_GETLK on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
 _F_OFD_GETLK = 36
-_LOCK = re.compile(r"OFDLCK +ADVISORY +\w+ +-1 (\w+):(\w+):(\d+) (\d+) (\d+|EOF)")
+_LOCK = r"OFDLCK +ADVISORY +\w+ +-1 (\w+):(\w+):(\d+) (\d+) (\d+|EOF)"
 # block/file-posix.c: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE, a byte for each permission.
 _PERMISSION_BYTES = ((100, 8), (200, 8))
 
@@ -116,13 +116,13 @@ def _connections() -> list[_Connection]:
         output = subprocess.run(["ss", "-xepnH"], capture_output=True, timeout=_SS_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = map(_ROW.match, os.fsdecode(output).split("\n"))
+    rows = map(re.compile(_ROW).match, os.fsdecode(output).split("\n"))
     return [_connection(*row.groups(default="")) for row in rows if row is not None]
 
 
 def _connection(bound: str, inode: str, peer: str, rest: str) -> _Connection:
-    bound_inode = _BOUND_INODE.search(rest)
-    owners = tuple(Holder(int(pid), name) for name, pid in _OWNER.findall(rest))
+    bound_inode = re.search(_BOUND_INODE, rest)
+    owners = tuple(Holder(int(pid), name) for name, pid in re.findall(_OWNER, rest))
     return _Connection(bound, int(bound_inode[1]) if bound_inode else 0, inode, peer, owners)
 
 
@@ -245,7 +245,7 @@ def _own_locks(pid: int, held: Counter[Inode]) -> Counter[Inode]:
 def _first_byte_locks(rows: str) -> Counter[Inode]:
     """How many hold the first of the bytes of each file, of the rows of /proc/locks or of fdinfo (proc(5))."""
     first, found = _PERMISSION_BYTES[0][0], Counter[Inode]()
-    for major, minor, inode, start, end in _LOCK.findall(rows):
+    for major, minor, inode, start, end in re.findall(_LOCK, rows):
         if int(start) <= first and (end == "EOF" or first <= int(end)):
             found[os.makedev(int(major, 16), int(minor, 16)), int(inode)] += 1
     return found

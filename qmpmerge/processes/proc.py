@@ -9,9 +9,7 @@ from qmpmerge.value import Value
 
 _MOST_LINKS = 40  # MAXSYMLINKS in include/linux/namei.h
 # As unix_seq_show in net/unix/af_unix.c writes it: flags, inode, name.
-_UNIX_ROW = re.compile(
-    r"[0-9a-f]+: [0-9A-F]{8} [0-9A-F]{8} ([0-9A-F]{8}) [0-9A-F]{4} [0-9A-F]{2} +(\d+) (.+)", re.DOTALL
-)
+_UNIX_ROW = r"(?s)[0-9a-f]+: [0-9A-F]{8} [0-9A-F]{8} ([0-9A-F]{8}) [0-9A-F]{4} [0-9A-F]{2} +(\d+) (.+)"
 _ACCEPTS = 0x10000  # __SO_ACCEPTCON in include/linux/net.h
 
 _AT_ONCE = 64 * 1024
@@ -207,7 +205,7 @@ def bound_path(pid: int, socket: str) -> str:
     believed where its path is a socket that belongs to root, to us or to the process's user, and no other one is like it.
     """
     owners = {0, os.geteuid(), user_id(pid)}
-    rows = map(_UNIX_ROW.fullmatch, read_text(f"/proc/{pid}/net/unix").split("\n"))
+    rows = map(re.compile(_UNIX_ROW).fullmatch, read_text(f"/proc/{pid}/net/unix").split("\n"))
     named = [
         row[3] for row in rows if row is not None and int(row[1], 16) & _ACCEPTS and f"socket:[{row[2]}]" == socket
     ]

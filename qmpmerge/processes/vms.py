@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What /proc/PID/comm starts with; it has 15 bytes.
 _LIKELY = ("qemu-", ".qemu-", "kvm", "ld-", "ld.", "ld64")
-_LIBVIRT_FOLDER = re.compile(r"(?:/var/lib|/var/cache|(?:/var)?/run(?:/user/\d+)?|/.*/\.(?:config|cache))/libvirt/")
+_LIBVIRT_FOLDER = r"(?:/var/lib|/var/cache|(?:/var)?/run(?:/user/\d+)?|/.*/\.(?:config|cache))/libvirt/"
 _LIBVIRT_DAEMONS = ("libvirtd", "virtqemud")
 
 
@@ -208,7 +208,7 @@ def _is_there(address: str) -> bool:
 
 
 def _is_libvirts(address: str) -> bool:
-    return _LIBVIRT_FOLDER.match(address) is not None
+    return re.match(_LIBVIRT_FOLDER, address) is not None
 
 
 def _resolved(address: str, pid: int) -> str:

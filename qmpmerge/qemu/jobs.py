@@ -7,7 +7,6 @@ A job belongs to QEMU. Events wake us, queries decide: a job that vanished, an e
 import contextlib
 import re
 import time
-import zlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -84,6 +83,8 @@ def job_id(disk: str, direction: str = "commit") -> str:
     """The id of our job on `disk`: letters, digits and ``-._`` only, as QEMU wants it; one for each disk and direction."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", disk)
     if name != disk:
+        import zlib
+
         name = f"{name}-{zlib.crc32(disk.encode(errors='surrogatepass')):08x}"
     return f"{PREFIX}{direction}-{name}"
 

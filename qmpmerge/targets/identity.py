@@ -14,7 +14,6 @@ import shlex
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Image, Inode
-from qmpmerge.chain.plan import Plan
 from qmpmerge.errors import Displaced, LeftDisplaced, NotUnderItsName, Replaced
 from qmpmerge.images import stashed
 from qmpmerge.processes import proc
@@ -22,6 +21,7 @@ from qmpmerge.sockets import typed
 from qmpmerge.value import Value
 
 if TYPE_CHECKING:
+    from qmpmerge.chain.plan import Plan
     from qmpmerge.targets.target import Target
 
 
@@ -182,7 +182,7 @@ def _anew(active: str | None = None) -> str:
     return f"{forget}start the VM as before, and {AGAIN}"
 
 
-def unproven(astray: Astray, target: "Target", plan: Plan) -> NotUnderItsName:
+def unproven(astray: Astray, target: "Target", plan: "Plan") -> NotUnderItsName:
     """An image of the new chain is astray."""
     recover = f"qmpmerge recover {shlex.quote(plan.chain.active.file)}"
     saved = f"`{recover} --use base`, and start the VM from {plan.result.active.file}"

@@ -20,8 +20,8 @@ from qmpmerge.targets.target import Target
 if TYPE_CHECKING:
     from qmpmerge.processes.vms import Vm
 
-_PID = re.compile(r"pid:(\d{1,9})", re.ASCII)
-_TCP = re.compile(r"tcp:(.*):(\d{1,5})", re.ASCII | re.DOTALL)
+_PID = r"(?a)pid:(\d{1,9})"
+_TCP = r"(?as)tcp:(.*):(\d{1,5})"
 SHORT_SECONDS = 1.0
 """How long one of several monitors may take for its greeting before the next one is tried."""
 
@@ -102,7 +102,7 @@ def find(target: str) -> "tuple[list[Address], Vm | None]":
         raise NoSuchTarget(target=target, nearest=_beside(target))
     from qmpmerge.processes import vms  # only names need it
 
-    by_pid = _PID.fullmatch(target)
+    by_pid = re.fullmatch(_PID, target)
     vm = vms.find_pid(int(by_pid[1])) if by_pid else vms.find(target)
     return [*map(address, vm.monitors)], vm
 
@@ -123,7 +123,7 @@ def _beside(path: str) -> str | None:
 
 
 def _tcp(target: str) -> Address:
-    match = _TCP.fullmatch(target)
+    match = re.fullmatch(_TCP, target)
     if match is None or int(match[2]) > 65535 or not _may_be_a_host(match[1]):
         raise NoSuchTarget(target=target)
     return match[1].strip("[]") or "localhost", int(match[2])

@@ -22,7 +22,7 @@ from rig.server import CLIENT, stop
 import qmpmerge as library
 from qmpmerge.chain.state import State
 from qmpmerge.cli.run import ONE_SIGNAL_SECONDS
-from qmpmerge.engine import go, reconnect, safeguards
+from qmpmerge.engine import reconnect, safeguards, time_limit
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import JobFailed, LiveOnly, NoReply, SessionLost, StillRunning, TimeUp
 from qmpmerge.qemu import monitor
@@ -228,7 +228,7 @@ async def test_the_time_limit_holds_where_qemu_stands_still(setup: Setup) -> Non
 async def test_a_job_that_goes_on_is_not_taken_for_our_own_time_limit() -> None:
     """Both are a TimeoutError, and only of ours it is known that nothing was switched."""
     with pytest.raises(StillRunning):
-        async with go.in_time(library.Patience(60)):
+        async with time_limit.in_time(library.Patience(60)):
             raise StillRunning(target="vm1", job=JOB)
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from qmpmerge.cli.render.page import Colour, Painted
 from qmpmerge.cli.render.visible import visible
-from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.errors.sizes import size as size
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Estimate, OtherWay, Outcome
+    from qmpmerge.engine.pace.progress import Progress
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
     from qmpmerge.qemu.jobs import Job
@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def progress(value: Progress) -> str:
+def progress(value: "Progress") -> str:
     """``vda: 30 %, copied 3 GiB of 10 GiB, 250 MiB/s, 28 s left``; what was scanned is not called copied."""
     percent = "" if value.percent is None else f"{value.percent:.0f} %, "
     parts = [f"{percent}{value.counts} {size(value.done)} of {size(value.total)}"]
@@ -47,7 +47,7 @@ def progress(value: Progress) -> str:
     return f"{visible(value.disk)}: {', '.join(parts)}"
 
 
-def together(at_work: Sequence[Progress]) -> tuple[float | None, str]:
+def together(at_work: "Sequence[Progress]") -> tuple[float | None, str]:
     """How far all of them are, in percent and in words: ``2 disks: vm1 vda 30 %, vm2 vda 5 %``, or `progress` of one."""
     if len(at_work) == 1:
         return at_work[0].percent, progress(at_work[0])

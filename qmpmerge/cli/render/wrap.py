@@ -12,10 +12,10 @@ from qmpmerge.cli.render.width import width
 
 WIDEST_LABEL = 16
 
-_LABEL = re.compile(r" *(?:[\w-]+(?: [\w-]+)?(?:: |  +))?")
+_LABEL = r" *(?:[\w-]+(?: [\w-]+)?(?:: |  +))?"
 """``hint: ``, ``  space   `` or ``  not checked  ``."""
 
-_WORD = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+_WORD = r"[^\s`]*`[^`]*`\S*|\S+"
 
 
 def margin(text: str, columns: int) -> int:
@@ -29,7 +29,7 @@ def breaks(text: str, columns: int) -> Iterator[int]:
         return
     first = len(_label(text, columns)) or 1
     used = place = 0
-    for word in _WORD.finditer(text):
+    for word in re.finditer(_WORD, text):
         needed = width(text[place : word.end()])
         if used + needed > columns and place >= first:
             yield place
@@ -39,6 +39,6 @@ def breaks(text: str, columns: int) -> Iterator[int]:
 
 
 def _label(text: str, columns: int) -> str:
-    found = _LABEL.match(text)
+    found = re.match(_LABEL, text)
     label = found[0] if found is not None else ""
     return label if label.strip() and width(label) <= min(WIDEST_LABEL, columns // 2) else ""
