@@ -7,7 +7,10 @@ at files and processes (`files`).
 """
 
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from itertools import repeat
+from typing import TypeAlias
 
+from qmpmerge import shield
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import Checked, CheckResult, Ending, Estimate
 from qmpmerge.chain.plan import Plan
@@ -19,6 +22,8 @@ from qmpmerge.qemu import bitmaps, vmstate
 from qmpmerge.qemu.bitmaps import Bitmap
 from qmpmerge.targets.target import ChainView, Target
 from qmpmerge.value import Value
+
+Ask: TypeAlias = "Callable[[Question], AsyncIterator[Refused | Unseen | Seen]]"
 
 
 class Answer(Value):
@@ -57,8 +62,8 @@ async def check(
     question = Question(target, pid, opened, view, plan, ending, others, estimate, dry_run)
     checked: list[Checked] = []
     refusals: list[Refused] = []
-    for name, ask in CHECKS.items():
-        found = [one async for one in ask(question)]
+    answers = await shield.together(map(_answers, CHECKS.values(), repeat(question)))
+    for name, found in zip(CHECKS, answers, strict=True):
         refused = [one for one in found if isinstance(one, Refused)]
         insisting = [refusal for refusal in refused if refusal.name not in FORCEABLE or refusal.name not in force]
         refusals += insisting
@@ -73,6 +78,10 @@ async def check(
         await _rewrite_header(question)  # the last, because it writes, if only what is there already
     carried = () if question.keeps else bitmaps.portable(view.layout, plan)
     return Answer(tuple(checked), estimate, carried, maps)
+
+
+async def _answers(ask: Ask, question: Question) -> list[Refused | Unseen | Seen]:
+    return [one async for one in ask(question)]
 
 
 async def estimated(target: Target, plan: Plan, maps: space.Maps, *, speed: int = 0, closely: bool = True) -> Estimate:
@@ -115,7 +124,7 @@ async def _rewrite_header(question: Question) -> None:
         raise NotWritable(file=overlay.file, reason=error.reason) from None
 
 
-CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen | Seen]]] = {
+CHECKS: dict[str, Ask] = {
     "vm-state": graph.vm_state,
     "not-seen": sight.not_seen,
     "busy": graph.busy,
@@ -139,6 +148,6 @@ CHECKS: dict[str, Callable[[Question], AsyncIterator[Refused | Unseen | Seen]]] 
     "flush-unavailable": graph.flush_unavailable,
 }
 """
-All of them by their refusals' names, in the order in which they are asked and told. Each yields what it refuses, and where
-it could not look, why.
+All of them by their refusals' names, in the order in which they are told; they are asked at the same time. Each yields what it
+refuses, and where it could not look, why.
 """

@@ -2,6 +2,7 @@
 Checks of the files, of their filesystems and of the processes that hold them, each an async generator of refusals.
 """
 
+import asyncio
 import os
 import shlex
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -112,10 +113,13 @@ async def in_use(question: Question) -> AsyncIterator[Refused | Unseen]:
 
     pid = question.pid
     files = [image.file for image in question.plan.exclusive if image.has_path]
-    look = kernel.look(files)
+    look = await asyncio.to_thread(kernel.look, files)  # as what follows: it takes as long as QEMU over other checks
     users = question.target.users
-    if users is None:
-        users = await holders.lasting(files, excluding=[pid]) if pid is not None else holders.of_kernel(look)
+    if users is None and pid is not None:
+        found = await asyncio.to_thread(holders.users, files, excluding=[pid])
+        users = await holders.lasting(files, excluding=[pid], found=found)
+    elif users is None:
+        users = holders.of_kernel(look)
     for refusal in held(files, users):
         yield refusal
     if pid is None:

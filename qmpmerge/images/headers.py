@@ -29,17 +29,9 @@ async def read(chain: Chain) -> tuple[Header | None, ...]:
     """
     The header of every image of the chain, base first; None for an image without a path, or one we cannot read.
 
-    One `qemu-img info --backing-chain` reads them all, but only where our own look at the headers has shown that it will
-    open nothing else and guess no format: it opens whatever they name. Else, and where a raw image is all there is, each
-    image is read alone. Raises ToolMissing.
+    Each is read alone, those of qcow2 by ourselves: what a header names is not opened, and no format guessed. Raises
+    ToolMissing.
     """
-    if chain.active.format != "raw" and _names_are_harmless(chain):
-        try:
-            found = [info.header for info in await qemuimg.chain_info(chain.active.file, chain.active.format)]
-        except ImageUnreadable:
-            found = []
-        if len(found) == len(chain):
-            return tuple(found)
     return tuple([await _read_alone(image) for image in chain])
 
 
@@ -60,33 +52,6 @@ async def _read_alone(image: Image) -> Header | None:
 
 async def _info(image: Image) -> Header:
     return await (qemuimg.info(image.file, image.format) if image.slice is None else qemuimg.info_of(image))
-
-
-def _names_are_harmless(chain: Chain) -> bool:
-    """Whether the headers on disk name exactly the regular files of this chain, each with its format."""
-    below: Image | None = None
-    for image in chain:
-        if (
-            image.is_renamed
-            or image.slice is not None
-            or not (image.has_path and _is_regular(image.file) and _leads_on(image, below))
-        ):
-            return False
-        below = image
-    return True
-
-
-def _leads_on(image: Image, below: Image | None) -> bool:
-    try:
-        own = qcow2.read(image.file) if image.format == "qcow2" else None
-    except OSError:
-        return False
-    if below is None:
-        return image.format == "raw" or (own is not None and own.backing is None and own.data_file is None)
-    if own is None or own.backing is None or own.data_file is not None:
-        return False
-    # qemu-img starts from the name that we give it, so a relative name must lead there from that name's folder.
-    return own.backing_format == below.format and backing.leads_from(os.path.dirname(image.file), own.backing, below)
 
 
 def _is_regular(path: str) -> bool:

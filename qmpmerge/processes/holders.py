@@ -135,9 +135,14 @@ def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[Use
     return tuple(sorted(found, key=lambda user: files.index(user.file)))
 
 
-async def lasting(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:
-    """The same without those who have a file for a moment: another qmpmerge reads the headers of all that QEMUs have open."""
-    found = users(files, excluding=excluding)
+async def lasting(
+    files: Sequence[str], *, excluding: Collection[int] = (), found: tuple[User, ...] | None = None
+) -> tuple[User, ...]:
+    """
+    The same without those who have a file for a moment: another qmpmerge reads the headers of all that QEMUs have open. `found`
+    are they, where they were looked for just now.
+    """
+    found = users(files, excluding=excluding) if found is None else found
     for _ in range(LOOKS):
         if all(user.vm for user in found):
             break

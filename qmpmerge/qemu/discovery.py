@@ -21,6 +21,8 @@ FEW = 60
 LOOKS = 10
 """How often QEMU is asked again when its graph has changed between two questions."""
 
+_EDGES: tuple[str, dict[str, Any]] = ("x-debug-query-block-graph", {})
+
 Locate = Callable[[str], tuple[str, Inode | None]]
 """Turns a file name of QEMU's into an absolute path or URI, and the inode where there is one."""
 
@@ -193,11 +195,14 @@ async def discover(monitor: Monitor, locate: Locate, known: Layout | None = None
     """
     looks = 0
     while True:
-        running = await jobs.query(monitor)
+        # The edges harm no QEMU, not even one of which the nodes must not be asked.
+        *told, edges = await monitor.execute_all([*jobs.QUERIES, _EDGES])
+        running = jobs.read(monitor, *told)
         for job in running:
             if job.type == "stream" and job.status == "concluded":
                 raise StreamConcluded(job=job.id, target=monitor.name)
-        graph, devices, details = await _ask(monitor, known)
+        graph = await _graph(monitor, edges)
+        devices, details = await _devices_and_details(monitor, graph, known)
         looks += 1
         if looks == LOOKS or not _is_torn(graph, details):
             with reply.making_sense(monitor.name, "x-debug-query-block-graph"):
@@ -227,23 +232,30 @@ async def in_use(monitor: Monitor, device: str) -> set[str]:
         return {names[one] for one in found - backends}
 
 
-async def _ask(monitor: Monitor, known: Layout | None = None) -> tuple[Any, Any, Any]:
-    graph = await _edges(monitor)
+async def _devices_and_details(monitor: Monitor, graph: Any, known: Layout | None) -> tuple[Any, Any]:
     if known is not None and len(known.nodes) > FEW and _is_known(graph, known):
-        return graph, known.devices, [node.info for node in known.nodes.values()]
-    devices = await monitor.execute("query-block") if _depth(graph) <= DEEP else []
-    return graph, devices, await monitor.execute("query-named-block-nodes", flat=True)
+        return known.devices, [node.info for node in known.nodes.values()]
+    nested: list[tuple[str, dict[str, Any]]] = [("query-block", {})] if _depth(graph) <= DEEP else []
+    *devices, details = await monitor.execute_all([*nested, ("query-named-block-nodes", {"flat": True})])
+    for told in (*devices, details):
+        if isinstance(told, QemuRefused):
+            raise told
+    return devices[0] if devices else [], details
 
 
 async def _edges(monitor: Monitor) -> Any:
-    try:
-        return await monitor.execute("x-debug-query-block-graph")
-    except QemuRefused:
-        stats = await monitor.execute("query-blockstats")
-        with reply.making_sense(monitor.name, "query-blockstats"):
-            graph = graph_of_stats(stats)
-        reply.see_shape(monitor.name, "query-blockstats", graph, reply.GRAPH)
-        return graph
+    return await _graph(monitor, (await monitor.execute_all([_EDGES]))[0])
+
+
+async def _graph(monitor: Monitor, told: Any) -> Any:
+    """What was told of the edges; where that was refused, the same from what QEMU tells everybody."""
+    if not isinstance(told, QemuRefused):
+        return told
+    stats = await monitor.execute("query-blockstats")
+    with reply.making_sense(monitor.name, "query-blockstats"):
+        graph = graph_of_stats(stats)
+    reply.see_shape(monitor.name, "query-blockstats", graph, reply.GRAPH)
+    return graph
 
 
 def _is_known(graph: Any, known: Layout) -> bool:

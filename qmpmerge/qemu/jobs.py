@@ -89,32 +89,34 @@ def job_id(disk: str, direction: str = "commit") -> str:
     return f"{PREFIX}{direction}-{name}"
 
 
+QUERIES: tuple[tuple[str, dict[str, Any]], ...] = (("query-jobs", {}), ("query-block-jobs", {}))
+"""What tells of all jobs; the former knows the error, the latter the speed and the I/O status."""
+
+
 async def query(monitor: Monitor) -> list[Job]:
     """
-    All jobs. `query-jobs` knows the error, `query-block-jobs` the speed and the I/O status.
+    All jobs, asked for in one go.
 
     Raises VmState before the machine is there (``-preconfig``).
     """
-    try:
-        plain = await monitor.execute("query-jobs")
-    except QemuRefused as error:
-        if "machine initialization" not in error.reason:
-            raise
+    return read(monitor, *await monitor.execute_all(QUERIES))
+
+
+def read(monitor: Monitor, plain: Any, block: Any) -> list[Job]:
+    """The same, of what was told to `QUERIES`."""
+    if isinstance(plain, QemuRefused) and "machine initialization" in plain.reason:
         from qmpmerge.qemu import vmstate  # no job of ours can be at work
 
         raise vmstate.preconfig(monitor) from None
-    if not plain:
-        return []
-    return _told(plain, await monitor.execute("query-block-jobs"))
+    for told in (plain, block):
+        if isinstance(told, QemuRefused):
+            raise told
+    return _told(plain, block)
 
 
 async def look(monitor: Monitor, job_id: str) -> Job | None:
-    """The job of this id now, None when QEMU has none: asked where there most likely is one, so all in one go."""
-    replies = await monitor.execute_all([("query-jobs", {}), ("query-block-jobs", {})])
-    for reply in replies:
-        if isinstance(reply, QemuRefused):
-            raise reply
-    return next((job for job in _told(*replies) if job.id == job_id), None)
+    """The job of this id now, None when QEMU has none."""
+    return next((job for job in await query(monitor) if job.id == job_id), None)
 
 
 def _told(plain: Any, block: Any) -> list[Job]:

@@ -22,7 +22,7 @@ import struct
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qmpmerge import shield, sockets, users
 from qmpmerge.errors import NoReply, QemuRefused, SessionLost
@@ -43,6 +43,8 @@ LEAVE_SECONDS = 2.0
 """How long we wait for QEMU to hear that we have done; it may hang."""
 
 FLUSH, PAUSE = "flush", "pause"
+
+_LIST = ("qom-list", {"path": "/objects"})
 
 
 class NoTurn(Exception):
@@ -157,9 +159,9 @@ class _Queue:
 
     async def _is_our_turn(self) -> bool:
         is_new = self._ours is None
-        ours = self._ours or await self._draw()
-        waiting = await self._tickets()
-        if ours not in waiting:
+        waiting = await (self._drawn(1) if is_new else self._tickets())
+        ours = self._ours
+        if ours is None or ours not in waiting:
             self._ours = None  # somebody has made QEMU forget it
             return False
         below = [ticket for ticket in waiting if ticket.number < ours.number]
@@ -174,20 +176,28 @@ class _Queue:
             await self._remove(ticket)
         return True
 
-    async def _draw(self) -> _Ticket:
-        number = max((ticket.number for ticket in await self._tickets()), default=0) + 1
-        self._ours = _Ticket(number, self.mark)
+    async def _drawn(self, number: int) -> list[_Ticket]:
+        """
+        Draw a ticket, and return those that wait then. All in one go, as if there were none with this number or above, as there
+        mostly is none; where there was, it is given back for one that is above all.
+        """
+        self._ours = ours = _Ticket(number, self.mark)
         data = json.dumps(asdict(_Owner(os.getpid(), os.geteuid(), _place())))
-        try:
-            await self._monitor.execute("object-add", qom_type="secret", id=self._object(self._ours), data=data)
-        except QemuRefused as error:
-            raise NoTurn("QEMU", f"takes no ticket for it: {error.reason}") from None
-        return self._ours
+        made = ("object-add", {"qom_type": "secret", "id": self._object(ours), "data": data})
+        before, added, after = await self._monitor.execute_all([_LIST, made, _LIST])
+        if isinstance(added, QemuRefused):
+            raise NoTurn("QEMU", f"takes no ticket for it: {added.reason}")
+        highest = max((ticket.number for ticket in self._read(before)), default=0)
+        if highest < number:
+            return self._read(after)
+        await self.leave()
+        return await self._drawn(highest + 1)
 
     async def _tickets(self) -> list[_Ticket]:
-        try:
-            objects = await self._monitor.execute("qom-list", path="/objects")
-        except QemuRefused:  # a storage daemon has none before its first
+        return self._read((await self._monitor.execute_all([_LIST]))[0])
+
+    def _read(self, objects: Any) -> list[_Ticket]:
+        if isinstance(objects, QemuRefused):  # a storage daemon has none before its first
             return []
         names = [
             entry["name"].removeprefix(self._prefix) for entry in objects if entry["name"].startswith(self._prefix)

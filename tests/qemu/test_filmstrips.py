@@ -178,11 +178,11 @@ def test_every_job_edge_leads_to_a_node(strip: Path) -> None:
         assert not edges
 
 
-async def test_a_concluded_stream_is_seen_before_anything_else_is_asked() -> None:
+async def test_a_concluded_stream_is_seen_before_the_nodes_are_asked_for() -> None:
     film = Film(strip_of("commit-concluded"), rewritten={"query-jobs": stream_instead})
     with pytest.raises(StreamConcluded):
         await discovery.discover(film, locate)
-    assert set(film.asked) == {"query-jobs", "query-block-jobs"}
+    assert set(film.asked) == {"query-jobs", "query-block-jobs", "x-debug-query-block-graph"}
 
 
 def stream_instead(reply: Any) -> Any:
