@@ -1,7 +1,7 @@
 """
 Commit: what lies above base is merged down into it.
 
-    intermediate    COPYING -> PENDING -> flush base, compare -> SAFE -> job-finalize -> flush overlay
+    intermediate    COPYING -> PENDING -> flush base and compare -> SAFE -> job-finalize -> flush overlay
     active          COPYING -> READY -> SAFE -> pause, job-complete, run
 
 A plain `block-commit` is not safe; each step here avoids a harm that tests/operations/test_commit.py pins. An intermediate
@@ -123,8 +123,7 @@ class Intermediate(Commit):
         if job.status != "concluded":
             await safeguards.see_files(run, doorbell)
         if job.status == "pending":
-            await safeguards.make_receiver_durable(run, doorbell)
-            await safeguards.verify(run, doorbell)
+            await safeguards.make_durable_and_verify(run, doorbell)
         if job.status != "concluded":
             await safeguards.see_that_it_is_compared(run, doorbell)
             await safeguards.carry_bitmaps(run, doorbell)

@@ -4,7 +4,7 @@ What must be so before anything is switched: base durable, compared, bitmaps car
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 from qmpmerge import shield
 from qmpmerge.chain.plan import Plan
@@ -90,6 +90,24 @@ async def make_receiver_durable(run: Run, doorbell: Doorbell) -> None:
         raise NotDurable(node=run.plan.receiver.file, reason=reason) from None
 
 
+async def make_durable_and_verify(run: Run, doorbell: Doorbell) -> None:
+    """
+    `make_receiver_durable`, then `verify`. A raw file shows to everybody what was written to it, durable or not, so it is read
+    while it is flushed; a flush that fails is told all the same, whatever the comparison has found. Not one that is suspect,
+    which is to be compared as the flush leaves it.
+    """
+    base = run.plan.receiver
+    is_read_early = _is_compared(run) and base.has_path and base.format == "raw" and run.suspect is None
+    comparing = asyncio.ensure_future(_is_same(run)) if is_read_early else None
+    try:
+        await make_receiver_durable(run, doorbell)
+        await verify(run, doorbell, comparing=comparing)
+    finally:
+        if comparing is not None:
+            comparing.cancel()
+            await asyncio.gather(comparing, return_exceptions=True)
+
+
 async def carry_bitmaps(run: Run, doorbell: Doorbell) -> None:
     """The last step before the switch; where it fails the job is taken back, unless they may be lost."""
     if not run.bitmaps:
@@ -133,9 +151,12 @@ def refuse_encrypted(planned: Plan, layout: Layout) -> None:
         raise CannotCompare(images=encrypted)
 
 
-async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None:
+async def verify(
+    run: Run, doorbell: Doorbell, since: int | None = None, *, comparing: Awaitable[bool] | None = None
+) -> None:
     """
-    Compare what top shows with what base shows, while both still exist; a difference takes the job back.
+    Compare what top shows with what base shows, while both still exist; a difference takes the job back. `comparing` is where
+    that has been begun.
 
     Where a guest could write nobody may have done so since `rest.begin` said `since`, or what was read says nothing.
 
@@ -146,7 +167,7 @@ async def verify(run: Run, doorbell: Doorbell, since: int | None = None) -> None
         return
     is_remote = not run.plan.receiver.has_path
     try:
-        same = await _is_same(run)
+        same = await (comparing or _is_same(run))
     except ImageUnreadable as error:
         if run.verify is None:
             run.notes += [not_compared(run.plan, error.reason)] if is_remote else []

@@ -42,6 +42,7 @@ from qmpmerge.errors import (
     NoSuchLayer,
     NotDurable,
     NotProven,
+    NotVerified,
     NotWritable,
     OptionsConflict,
     SessionLost,
@@ -250,12 +251,27 @@ async def test_a_bare_file_node_as_raw_base(tmp_path: Path, images: list[Path], 
 FLUSH_FAILS = "inject-error.0.event=none,inject-error.0.iotype=flush,inject-error.0.errno=5"
 
 
+@pytest.mark.parametrize("differs", [False, True], ids=["", "differs"])
+@pytest.mark.parametrize(
+    ("storage", "error"), [(FLUSH_FAILS, "Input/output error"), ("align=512", "different data")], ids=["fails", "works"]
+)
 async def test_a_base_that_cannot_be_flushed_stops_the_merge(
-    tmp_path: Path, images: list[Path], content: Content
+    tmp_path: Path, images: list[Path], content: Content, storage: str, error: str, differs: bool
 ) -> None:
-    with machine(tmp_path, *faults.injecting(images, "base", FLUSH_FAILS)) as vm:
-        async with qmpmerge.live(vm.target) as target:
-            with pytest.raises(NotDurable, match="Input/output error"):
+    """Whatever the comparison finds that is made meanwhile, which stops it where the flush does not."""
+
+    def damage(direction: str, text: str) -> None:
+        if differs and direction == "<-" and '"status": "pending"' in text:
+            with images[0].open("r+b") as base:
+                base.seek(2 * MIB)
+                base.write(b"lost")
+
+    with machine(tmp_path, *faults.injecting(images, "base", storage)) as vm:
+        async with qmpmerge.live(vm.target, trace=damage) as target:
+            if storage != FLUSH_FAILS and not differs:
+                assert (await qmpmerge.commit(target, top="[3]")).verified
+                return
+            with pytest.raises((NotDurable, NotVerified), match=error):
                 await qmpmerge.commit(target, top="[3]")
         await faults.untouched(vm)
         vm.stop()
