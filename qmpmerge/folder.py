@@ -105,6 +105,10 @@ class File(_Open):
         """Make its content durable."""
         os.fsync(self.descriptor)
 
+    def sync_data(self) -> None:
+        """The same without its times, which takes no commit of the filesystem's journal where its size stays."""
+        os.fdatasync(self.descriptor)
+
     def read(self, size: int, offset: int = 0) -> bytes:
         """So many bytes from there, or what there is."""
         return os.pread(self.descriptor, size, offset)
@@ -316,6 +320,12 @@ def split(path: str) -> tuple[Folder, str]:
     """The folder of a path, and the name in it."""
     folder, name = os.path.split(path)
     return Folder(folder), name
+
+
+def sync(path: str) -> None:
+    """Make the names in this folder durable."""
+    with Folder(path) as place:
+        place.sync()
 
 
 def inode_in(status: os.stat_result) -> Inode:

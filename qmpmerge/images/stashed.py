@@ -17,6 +17,7 @@ from typing import Any
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Inode
+from qmpmerge.folder import Folder
 from qmpmerge.images import files
 from qmpmerge.images.files import Seen
 from qmpmerge.value import Value
@@ -79,14 +80,22 @@ def noted_in(place: str) -> Iterator[tuple[str, str]]:
 
 
 def write(path: str, note: Note) -> None:
-    """Put a note beside the stashed file at `path`; durable on return. Raises OSError, also where it would not be believed."""
+    """`put`, durable on return. Raises OSError."""
+    put(path, note).sync()
+
+
+def put(path: str, note: Note) -> Folder:
+    """
+    Put a note beside the stashed file at `path`; durable after the `sync` of the folder that is returned. Raises OSError, also
+    where it would not be believed.
+    """
     place, name = folder.split(note_path(path))
     file = place.put(name, encode(note), folder.NOTE)
     known = look(path)
     if not isinstance(known, Note):
         file.remove()
         raise OSError(errno.EPERM, known, path)
-    place.sync()
+    return place
 
 
 def lead_on(place: str, gone: str, inode: int, into: str, into_inode: Inode, into_seen: Seen | None) -> None:

@@ -8,18 +8,15 @@ record lists are touched, and only while they lead to the very files that it mea
 import contextlib
 import errno
 import os
-import shlex
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Image, Inode
 from qmpmerge.chain.outcome import MergedFile
 from qmpmerge.folder import Folder
-from qmpmerge.images import dependents, files, notes, qcow2, stashed
-from qmpmerge.images.stashed import Note
-from qmpmerge.journal import leads, spared
-from qmpmerge.journal.record import Record, look
+from qmpmerge.images import dependents, files, qcow2, stashed
+from qmpmerge.journal import leads, merged_notes, spared
+from qmpmerge.journal.record import Record
 
 
 def take_away(record: Record, index: int) -> str:
@@ -72,8 +69,10 @@ def finish(record: Record, search: Collection[str] = ()) -> tuple[list[MergedFil
     that cannot be renamed stays, and that is said.
     """
     kept = spared.kept(record, search)
+    refused = _names_taken_away(record, kept)
     done: list[MergedFile] = []
     hints: list[str] = []
+    aside: dict[int, str] = {}
     for index in range(record.base + 1, record.top + 1):
         image = record.chain[index]
         try:
@@ -82,19 +81,41 @@ def finish(record: Record, search: Collection[str] = ()) -> tuple[list[MergedFil
                 obstacle = kept[index] if record.policy == "delete" else None
                 file = MergedFile(image.file, "keep", record.place(index) or image.file, obstacle)
             else:
-                file = _dealt_with(record, index, hints)
+                if index in refused:
+                    raise refused[index]
+                file = _dealt_with(record, index, aside, hints)
             done += [*_data_dealt_with(record, image, file, hints), file]
         except OSError as error:
             obstacle = error.strerror or str(error) if record.policy == "delete" else None
             done.append(MergedFile(image.file, "keep", record.place(index), obstacle))
             hints.append(f"{image.file} could not be renamed and stays where it is: {error.strerror or error}")
+    hints += merged_notes.aside(record, aside)
     kept_at = {one.file: one.now for one in done if one.action == "keep" and one.now is not None}
-    notes_kept = _note_pulled if record.direction == "pull" else _note_kept
-    hints += [*notes_kept(record, kept_at), *_note_overlays(record, kept_at), *_note_written(record)]
+    notes_kept = merged_notes.pulled if record.direction == "pull" else merged_notes.kept
+    hints += [*notes_kept(record, kept_at), *merged_notes.overlays(record, kept_at), *merged_notes.written(record)]
     return done, hints
 
 
-def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
+def _names_taken_away(record: Record, kept: Collection[int]) -> dict[int, OSError]:
+    """All that are to lose their names, durably: each folder is synced once. Returns by their indexes why some have not."""
+    refused, moved = dict[int, OSError](), dict[str, list[int]]()
+    away = {} if record.policy == "keep" else record.away
+    for index in range(record.base + 1, record.top + 1):
+        if index in away and index not in kept and record.place(index) == record.own_name(index):
+            try:
+                moved.setdefault(os.path.dirname(take_away(record, index)), []).append(index)
+            except OSError as error:
+                refused[index] = error
+    for place, indexes in moved.items():
+        try:
+            folder.sync(place)
+        except OSError as error:
+            refused |= dict.fromkeys(indexes, error)
+    return refused
+
+
+def _dealt_with(record: Record, index: int, aside: dict[int, str], hints: list[str]) -> MergedFile:
+    """What became of an image that could lose its name; where it stays under another one that is noted in `aside`."""
     image, own = record.chain[index], record.own_name(index)
     place = record.place(index)
     if image.slice is not None:
@@ -103,10 +124,6 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
         return MergedFile(image.file, "gone", None)
     if record.policy == "keep" or index not in record.away or place is None:
         return MergedFile(image.file, "keep", place or image.file)
-    if place == own:
-        place = take_away(record, index)
-        with folder.beside(place) as (kept, _name):
-            kept.sync()
     if own != image.file:
         hints.append(f"{image.file} leads nowhere now: it is a symlink to {own}, which was merged")
     reason = leads.why_not_led_on(record, index)
@@ -117,7 +134,7 @@ def _dealt_with(record: Record, index: int, hints: list[str]) -> MergedFile:
     obstacle = reason if record.policy == "delete" else None
     if obstacle is not None:
         hints.append(f"{place} was not deleted: {obstacle}")
-    _note(record, index, place, hints)
+    aside[index] = place
     return MergedFile(image.file, "stash", place, obstacle)
 
 
@@ -128,149 +145,13 @@ def _remove(record: Record, image: Image, path: str) -> None:
         place.sync()
 
 
-def _note(record: Record, index: int, place: str, hints: list[str]) -> None:
-    """Say durably what was stashed: until now the record did. Without a note `clean` has to compare."""
-    image, base = record.chain[index], record.plan.receiver
-    try:
-        if _was_changed(record, index, place):
-            raise OSError(errno.EBUSY, "it was changed since it was merged")
-        status = os.stat(place)
-        note = Note(
-            original=record.own_name(index),
-            format=image.format,
-            inode=(status.st_dev, status.st_ino),
-            seen=files.seen(place),
-            base=base.file,
-            base_inode=base.inode,
-            verified=record.verified,
-            since=time.time(),
-            base_seen=files.seen(base.file) if files.is_regular(base.file) else None,
-        )
-        stashed.write(place, note)
-    except OSError as error:
-        hints.append(f"no note could be kept beside {place}, so `clean` has to compare it: {error.strerror or error}")
-
-
-def _was_changed(record: Record, index: int, place: str) -> bool:
-    known = record.seen.get(index, record.before.get(index))
-    return known is not None and look(record.chain[index], place) != known
-
-
-# --- notes --------------------------------------------------------------------------------------------------------
-
-
-def _note_overlays(record: Record, places: Mapping[str, str]) -> Iterator[str]:
-    """
-    What lies beside an image tells which overlay in another folder is built on it now; yields why it does not. Those that a
-    pull has left at their `places` are built on one another as before.
-    """
-    base, above = record.plan.base, record.chain.images[record.top :]
-    if base is not None and above and base.has_path and above[0].has_path:
-        try:
-            if notes.is_needed(base.file, above[0].file):
-                notes.put_on(base.file, _meant(record, base.file, base), above[0].file)
-        except OSError as error:
-            yield (
-                f"it could not be noted beside {base.file} that {above[0].file} is built on it ({error.strerror or error}): "
-                f"`qmpmerge active` finds that only from {above[0].file}"
-            )
-            return
-    stays = places if record.direction == "pull" else {}
-    merged = {image.inode[1] for image in record.plan.merged if image.inode is not None and image.file not in stays}
-    higher = {image.inode[1] for image in above if image.inode is not None}
-    try:
-        if base is not None:
-            notes.take_away(base.file, merged)
-        for index in range(record.base + 1, record.top + 1):
-            notes.take_away(record.own_name(index), merged | higher)
-    except OSError as error:
-        yield f"a note about a merged image could not be removed: {error.strerror or error}"
-
-
-def _meant(record: Record, name: str, image: Image) -> Inode | None:
-    """The file that has this name, where it is the one that the record means."""
-    found = files.inode(name)
-    return found if found is not None and record.is_inode(found, image) else None
-
-
-def _note_pulled(record: Record, places: Mapping[str, str]) -> Iterator[str]:
-    """
-    From which of the images that a pull leaves one came to what it was pulled into, by the folder or a note beside: that stays
-    so. Yields why it was not noted. They are not stale: each shows what it always did, and may be anybody's.
-    """
-    receiver = record.plan.receiver
-    for index in range(record.top, record.base, -1):
-        image, above = record.chain[index], record.chain[index + 1]
-        own = record.own_name(index)
-        try:
-            if not (image.has_path and above.has_path and _leads_up(own, above)):
-                return
-            place = places.get(image.file)
-            if place is not None and image.slice is None and files.is_regular(place):
-                notes.pulled(place, _meant(record, place, image), receiver.file)
-        except OSError as error:
-            yield (
-                f"it could not be noted beside {image.file} that {receiver.file} was built on it ({error.strerror or error}): "
-                "to `qmpmerge active` it looks like an image to start from"
-            )
-
-
-def _note_written(record: Record) -> Iterator[str]:
-    """
-    What notes of earlier pulls beside the receiver say from now on: that one was pulled off it is no answer any more for who
-    goes on from there. Yields that, and why it was not written down.
-    """
-    receiver = record.plan.receiver
-    if not (receiver.has_path and files.is_regular(receiver.file)):
-        return
-    meant = _meant(record, receiver.file, receiver)
-    try:
-        if record.direction == "pull":
-            notes.renew_left(receiver.file, meant, record.before.get(record.top + 1))
-            return
-        left = notes.end_left(receiver.file, meant)
-    except OSError as error:
-        yield f"the notes of earlier pulls beside {receiver.file} could not be written anew: {error.strerror or error}"
-        return
-    if left:
-        yield (
-            f"others were pulled off {receiver.file}, so `qmpmerge active` does not tell which image goes on from it: once no "
-            f"start script names it for them, `rm -f -- {shlex.join(left)}`"
-        )
-
-
-def _leads_up(image: str, above: Image) -> bool:
-    """Whether who looks at `image` finds the one above it, which may have lost its name by now."""
-    told = {(note.file, note.overlay) for note in notes.above(image)}
-    number = above.inode[1] if above.inode is not None else None
-    return not notes.is_needed(image, above.file) or any(above.file == file or number == own for file, own in told)
-
-
-def _note_kept(record: Record, places: Mapping[str, str]) -> Iterator[str]:
-    """An image that keeps its name looks like one to start from; yields why it was not noted that it is none."""
-    base = record.plan.receiver
-    needed, _user = spared.needed(record, merged_too=False) if places else (0, "")
-    for index in range(max(record.base, needed) + 1, record.top + 1):
-        image = record.chain[index]
-        place = places.get(image.file)
-        if place is None or image.slice is not None or not files.is_regular(place):
-            continue
-        try:
-            notes.merged(place, _meant(record, place, image), base.file)
-        except OSError as error:
-            yield (
-                f"it could not be noted beside {place} that it was merged ({error.strerror or error}): to `qmpmerge active` "
-                "it looks like an image to start from"
-            )
-
-
 def why_not_delete(record: Record, index: int, place: str) -> str | None:
     """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
     if not record.verified:
         return (
             "it was not compared with the base" if record.direction == "commit" else "what was copied was not compared"
         )
-    if index not in (*record.seen, *record.before) or _was_changed(record, index, place):
+    if index not in (*record.seen, *record.before) or merged_notes.was_changed(record, index, place):
         return "it was changed since it was merged"
     return spared.in_use(place)
 

@@ -119,13 +119,13 @@ def mark(record: "Record") -> "Record":
 def sync(record: "Record") -> None:
     """Make it durable, and with it all names in its folder. Raises OSError."""
     file = _file(record)
-    file.sync()
+    file.sync_data()
     file.place.sync()
 
 
 def sync_content(record: "Record") -> None:
     """Make it durable, where nobody has touched a name. Raises OSError."""
-    _file(record).sync()
+    _file(record).sync_data()
 
 
 def remove(record: "Record") -> None:

@@ -336,17 +336,37 @@ async def test_a_write_to_the_data_alone_is_a_change(
     images, _content = with_data
     remove = merged_files._dealt_with
 
-    def write(record: Record, index: int, hints: list[str]) -> Any:
-        before = images[1].stat()
+    def write(record: Record, index: int, aside: dict[int, str], hints: list[str]) -> Any:
+        place = Path(record.away[index])
+        before = place.stat()
         if index == 2:
             run("qemu-io", "-f", "raw", "-c", "write 0 512", tmp_path / "a.data")
-        assert images[1].stat() == before
-        return remove(record, index, hints)
+        assert place.stat() == before
+        return remove(record, index, aside, hints)
 
     monkeypatch.setattr(merged_files, "_dealt_with", write)
     outcome = await offline(images[3], top="[2]", merged_files="delete")
     assert told(outcome) == [("a.data", "keep", "a.data"), STASHED[0]]
     assert any("was changed since" in hint for hint in outcome.hints)
+
+
+@pytest.mark.parametrize("top", ["[2]", "[3]"])
+async def test_a_folder_is_synced_once_for_all_names(
+    top: str, images: list[Path], content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage may take long over it: once for the names, once for the notes, and when the record comes and goes or changes."""
+    synced: list[str] = []
+    really = Folder.sync
+
+    def sync(place: Folder) -> None:
+        synced.append(place.path)
+        really(place)
+
+    monkeypatch.setattr(Folder, "sync", sync)
+    outcome = await offline(images[3], top=top)
+    assert [file.action for file in outcome.merged] == ["stash"] * (int(top[1]) - 1)
+    assert len(synced) == 6
+    content.check(images[3])
 
 
 # --- where it is not possible -----------------------------------------------------------------------------------------
