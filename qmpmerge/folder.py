@@ -114,12 +114,11 @@ class File(_Open):
         return os.pread(self.descriptor, size, offset)
 
     def write(self, data: bytes) -> None:
-        """Put this in place of all that is in it, whole, durable, and read back."""
+        """Put this in place of all that is in it, whole, and read back. Not durable before `sync`."""
         rest = memoryview(data)
         while rest:  # a full disk takes a part before it says so
             rest = rest[os.pwrite(self.descriptor, rest, len(data) - len(rest)) :]
         os.ftruncate(self.descriptor, len(data))
-        os.fsync(self.descriptor)
         if self.read(len(data) + 1) != data:
             raise OSError(errno.EIO, "it does not read back as it was written", self.path)
 
@@ -236,6 +235,7 @@ class Folder(_Open):
         file = self.create(new, mode)
         try:
             file.write(data)
+            file.sync()
             self._see(new, file.inode, "rename")
             os.rename(new, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
             self._see(name, file.inode)

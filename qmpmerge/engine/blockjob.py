@@ -65,6 +65,21 @@ async def ended(
         wanted = await tell_to_end(run, doorbell, job.status, keeps=keeps)
 
 
+async def see_recorded(run: Run, doorbell: Doorbell) -> None:
+    """What was written down before the job must be durable. Raises RecordFailed with the job taken back."""
+    try:
+        await run.recorded()
+    except OSError as error:
+        await shield.finished(take_back(run, doorbell))
+        raise record_failed(run, error) from None
+
+
+def record_failed(run: Run, error: OSError) -> RecordFailed:
+    """The error to raise once the job is taken back."""
+    path = run.record.path if run.record is not None else error.filename or run.lock.path
+    return RecordFailed(path=path, reason=error.strerror or str(error))
+
+
 async def finalize(run: Run, doorbell: Doorbell, job: Job) -> Job | None:
     """
     Past the point of return: written down, then the job rewrites the overlay's header. Returns it as it ended. Raises
@@ -76,8 +91,7 @@ async def finalize(run: Run, doorbell: Doorbell, job: Job) -> Job | None:
         run.sync()
     except OSError as error:
         await take_back(run, doorbell)
-        path = run.record.path if run.record else ""
-        raise RecordFailed(path=path, reason=error.strerror or str(error)) from None
+        raise record_failed(run, error) from None
     return await end(run, doorbell, job.status)
 
 

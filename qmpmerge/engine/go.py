@@ -49,7 +49,10 @@ async def go(run: Run) -> Outcome:
     run.write_down()
     run.target.monitor.has_acted = True  # by now somebody has: a job that is there already is followed, too
     try:
-        return await _within_limits(run)
+        try:
+            return await _within_limits(run)
+        finally:
+            await shield.finished(_recorded_at_last(run))
     except (Untouched, Failed, Postponed, Cancelled, asyncio.CancelledError) as error:
         if run.is_sent and isinstance(error, Untouched):  # what was begun and cannot be looked at is not refused
             found = f"no way to look: {error}"
@@ -68,6 +71,12 @@ async def go(run: Run) -> Outcome:
         raise callers
     finally:
         del callers  # or it holds itself, and the descriptors that its traceback holds
+
+
+async def _recorded_at_last(run: Run) -> None:
+    """Whoever had to know that it failed was told; who leaves at once says so, and the job goes on."""
+    with contextlib.suppress(OSError):
+        await run.recorded()
 
 
 async def _within_limits(run: Run) -> Outcome:
@@ -141,6 +150,7 @@ async def _followed(run: Run) -> Outcome:
         if not run.is_sent:
             await _start(run)
         if patience.detach:
+            await blockjob.see_recorded(run, doorbell)
             await _seen_once(run)
             raise _left(run)
         return None if is_polite else await _helped(run, doorbell)
@@ -210,6 +220,9 @@ async def _copied(run: Run, doorbell: Doorbell) -> Job | None:
     """COPYING: the job where it waits for us; None where it is gone."""
     async with safeguards.counting(run):
         job = await blockjob.copy(run, doorbell)
+    if job is not None and job.status != "concluded":
+        await blockjob.see_recorded(run, doorbell)
+    await _recorded_at_last(run)
     if job is None and not run.is_started:
         await proof.prove_old_chain(run)
         await run.operation.let_go(run)

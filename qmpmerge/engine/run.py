@@ -83,6 +83,7 @@ class Run:
     copies: compare.Shown | str = "an earlier run has begun it, and what the image held before is not known"
     notes: list[str] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
+    _recording: asyncio.Future[None] | None = None
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -227,7 +228,13 @@ class Run:
 
     def write_down(self) -> None:
         """
-        PLANNED to COPYING: what is about to be done is written, whole and durable, before the job is started.
+        PLANNED to COPYING: what is about to be done is written, whole and read back, before the job is started. It is
+        durable after `recorded`, for which nobody waits while QEMU copies.
+
+        Until SAFE that is enough. QEMU only adds to the receiver what the images above show, or what it shows itself; headers
+        and names are what they were. So where a power cut takes the record's name back, the old chain is right by its headers
+        alone, as if nothing had been begun, in each direction; and what is done to QEMU for the time of the copy (bitmaps that
+        follow a guest's writes, throttling) has ended with it.
 
         Where there is no place for a record, or none that we may write to, the operation goes on without, and says what
         cannot be promised. Raises CannotRecord where there is one, and writing fails; and where there is a record of this
@@ -238,7 +245,7 @@ class Run:
         try:
             if not path:
                 raise PermissionError(errno.EPERM, "no image of it is a regular file")
-            self.record = store.write(first_record.of_run(self, path))
+            self.record = store.put(first_record.of_run(self, path))
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno not in _NOT_ALLOWED or self.record is not None:
@@ -250,6 +257,20 @@ class Run:
                 )
         self._point_to_record(is_new=known is None)
         self.enter(State.COPYING)
+        self._recording = asyncio.ensure_future(asyncio.to_thread(self._make_record_durable))
+
+    def _make_record_durable(self) -> None:
+        self.sync()
+        self.lock.sync()
+
+    async def recorded(self) -> None:
+        """
+        Wait until what was written down before the job is durable: before anything is done that only it explains, and before
+        anybody leaves, since it is done with the files of record and lock. Raises OSError where it is not.
+        """
+        if self._recording is not None:
+            await asyncio.wait([self._recording])
+            self._recording.result()
 
     def _point_to_record(self, *, is_new: bool) -> None:
         """The note in the lock, and with it the room for what may have to be noted of base. Raises CannotRecord."""

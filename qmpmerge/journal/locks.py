@@ -68,8 +68,16 @@ class Lock:
         return self._file.path if self._file is not None else ""
 
     def point_to(self, record: str | None) -> None:
-        """Say where the record lies, until `conclude`; or take the room for what may have to be said. Raises OSError."""
-        self._write(replace(self.note, record=record))
+        """
+        Say where the record lies, until `conclude`; or take the room for what may have to be said. Not durable before `sync`: a
+        note that a power cut has torn says that base is suspect. Raises OSError.
+        """
+        self._put(replace(self.note, record=record))
+
+    def sync(self) -> None:
+        """Make the note durable. Raises OSError."""
+        if self._file is not None:
+            self._file.sync()
 
     def suspect(self, reason: str) -> None:
         """Say that base is suspect, until `conclude`. Raises OSError."""
@@ -89,6 +97,10 @@ class Lock:
             self._write(self.note)
 
     def _write(self, note: Note) -> None:
+        self._put(note)
+        self.sync()
+
+    def _put(self, note: Note) -> None:
         self.note = note
         if self._file is not None:
             entry = {"record": note.record, "suspect": note.suspect and note.suspect[:_REASON], "damaged": note.damaged}

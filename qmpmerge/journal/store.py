@@ -75,9 +75,26 @@ def place_of(chain: Chain, base: int) -> str:
 
 def write(record: "Record") -> "Record":
     """
-    Put it in place of what was there, whole and durable.
+    `put`, durable on return.
 
     Raises OSError: nobody can be promised anything then. What was there is there still, or nothing is where nothing was.
+    """
+    is_first = not os.path.lexists(record.path)
+    written = put(record)
+    try:
+        sync(written)
+    except OSError:
+        if is_first:
+            with contextlib.suppress(OSError):
+                _file(written).remove()
+        raise
+    return written
+
+
+def put(record: "Record") -> "Record":
+    """
+    Put it in place of what was there, whole. What is in it is durable before it gets its name: after a power cut before `sync`
+    it is there whole, or what was there is. Raises OSError as `write` does.
     """
     from qmpmerge.journal import encoding
 
@@ -90,7 +107,6 @@ def write(record: "Record") -> "Record":
     file = place.put(name, data)
     try:
         _refuse_what_anybody_writes(file)
-        place.sync()
     except OSError:
         if is_first:
             with contextlib.suppress(OSError):

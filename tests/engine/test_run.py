@@ -2,18 +2,21 @@
 
 import asyncio
 import contextlib
+import errno
 import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rig import folder
 from rig.command import COMMAND, JOB, Begun, invoke
 from rig.disks import Images, Setup, drive
 from rig.machines import Content, Machine
@@ -24,7 +27,9 @@ from qmpmerge.chain.state import State
 from qmpmerge.cli.run import ONE_SIGNAL_SECONDS
 from qmpmerge.engine import reconnect, safeguards, time_limit
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import JobFailed, LiveOnly, NoReply, SessionLost, StillRunning, TimeUp
+from qmpmerge.errors import JobFailed, LiveOnly, NoReply, RecordFailed, SessionLost, StillRunning, TimeUp
+from qmpmerge.folder import Folder
+from qmpmerge.journal import store
 from qmpmerge.qemu import monitor
 
 FOREVER = ("--speed", "1")
@@ -464,6 +469,50 @@ async def test_each_state_is_entered_in_its_order_and_written_down_first(
     states = [State.COPYING, State.SAFE, State.SWITCHING, State.SWITCHED, State.PROVED, State.DONE]
     assert intermediate == list(zip(states, written, strict=True))
     assert list(dict.fromkeys(entered)) == list(zip(states, written, strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+@pytest.mark.parametrize("left", ["merged", "pivoted", "pulled", "ready", "running"])
+async def test_the_record_is_made_durable_while_qemu_copies_and_nobody_leaves_before(
+    left: str, fails: bool, tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that takes long over it holds nobody up; where it fails the job is taken back, whatever was to become of it."""
+    begun, synced, really = threading.Event(), list[str](), Folder.sync
+
+    def sync(place: Folder) -> None:
+        if not synced:
+            assert begun.wait(20), "the job waits for it"
+            time.sleep(0.1)
+            synced.append(place.path)
+            if fails:
+                raise OSError(errno.EIO, "Input/output error")
+        really(place)
+
+    def note_start(direction: str, text: str) -> None:
+        if direction == "->" and ('"block-commit"' in text or '"block-stream"' in text):
+            begun.set()
+
+    monkeypatch.setattr(Folder, "sync", sync)
+    before = folder.names(tmp_path)
+    async with library.live(setup.machine.target, trace=note_start) as target:
+        with pytest.raises(RecordFailed, match="Input/output error") if fails else contextlib.nullcontext():
+            assert await _verdict(target, left) == left
+        assert synced
+        if fails:
+            assert (await target.jobs(), folder.names(tmp_path), store.in_folder(str(tmp_path))) == ([], before, [])
+            setup.check()
+
+
+async def _verdict(target: library.Target, left: str) -> str:
+    if left == "pulled":
+        return (await library.pull(target, top="[3]")).verdict
+    if left == "running":
+        with pytest.raises(StillRunning):
+            await library.commit(target, top="[3]", speed=1, patience=library.Patience(detach=True))
+        return "running"
+    if left == "ready":
+        return (await library.commit(target, ending="ready")).verdict
+    return (await library.commit(target, top="[3]" if left == "merged" else None)).verdict
 
 
 async def test_a_step_that_is_not_allowed_is_a_bug_and_changes_nothing(
