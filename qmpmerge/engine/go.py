@@ -74,9 +74,11 @@ async def go(run: Run) -> Outcome:
 
 
 async def _recorded_at_last(run: Run) -> None:
-    """Whoever had to know that it failed was told; who leaves at once says so, and the job goes on."""
-    with contextlib.suppress(OSError):
+    """Where the job is over, or goes on without us, it is too late to take it back: that it failed is said."""
+    try:
         await run.recorded()
+    except OSError as error:
+        run.notes.append(f"the storage did not make the record durable: {error.strerror or error}")
 
 
 async def _within_limits(run: Run) -> Outcome:

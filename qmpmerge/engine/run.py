@@ -266,11 +266,12 @@ class Run:
     async def recorded(self) -> None:
         """
         Wait until what was written down before the job is durable: before anything is done that only it explains, and before
-        anybody leaves, since it is done with the files of record and lock. Raises OSError where it is not.
+        anybody leaves, since it is done with the files of record and lock. Raises OSError, once, where it is not.
         """
         if self._recording is not None:
             await asyncio.wait([self._recording])
-            self._recording.result()
+            recording, self._recording = self._recording, None
+            recording.result()
 
     def _point_to_record(self, *, is_new: bool) -> None:
         """The note in the lock, and with it the room for what may have to be noted of base. Raises CannotRecord."""

@@ -240,7 +240,7 @@ async def test_a_job_that_goes_on_is_not_taken_for_our_own_time_limit() -> None:
 async def test_the_time_limit_holds_for_flush_comparison_and_switch(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def for_ever(*_: object) -> None:
+    async def for_ever(*_: object, **_named: object) -> None:
         await asyncio.sleep(60)
 
     async with library.live(setup.machine.target) as target:
