@@ -32,8 +32,8 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """
     Finish all of them at the same time, and return their results.
 
-    A cancellation is passed on to each, as often as it comes, and raised when the last has ended; so is what one of them
-    raises.
+    A cancellation is passed on to each, as often as it comes, and raised when the last has ended; so is what the first of them
+    raises that does; of the others' errors nobody complains.
     """
     tasks = [asyncio.ensure_future(work) for work in works]
     is_cancelled = False
@@ -44,6 +44,8 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             is_cancelled = True
             for task in left:
                 task.cancel()
+    for task in tasks:
+        _ = task.cancelled() or task.exception()
     results = [task.result() for task in tasks]
     if is_cancelled:
         raise asyncio.CancelledError
