@@ -37,7 +37,8 @@ async def same(planned: Plan, held: Sequence[Extent] | None = None) -> bool:
     Whether the plan's two views show the same wherever a merged image holds anything; elsewhere both show base's own data.
 
     `held` is what `copied` says of a merge, where that was asked already. Nobody may write to the images meanwhile, and what
-    was written must be flushed. Raises ImageUnreadable, ToolMissing.
+    was written must be in their files: a raw one has it at once, others once they were flushed. Raises ImageUnreadable,
+    ToolMissing.
     """
     upto, below = planned.views
     await nbd.see_that_they_answer(upto)

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,12 +41,13 @@ UNREADABLE = "inject-error.0.event=read_aio,inject-error.0.iotype=read,inject-er
 
 
 @contextlib.asynccontextmanager
-async def begun(name: str, top: str = "[3]", speed: int = 1) -> AsyncIterator["asyncio.Task[library.Outcome]"]:
+async def begun(
+    name: str, top: str = "[3]", speed: int = 1, work: Callable[..., Awaitable[library.Outcome]] = library.commit
+) -> AsyncIterator["asyncio.Future[library.Outcome]"]:
     """A merge that has begun and does not end by itself."""
     seen = asyncio.Event()
     async with library.live(name) as target:
-        work = library.commit(target, base="[1]", top=top, speed=speed, report=lambda told: seen.set())
-        merge = asyncio.ensure_future(work)
+        merge = asyncio.ensure_future(work(target, base="[1]", top=top, speed=speed, report=lambda told: seen.set()))
         waiting = asyncio.ensure_future(seen.wait())
         await asyncio.wait({merge, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -328,6 +329,31 @@ async def test_a_qemu_that_ends_leaves_the_old_chain_and_the_merge_can_be_made_a
         async with setup.target() as target:
             assert (await library.commit(target, top="[3]")).verdict == "merged"
     content.check(images[3])
+
+
+@pytest.mark.parametrize(("verb", "top"), [("commit", "[3]"), ("commit", "[4]"), ("pull", "[4]")])
+async def test_a_power_cut_while_qemu_copies_may_take_the_record_with_it(
+    tmp_path: Path, images: list[Path], content: Content, verb: str, top: str
+) -> None:
+    """Its name and the note in the lock may not be durable yet: then nothing is to be told, and nothing to be put right."""
+    work = library.commit if verb == "commit" else library.pull
+    before = sorted(file.name for file in tmp_path.glob("*.[qr]*"))
+    with drive(tmp_path, images, content) as setup:
+        async with begun(setup.machine.target, top, work=work) as merge:
+            setup.machine.kill()
+            with pytest.raises((SessionLost, JobFailed)):
+                await merge
+    assert litter(tmp_path)
+    for name in litter(tmp_path):
+        (tmp_path / name).unlink()
+    assert sorted(file.name for file in tmp_path.glob("*.[qr]*")) == before
+    assert library.active(images[0]).file == str(images[3])
+    content.check(images[3])
+    with drive(tmp_path, images, content) as setup:
+        async with setup.target() as target:
+            outcome = await work(target, top=top)
+        setup.off()
+    content.check(outcome.after.active.file)
 
 
 @pytest.mark.parametrize("verb", ["commit", "pull"])
