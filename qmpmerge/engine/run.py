@@ -18,6 +18,7 @@ from qmpmerge.engine.pace.progress import Progress, Report, ReportRaised, unrepo
 from qmpmerge.engine.pace.rates import Watch
 from qmpmerge.engine.request import Request
 from qmpmerge.errors import CannotRecord, CannotRecover, Damaged, JobFailed, MaybeDamaged, NotDurable, NotVerified
+from qmpmerge.folder import File
 from qmpmerge.guest.deadman import Switch
 from qmpmerge.images import compare
 from qmpmerge.images.files import Seen
@@ -46,8 +47,8 @@ class Run:
     the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
     that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
     that the operation leaves open, top down. `seen` is the job as it was seen last, `course` what it has to copy, where that
-    was found out, `copies` what a pull copies where it is to be compared, or why that is not known. `notes` are sentences for
-    the user.
+    was found out, `mask` what of it is to be compared, `copies` what a pull copies where it is to be compared, or why that is
+    not known. `notes` are sentences for the user.
     """
 
     operation: Operation
@@ -79,6 +80,7 @@ class Run:
     paused_seconds: float | None = None
     seen: Job | None = None
     course: Course | None = None
+    mask: File | None = None
     copied: int | None = None
     copies: compare.Shown | str = "an earlier run has begun it, and what the image held before is not known"
     notes: list[str] = field(default_factory=list)

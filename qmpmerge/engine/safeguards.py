@@ -193,7 +193,8 @@ async def _is_same(run: Run) -> bool:
     if run.operation.pivots:
         same = await compare.same(run.plan)
     else:
-        same = await compare.same(run.plan, run.course.extents if run.course is not None else None)
+        mask, run.mask = run.mask, None  # it is closed with the comparison, which is made anew after a lost session
+        same = await compare.same(run.plan, run.course.extents if run.course is not None else None, mask)
     if not same:
         see_what_is_compared(run)  # it may have been given to another file meanwhile
     return same
@@ -252,6 +253,8 @@ async def _count(run: Run) -> None:
         see_what_is_compared(run)
         run.course = Course(await compare.copied(run.plan, run.target.monitor.version))
         run.copied = run.course.total
+        if run.plan.direction == "commit" and _is_compared(run):
+            run.mask = compare.mask(run.plan, run.course.extents)
 
 
 def _is_compared(run: Run) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import Plan, PullPlan
 from qmpmerge.errors import ImageUnreadable
+from qmpmerge.folder import File
 from qmpmerge.images import growth, masks, nbd, qemuimg, ranges
 from qmpmerge.images.qemuimg import Extent
 from qmpmerge.images.ranges import Range
@@ -32,21 +33,29 @@ async def copied(planned: Plan, version: tuple[int, int, int]) -> list[Extent]:
     return [Extent(start, end - start) for start, end in whole]
 
 
-async def same(planned: Plan, held: Sequence[Extent] | None = None) -> bool:
+def mask(planned: Plan, held: Sequence[Extent]) -> File:
+    """What `same` reads where the merged images hold this, for `masks`: it takes some milliseconds, and can be made before."""
+    size = planned.views[0][-1].virtual_size
+    # What lies next to it is the same too: in a mask of larger grains there is less to look up.
+    return masks.around(ranges.aligned(_within(held, size), masks.LARGEST), size)
+
+
+async def same(planned: Plan, held: Sequence[Extent] | None = None, seen_through: File | None = None) -> bool:
     """
     Whether the plan's two views show the same wherever a merged image holds anything; elsewhere both show base's own data.
 
-    `held` is what `copied` says of a merge, where that was asked already. Nobody may write to the images meanwhile, and what
-    was written must be in their files: a raw one has it at once, others once they were flushed. Raises ImageUnreadable,
-    ToolMissing.
+    `held` is what `copied` says of a merge, where that was asked already, and `seen_through` the `mask` of it. Nobody may write
+    to the images meanwhile, and what was written must be in their files: a raw one has it at once, others once they were
+    flushed. Raises ImageUnreadable, ToolMissing.
     """
     upto, below = planned.views
     await nbd.see_that_they_answer(upto)
     held = await qemuimg.held(planned.merged) if held is None else held
-    # What lies next to it is the same too: in a mask of larger grains there is less to look up.
-    read = ranges.aligned(_within(held, upto[-1].virtual_size), masks.LARGEST)
+    if not held:
+        return True
     try:
-        return await _differs_at(upto, below, read) is None
+        with seen_through or mask(planned, held) as opened:
+            return await qemuimg.differs_at(upto, below, opened) is None
     except ImageUnreadable:  # a qemu-img that cannot read a mask, or knows more
         return await qemuimg.same(upto, below)
 
