@@ -351,11 +351,11 @@ async def test_a_merge_killed_before_its_record_goes_has_its_notes(
 async def test_a_note_that_cannot_be_kept_is_said(
     tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: str, note: stashed.Note) -> None:
+    def full(path: str, note: stashed.Note) -> Folder:
         raise OSError(28, "No space left on device", path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stashed, "write", full)
+        patch.setattr(stashed, "put", full)
         outcome = await merged(images, top="[3]")
     assert sum("no note could be kept beside" in hint and "No space left" in hint for hint in outcome.hints) == 2
     assert await kept(tmp_path) == dict.fromkeys(STASHED[:2])
@@ -366,13 +366,13 @@ async def test_nothing_is_noted_while_the_guest_is_paused(
 ) -> None:
     with drive(tmp_path, images, content) as setup:
         setup.machine.session.execute("cont")
-        write, states = stashed.write, []
+        put, states = stashed.put, []
 
-        def noted(path: str, note: stashed.Note) -> None:
+        def noted(path: str, note: stashed.Note) -> Folder:
             states.append(setup.machine.session.execute("query-status")["status"])
-            write(path, note)
+            return put(path, note)
 
-        monkeypatch.setattr(stashed, "write", noted)
+        monkeypatch.setattr(stashed, "put", noted)
         assert (await live(setup)).paused_seconds is not None
     assert states == ["running"] * 3
 

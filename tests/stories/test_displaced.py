@@ -142,7 +142,7 @@ async def test_a_base_that_is_displaced_while_the_guest_is_paused_for_the_pivot(
 ) -> None:
     """The active image has lost its name by then, and gets it back."""
     setup.machine.session.execute("cont")
-    late = at("query-block-jobs", lambda: displace(images[0]))
+    late = after("block-commit", lambda: displace(images[0]))
     async with qmpmerge.live(setup.machine.target, trace=late) as target:
         with pytest.raises(LeftDisplaced):
             await qmpmerge.commit(target)
