@@ -7,7 +7,7 @@ import re
 import stat
 
 from qmpmerge import folder, users
-from qmpmerge.chain.chain import Inode
+from qmpmerge.chain.chain import Image, Inode
 from qmpmerge.folder import File, Folder, Planted
 from qmpmerge.value import Value
 
@@ -74,6 +74,19 @@ def is_device(path: str) -> bool:
         return stat.S_ISBLK(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def of_image(image: Image, pid: int | None) -> File | None:
+    """The image's own file, open to be read: by its path, here or as process `pid` sees it. None where it is not there."""
+    for path in (image.file, f"/proc/{pid}/root{image.file}") if image.has_path else ():
+        try:
+            file = folder.reading(path)
+        except OSError:
+            continue
+        if image.inode == file.inode:
+            return file
+        file.close()
+    return None
 
 
 def sync(path: str) -> None:

@@ -14,9 +14,9 @@ first, by ourselves; of one on the network nobody but QEMU can.
 import asyncio
 from typing import Any
 
-from qmpmerge import folder
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import Busy, FlushUnavailable, NotDurable, QemuRefused
+from qmpmerge.images import files
 from qmpmerge.qemu import discovery, mutex
 from qmpmerge.qemu.monitor import Monitor
 
@@ -102,16 +102,12 @@ def _sync(image: Image, pid: int | None) -> bool:
     The kernel reports an error of writing back that nobody has seen yet also to who opened the file later (errseq_t, Linux
     4.16). Raises NotDurable.
     """
-    for path in (image.file, f"/proc/{pid}/root{image.file}") if image.has_path else ():
-        try:
-            file = folder.reading(path)
-        except OSError:
-            continue
-        try:
-            with file:
-                if image.inode == file.inode:
-                    file.sync()
-                    return True
-        except OSError as error:
-            raise NotDurable(node=image.file, reason=error.strerror or str(error)) from None
-    return False
+    try:
+        file = files.of_image(image, pid)
+        if file is None:
+            return False
+        with file:
+            file.sync()
+            return True
+    except OSError as error:
+        raise NotDurable(node=image.file, reason=error.strerror or str(error)) from None
