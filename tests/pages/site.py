@@ -1,0 +1,73 @@
+"""
+What mkdocs does not do by itself: the pages of the root and the examples are a part of the site, and links lead to them.
+
+A page is written for whoever reads it in the repository: its links are relative to its file there. Here they are made relative
+to where the file comes to lie in the site.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[2]
+
+PAGES = {
+    "README.md": "index.md",
+    "SECURITY.md": "security.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+"""Pages of the root by their names in the repository, and in the site."""
+OTHERS = ("examples",)
+"""Folders of the root whose files are in the site as they are."""
+
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]*)(?=[)#])")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Leave out of `nav` what is not written yet."""
+    config.nav = _present(config.nav or [])
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what lies in the root."""
+    for name, there in PAGES.items():
+        if (ROOT / name).exists():
+            files.append(File.generated(config, there, abs_src_path=str(ROOT / name)))
+    for folder in OTHERS:
+        for file in sorted((ROOT / folder).iterdir()):
+            files.append(File.generated(config, f"{folder}/{file.name}", abs_src_path=str(file)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Have links lead to where things lie in the site."""
+    there = {site: name for name, site in PAGES.items()}
+    source = there.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    return _LINK.sub(lambda link: in_site(link[1], source, page.file.src_uri), markdown)
+
+
+def in_site(link: str, source: str, page: str) -> str:
+    """A relative link of the file `source` of the repository, as the `page` of the site has it."""
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+    return posixpath.relpath(PAGES.get(target, target.removeprefix("docs/")), posixpath.dirname(page) or ".")
+
+
+def _present(nav: list[Any]) -> list[Any]:
+    there = {site for name, site in PAGES.items() if (ROOT / name).exists()}
+
+    def keep(entry: Any) -> bool:
+        (where,) = entry.values()
+        return isinstance(where, list) or where in there or (ROOT / "docs" / where).exists()
+
+    return [
+        {title: _present(where) if isinstance(where, list) else where for title, where in entry.items()}
+        for entry in nav
+        if keep(entry)
+    ]

@@ -1,0 +1,51 @@
+"""The site: built strictly, so that a link that leads nowhere is an error; and nothing in it is loaded from elsewhere."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pages.site import PAGES, ROOT, in_site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run([ROOT / "scripts/site", "--site-dir", folder], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    return folder
+
+
+def test_every_page_is_there(site: Path) -> None:
+    root = {there for name, there in PAGES.items() if (ROOT / name).exists()}
+    written = {*root, *(file.name for file in (ROOT / "docs").glob("*.md"))}
+    assert {file.stem for file in site.glob("*.html")} - {"404"} == {name.removesuffix(".md") for name in written}
+
+
+def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+    """What a browser fetches by itself: scripts, styles, fonts, pictures, frames. Links are for readers to follow."""
+    loads = re.compile(
+        r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?(?:https?:)?//|<link\b[^>]*\bhref=\"?(?:https?:)?//"
+    )
+    pages = [*site.rglob("*.html")]
+    assert pages
+    assert [(page.name, found[0]) for page in pages for found in [loads.search(page.read_text())] if found] == []
+    styles = re.compile(r"url\([\"']?(?:https?:)?//|@import")
+    assert [file.name for file in site.rglob("*.css") if styles.search(file.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("link", "source", "page", "leads_to"),
+    [
+        ("docs/speed.md", "README.md", "index.md", "speed.md"),
+        ("../README.md", "docs/json.md", "json.md", "index.md"),
+        ("../examples/a.timer", "docs/tidy.md", "tidy.md", "examples/a.timer"),
+        ("SECURITY.md", "README.md", "index.md", "security.md"),
+        ("json.md", "docs/library.md", "library.md", "json.md"),
+    ],
+)
+def test_a_link_of_the_repository_leads_to_the_same_in_the_site(
+    link: str, source: str, page: str, leads_to: str
+) -> None:
+    assert in_site(link, source, page) == leads_to
