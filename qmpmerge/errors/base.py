@@ -42,6 +42,19 @@ EXIT_CODES = {
 }
 """Verdict to exit code. 1 is a bug of ours (a traceback), 2 is a usage error (click's)."""
 
+EXIT_MEANINGS = {
+    0: "the disks are as asked",
+    1: "a bug of qmpmerge: a traceback on stderr; `qmpmerge doctor` shows what it has left",
+    2: "the command line is wrong; the disks are untouched",
+    3: "the disks are untouched; the hint says what to do instead",
+    4: "the disks are untouched, since no session could be made",
+    5: "the job ran and failed; the old chain is in use and right",
+    6: "the outcome is not proven; run `qmpmerge doctor`",
+    7: "we stopped waiting: the job goes on, and the command to follow it is printed, or the disk is as it was (`postponed`)",
+    130: "Ctrl-C, or a no to the question whether to merge; the old chain is in use",
+}
+"""What each exit code says of the disks."""
+
 WORST = (1, 6, 5, 4, 3, 130, 7, 0)
 """Exit codes of several outcomes of one command, the worst first. A usage error (2) is found before there is any outcome."""
 

@@ -10,7 +10,8 @@ from qmpmerge.errors.sizes import size
 
 class VmState(Refused):
     """
-    The VM's images are inactive, or may be, or a migration has them: what is written now is lost or kills QEMU.
+    The VM waits for a migration, is being migrated or was, or its images are inactive for another reason: what is written
+    now is lost, or kills QEMU. Snapshots and `job` are refused too.
 
     `state` is QEMU's RunState, or the migration's, or ``inactive`` for nodes that say so; `reason` says it in words.
     """
@@ -106,7 +107,10 @@ class Overtaken(Refused):
 
 
 class Attached(Refused):
-    """A device, an export or a filter uses a layer past the disk: QEMU starts no job that writes to it or takes it away."""
+    """
+    A layer that goes is also read, or the base kept from being written, by a device, an export or a filter of this QEMU,
+    which starts no job that writes to such an image or takes it away.
+    """
 
     file: str
     users: list[str]
@@ -140,7 +144,10 @@ class Temporary(Refused):
 class Replaced(Refused):
     """
     The name of an image does not lead to the file that QEMU has open: it was replaced, renamed or removed. QEMU would open
-    the name again and use what is there. `found` tells the files apart, `cure` has the commands that put it back.
+    the name again and use what is there. Of a `snapshot` too; where it is QEMU's own name that does not, see
+    `not-reopenable`.
+
+    `found` tells the files apart, `cure` has the commands that put it back.
     """
 
     file: str
@@ -161,7 +168,10 @@ class Disagrees(Refused):
 
 
 class BackingString(Refused):
-    """The name that the overlay's header would get does not fit there, or would not lead to the base."""
+    """
+    The name that the overlay's header would get does not fit there, or would not lead to the base from every folder it may
+    be read from. `json:` and protocol names are kept to the letter.
+    """
 
     overlay: str
     backing: str
@@ -172,7 +182,8 @@ class BackingString(Refused):
 
 class NotWritable(Refused):
     """
-    QEMU may not write to the base, or could not rewrite the overlay's header with the very string it has.
+    QEMU, as the user it runs as, may not write to the base or the overlay (permissions, attributes, read-only mounts and
+    nodes), or could not rewrite the overlay's header with the very string it has.
 
     The latter at the end of the merge would crash QEMU (5.2 to 11.1: test_merge pins it), so it is tried first.
     """
@@ -211,7 +222,11 @@ class NotReopenable(Refused):
 
 
 class NotSeen(Refused):
-    """Images, or folders in which others may be built on them, that we cannot look at."""
+    """
+    It cannot be told of an image where it lies: QEMU is in another mount namespace, was handed descriptors, or is another
+    user's and no lock tells. Or a folder of the chain may not be listed, or an image in it, or a note about one elsewhere,
+    does not tell what it is built on.
+    """
 
     unseen: list[str]
     reason: str
@@ -222,7 +237,8 @@ class NotSeen(Refused):
 
 class FlushUnavailable(Refused):
     """
-    No flush whose error we would see can be asked for.
+    QEMU cannot be asked for a flush whose error we would see. It is not asked where QEMU 7.2 would abort (a disk that is
+    exported in an iothread).
 
     Without one a failing disk would be reported as a merge that went well (test_merge pins it).
     """
@@ -234,7 +250,10 @@ class FlushUnavailable(Refused):
 
 
 class StreamConcluded(Refused):
-    """QEMU 7.2 to 10.0 crash when asked for their nodes while a stream job is concluded."""
+    """
+    A stream job of somebody else has ended and was not dismissed: QEMU 7.2 to 10.0 crash when asked for their nodes then.
+    Every command that looks at disks is refused.
+    """
 
     job: str
     target: str
@@ -243,7 +262,11 @@ class StreamConcluded(Refused):
 
 
 class InUse(Refused):
-    """Another process holds an image of the chain: merging it from here would pull it from under that process's feet."""
+    """
+    Another process has the base, a merged image or the overlay open; of a pull the image that is pulled into; offline also
+    the active image, or any that the process may write to. It is named with pid, VM and monitor. Or the kernel has: a loop
+    device, a mounted filesystem, swap, device-mapper, RAID. Of a `snapshot` too.
+    """
 
     file: str
     holders: list[str]
@@ -253,7 +276,10 @@ class InUse(Refused):
 
 
 class Dependents(Refused):
-    """Another image is built on the base or on a merged image: the merge would change what it shows, or break it."""
+    """
+    Another image is built on the base or on a merged one: in the chain's folders, below those of `--search`, or open in any
+    QEMU of this host. The merge would change what it shows, or break it.
+    """
 
     images: list[str]
     dependents: list[str]
@@ -287,7 +313,10 @@ class Dependents(Refused):
 
 
 class SharedBase(Refused):
-    """The base lies outside of the active image's folder, as golden images do, and the user has not named it."""
+    """
+    The base lies outside the active image's folder, as golden images do, and neither `--base` names it nor a `--search`
+    went through its folder.
+    """
 
     base: str
     active: str
@@ -300,7 +329,8 @@ class SharedBase(Refused):
 
 class ForeignName(Refused):
     """
-    A header names something that the user has not named: a device, a URL, a file elsewhere.
+    Offline, a header names something that the user has not named: a device, a URL, `json:`, a file in another folder
+    (`file:/PATH` is the path).
 
     Following it could connect to strangers or hang, and a merge could overwrite any file that we may write.
     """
@@ -313,7 +343,10 @@ class ForeignName(Refused):
 
 
 class NoFormat(Refused):
-    """A backing file without a recorded format; a raw image must not be probed, its first bytes are the guest's."""
+    """
+    The base's format is not recorded in the header above it, and a raw image must not be probed: its first bytes are the
+    guest's.
+    """
 
     image: str
     backing: str
@@ -323,7 +356,10 @@ class NoFormat(Refused):
 
 
 class Disguised(Refused):
-    """A raw image's first bytes belong to its guest, which can write a qcow2 header there and name any file of ours."""
+    """
+    Offline, a raw image or a device begins like qcow2, and no `--format` says that it is: a raw image's first bytes belong
+    to its guest, which can write a qcow2 header there and name any file of ours.
+    """
 
     image: str
     sentence = "{image} is called raw, or is a device, but begins like qcow2: its guest may have written that"
@@ -365,7 +401,8 @@ class UnsupportedFormat(Refused):
 
 class NoSpace(Refused):
     """
-    The filesystem of the image that the data goes into cannot take by how much that would grow.
+    The base would grow by more than its filesystem has left; of a pull the active image, by more than that less a reserve
+    for the guest.
 
     QEMU pauses the job when it is full, but so do all others who write there: `free` is what QEMU may still use.
     """
@@ -407,8 +444,8 @@ class CannotCompare(Refused):
 
 class CannotGrow(Refused):
     """
-    A base of `compat=0.10` is shorter than top and than what it is built on, which would show behind its old end: it has no way
-    to note zeros there. QEMU says no better than `Operation not supported`, and only once it has begun.
+    The base is qcow2 of `compat=0.10`, smaller than the top and than what it is built on, which would show behind its old
+    end: it has no way to note zeros there. QEMU says no better than `Operation not supported`, and only once it has begun.
     """
 
     base: str
@@ -424,9 +461,9 @@ class CannotGrow(Refused):
 
 class WouldLose(Refused):
     """
-    Merged images hold what cannot be carried over: internal snapshots, and dirty bitmaps for a reason of each; or the image
-    that is pulled into has internal snapshots, which need what leaves the chain; or what is encrypted would be written to an
-    image that is not.
+    Merged images have internal snapshots, or dirty bitmaps that cannot be carried over to the base (a raw one has no room
+    for them); or the image that is pulled into has internal snapshots, which need what leaves the chain; or what is
+    encrypted would be written to an image that is not.
     """
 
     lost: list[str]
@@ -438,7 +475,12 @@ class WouldLose(Refused):
 
 
 class KnownBad(Refused):
-    """This QEMU crashes on this, measured; see the reason."""
+    """
+    This QEMU crashes on this, measured. QEMU 7.2 would move an emulated NVMe disk, or one under a copy-before-write filter,
+    or would pull into an image with `extended_l2`; QEMU 8 and later would read through more than 800 images; the base was
+    handed to QEMU as a descriptor, with locks; or an image below the active one is marked as dirty (`lazy_refcounts`, after
+    a crash).
+    """
 
     reason: str
     instead: str
@@ -448,8 +490,8 @@ class KnownBad(Refused):
 
 class Doubtful(Refused):
     """
-    An earlier pull into this image ended with `damaged` or `maybe-damaged`: what the image holds may be wrong, and what is
-    right may be in those below it alone, which a merge would overwrite, or take out of the chain.
+    An earlier pull into an image that is merged, or written to, ended with `damaged` or `maybe-damaged`: what it holds may
+    be wrong, and what is right may be in those below it alone, which a merge would overwrite, or take out of the chain.
     """
 
     file: str
@@ -478,7 +520,11 @@ class Suspect(Refused):
 
 
 class NotAnOverlay(Refused):
-    """What `snapshot --reuse` was given is no overlay of the disk's active image: the next start would show another disk."""
+    """
+    What `snapshot --reuse` was given is no overlay of the disk's active image: it is no qcow2 image; its header names
+    another backing file than the image in use, or another format for it; it is smaller than the disk, encrypted, damaged,
+    has a data file or internal snapshots, is in a chain already, or another image is built on it.
+    """
 
     file: str
     disk: str
@@ -538,8 +584,9 @@ class RecordNotBelieved(Refused):
 
 class ForeignFile(Refused):
     """
-    To end an earlier merge a file would have to be renamed, or its header written, that only the merge's record names: it lies
-    outside the record's folder, and QEMU does not show it in the chain. A record is a file that somebody may have put there.
+    To end an earlier merge a file would have to be renamed, or its header written, that only the merge's record names: it
+    lies outside the record's folder, and QEMU does not show it in the chain. A record is a file that somebody may have put
+    there. Of `recover` too, which takes `--allow`.
     """
 
     path: str

@@ -1214,13 +1214,14 @@ def test_zeros_take_the_room_that_was_foreseen(tmp_path: Path, base: str, top: s
     assert (planned["growth"] > 3.9 * MIB) == (copies or (top is None and base == "base.raw"))
 
 
-# --- the README ----------------------------------------------------------------------------------------------------------
+# --- docs/refusals.md ----------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_tells_each_refusal_and_its_harm() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.partition("## What is checked before a merge starts")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| `([a-z-]+)` \| .+ \| (.+) \|$", section, re.MULTILINE))
+def test_the_page_tells_each_refusal_and_its_harm() -> None:
+    page = (Path(__file__).parents[2] / "docs/refusals.md").read_text()
+    sections = dict(re.findall(r"^### ([a-z-]+)\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
+    harms = {name: re.findall(r"^\* without this check: (.+)$", text, re.MULTILINE) for name, text in sections.items()}
+    rows = {name: harm for name, (harm,) in ((name, found) for name, found in harms.items() if found)}
     assert rows == marked()
     named = {
         kind.__name__: kind for kind in vars(refusals).values() if isinstance(kind, type) and issubclass(kind, Refused)

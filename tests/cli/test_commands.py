@@ -25,7 +25,7 @@ from qmpmerge.cli.commands.group import FILES, cli
 from qmpmerge.cli.run import ONE_SIGNAL_SECONDS
 from qmpmerge.errors import EXIT_CODES
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def vm(setup: Setup) -> str:
     return setup.machine.target
 
 
-# --- every verdict and exit code of the README's table -----------------------------------------------------------------
+# --- every verdict and exit code of the table in docs/errors.md --------------------------------------------------------
 
 
 def table() -> dict[str, int]:
-    """Verdicts and exit codes as README shows them."""
-    rows = re.findall(r"^\| (\d+) \|([^|]*)\|", README.read_text(), re.MULTILINE)
+    """Verdicts and exit codes as the page shows them."""
+    rows = re.findall(r"^\| (\d+) \|([^|]*)\|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
     return {verdict: int(code) for code, verdicts in rows for verdict in re.findall(r"`(\w+)`", verdicts)}
 
 
@@ -402,31 +402,36 @@ def test_commands_disks_layers_and_jobs_are_completed_live(vm: str, images: list
     assert completed("qmpmerge", "chain", "no-such-vm", "") == []
 
 
-# --- the README --------------------------------------------------------------------------------------------------------
+# --- the pages ---------------------------------------------------------------------------------------------------------
+
+SHOWING = ("README.md", "docs/offline.md", "docs/recover.md")
+"""Pages that show commands in a table, or in blocks where nothing tells what is seen."""
 
 
-def readme_commands() -> list[list[str]]:
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE))
-    lines = re.findall(r"^(?:\$ )?qmpmerge (.*)$", blocks, re.MULTILINE)
+def shown_commands() -> list[list[str]]:
+    text = "\n".join((ROOT / name).read_text() for name in SHOWING)
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    lines = re.findall(r"^qmpmerge (.*)$", blocks, re.MULTILINE)
+    lines += re.findall(r"^\| \[`qmpmerge (.*?)`\]", text, re.MULTILINE)
     return [re.split(r" {2,}| > ", line)[0].replace("'", "").split() for line in lines]
 
 
-def test_an_index_means_another_image_the_second_time_and_the_help_and_the_readme_say_so(images: list[Path]) -> None:
+def test_an_index_means_another_image_the_second_time_and_the_help_and_the_page_say_so(images: list[Path]) -> None:
     active = str(images[3])
     first, second = (command.invoke("commit", active, "--top", "2", "--json").document["merged"] for _ in range(2))
     assert [[one["file"] for one in merged] for merged in (first, second)] == [[str(images[1])], [str(images[2])]]
     assert "name files in what is run more than once" in " ".join(command.invoke("commit", "--help").out.split())
-    assert "so name files in what is run more than once" in README.read_text()
+    assert "so\nname files in what is run more than once" in (ROOT / "docs/commit.md").read_text()
 
 
-def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path, images: list[Path], content: Content) -> None:
+def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path, images: list[Path], content: Content) -> None:
     """Each is run, on a VM or on images that are called like those there; commits come last."""
     name = f"vm1-{os.getpid()}"
     (tmp_path / "off").mkdir()
     off = make_chain(tmp_path / "off")
     ran = set()
     with machine(tmp_path, "-name", name, "-drive", f"file={images[2]},if=none,id=vda", *device("vda")):
-        for words in sorted(readme_commands(), key=lambda words: words[0] == "commit"):
+        for words in sorted(shown_commands(), key=lambda words: words[0] == "commit"):
             arguments = [word.replace("vm1", name).replace("=/vm/c.qcow2", f"={tmp_path}/new.qcow2") for word in words]
             arguments = [word.replace("/vm/c.qcow2", str(off[3])) for word in arguments]
             arguments = [word.replace("b.qcow2", str(images[1])) for word in arguments]

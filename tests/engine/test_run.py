@@ -183,7 +183,7 @@ def test_two_signals_at_once_are_one(setup: Setup) -> None:
 
 @ALL_TOPS
 def test_timeout_of_coreutils_cancels(setup: Setup, top: str) -> None:
-    """What the README tells to those who want no job to be left."""
+    """What docs/commit.md tells to those who want no job to be left."""
     options = ["--top", top, *FOREVER]
     if top == "[4]":  # so small a disk heeds no limit, so it is paused instead
         options.append("--wait-ready")

@@ -161,7 +161,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
 
 
 def test_the_drive_option(tmp_path: Path) -> None:
-    """The name of the README's launch script; QEMU reads a comma as the end of a value."""
+    """The name of the launch script; QEMU reads a comma as the end of a value."""
     (base,) = make_chain(tmp_path, ["base.raw"])
     top = overlay(tmp_path / "a,b.qcow2", base, "raw")
     told = invoke("active", "--drive", str(base))

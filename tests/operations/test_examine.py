@@ -16,7 +16,7 @@ from qmpmerge.doctor.findings import EXIT_CODES
 from qmpmerge.errors import NoSuchTarget
 from qmpmerge.operations.examine import Examination, Examined
 
-README = Path(__file__).parents[2] / "README.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def doctor(*targets: str | Path) -> Run:
@@ -56,7 +56,8 @@ def test_the_exit_code_says_what_was_found(tmp_path: Path) -> None:
     assert [one["severity"] for one in told["harm"].document["findings"]] == ["harm", "care"]
     assert {run.document["verdict"] for run in told.values()} == {"done"}
     assert invoke("doctor", str(harm)).code == 0
-    rows = re.findall(r"^\| (\d+) \| \| .*`doctor --exit-code`.* \(`(\w+)`\) \|$", README.read_text(), re.MULTILINE)
+    page = (DOCS / "errors.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|  \| .*`doctor --exit-code`.* `(\w+)` \|$", page, re.MULTILINE)
     assert {**{severity: int(code) for code, severity in rows}, "note": 0, None: 0} == EXIT_CODES
     assert len(rows) == 2
 
@@ -73,7 +74,7 @@ def test_an_error_of_one_target_stops_no_other_and_comes_before_what_was_found(t
     ]
     assert [one["target"] for one in done.document["findings"]] == [str(harm)]
     assert done.document["error"] == done.document["targets"][0]["error"]
-    assert "only where\nevery TARGET could be looked at" in README.read_text()
+    assert "only where every TARGET could be looked at" in (DOCS / "doctor.md").read_text()
     assert "What could not be looked at comes first" in invoke("doctor", "--help").out
 
 

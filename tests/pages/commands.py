@@ -1,10 +1,12 @@
 """docs/commands.md: every command with its usage, text, arguments and options, as click knows them."""
 
 import inspect
+import re
 import textwrap
 
 import click
 
+from pages.tables import table
 from qmpmerge.cli.commands.group import FILES, cli
 from qmpmerge.cli.commands.grouped import Grouped
 
@@ -22,6 +24,25 @@ def page() -> str:
     """The whole page."""
     own = f"{INTRODUCTION}{text_of(cli)}\n\n{_paragraph(cli.epilog or '')}"
     return "\n\n".join([own, *(_section(name) for name in FILES)]) + "\n"
+
+
+def overview() -> str:
+    """A line a command: the first example of its help, and what it is for."""
+    rows = [(f"[`{examples(name)[0]}`](docs/commands.md#{name})", short(name)) for name in FILES]
+    return table("command", "", rows=rows)
+
+
+def examples(name: str) -> list[str]:
+    """The lines of its help's examples that are nothing else."""
+    listed = re.search(r"^Examples?:\n((?:  .*\n?)+)", inspect.cleandoc(command(name).help or ""), re.MULTILINE)
+    assert listed is not None, f"the help of {name} has no example"
+    lines = [re.split(r" {3,}| > ", line.strip())[0] for line in listed[1].splitlines()]
+    return [line for line in lines if line.startswith("qmpmerge ")]
+
+
+def short(name: str) -> str:
+    """What it is for, in a sentence."""
+    return command(name).get_short_help_str(limit=WIDTH)
 
 
 def command(name: str) -> Grouped:
@@ -63,14 +84,4 @@ def _section(name: str) -> str:
 
 def _group(title: str, options: list[click.Option], ctx: click.Context) -> str:
     records = [option.get_help_record(ctx) for option in options]
-    rows = [f"| {_code(record[0])} | {cell(record[1])} |" for record in records if record is not None]
-    return "\n".join([f"| {title} | |", "|---|---|", *rows])
-
-
-def _code(label: str) -> str:
-    return f"`{cell(label)}`"
-
-
-def cell(text: str) -> str:
-    """As a cell of a table."""
-    return text.replace("|", r"\|")
+    return table(title, "", rows=[(f"`{record[0]}`", record[1]) for record in records if record is not None])

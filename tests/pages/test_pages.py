@@ -1,16 +1,20 @@
 """What the documents and the help leave out is found here."""
 
+import re
 from pathlib import Path
 
 import click
 import pytest
 from rig import exits
 
-from pages import DOCS, PAGES
+from pages import DOCS, PAGES, PARTS, filled, parts, pictures
 from pages.commands import command
+from qmpmerge.chain.state import NEXT, State
 from qmpmerge.cli.commands.group import FILES
 from qmpmerge.doctor import findings
 from qmpmerge.errors import EXIT_CODES
+
+ROOT = DOCS.parent
 
 HABITS = {
     "--active": "`virsh blockcommit --active`: so it is where the top is the active image, and it is refused where not",
@@ -59,6 +63,37 @@ def test_a_code_that_help_does_not_name_is_found() -> None:
         exits.see_that_it_is_told(["vms"], 5)
 
 
-def test_the_readme_names_the_pages() -> None:
-    readme = (Path(DOCS).parent / "README.md").read_text()
-    assert [name for name in PAGES if f"docs/{name}" not in readme] == []
+def test_every_part_is_on_one_page() -> None:
+    placed = [part for name in PAGES if name.endswith(".md") and name != "commands.md" for part in parts(name)]
+    assert sorted(placed) == sorted(PARTS)
+
+
+def test_a_part_that_is_none_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("<!-- made by scripts/docs: nonsense -->\n<!-- end -->\n")
+    with pytest.raises(KeyError, match="nonsense"):
+        filled(str(tmp_path / "page.md"))
+
+
+def test_the_way_of_a_merge_has_all_states_that_are_no_way_out() -> None:
+    assert set(State) - {*pictures.CHAIN} == {state for state in State if not NEXT[state]} - {State.DONE}
+
+
+COMMAND = re.compile(r"(?<![\w`])`(?:[^`]* )?qmpmerge ([a-z]+)\b([^`]*)`")
+"""A command in the midst of a sentence."""
+
+
+def test_commands_in_sentences_are_such_as_there_are() -> None:
+    """Those with an option that is none, too; what is shown in blocks is run (tests/cli/test_commands.py, sessions)."""
+    wrong, seen = [], 0
+    for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+        for name, rest in COMMAND.findall(page.read_text()):
+            known = {option for of, one in options() if of == name for option in one.opts}
+            words = set(re.findall(r"(?<!\S)--[a-z-]+", rest.partition("|")[0]))
+            wrong += (
+                [(page.name, name, word) for word in sorted(words - known)]
+                if name in FILES
+                else [(page.name, name, "")]
+            )
+            seen += 1
+    assert wrong == []
+    assert seen > 80

@@ -1,7 +1,9 @@
 """The site: built strictly, so that a link that leads nowhere is an error; and nothing in it is loaded from elsewhere."""
 
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,28 @@ from pages.site import PAGES, ROOT, in_site
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run([ROOT / "scripts/site", "--site-dir", folder], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    done = build(ROOT, folder)
+    assert done.returncode == 0, done.stderr
     return folder
+
+
+def build(root: Path, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """As `scripts/site` does."""
+    (line,) = re.findall(r"\.venv/bin/(mkdocs .*) \"\$@\"$", (ROOT / "scripts/site").read_text(), re.MULTILINE)
+    words = [sys.executable, "-m", *line.split(), "--site-dir", folder]
+    return subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
+    for name in ("docs", "examples", "tests/pages"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for file in (ROOT / "mkdocs.yml", *ROOT.glob("*.md")):
+        shutil.copy(file, tmp_path)
+    with (tmp_path / "docs/json.md").open("a") as page:
+        page.write("[a page](nowhere.md) [a part](errors.md#nothing) [a folder](../tests)\n")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode == 1
+    assert [link for link in ("nowhere.md", "#nothing", "tests") if f"'{link}'" not in done.stderr] == []
 
 
 def test_every_page_is_there(site: Path) -> None:

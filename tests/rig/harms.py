@@ -1,4 +1,4 @@
-"""What each refusal is there for: the README's table, whose every row is a test in which the harm happens."""
+"""What each refusal is there for, as docs/refusals.md tells it: every harm is a test in which it happens."""
 
 import ast
 from collections.abc import Callable

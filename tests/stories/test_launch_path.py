@@ -89,7 +89,7 @@ def test_a_launch_path_that_stays(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["e.img", "e.raw"])
 def test_an_overlay_that_is_not_called_qcow2(base: Path, tmp_path: Path, name: str) -> None:
-    """The README's script took it for raw: the guest saw the overlay's header, and could write to it."""
+    """The launch script took it for raw: the guest saw the overlay's header, and could write to it."""
     content = Content()
     with boot(base) as vm:
         done("snapshot", vm.target, f"vda={tmp_path / name}")
