@@ -410,8 +410,9 @@ SHOWING = ("README.md", "docs/offline.md", "docs/recover.md")
 
 def shown_commands() -> list[list[str]]:
     text = "\n".join((ROOT / name).read_text() for name in SHOWING)
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    lines = re.findall(r"^qmpmerge (.*)$", blocks, re.MULTILINE)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    plain = "".join(block for language, block in blocks if not language)
+    lines = re.findall(r"^qmpmerge (.*)$", plain, re.MULTILINE)
     lines += re.findall(r"^\| \[`qmpmerge (.*?)`\]", text, re.MULTILINE)
     return [re.split(r" {2,}| > ", line)[0].replace("'", "").split() for line in lines]
 
@@ -432,9 +433,9 @@ def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path, images: list
     ran = set()
     with machine(tmp_path, "-name", name, "-drive", f"file={images[2]},if=none,id=vda", *device("vda")):
         for words in sorted(shown_commands(), key=lambda words: words[0] == "commit"):
-            arguments = [word.replace("vm1", name).replace("=/vm/c.qcow2", f"={tmp_path}/new.qcow2") for word in words]
+            arguments = [re.sub(r"^vm[12]$", name, word).replace("=/vm/snap1", f"={tmp_path}/new") for word in words]
             arguments = [word.replace("/vm/c.qcow2", str(off[3])) for word in arguments]
-            arguments = [word.replace("b.qcow2", str(images[1])) for word in arguments]
+            arguments = [word.replace("/vm/base.raw", str(off[0])) for word in arguments]
             arguments = [str(tmp_path) if word == "/vm" else word for word in arguments]
             if words[0] != "job":
                 run = command.invoke(*arguments)

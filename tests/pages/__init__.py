@@ -1,6 +1,6 @@
 """
-What of the documents is made from code and data, by `scripts/docs`: whole pages, pictures, and parts of pages that are written by
-hand. There a part stands between two lines, the first of which names it::
+What of the documents is made from code and data, by `scripts/docs`: whole pages, pictures, and parts of pages that are
+written by hand. There a part stands between two lines, the first of which names it::
 
     <!-- made by scripts/docs: exit-codes -->
     <!-- end -->

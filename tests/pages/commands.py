@@ -28,16 +28,15 @@ def page() -> str:
 
 def overview() -> str:
     """A line a command: the first example of its help, and what it is for."""
-    rows = [(f"[`{examples(name)[0]}`](docs/commands.md#{name})", short(name)) for name in FILES]
+    rows = [(f"[`{examples(name)[0].strip()}`](docs/commands.md#{name})", short(name)) for name in FILES]
     return table("command", "", rows=rows)
 
 
 def examples(name: str) -> list[str]:
-    """The lines of its help's examples that are nothing else."""
+    """The commands that its help shows."""
     listed = re.search(r"^Examples?:\n((?:  .*\n?)+)", inspect.cleandoc(command(name).help or ""), re.MULTILINE)
     assert listed is not None, f"the help of {name} has no example"
-    lines = [re.split(r" {3,}| > ", line.strip())[0] for line in listed[1].splitlines()]
-    return [line for line in lines if line.startswith("qmpmerge ")]
+    return re.findall(r"qmpmerge (?:[^ )>|]+ ?)+", listed[1])
 
 
 def short(name: str) -> str:

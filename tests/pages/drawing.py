@@ -22,11 +22,11 @@ FILLS = {
 def _style() -> str:
     def rules(colours: dict[str, str], dark: int) -> str:
         fills = "".join(f".{name}{{fill:{pair[dark]}}}" for name, pair in FILLS.items())
-        words = f"text{{fill:{colours['ink']}}}text.soft{{fill:{colours['soft']}}}"
-        lines = f".line{{stroke:{colours['line']}}}.frame{{stroke:{colours['line']}}}.head{{fill:{colours['line']}}}.paper{{fill:{colours['paper']}}}"
-        return f"{lines}{words}{fills}"
+        words = f"text{{fill:{colours['ink']}}}text.soft{{fill:{colours['soft']}}}.paper{{fill:{colours['paper']}}}"
+        return f".line,.frame{{stroke:{colours['line']}}}.tip{{fill:{colours['line']}}}{words}{fills}"
 
-    plain = "text{font:14px system-ui,sans-serif}text.small{font-size:12px}.line{fill:none;stroke-width:1.5}"
+    plain = "text{font:14px system-ui,sans-serif}text.small{font-size:12px}"
+    plain += ".line{fill:none;stroke-width:1.5}.gone{fill:none;stroke-dasharray:3 4}"
     return f"{plain}{rules(LIGHT, 0)}@media(prefers-color-scheme:dark){{{rules(DARK, 1)}}}"
 
 
@@ -41,12 +41,12 @@ class Drawing:
             f'<desc id="told">{escape(told)}</desc>',
             f"<style>{_style()}</style>",
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-            '<path class="head" d="M0 0L8 4L0 8z"/></marker></defs>',
+            '<path class="tip" d="M0 0L8 4L0 8z"/></marker></defs>',
             f'<rect class="paper" width="{width:g}" height="{height:g}" rx="8"/>',
         ]
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, *, framed: bool = True) -> None:
-        """An area with round corners."""
+        """An area with round corners; `fill` is one of `FILLS`, or ``gone`` for none at all."""
         kind = f"{fill} frame" if framed else fill
         self._parts.append(
             f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{5 if framed else 2}"/>'

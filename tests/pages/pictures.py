@@ -1,6 +1,9 @@
 """The pictures of docs/pictures/: a chain before and after, the states of a merge, and speed against peers."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+
+from speed.figures import BARE, OURS, VIRSH
 
 from pages import speed
 from pages.drawing import Drawing
@@ -8,6 +11,13 @@ from pages.states import after
 from qmpmerge.chain.state import NEXT, State
 
 WIDTH = 760
+
+
+def _legend(drawing: Drawing, y: float, kinds: Sequence[tuple[str, str]]) -> None:
+    for number, (fill, text) in enumerate(kinds):
+        drawing.box(20 + number * 220, y, 16, 16, fill)
+        drawing.words(44 + number * 220, y + 13, text, "soft small")
+
 
 OLD, EITHER, NEW = "grey", "warm", "calm"
 CHAIN = {
@@ -34,22 +44,26 @@ def chain() -> str:
         ("pull", "all goes into c; the base is only read", ["", "", "", "c.qcow2"]),
     ]
     told = "; ".join(f"{what}: {' <-- '.join(filter(None, images))}" for what, _, images in rows)
-    drawing = Drawing(WIDTH, 268, "A chain before and after", told)
+    drawing = Drawing(WIDTH, 296, "A chain before and after", told)
     for number, (what, how, images) in enumerate(rows):
         _chain_row(drawing, 20 + number * 60, what, how, images)
-    drawing.words(WIDTH - 20, 254, "the guest writes to the filled image", "soft small", anchor="end")
+    legend = [("cool", "the guest writes to it"), ("grey", "only read"), ("gone", "no part of the chain any more")]
+    _legend(drawing, 264, legend)
     return str(drawing)
 
 
 def _chain_row(drawing: Drawing, y: float, what: str, how: str, images: Sequence[str]) -> None:
     drawing.words(20, y + (17 if how else 25), what)
-    drawing.words(20, y + 35, how, "soft small")
+    if how:
+        drawing.words(20, y + 35, how, "soft small")
     there = [number for number, image in enumerate(images) if image]
     places = {number: 320 + number * 108 for number in there}
+    for number in set(range(len(images))) - set(there):
+        drawing.box(320 + number * 108, y, 84, 40, "gone")
     for number in there:
         drawing.box(places[number], y, 84, 40, "cool" if number == there[-1] else "grey")
         drawing.words(places[number] + 42, y + 25, images[number], anchor="middle")
-    for below, above in zip(there, there[1:], strict=False):
+    for below, above in pairwise(there):
         drawing.arrow(f"M{places[above]} {y + 20}H{places[below] + 87}")
 
 
@@ -65,14 +79,11 @@ def states() -> str:
         drawing.box(x, 70, 88, 36, CHAIN[state])
         drawing.words(x + 44, 93, state.name, "small", anchor="middle")
         _ways_out(drawing, state, x)
-        later = [there for there in places if there in NEXT[state]]
-        for height, there in enumerate(sorted(later, key=places.__getitem__)):
-            _on(drawing, x, places[there], skips=places[there] - x > 104, height=height)
-    for number, (fill, text) in enumerate(
-        [(OLD, "the old chain is right"), (EITHER, "only the evidence decides"), (NEW, "the new chain is right")]
-    ):
-        drawing.box(20 + number * 220, 200, 16, 16, fill)
-        drawing.words(44 + number * 220, 213, text, "soft small")
+        for there, place in places.items():
+            if there in NEXT[state]:
+                _on(drawing, x, place)
+    legend = [(OLD, "the old chain is right"), (EITHER, "only the evidence decides"), (NEW, "the new chain is right")]
+    _legend(drawing, 202, legend)
     return str(drawing)
 
 
@@ -85,10 +96,10 @@ def _ways_out(drawing: Drawing, state: State, x: float) -> None:
         drawing.words(x + 44, 140 + number * 18, there.name, "soft small", anchor="middle")
 
 
-def _on(drawing: Drawing, begin: float, end: float, *, skips: bool, height: int) -> None:
-    if skips:  # somebody else ended the job, or it ended while nobody looked
-        top = 56 - 18 * height
-        drawing.arrow(f"M{begin + 44} 70V{top}H{end + 36 + 8 * height}V67")
+def _on(drawing: Drawing, begin: float, end: float) -> None:
+    skipped = round((end - begin) / 104) - 1
+    if skipped:  # somebody else ended the job, or it ended while nobody looked
+        drawing.arrow(f"M{begin + 44} 70V{66 - 18 * skipped}H{end + 28 + 16 * skipped}V67")
     else:
         drawing.arrow(f"M{begin + 88} 88H{end - 2}")
 
@@ -96,7 +107,7 @@ def _on(drawing: Drawing, begin: float, end: float, *, skips: bool, height: int)
 # --- speed against peers -----------------------------------------------------------------------------------------------
 
 
-BARS = {speed.OURS: "strong", speed.VIRSH: "peer", speed.BARE: "bare"}
+BARS = {OURS: "strong", VIRSH: "peer", BARE: "bare"}
 
 
 def bars() -> str:
