@@ -23,14 +23,12 @@ WITHOUT_OUTCOME = {1: "bug", 2: "usage"}
 def exit_codes() -> str:
     """A table of all of them, and which of several counts."""
     verdicts = [*((verdict, code) for code, verdict in WITHOUT_OUTCOME.items()), *EXIT_CODES.items()]
+    found = {
+        code: f"`doctor --exit-code`: the worst that was found is `{bad}`" for bad, code in doctor.EXIT_CODES.items()
+    }
     rows = [
         (str(code), ", ".join(f"`{verdict}`" for verdict, its in verdicts if its == code), meaning)
-        for code, meaning in EXIT_MEANINGS.items()
-    ]
-    rows += [
-        (str(code), "", f"`doctor --exit-code`: the worst that was found is `{severity}`")
-        for severity, code in doctor.EXIT_CODES.items()
-        if code
+        for code, meaning in sorted({**found, **EXIT_MEANINGS}.items())
     ]
     worst = f"Where one command has several outcomes, the worst counts: {', '.join(map(str, WORST))}."
     return f"{table('exit', 'verdicts', 'what it says', rows=rows)}\n\n{worst}"
