@@ -78,17 +78,21 @@ def test_the_way_of_a_merge_has_all_states_that_are_no_way_out() -> None:
     assert set(State) - {*pictures.CHAIN} == {state for state in State if not NEXT[state]} - {State.DONE}
 
 
-COMMAND = re.compile(r"(?<![\w`])`(?:[^`]* )?qmpmerge ([a-z]+)\b([^`]*)`")
-"""A command in the midst of a sentence."""
+def in_sentences(page: Path) -> list[tuple[str, str]]:
+    """The commands of a page's text, that of its blocks left out: the name of each, and what follows it."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    codes = [code for paragraph in text.split("\n\n") for code in re.findall(r"`([^`]+)`", paragraph)]
+    return [found for code in codes for found in re.findall(r"\bqmpmerge ([a-z]+)\b([^|]*)", code)]
 
 
 def test_commands_in_sentences_are_such_as_there_are() -> None:
     """Those with an option that is none, too; what is shown in blocks is run (tests/cli/test_commands.py, sessions)."""
     wrong: list[tuple[str, str]] = []
     for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
-        for name, rest in COMMAND.findall(page.read_text()):
+        for name, rest in in_sentences(page):
             known = {option for of, one in options() if of == name for option in one.opts}
-            words = re.findall(r"(?<!\S)--[a-z-]+", rest.partition("|")[0])
+            words = re.findall(r"(?<!\S)--[a-z-]+", rest)
             wrong += [(page.name, f"{name} {word}") for word in words if word not in known]
             wrong += [(page.name, name)] if name not in FILES else []
     assert wrong == []
+    assert len(in_sentences(ROOT / "README.md")) > 10
