@@ -16,6 +16,10 @@ from qmpmerge.errors.base import EXIT_MEANINGS, WORST
 
 BRANCHES = (Untouched, Refused, Unreachable, Failed, Unknown)
 
+TESTED = (
+    "Of each there is a test in which the harm happens to a plain QEMU or qemu-img, next to one in which it does not."
+)
+
 WITHOUT_OUTCOME = {1: "bug", 2: "usage"}
 """Verdicts that no class has: a traceback, and click's."""
 
@@ -40,7 +44,7 @@ def refusals() -> str:
     kinds = sorted((kind for kind in concrete() if kind.verdict == "refused"), key=name_of)
     checked = [_error(kind, harms[name_of(kind)]) for kind in kinds if name_of(kind) in harms]
     others = [_error(kind) for kind in kinds if name_of(kind) not in harms]
-    return "\n\n".join(["## What a merge, a pull or a snapshot would ruin", *checked, "## All others", *others])
+    return "\n\n".join(["## What would be ruined", TESTED, *checked, "## All others", *others])
 
 
 def ended() -> str:

@@ -56,7 +56,7 @@ def machine() -> str:
     """Where it was measured, and how."""
     told = _document()["machine"]
     parts = [f"{told['processors']} processors", f"QEMU {told['qemu']}", f"Python {told['python']}", told["filesystem"]]
-    return f"Milliseconds, medians: {', '.join(parts)}, `{told['command']}`."
+    return f"Medians in milliseconds, from `{told['command']}`: {', '.join(parts)}."
 
 
 def summary() -> str:

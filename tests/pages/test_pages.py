@@ -63,6 +63,12 @@ def test_a_code_that_help_does_not_name_is_found() -> None:
         exits.see_that_it_is_told(["vms"], 5)
 
 
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 200
+    assert [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name}" not in readme] == []
+
+
 def test_every_part_is_on_one_page() -> None:
     placed = [part for name in PAGES if name.endswith(".md") and name != "commands.md" for part in parts(name)]
     assert sorted(placed) == sorted(PARTS)
