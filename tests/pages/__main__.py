@@ -1,6 +1,12 @@
-"""``python -m pages``: write them all."""
+"""``python -m pages``: write what is made from the code. With ``--sessions [PAGE...]`` type the others, and renew what is seen."""
 
-from pages import DOCS, PAGES
+import sys
 
-for name, page in PAGES.items():
-    (DOCS / name).write_text(page())
+from pages import DOCS, PAGES, sessions
+
+if sys.argv[1:2] == ["--sessions"]:
+    for name in sys.argv[2:] or sessions.pages():
+        sessions.write(name, sessions.renewed(name))
+else:
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page())

@@ -67,11 +67,15 @@ class Seen:
         self._looked_at = 0
         self.screen = ""
 
-    def wait_for(self, text: str) -> None:
-        """Until it is shown, after what was waited for before."""
-        while (place := self.screen.find(text, self._looked_at)) < 0:
-            assert self._read(), f"ended without {text!r}: {self.screen!r}"
+    def wait_for(self, *texts: str) -> str:
+        """Until one of them is shown, after what was waited for before; which one, and it is the first of them."""
+        while not (
+            places := [(place, text) for text in texts if (place := self.screen.find(text, self._looked_at)) >= 0]
+        ):
+            assert self._read(), f"ended without {texts}: {self.screen!r}"
+        place, text = min(places)
         self._looked_at = place + len(text)
+        return text
 
     def type(self, keys: str) -> None:
         os.write(self._terminal, keys.encode())
@@ -100,21 +104,22 @@ def on_terminal(
     The command on a terminal so wide, which controls it if it `is_ours`; `elsewhere` redirects streams that are not on it
     (``< /dev/null``).
     """
+    command = ["sh", "-c", f'exec "$0" "$@" {elsewhere}', COMMAND, *arguments]
+    with terminal(*command, columns=columns, env=env, is_ours=is_ours) as seen:
+        yield seen
+
+
+@contextlib.contextmanager
+def terminal(
+    *command: str, columns: int, env: dict[str, str] | None = None, is_ours: bool = True, cwd: Path | None = None
+) -> Iterator[Seen]:
+    """Any program on one."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
-    command = [
-        "setsid",
-        *(["--ctty"] if is_ours else []),
-        "--wait",
-        "sh",
-        "-c",
-        f'exec "$0" "$@" {elsewhere}',
-        COMMAND,
-        *arguments,
-    ]
+    line = ["setsid", *(["--ctty"] if is_ours else []), "--wait", *command]
     environment = {**clean, "TERM": "xterm", **(env or {})}
-    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+    with subprocess.Popen(line, env=environment, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         try:
             yield Seen(process, ours)

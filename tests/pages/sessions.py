@@ -1,0 +1,154 @@
+"""
+The sessions on the pages: each page's blocks of ``console`` are typed into one fresh shell, in their order, on real QEMUs, and
+what is seen then is what stands there.
+
+    $ qmpmerge disks vm1        what begins with a dollar is typed; with "> ", what goes on with it
+    ...                         what is seen, where three dots stand for any lines
+    # vm1 writes a file         what happens elsewhere, see `Home.event`
+
+``<!-- first: PAGE # TITLE -->`` has what stands on another page below that title typed here too. In the tables of `TYPED` each
+command is typed, and has to succeed.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rig.home import SHOWN, Home, home
+
+from pages import DOCS
+
+TYPED = {"phrasebook.md"}
+FIRST = re.compile(r"<!-- first: (\S+) # (.+) -->")
+CELL = re.compile(r"`(qmpmerge [^`]+)`")
+ANSWER = re.compile(r"\[y/N\] (\w*)$", re.MULTILINE)
+
+VOLATILE = (
+    (r"#block\d+", "#block"),
+    (r"\bqmpmerge-[0-9a-f]{8}\b", "NODE"),
+    (r"\b\d+(\.\d+)? m?s\b", "SECONDS"),
+    (r"\b\d+(\.\d+)? [KGT]iB", "SIZE"),  # what the format itself takes, and the host's disk; what a guest wrote is MiB
+    (r"^(\S+ +)\d+  \w+ ", r"\1PID  USER"),
+    (r"\bpid \d+", "PID"),
+    (r" +", " "),
+)
+"""What differs from one run to the next, and what it is compared as."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is typed, in one line or more, or happens; the page's lines from `begin` to before `end` are what is seen."""
+
+    where: str
+    typed: list[str]
+    begin: int
+    end: int
+    is_event: bool = False
+    is_unseen: bool = False
+    """Nothing of it is shown here, and it has to succeed."""
+
+
+def pages() -> list[str]:
+    """The names of those that have any."""
+    return sorted(
+        path.name for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md"] if steps(path.name, read(path.name))
+    )
+
+
+def read(name: str) -> list[str]:
+    return _path(name).read_text().splitlines()
+
+
+def write(name: str, lines: list[str]) -> None:
+    _path(name).write_text("\n".join(lines) + "\n")
+
+
+def _path(name: str) -> Path:
+    return DOCS.parent / name if name == "README.md" else DOCS / name
+
+
+def steps(name: str, lines: list[str]) -> list[Step]:
+    """All of a page."""
+    return [*_steps(name, lines)]
+
+
+def _steps(name: str, lines: list[str]) -> Iterator[Step]:
+    number, is_inside = 0, False
+    while number < len(lines):
+        line, where = lines[number], f"{name}:{number + 1}"
+        number += 1
+        if line.startswith("```"):
+            is_inside = line == "```console"
+        elif is_inside:
+            assert line.startswith(("$ ", "# ")), f"{where}: who says this?"
+            begin = number
+            while lines[begin].startswith("> "):
+                begin += 1
+            end = begin
+            while not lines[end].startswith(("$ ", "# ", "```")):
+                end += 1
+            typed = [one[2:] for one in lines[number - 1 : begin]]
+            yield Step(where, typed, begin, end, is_event=line.startswith("# "))
+            number = end
+        elif other := FIRST.fullmatch(line):
+            yield from (replace(step, begin=number, end=number, is_unseen=True) for step in section(*other.groups()))
+        elif name in TYPED and line.startswith("|"):
+            yield from (Step(where, [one], number, number, is_unseen=True) for one in CELL.findall(line))
+
+
+def section(name: str, title: str) -> list[Step]:
+    """What stands on a page below a title, up to the next one."""
+    lines = read(name)
+    (begin,) = (number for number, line in enumerate(lines) if line.lstrip("#") == f" {title}")
+    end = next(number for number in range(begin + 1, len(lines)) if lines[number].startswith("#"))
+    return [step for step in steps(name, lines) if begin < step.begin < end]
+
+
+def play(name: str) -> list[tuple[Step, list[str], list[str]]]:
+    """Type a page: each of its steps, what stands on the page, and what was seen."""
+    lines = read(name)
+    with home() as here:
+        return [
+            (step, lines[step.begin : step.end], _done(here, step, lines[step.begin : step.end]))
+            for step in steps(name, lines)
+        ]
+
+
+def _done(here: Home, step: Step, shown: list[str]) -> list[str]:
+    if step.is_event:
+        here.event(step.typed[0])
+        return []
+    code, seen = here.type(step.typed, ANSWER.findall("\n".join(shown)))
+    assert not step.is_unseen or code in (0, 7), f"{step.where}: `{step.typed[0]}` ends with {code}: {seen}"
+    if step.typed == ["qmpmerge vms"]:  # others may run here
+        seen = "".join(line for line in seen.splitlines(keepends=True) if line.startswith("NAME ") or SHOWN in line)
+    return [] if step.is_unseen else seen.splitlines()
+
+
+def is_as_shown(shown: list[str], seen: list[str]) -> bool:
+    """But for what is volatile."""
+    pattern = "".join(r"(?:.*\n)*?" if line == "..." else re.escape(f"{line}\n") for line in map(same, shown))
+    return re.fullmatch(pattern, "".join(f"{line}\n" for line in map(same, seen))) is not None
+
+
+def same(line: str) -> str:
+    """What a line is compared as."""
+    for pattern, word in VOLATILE:
+        line = re.sub(pattern, word, line)
+    return line.rstrip()
+
+
+def difference(step: Step, shown: list[str], seen: list[str]) -> str:
+    told = difflib.unified_diff(shown, seen, "on the page", "now", n=9, lineterm="")
+    return "\n".join([f"{step.where}: $ {step.typed[0]}", *told, "if it is right now: scripts/docs --sessions"])
+
+
+def renewed(name: str) -> list[str]:
+    """The page's lines, with what is seen now wherever something else stands there."""
+    lines = read(name)
+    for step, shown, seen in reversed(play(name)):
+        if not is_as_shown(shown, seen):
+            lines[step.begin : step.end] = seen
+    return lines
