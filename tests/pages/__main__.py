@@ -1,4 +1,4 @@
-"""``python -m pages``: write what is made from the code; with ``--sessions [PAGE...]`` type the others and renew what is seen."""
+"""``python -m pages`` writes what is made from the code; with ``--sessions [PAGE...]`` it types the others and renews them."""
 
 import sys
 

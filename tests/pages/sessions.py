@@ -6,8 +6,8 @@ what is seen then is what stands there.
     ...                         what is seen, where three dots stand for any lines
     # vm1 writes a file         what happens elsewhere, see `Home.event`
 
-``<!-- first: PAGE # TITLE -->`` has what stands on another page below that title typed here too. In the tables of `TYPED` each
-command is typed, and has to succeed.
+What is typed and not shown, and has to succeed: a line in a comment (``<!-- $ ls -->``), what stands on another page below a
+title (``<!-- first: PAGE # TITLE -->``), and each command that is a cell of a table on the pages `TYPED`.
 """
 
 import difflib
@@ -22,17 +22,22 @@ from pages import DOCS
 
 TYPED = {"phrasebook.md"}
 FIRST = re.compile(r"<!-- first: (\S+) # (.+) -->")
-CELL = re.compile(r"`(qmpmerge [^`]+)`")
+HIDDEN = re.compile(r"<!-- ([$#]) (.+) -->")
+CELL = re.compile(r"\| `(qmpmerge [^`]+)` \|")
 ANSWER = re.compile(r"\[y/N\] (\w*)$", re.MULTILINE)
 
 VOLATILE = (
     (r"#block\d+", "#block"),
     (r"\bqmpmerge-[0-9a-f]{8}\b", "NODE"),
-    (r"\b\d+(\.\d+)? m?s\b", "SECONDS"),
-    (r"\b\d+(\.\d+)? [KGT]iB", "SIZE"),  # what the format itself takes, and the host's disk; what a guest wrote is MiB
-    (r"^(\S+ +)\d+  \w+ ", r"\1PID  USER"),
-    (r"\bpid \d+", "PID"),
-    (r" +", " "),
+    (r"\b\d+(\.\d+)?\s+m?s\b", "SECONDS"),
+    (
+        r"\b\d+(\.\d+)?\s+[KGT]iB",
+        "SIZE",
+    ),  # what the format itself takes, and the host's disk; what a guest wrote is MiB
+    (r"^(\S+ +)\d+  \w+ +(?=/)", r"\1PID USER "),
+    (r"\bpid\s+\d+", "PID"),
+    (r"\b[\d.]+ \w+ of (?=[\d.]+ MiB)", "SOME of "),
+    (r"\s+", " "),  # where a line is wrapped, and how wide a column is, depends on these
 )
 """What differs from one run to the next, and what it is compared as."""
 
@@ -94,6 +99,8 @@ def _steps(name: str, lines: list[str]) -> Iterator[Step]:
             number = end
         elif other := FIRST.fullmatch(line):
             yield from (replace(step, begin=number, end=number, is_unseen=True) for step in section(*other.groups()))
+        elif hidden := HIDDEN.fullmatch(line):
+            yield Step(where, [hidden[2]], number, number, is_event=hidden[1] == "#", is_unseen=True)
         elif name in TYPED and line.startswith("|"):
             yield from (Step(where, [one], number, number, is_unseen=True) for one in CELL.findall(line))
 
@@ -101,8 +108,8 @@ def _steps(name: str, lines: list[str]) -> Iterator[Step]:
 def section(name: str, title: str) -> list[Step]:
     """What stands on a page below a title, up to the next one."""
     lines = read(name)
-    (begin,) = (number for number, line in enumerate(lines) if line.lstrip("#") == f" {title}")
-    end = next(number for number in range(begin + 1, len(lines)) if lines[number].startswith("#"))
+    begin = lines.index(f"## {title}")
+    end = next((number for number in range(begin + 1, len(lines)) if lines[number].startswith("## ")), len(lines))
     return [step for step in steps(name, lines) if begin < step.begin < end]
 
 
@@ -129,15 +136,16 @@ def _done(here: Home, step: Step, shown: list[str]) -> list[str]:
 
 def is_as_shown(shown: list[str], seen: list[str]) -> bool:
     """But for what is volatile."""
-    pattern = "".join(r"(?:.*\n)*?" if line == "..." else re.escape(f"{line}\n") for line in map(same, shown))
-    return re.fullmatch(pattern, "".join(f"{line}\n" for line in map(same, seen))) is not None
+    parts = "\n".join(["", *shown, ""]).split("\n...\n")
+    pattern = ".*".join(re.escape(same(part)) for part in parts)
+    return re.fullmatch(pattern, same("\n".join(seen))) is not None
 
 
-def same(line: str) -> str:
-    """What a line is compared as."""
+def same(text: str) -> str:
+    """What a text is compared as."""
     for pattern, word in VOLATILE:
-        line = re.sub(pattern, word, line)
-    return line.rstrip()
+        text = re.sub(pattern, word, text, flags=re.MULTILINE)
+    return text.strip()
 
 
 def difference(step: Step, shown: list[str], seen: list[str]) -> str:

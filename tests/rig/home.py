@@ -42,7 +42,7 @@ class File:
 
     @property
     def place(self) -> str:
-        return f"-P {self.pattern} {self.pattern}M 1M"
+        return f"-P {self.pattern} {2 * self.pattern}M 1M"
 
 
 @dataclass
@@ -92,7 +92,8 @@ class Home:
 
     @contextlib.contextmanager
     def _connected(self, name: str) -> Iterator[socket.socket]:
-        (path,) = self.folder.rglob(f"{name}.sock")
+        path = next(self.folder.rglob(f"{name}.sock"), None)
+        assert path is not None, f"{name} does not run: {self.seen.screen[-800:]}"
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(60)
             connection.connect(str(path))
