@@ -47,7 +47,10 @@ class File:
 
 @dataclass
 class Home:
-    """The shell, and the files that the guests have written, by their VM: its monitor is ``NAME.sock`` somewhere below."""
+    """
+    The shell, and the files that the guests have written, by their VM. Its monitor is a socket that has its name, so that it is
+    found from its folder, whatever other VMs are called on this host.
+    """
 
     folder: Path
     seen: Seen
@@ -92,7 +95,7 @@ class Home:
 
     @contextlib.contextmanager
     def _connected(self, name: str) -> Iterator[socket.socket]:
-        path = next(self.folder.rglob(f"{name}.sock"), None)
+        path = next((path for path in self.folder.rglob(name) if path.is_socket()), None)
         assert path is not None, f"{name} does not run: {self.seen.screen[-800:]}"
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(60)
