@@ -36,7 +36,13 @@ VOLATILE = (
     ),  # what the format itself takes, and the host's disk; what a guest wrote is MiB
     (r"^(\S+ +)\d+  \w+ +(?=/)", r"\1PID USER "),
     (r"\bpid\s+\d+", "PID"),
-    (r"\b[\d.]+ \w+ of (?=[\d.]+ MiB)", "SOME of "),
+    (r"\b[\d.]+ \w+ of [\d.]+ \w+", "SOME of ALL"),
+    (r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b", "TIME"),
+    (r"\bchecks\s+\d+ of \d+ passed\n", "CHECKS\n"),
+    (
+        r"^(?:\S+ \S+:)? *not checked +that nobody else uses the images \(in-use\): [^:]+ does not show\n",
+        "",
+    ),  # of who is not root
     (r"\s+", " "),  # where a line is wrapped, and how wide a column is, depends on these
 )
 """What differs from one run to the next, and what it is compared as."""
@@ -144,7 +150,7 @@ def is_as_shown(shown: list[str], seen: list[str]) -> bool:
 def same(text: str) -> str:
     """What a text is compared as."""
     for pattern, word in VOLATILE:
-        text = re.sub(pattern, word, text, flags=re.MULTILINE)
+        text = re.sub(pattern, word, f"{text}\n", flags=re.MULTILINE)
     return text.strip()
 
 

@@ -22,6 +22,7 @@ def test_the_pages_that_show_sessions_are_played() -> None:
     assert {"walkthrough.md", "golden-image.md", "recipes.md", "phrasebook.md"} <= set(PLAYED)
 
 
+@pytest.mark.timeout(600)  # some fifty commands
 @pytest.mark.parametrize("name", PLAYED)
 def test_what_the_page_shows_is_what_is_seen(name: str) -> None:
     played = sessions.play(name)
