@@ -37,6 +37,7 @@ def __dir__() -> list[str]:
     return [
         *sorted(errors),
         "EXIT_CODES",
+        "EXIT_MEANINGS",
         "FORCEABLE",
         *(name for name, value in globals().items() if name.startswith("__") and not callable(value)),
     ]
