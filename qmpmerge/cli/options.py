@@ -169,7 +169,7 @@ def refuse_together(given: Mapping[str, object]) -> None:
         raise click.UsageError(f"{' and '.join(flags)} cannot be used together")
 
 
-class Assignment(click.ParamType[tuple[str, str]]):
+class Assignment(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks alone
     """``DISK=FILE``."""
 
     name = "disk=file"

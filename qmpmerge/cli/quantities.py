@@ -27,7 +27,7 @@ _SECONDS = {
 _PART = rf"({_NUMBER}) ?([a-z]+) ?"
 
 
-class Size(click.ParamType[int]):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks alone
     """Bytes, or a number with a unit: ``64M``, ``64MB`` and ``64MiB`` are the same, as QEMU counts; ``/s`` may follow."""
 
     name = "size"
@@ -46,7 +46,7 @@ class Size(click.ParamType[int]):
         return size
 
 
-class Duration(click.ParamType[float]):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks alone
     """Seconds, or numbers with units: ``90``, ``10m``, ``1h30m``. `positive` takes no 0, `with_unit` no bare number."""
 
     name = "time"

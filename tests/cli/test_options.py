@@ -1,5 +1,7 @@
 """Options: each where it is heeded, and nowhere else."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -93,3 +95,12 @@ def test_every_option_of_a_verb_is_there() -> None:
 def test_a_place_that_is_not_there_is_not_allowed_silently(name: str, images: list[Path]) -> None:
     told = invoke(name, str(images[3]), "--allow", "/nonexistent")
     assert (told.code, "/nonexistent" in told.err) == (2, True)
+
+
+def test_the_commands_declare_themselves_where_the_types_of_click_are_not_generic() -> None:
+    """As in click 8.1, which Debian 12 and 13 have."""
+    files = sorted(set(FILES.values()))
+    program = "import click, importlib\nclick.ParamType.__class_getitem__ = None\n" + "".join(
+        f"import qmpmerge.cli.commands.{file}\n" for file in files
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
