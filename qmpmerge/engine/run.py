@@ -182,12 +182,13 @@ class Run:
     @property
     def known(self) -> Layout | None:
         """
-        The graph as it was before, as long as the session is the same, and its images are files: of others QEMU has to tell
-        the headers.
+        The graph as it was before, as long as the session is the same, and its images are whole files: of others QEMU has to
+        tell the headers, and which part of a file they are now.
         """
         if self.before is None or self.target.monitor is not self.session:
             return None
-        return self.before.layout if all(image.has_path for image in self.before.chain) else None
+        are_files = all(image.has_path and image.slice is None for image in self.before.chain)
+        return self.before.layout if are_files else None
 
     @property
     def deadline(self) -> float | None:
