@@ -176,13 +176,22 @@ def _further(note: Note) -> list[Note]:
     if note.is_true:
         merged = _merged(note.file)
         return [replace(note, file=merged.file, inode=merged.inode)] if merged is not None and not merged.reason else []
-    for place in stashed.names_of(note.file):
-        aside = stashed.look(place)
-        if isinstance(aside, stashed.Note) and aside.inode[1] == note.inode and aside.base_inode is not None:
-            return [replace(note, file=aside.base, inode=aside.base_inode[1])]
-    is_there = os.path.isdir(os.path.dirname(os.path.realpath(note.file)))
-    left = map(_left, _numbered(note.file, PULLED)) if is_there else ()  # the image itself may be gone
-    return [replace(note, file=one.file, inode=one.inode) for one in left if not one.reason and one.own == note.inode]
+    aside = (found for found in map(stashed.look, stashed.names_of(note.file)) if isinstance(found, stashed.Note))
+    bases = [(one.base, one.base_inode[1]) for one in aside if one.inode[1] == note.inode and one.base_inode is not None]
+    left = [(one.file, one.inode) for one in _left_of_this(note.file, note.inode)]
+    return [replace(note, file=file, inode=inode) for file, inode in dict.fromkeys([*bases, *left])]
+
+
+def _left_of_this(image: str, inode: int) -> list[Note]:
+    """The notes that pulls have left beside this very image, which may be gone itself."""
+    is_there = os.path.isdir(os.path.dirname(os.path.realpath(image)))
+    left = map(_left, _numbered(image, PULLED)) if is_there else ()
+    return [one for one in left if not one.reason and one.own == inode]
+
+
+def pulled_before(aside: stashed.Note) -> list[str]:
+    """The images that were pulled off one that is stashed now, where they have gone since. Raises OSError."""
+    return [end.file for note in _left_of_this(aside.original, aside.inode[1]) for end in _ends(note)]
 
 
 def lead_on(place: str, gone: str, inode: int, into: Collection[tuple[str, int]]) -> None:

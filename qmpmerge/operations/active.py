@@ -125,7 +125,7 @@ def _refuse_unfinished(path: str, image: str, folders: list[str], above: Above |
 def _merged_into(image: str, path: str) -> str:
     """
     The base into which an image was merged, that into which this was, and so on, as the notes say; any other image as it is.
-    Raises NoActive where there is another file now.
+    Raises NoActive where there is another file now, SeveralActive where others were pulled off it before.
     """
     seen: set[str] = set()
     while image not in seen:
@@ -134,6 +134,9 @@ def _merged_into(image: str, path: str) -> str:
         base = note.base if note is not None else notes.base_of(image)
         if base is None:
             break
+        others = notes.pulled_before(note) if note is not None else []
+        if set(others) - {base}:
+            raise SeveralActive(path=path, images=sorted({base, *others}), are_disks=False)
         found = files.inode(base)
         if note is not None and note.base_inode is not None and found is not None and found[1] != note.base_inode[1]:
             reason = f"what {image} held has gone into {base}, and another file is there now"

@@ -372,12 +372,13 @@ def test_what_a_pull_has_left_leads_on_when_what_it_leads_to_is_pulled_itself(tm
     assert (told.code, "rm " in told.err, f"{first} holds older data" in " ".join(told.err.split())) == (3, False, True)
 
 
-def test_what_two_were_pulled_off_leads_to_neither(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["keep", "stash"])
+def test_what_two_were_pulled_off_leads_to_neither(tmp_path: Path, policy: str) -> None:
     """Two VMs on one base, both pulled off it, and also when one of them is merged away then."""
     base, first = make_chain(tmp_path, ["base.qcow2", "first.qcow2"])
     other = overlay(tmp_path / "other.qcow2", base)
-    for image in (first, other):
-        assert (invoke("pull", str(image)).code, invoke("active", str(base)).code) == (0, 3)
+    for image, what in ((first, "keep"), (other, policy)):
+        assert (invoke("pull", str(image), "--merged-files", what).code, invoke("active", str(base)).code) == (0, 3)
     last = overlay(tmp_path / "last.qcow2", other)
     assert invoke("commit", str(last), "--merged-files", "delete", "--yes").code == 0
     told = invoke("active", str(base))
