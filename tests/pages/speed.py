@@ -72,6 +72,7 @@ def summary() -> str:
 
 def _table(section: str, names: re.Pattern[str], title: str) -> str:
     found = [*cases(section, names)]
+    assert found, f"{DATA} has no case of {section} that is called like this: {names.pattern}"
     there = dict.fromkeys(peer for _, medians in found for peer in medians)
     peers = sorted(there, key=lambda peer: (*PEERS, *there).index(peer))
     rows = [[name, *(f"{medians[peer]:.0f}" if peer in medians else "" for peer in peers)] for name, medians in found]
