@@ -8,7 +8,6 @@ to where the file comes to lie in the site.
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -29,17 +28,10 @@ OTHERS = ("examples",)
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]*)(?=[)#])")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out of `nav` what is not written yet."""
-    config.nav = _present(config.nav or [])
-    return config
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what lies in the root."""
     for name, there in PAGES.items():
-        if (ROOT / name).exists():
-            files.append(File.generated(config, there, abs_src_path=str(ROOT / name)))
+        files.append(File.generated(config, there, abs_src_path=str(ROOT / name)))
     for folder in OTHERS:
         for file in sorted((ROOT / folder).iterdir()):
             files.append(File.generated(config, f"{folder}/{file.name}", abs_src_path=str(file)))
@@ -57,17 +49,3 @@ def in_site(link: str, source: str, page: str) -> str:
     """A relative link of the file `source` of the repository, as the `page` of the site has it."""
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
     return posixpath.relpath(PAGES.get(target, target.removeprefix("docs/")), posixpath.dirname(page) or ".")
-
-
-def _present(nav: list[Any]) -> list[Any]:
-    there = {site for name, site in PAGES.items() if (ROOT / name).exists()}
-
-    def keep(entry: Any) -> bool:
-        (where,) = entry.values()
-        return isinstance(where, list) or where in there or (ROOT / "docs" / where).exists()
-
-    return [
-        {title: _present(where) if isinstance(where, list) else where for title, where in entry.items()}
-        for entry in nav
-        if keep(entry)
-    ]
