@@ -64,6 +64,14 @@ class Lazy(click.Group):
             args = [*(word for word in ours if word != "--json"), *args[len(ours) :]]
         return super().parse_args(ctx, args)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """A path is no option, which click 8.1 takes it for, and shows the help."""
+        if not (args[0].startswith("-") or args[0] in FILES or ctx.resilient_parsing):
+            ctx.fail(f"No such command {args[0]!r}.")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, which declares itself when its file is imported; None where there is no such command."""
         if cmd_name in FILES:
