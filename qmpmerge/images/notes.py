@@ -177,7 +177,9 @@ def _further(note: Note) -> list[Note]:
         merged = _merged(note.file)
         return [replace(note, file=merged.file, inode=merged.inode)] if merged is not None and not merged.reason else []
     aside = (found for found in map(stashed.look, stashed.names_of(note.file)) if isinstance(found, stashed.Note))
-    bases = [(one.base, one.base_inode[1]) for one in aside if one.inode[1] == note.inode and one.base_inode is not None]
+    bases = [
+        (one.base, one.base_inode[1]) for one in aside if one.inode[1] == note.inode and one.base_inode is not None
+    ]
     left = [(one.file, one.inode) for one in _left_of_this(note.file, note.inode)]
     return [replace(note, file=file, inode=inode) for file, inode in dict.fromkeys([*bases, *left])]
 

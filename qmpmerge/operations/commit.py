@@ -208,9 +208,9 @@ class _Beginning:
         job = None if request.dry_run else earlier.under_way(view, planned)
         if job is not None:
             return await self._taken_over(view, planned, lock, job, earlier.of_job(records, job))
+        answer = await self._checked(view, planned)
         if not request.dry_run:
             request.refuse_not_agreed(planned, proof.merged_files(planned, request.policy(planned)))
-        answer = await self._checked(view, planned)
         await earlier.refuse_suspect(self._target, planned, lock.note.suspect)
         if request.dry_run:
             other = await self._other_way(view, planned, answer)

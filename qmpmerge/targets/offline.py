@@ -13,7 +13,7 @@ QEMU's `change-backing-file` records the overlay's own format for the base.
 import contextlib
 import os
 import shlex
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from qmpmerge import given
@@ -59,7 +59,7 @@ class OfflineTarget(Target):
         view = await super().view(layout, disk)
         odd = [
             Oddity("in-use", user.file, f"in use by {user}: what is shown may be out of date")
-            for user in self.users or ()
+            for user in _harmful(self.users or (), view.chain.active.file)
         ]
         return replace(view, oddities=(*view.oddities, *odd))
 
@@ -169,13 +169,18 @@ def _known_to_be_gone(image: str) -> Iterator[None]:
 
 def _refuse_used(layers: tuple[Layer, ...], users: tuple[User, ...]) -> None:
     active = layers[-1].file
-    harmful = [user for user in users if user.file == active or user.may_write]
+    harmful = _harmful(users, active)
     if harmful:
         file = harmful[-1].file
         names = [str(user) for user in harmful if user.file == file]
         raise InUse(file=file, holders=names, command=_instead(harmful[-1]))
     if holders.is_locked(active):
         raise InUse(file=active, holders=["a process that we may not see"], command=holders.UNKNOWN)
+
+
+def _harmful(users: Iterable[User], active: str) -> list[User]:
+    """Those that may write to the chain at `active`, now or when they like; who reads what lies below it harms nobody."""
+    return [user for user in users if user.file == active or user.may_write]
 
 
 def _instead(user: User) -> str:

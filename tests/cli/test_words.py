@@ -340,7 +340,7 @@ def test_a_job_is_named_by_its_disk_and_told_in_another_case(setup: Setup) -> No
     for name in ("vda", "disk0"):
         said = invoke("job", target, name, "speed", "7").out
         assert said.startswith(f"{JOB}: ") and "at most 7 B/s" in said
-    assert invoke("job", target, "vda", "cancel").out == f"{JOB}: gone\n"
+    assert invoke("job", target, "vda", "cancel").out == f"{JOB}: cancelled\n"
 
 
 # --- layers -------------------------------------------------------------------------------------------------------------

@@ -267,6 +267,17 @@ def test_what_has_changed_since_it_was_agreed_to_is_refused(fleet: Fleet, tmp_pa
         one.chains["vda"].check()
 
 
+def test_who_was_asked_nothing_is_told_why_nothing_is_done(tmp_path: Path) -> None:
+    """Each is refused, so there is no plan to agree to."""
+    base, first = make_chain(tmp_path, ["base.raw", "a.qcow2"])
+    second = tmp_path / "b.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", second)
+    with on_terminal("tidy", str(tmp_path), "--keep", "0") as seen:
+        ended = seen.end()
+    shown = " ".join(plain(ended.out).split())
+    assert ended.code == 3 and "agreed" not in shown and str(first) in shown and str(second) in shown, shown
+
+
 @pytest.mark.parametrize("words", [("--keep", "0", "--yes"), ("--keep", "1"), ("--keep", "0", "--dry-run")])
 def test_nobody_is_asked_who_has_said_yes_or_about_what_moves_no_guest(words: tuple[str, ...], fleet: Fleet) -> None:
     chain = fleet.chain("vm")

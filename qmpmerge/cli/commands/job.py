@@ -124,7 +124,7 @@ def job(
             polite=POLITE_SECONDS if polite else None,
         )
         if not isinstance(done, Outcome):
-            output.controlled(job.id, done)
+            output.controlled(job.id, verb, done)
             return "done"
         output.commit(done)
         return done.verdict

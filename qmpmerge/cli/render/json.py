@@ -135,7 +135,7 @@ class JsonOutput:
         """The block jobs."""
         self._print("done", jobs=[_job(job) for job in found])
 
-    def controlled(self, job_id: str, job: "Job | None") -> None:
+    def controlled(self, job_id: str, verb: str, job: "Job | None") -> None:
         """The job as it is now, null when it is gone."""
         self._print("done", job=_job(job))
 

@@ -65,7 +65,7 @@ class Output(Protocol):
     def jobs(self, found: "Sequence[Job]") -> None:
         """The block jobs of a target."""
 
-    def controlled(self, job_id: str, job: "Job | None") -> None:
+    def controlled(self, job_id: str, verb: str, job: "Job | None") -> None:
         """A job after a verb was sent to it; None when it is gone."""
 
     def doctor(self, report: "Examination") -> None:

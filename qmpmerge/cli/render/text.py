@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 
 DRAW_AFTER_SECONDS = 0.5
+_GONE = {"cancel": "cancelled", "dismiss": "dismissed"}
+"""How a verb is said to have made a job go."""
 
 COLOURS: dict[str, Colour] = {
     **dict.fromkeys(("merged", "pivoted", "kept", "ready", "created", "done", "pulled"), "green"),
@@ -220,10 +222,10 @@ class TextOutput:
                 self._say(f"{job.id}: {job.reason}")
             self._say(f"{job.id}: possible now: {', '.join(job.verbs)}")
 
-    def controlled(self, job_id: str, job: "Job | None") -> None:
+    def controlled(self, job_id: str, verb: str, job: "Job | None") -> None:
         """One line."""
         if job is None:
-            self._say(f"{job_id}: gone")
+            self._say(f"{job_id}: {_GONE.get(verb, 'gone')}")
         else:
             limit = f"at most {humanize.limit(job.speed)}" if job.speed else "no speed limit"
             self._say(f"{job_id}: ", humanize.status(job), f", {limit}")

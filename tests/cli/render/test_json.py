@@ -263,8 +263,8 @@ def test_jobs(streams: Streams) -> None:
 def test_a_controlled_job_has_the_shape_of_a_listed_one() -> None:
     listed, controlled, gone = Streams(), Streams(), Streams()
     listed.output.jobs([JOB])
-    controlled.output.controlled(JOB.id, JOB)
-    gone.output.controlled(JOB.id, None)
+    controlled.output.controlled(JOB.id, "pause", JOB)
+    gone.output.controlled(JOB.id, "cancel", None)
     (entry,) = listed.document()["jobs"]
     assert controlled.document() == {"schema": 1, "command": "commit", "verdict": "done", "job": entry}
     assert gone.document() == {"schema": 1, "command": "commit", "verdict": "done", "job": None}

@@ -306,13 +306,13 @@ def test_a_snapshot_is_told_with_a_line_a_disk(screen: Screen) -> None:
 
 
 def test_a_controlled_job_is_told_with_its_status_and_speed_or_that_it_is_gone(screen: Screen) -> None:
-    screen.output.controlled(JOB.id, dataclasses.replace(JOB, status="paused"))
-    screen.output.controlled(JOB.id, dataclasses.replace(JOB, speed=50 * 1024**2))
-    screen.output.controlled(JOB.id, None)
+    screen.output.controlled(JOB.id, "pause", dataclasses.replace(JOB, status="paused"))
+    screen.output.controlled(JOB.id, "speed", dataclasses.replace(JOB, speed=50 * 1024**2))
+    screen.output.controlled(JOB.id, "dismiss", None)
     assert screen.says(
         "qmpmerge-commit-vda: paused, no speed limit",
         "qmpmerge-commit-vda: running, at most 50 MiB/s",
-        "qmpmerge-commit-vda: gone",
+        "qmpmerge-commit-vda: dismissed",
     )
 
 
@@ -651,7 +651,7 @@ def everything(output: TextOutput, name: str) -> None:
     for verdict in ("merged", "planned", "unchanged"):
         output.commit(Outcome(verdict, name, named, named, job, (MergedFile(path, now=path),), hints=(name,)))
     output.jobs([job])
-    output.controlled(name, dataclasses.replace(job, status="running"))
+    output.controlled(name, "resume", dataclasses.replace(job, status="running"))
     output.failure(NoSuchDisk(disk=name, target=name, known=[name]))
     output.note(name)
     output.trace("<-", name)
