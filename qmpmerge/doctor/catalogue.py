@@ -171,7 +171,11 @@ MEANINGS: dict[str, tuple[tuple[Severity, ...], str, str]] = {
         "a job that a qmpmerge has started is at work, and nobody follows it (`--detach`, `--timeout`)",
         "`qmpmerge job TARGET ID follow`",
     ),
-    "unfinished": (("note",), "a merge was left; the next one into the same base goes on from there", "nothing to do"),
+    "unfinished": (
+        ("note",),
+        "a merge was left, or a pull taken back; the next one into the same image heeds that",
+        "nothing to do",
+    ),
     "old-lock": (("note",), "the lock of a merge that was killed; it keeps nobody out", "`rm`"),
     "stashed": (("note",), "an image that a merge or a pull put aside takes up room", "`qmpmerge clean`"),
     "out-of-reach": (("note",), "images that were put out of reach, in a folder `stale`, take up room", "by hand"),

@@ -43,7 +43,8 @@ class Run:
     where they are gone, and only files are left to be dealt with. `before` is what was to be seen when it
     was begun, in this `session`. `speed` is None where its job is there already.
 
-    `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_sent` says that
+    `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_partial` says that
+    what is pulled into holds what an earlier pull has copied, which was taken back, `is_sent` that
     the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
     that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
     that the operation leaves open, top down. `seen` is the job as it was seen last, `course` what it has to copy, where that
@@ -75,6 +76,7 @@ class Run:
     verify: bool | None = None
     verified: bool = False
     suspect: str | None = None
+    is_partial: bool = False
     receiver_is_durable: bool = False
     deadman: Switch | None = None
     paused_seconds: float | None = None
@@ -160,6 +162,7 @@ class Run:
             verify=request.compares if suspect is None else True,
             verified=record is not None and record.verified and state is State.SWITCHED,
             suspect=suspect,
+            is_partial=operation.plan.direction == "pull" and locks.is_partial(operation.plan.receiver),
         )
 
     @property
@@ -301,7 +304,10 @@ class Run:
         """To UNDONE, after `error`, since the old chain was proved to be in use: names come back, and the record goes."""
         if State.UNDONE not in NEXT[self.state] or not self._names_given_back():
             return
-        self._forget_record(_suspicion(error) or self.suspect, self.lock.note.damaged)
+        if self.plan.direction == "pull" and self.is_sent:
+            with contextlib.suppress(OSError):  # its room was taken before the job was started
+                self.lock.partial(self.plan.receiver)
+        self._forget_record(_suspicion(error) or self.suspect, self.lock.note.damaged, self.lock.note.partial)
         self.enter(State.UNDONE)
 
     def give_names_back(self) -> None:
@@ -326,7 +332,9 @@ class Run:
         else:
             merged = self._files_dealt_with()
         damaged = None if "doubtful" in self.request.force else self.lock.note.damaged
-        self._forget_record(None if self.verified else self.suspect, damaged)
+        is_whole = self.plan.result.images[0].same_as(self.plan.receiver)
+        partial = None if is_whole else self.lock.note.partial
+        self._forget_record(None if self.verified else self.suspect, damaged, partial)
         self.enter(state)
         return tuple(merged)
 
@@ -362,10 +370,10 @@ class Run:
         for file in done:
             self.log("%s: %s, now %s", file.file, file.action, file.now or "gone")
             if file.action != "keep":
-                locks.forget_damage(file.file)
+                locks.forget_image(file.file)
         return done
 
-    def _forget_record(self, suspect: str | None, damaged: int | None) -> None:
+    def _forget_record(self, suspect: str | None, damaged: int | None, partial: int | None) -> None:
         """Nothing remains but what is to be said of the receiver, if anything; or the record, where it cannot be removed."""
         try:
             if self.record is not None:
@@ -375,7 +383,7 @@ class Run:
             self.notes.append(f"the record cannot be removed: {error.strerror or error}")
         try:
             if self.record is None:
-                self.lock.conclude(suspect, damaged=damaged)
+                self.lock.conclude(suspect, damaged=damaged, partial=partial)
             elif suspect is not None:
                 self.lock.suspect(suspect)
         except OSError as error:  # its room was taken before the job was started

@@ -3,7 +3,8 @@ A lock of our own beside every image that is written, so that two qmpmerge never
 
 QEMU's image locks keep other processes from writing; they do not keep two of us from checking at the same time. The kernel
 drops the lock with its holder, the file stays: what a holder that was killed, or that left on purpose, noted in it is found
-by the next one. It says where the record of the merge lies, whether base is suspect, and whether what it holds is damaged.
+by the next one. It says where the record of the merge lies, whether base is suspect, and whether what it holds is damaged, or
+was not all compared.
 """
 
 import contextlib
@@ -32,12 +33,14 @@ class Note(Value):
     """
     What a lock file says: the path of a record, and the error of an earlier merge into this base after which what it
     shows must be compared (QEMU's cache may believe what the storage has lost). `damaged` is the inode number of the image
-    where a pull has found that what it holds may be wrong.
+    where a pull has found that what it holds may be wrong, `partial` that of one into which a pull has copied that was taken
+    back: as long as anything lies below it, it holds copies that nobody has compared, and that look like its own data.
     """
 
     record: str | None = None
     suspect: str | None = None
     damaged: int | None = None
+    partial: int | None = None
 
 
 UNREADABLE = Note(suspect="what an earlier merge noted beside it cannot be read")
@@ -87,12 +90,16 @@ class Lock:
         """Say that what `image`, whose lock this is, holds may be wrong, until `conclude`. Raises OSError."""
         self._write(replace(self.note, suspect=reason, damaged=_number(image.file)))
 
-    def conclude(self, suspect: str | None, *, damaged: int | None = None) -> None:
+    def partial(self, image: Image) -> None:
+        """Say that a pull into `image`, whose lock this is, was taken back, until `conclude`. Raises OSError."""
+        self._write(replace(self.note, partial=_number(image.file)))
+
+    def conclude(self, suspect: str | None, *, damaged: int | None = None, partial: int | None = None) -> None:
         """
         The record is gone. Without a suspicion there is nothing to be told any more: the file goes with the lock. Raises
         OSError.
         """
-        self.note = Note(suspect=suspect, damaged=damaged)
+        self.note = Note(suspect=suspect, damaged=damaged, partial=partial)
         if self.note != Note():
             self._write(self.note)
 
@@ -103,7 +110,7 @@ class Lock:
     def _put(self, note: Note) -> None:
         self.note = note
         if self._file is not None:
-            entry = {"record": note.record, "suspect": note.suspect and note.suspect[:_REASON], "damaged": note.damaged}
+            entry = {**vars(note), "suspect": note.suspect and note.suspect[:_REASON]}
             self._file.write(json.dumps(entry).encode().ljust(_ROOM))
 
 
@@ -167,10 +174,16 @@ def is_damaged(image: Image) -> bool:
     return damaged is not None and damaged == _number(image.file)
 
 
-def forget_damage(file: str) -> None:
+def is_partial(image: Image) -> bool:
+    """Whether the image holds what a pull has copied that was taken back; not of another file that has its name now."""
+    partial = noted(image).partial
+    return partial is not None and partial == _number(image.file)
+
+
+def forget_image(file: str) -> None:
     """Nobody finds an image at this path any more: what was noted about it is not to be told of the next one."""
     image = Image(file, "raw", 0)
-    if noted(image).damaged is not None:
+    if {noted(image).damaged, noted(image).partial} != {None}:
         with contextlib.suppress(Locked, CannotLock, OSError), held(image) as lock:
             lock.conclude(None)
 
@@ -201,10 +214,10 @@ def _note(file: File, image: str) -> Note:
         if file.status.st_uid not in (0, os.geteuid(), _owner(image)):
             return UNREADABLE
         entry = json.loads(data)
-        damaged = entry.get("damaged")
-        if damaged is not None and not isinstance(damaged, int):
+        numbers = entry.get("damaged"), entry.get("partial")
+        if not all(number is None or isinstance(number, int) for number in numbers):
             return UNREADABLE
-        return Note(_text(entry["record"]), _text(entry["suspect"]), damaged)
+        return Note(_text(entry["record"]), _text(entry["suspect"]), *numbers)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return UNREADABLE
 

@@ -111,16 +111,17 @@ def test_what_is_damaged_stays_so_until_its_merge_is_done_or_another_file_has_it
     def found() -> None:
         with locks.held(base) as lock:
             lock.damaged(base, "it failed")
-            lock.conclude(lock.note.suspect, damaged=lock.note.damaged)
+            lock.partial(base)
+            lock.conclude(lock.note.suspect, damaged=lock.note.damaged, partial=lock.note.partial)
 
     found()
-    assert locks.is_damaged(base) and locks.noted(base).suspect == "it failed"
+    assert locks.is_damaged(base) and locks.is_partial(base) and locks.noted(base).suspect == "it failed"
     (tmp_path / "other").touch()
     (tmp_path / "other").replace(base.file)
-    assert not locks.is_damaged(base)
+    assert not locks.is_damaged(base) and not locks.is_partial(base)
     found()
     os.unlink(base.file)
-    locks.forget_damage(base.file)
+    locks.forget_image(base.file)
     assert left(tmp_path) == []
 
 

@@ -722,7 +722,30 @@ async def test_a_cancelled_task_puts_the_old_chain_back(
             assert (view.chain.files, view.oddities) == ([str(image) for image in images], ())
         setup.off()
     assert views(images) == before
-    assert not [file for file in tmp_path.iterdir() if "qmpmerge" in file.name]
+    into = images[2 if "top" in options else 3]
+    assert [file.name for file in tmp_path.iterdir() if "qmpmerge" in file.name] == [f".{into.name}.qmpmerge-lock"]
+
+
+@pytest.mark.parametrize("kind", ["drive", "offline"])
+async def test_what_was_copied_before_a_pull_was_taken_back_is_never_said_to_be_verified(
+    kind: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """It cannot be told from the overlay's own data: the images that have what is right stay, until nothing lies below."""
+    receiver = Image(str(images[3]), "qcow2", 0)
+    with WAYS[kind](tmp_path, images, content) as setup:
+        for _again in range(2):
+            async with slow(setup, base="[1]", verify=True) as pull:
+                pull.cancel()
+                await asyncio.wait([pull])
+        assert [one["name"] for one in advice.findings(tmp_path)].count("unfinished") == 1
+        for base in ("[1]", None):
+            async with setup.target() as target:
+                outcome = await qmpmerge.pull(target, base=base, verify=True, merged_files="delete")
+            assert (outcome.verdict, outcome.verified) == ("pulled", False)
+            assert {one.action for one in outcome.merged} == {"stash"}
+            (hint,) = [hint for hint in outcome.hints if hint.startswith("not checked: ")]
+            assert "taken back" in hint
+            assert locks.is_partial(receiver) is (base is not None)
 
 
 @pytest.mark.parametrize("top", [None, "[3]"])
