@@ -27,6 +27,9 @@ OTHERS = ("examples",)
 
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]*)(?=[)#])")
 
+_CODE = re.compile(r"(?<=<code>)[^<\n]+(?=</code>)")
+_HYPHENED = re.compile(r"(?<!\S)\S{0,30}-\S{0,30}(?!\S)")
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what lies in the root."""
@@ -43,6 +46,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     there = {site: name for name, site in PAGES.items()}
     source = there.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     return _LINK.sub(lambda link: in_site(link[1], source, page.file.src_uri), markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Have no browser break a line within an option; blocks, which end with a line break, stay as they are."""
+    return _CODE.sub(lambda code: _HYPHENED.sub(r'<span class="word">\g<0></span>', code[0]), html)
 
 
 def in_site(link: str, source: str, page: str) -> str:
