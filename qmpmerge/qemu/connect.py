@@ -129,12 +129,20 @@ def _refuse_other_files(path: str) -> None:
     except FileNotFoundError:
         raise NoSuchTarget(target=path) from None
     except PermissionError:
-        raise NoPermission(address=path, owner="another user") from None
+        raise NoPermission(address=path, owner=_owner(_closed_folder(path))) from None
     except OSError as error:
         raise CannotConnect(address=path, reason=error.strerror or str(error)) from None
     if not stat.S_ISSOCK(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special file"
         raise NotASocket(path=path, kind=kind)
+
+
+def _closed_folder(path: str) -> str:
+    """The folder that keeps us from looking at `path`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.isdir(folder):  # nor can what lies in it be looked at
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def _connect_error(error: OSError, address: Address, name: str, timeout: float) -> Exception:

@@ -96,7 +96,7 @@ def find(target: str) -> "tuple[list[Address], Vm | None]":
         return [target.removeprefix("unix:")], None
     if target.startswith("tcp:"):
         return [_tcp(target)], None
-    if os.path.lexists(target):
+    if os.path.lexists(target) or ("/" in target and _may_be_there(target)):
         return [target], None
     if "/" in target:
         raise NoSuchTarget(target=target, nearest=_beside(target))
@@ -105,6 +105,17 @@ def find(target: str) -> "tuple[list[Address], Vm | None]":
     by_pid = re.fullmatch(_PID, target)
     vm = vms.find_pid(int(by_pid[1])) if by_pid else vms.find(target)
     return [*map(address, vm.monitors)], vm
+
+
+def _may_be_there(path: str) -> bool:
+    """Whether we may not look into its folder, which is told when we connect."""
+    try:
+        os.lstat(path)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def address(monitor: str) -> Address:

@@ -51,8 +51,13 @@ async def open(
 
 
 def _refuse_taken_away(target: str) -> None:
-    """An image that lost its name to a merge is no misspelt VM."""
-    if os.path.exists(target):
+    """An image that lost its name to a merge is no misspelt VM; what lies in a folder that we may not enter may be there."""
+    try:
+        os.stat(target)
+        return
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):
         return
     found = store.beside(target)
     for record in store.believed([] if found is None else [found]):

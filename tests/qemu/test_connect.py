@@ -129,8 +129,9 @@ UNPRIVILEGED = """
 import asyncio, json, os, sys
 from qmpmerge.errors import Error
 from qmpmerge.qemu import connect, monitor
+from qmpmerge.targets import live, open
 async def main():
-    async with connect.connected(sys.argv[1]):
+    async with open.open(sys.argv[1]):
         pass
 if os.getuid() == 0:
     os.setgid(int(sys.argv[2]))
@@ -173,10 +174,13 @@ def test_a_socket_that_we_may_not_write_to_names_its_owner(public: Path, me: str
         assert refusal_of_another_user(path) == ["no-permission", {"address": path, "owner": me}]
 
 
-def test_a_socket_in_a_folder_that_we_may_not_search(public: Path) -> None:
-    (public / "private").mkdir(mode=0o000)
-    path = str(public / "private" / "monitor")
-    assert refusal_of_another_user(path) == ["no-permission", {"address": path, "owner": "another user"}]
+def test_a_socket_in_a_folder_that_we_may_not_search(public: Path, me: str) -> None:
+    """It is no image that a merge has left without its name; whose the folder is tells who may."""
+    (public / "private" / "deeper").mkdir(parents=True)
+    (public / "private").chmod(0o000)
+    for path in (str(public / "private" / "monitor"), str(public / "private" / "deeper" / "monitor")):
+        assert refusal_of_another_user(path) == ["no-permission", {"address": path, "owner": me}]
+    (public / "private").chmod(0o700)
 
 
 # --- long paths ---------------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def commit(
 
     LAYER is an index as `qmpmerge chain` shows it (`3`; 1 is the base, `-1` the active image), a file name as it shows it,
     a path, or a node name. What means two images is refused. An index means another image
-    once layers are gone: name files in what is run more than once. `'[3]'` and `'vda[3]'` need quotes; libvirt counts like that
-    until the VM is started again, and then from the top.
+    once layers are gone: name files in what is run more than once. `'[3]'` and `'vda[3]'` need quotes; libvirt's numbers
+    are others: those of a VM with two disks, or that was started again.
 
     \b
     Examples:
