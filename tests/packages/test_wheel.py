@@ -45,7 +45,7 @@ def test_the_manual_and_completions_of_the_wheel_are_found(built: Path, tmp_path
     run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", f"--prefix={tmp_path}", wheel)
     found = run("env", f"PATH={tmp_path}/bin:{os.environ['PATH']}", "man", "-w", "qmpmerge", "qmpmerge-commit").split()
     assert found == [f"{tmp_path}/share/man/man1/{name}.1" for name in ("qmpmerge", "qmpmerge-commit")]
-    shared = REPOSITORY / "share"
+    shared = REPOSITORY / "docs" / "share"
     names = [file.relative_to(shared) for file in shared.rglob("*") if file.is_file()]
     assert [name for name in names if (tmp_path / "share" / name).read_bytes() != (shared / name).read_bytes()] == []
 

@@ -1,4 +1,4 @@
-"""share/man/man1: a manual page for qmpmerge and one for each command, from the same help as docs/commands.md."""
+"""docs/share/man/man1: a manual page for qmpmerge and one for each command, from the same help as docs/commands.md."""
 
 import inspect
 import re

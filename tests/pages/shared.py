@@ -1,4 +1,4 @@
-"""What is installed below share/: manual pages, and a file for each shell that completes."""
+"""What is installed below share/, kept in docs/share/: manual pages, and a file for each shell that completes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from pages import man
 from qmpmerge.cli.commands.group import FILES, cli
 
-SHARE = Path(__file__).parents[2] / "share"
+SHARE = Path(__file__).parents[2] / "docs" / "share"
 
 
 def completion(shell: str) -> str:
