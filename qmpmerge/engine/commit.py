@@ -55,7 +55,10 @@ class Commit:
     decisions: ClassVar[frozenset[str]] = frozenset({"ready", "pending", "concluded"})
 
     async def start(self, run: Run) -> None:
-        """Send block-commit: nodes always by name, nothing ended behind our back. Raises NotWritable, QemuRefused."""
+        """
+        Send block-commit: nodes always by name, nothing ended behind our back. Raises NotWritable, QemuRefused, ToolMissing.
+        """
+        await safeguards.see_what_base_holds(run)
         arguments: dict[str, Any] = {
             "job_id": run.job,
             "device": run.disk.root,

@@ -48,8 +48,8 @@ class Run:
     the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
     that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
     that the operation leaves open, top down. `seen` is the job as it was seen last, `course` what it has to copy, where that
-    was found out, `mask` what of it is to be compared, `copies` what a pull copies where it is to be compared, or why that is
-    not known. `notes` are sentences for the user.
+    was found out, `mask` what of it is to be compared, `copies` what a pull copies, or base has
+    held, where it is to be compared, or why that is not known. `notes` are sentences for the user.
     """
 
     operation: Operation

@@ -27,6 +27,7 @@ from qmpmerge.errors import (
     VmState,
 )
 from qmpmerge.images import compare
+from qmpmerge.images.compare import Shown
 from qmpmerge.qemu import bitmaps, details, flush, mutex, vmstate
 from qmpmerge.qemu.blockgraph import Layout
 from qmpmerge.qemu.jobs import Job
@@ -151,6 +152,16 @@ def refuse_encrypted(planned: Plan, layout: Layout) -> None:
         raise CannotCompare(images=encrypted)
 
 
+async def see_what_base_holds(run: Run) -> None:
+    """Before the job, where a comparison can only tell from that what it has written. Raises ToolMissing."""
+    if run.verify is False or not compare.fills(run.plan):
+        return
+    try:
+        run.copies = await compare.own(run.plan.receiver)
+    except ImageUnreadable as error:
+        run.copies = error.reason
+
+
 async def verify(
     run: Run, doorbell: Doorbell, since: int | None = None, *, comparing: Awaitable[bool] | None = None
 ) -> None:
@@ -182,7 +193,10 @@ async def verify(
         await shield.finished(blockjob.take_back(run, doorbell))
         raise NotVerified(base=run.plan.receiver.file, top=run.plan.top.file, reason=reason)
     run.log("%s shows what %s shows", run.plan.receiver.label, run.plan.top.label)
-    run.verified = True
+    run.verified = isinstance(run.copies, Shown) or not compare.fills(run.plan)
+    if not run.verified:
+        around = f"what {run.plan.receiver.file} has got around that from below it was not compared: {run.copies}"
+        run.notes.append(f"not checked: {around}")
 
 
 async def _is_same(run: Run) -> bool:
@@ -190,11 +204,12 @@ async def _is_same(run: Run) -> bool:
     see_what_is_compared(run)
     if run.operation.pivots and run.target.is_live:
         await write_out_top(run)
+    before = run.copies if isinstance(run.copies, Shown) else None
     if run.operation.pivots:
-        same = await compare.same(run.plan)
+        same = await compare.same(run.plan, before=before)
     else:
         mask, run.mask = run.mask, None  # it is closed with the comparison, which is made anew after a lost session
-        same = await compare.same(run.plan, run.course.extents if run.course is not None else None, mask)
+        same = await compare.same(run.plan, run.course.extents if run.course is not None else None, mask, before=before)
     if not same:
         see_what_is_compared(run)  # it may have been given to another file meanwhile
     return same

@@ -43,6 +43,10 @@ are 4 KiB, among 8192 of which each miss is a search through all: to walk a whol
 """
 
 
+LARGEST_CLUSTER = 2 * 1024 * 1024
+"""The most that QEMU takes."""
+
+
 class _Whole(NamedTuple):
     """The fixed part of a header of version 3 but for the backing file's name, in the order of the file."""
 
@@ -212,7 +216,7 @@ def decode(data: bytes) -> Qcow2Header | None:
         data_file=names.get(_DATA_FILE),
         encrypted=crypt != 0,
         version=version,
-        cluster_size=1 << min(bits, 21),  # 2 MiB is the most that QEMU takes
+        cluster_size=1 << min(bits, LARGEST_CLUSTER.bit_length() - 1),
         entry_size=16 if features & _EXTENDED_ENTRIES else 8,
         dirty=bool(features & _DIRTY),
         corrupt=bool(features & _CORRUPT),
