@@ -23,6 +23,7 @@ from qmpmerge.errors import (
     JobFailed,
     MonitorSilent,
     NoReply,
+    NoSuchDisk,
     PauseUnproven,
     SessionLost,
     StillRunning,
@@ -79,7 +80,7 @@ async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: Unkno
         image = run.plan.chain.active.file
         raise SessionLost(target=last.target, command=last.command, reason=last.reason, image=image) from None
     if pid is not None and (before is None or proc.process(run.target.pid or 0) != before):
-        await _see_the_new_qemu(run)
+        await _see_the_new_qemu(run, "reconnecting")
     async with run.target.monitor.listening() as doorbell:
         return await work(doorbell)
 
@@ -98,21 +99,32 @@ async def reconnect(target: Target, lost: Unknown) -> None:
         raise lost from None
 
 
-async def _see_the_new_qemu(run: Run) -> None:
-    """Another QEMU has no job of ours. Where it was started from the old chain, the merge has failed and that is all."""
-    if await jobs.look(run.target.monitor, run.job) is None:
-        now = await proof.view_after(run, run.plan.chain)
-        if now.chain.same_files(run.plan.chain):
-            raise JobFailed(job=run.job, reason="QEMU was started anew, and the job ended with the old one")
+async def _see_the_new_qemu(run: Run, command: str) -> None:
+    """
+    Another QEMU has no job of ours, whatever it calls its own. Where it was started from the old chain, the merge has failed
+    and that is all; where it was not from the new one either, it has nothing to do with us. Raises JobFailed, SessionLost.
+    """
+    found = None
+    with contextlib.suppress(NoSuchDisk):
+        found = (await proof.view_after(run, run.plan.chain)).chain
+    if found is not None and found.same_files(run.plan.chain):
+        raise JobFailed(job=run.job, reason="QEMU was started anew, and the job ended with the old one")
+    is_theirs = await jobs.look(run.target.monitor, run.job) is not None
+    if is_theirs or found is None or not found.same_files(run.plan.result):
+        reason, active = "QEMU was started anew, on other images", run.plan.chain.active
+        image = active.file if active.has_path else ""
+        raise SessionLost(target=run.target.name, command=command, reason=reason, image=image)
 
 
 async def follow_politely(run: Run, every: float) -> Job | None:
     """
     Follow the job to where it wants a decision, leaving the monitor to others for `every` seconds between two looks.
 
-    Where somebody else holds it then, we wait for our turn. Raises StillRunning at the deadline.
+    Where somebody else holds it then, we wait for our turn. Raises StillRunning at the deadline, JobFailed and SessionLost
+    where another QEMU has the monitor by now.
     """
-    meter = Meter(run.disk.name)
+    meter, pid = Meter(run.disk.name), run.target.pid
+    qemu = None if pid is None else proc.process(pid)
     while True:
         job = await jobs.look(run.target.monitor, run.job)
         if job is None or job.status in run.operation.decisions:
@@ -122,6 +134,8 @@ async def follow_politely(run: Run, every: float) -> Job | None:
         await run.target.monitor.close()
         await _sleep(run, every)
         await our_turn(run)
+        if qemu is not None and proc.process(run.target.pid or 0) != qemu:
+            await _see_the_new_qemu(run, "a wait")
 
 
 async def _sleep(run: Run, seconds: float) -> None:

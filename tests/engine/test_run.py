@@ -19,7 +19,7 @@ import pytest
 from rig import folder
 from rig.command import COMMAND, JOB, Begun, invoke
 from rig.disks import Images, Setup, drive
-from rig.machines import Content, Machine
+from rig.machines import Content, Machine, fill, make_chain
 from rig.server import CLIENT, stop
 
 import qmpmerge as library
@@ -439,6 +439,45 @@ async def another(path: str) -> AsyncIterator[None]:
     yield
     process.stdin.close()
     await process.wait()
+
+
+@pytest.mark.parametrize(("where", "error"), [("", JobFailed), ("other", SessionLost)])
+@pytest.mark.parametrize("merge", [library.commit, library.pull])
+async def test_a_polite_follower_leaves_a_qemu_alone_that_was_started_anew_meanwhile(
+    merge: Callable[..., Awaitable[library.Outcome]],
+    where: str,
+    error: type[Exception],
+    tmp_path: Path,
+    images: list[Path],
+    content: Content,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On other images, it may have a job of the same id, and it is not told that theirs were merged."""
+    away, back, again = asyncio.Event(), asyncio.Event(), reconnect.our_turn
+    job = f"qmpmerge-{merge.__name__}-vda"
+
+    async def once_it_is_back(run: Run) -> None:
+        away.set()
+        await back.wait()
+        await again(run)
+
+    monkeypatch.setattr(reconnect, "our_turn", once_it_is_back)
+    (tmp_path / "other").mkdir()
+    others = make_chain(tmp_path / where) if where else images
+    if where:
+        fill(others, Content())
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(drive(tmp_path, images, content))
+        async with library.live(first.machine.target) as target:
+            merging = asyncio.ensure_future(merge(target, speed=1, polite=0.1))
+            await away.wait()
+            second = replaced(first.machine, stack, tmp_path, others, content)
+            if where:
+                second.machine.session.execute("block-commit", device="vda", job_id=job, speed=1)
+            back.set()
+            with pytest.raises(error, match="started anew"):
+                await merging
+        assert [one["id"] for one in second.machine.session.execute("query-jobs")] == ([job] if where else [])
 
 
 async def test_a_polite_follower_that_is_cancelled_takes_the_job_back(setup: Setup) -> None:
