@@ -20,7 +20,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_built_elsewhere_and_later_is_the_same(built: Path, tmp_path: Path) -> None:
-    script = f"umask 077; TZ=Asia/Kathmandu LANG=C HOME=/nonexistent exec scripts/package {tmp_path}/new"
+    script = f"umask 077; TZ=Asia/Kathmandu LANG=C HOME={tmp_path} exec scripts/package {tmp_path}/new"
     run("sh", "-c", script, cwd=REPOSITORY)
     names = {file.name for file in built.iterdir()}
     assert {Path(name).suffix for name in names} == {".gz", ".whl", ".deb", ".dsc", ".xz", ".changes", ".buildinfo"}
