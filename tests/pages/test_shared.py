@@ -15,7 +15,9 @@ MANUAL = sorted(str(page) for page in (SHARE / "man/man1").iterdir())
 
 @pytest.mark.parametrize("name", SHARED)
 def test_a_file_is_what_the_code_says(name: str) -> None:
-    assert (SHARE / name).read_text() == SHARED[name](), f"docs/share/{name} is not what the code says: run scripts/docs"
+    assert (SHARE / name).read_text() == SHARED[name](), (
+        f"docs/share/{name} is not what the code says: run scripts/docs"
+    )
 
 
 def test_nothing_else_is_installed() -> None:
