@@ -6,6 +6,7 @@ Success is read back: a fresh discovery of the graph and the header on disk must
 """
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,7 +15,7 @@ from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import NEXT, State
 from qmpmerge.engine import blockjob, proof, reconnect, safeguards
 from qmpmerge.engine.pace import writeback
-from qmpmerge.engine.pace.progress import ReportRaised
+from qmpmerge.engine.pace.progress import Progress, ReportRaised
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
     Cancelled,
@@ -143,6 +144,16 @@ async def _taken_back(run: Run) -> None:
         await shield.finished(work, unless=run.request.patience.is_leaving)
     except asyncio.CancelledError:
         raise LeftCancelling(target=run.target.name, job=run.job) from None
+    _tell_what_is_left(run)
+
+
+def _tell_what_is_left(run: Run) -> None:
+    """The chain shows what it did, but a base that was written to shows neither that nor its old data by itself."""
+    job, base = run.seen, run.plan.receiver
+    if run.plan.direction == "commit" and job is not None and job.done:
+        hint = f"{base.file} may hold a part of it by now, and is nothing to start from without the images above"
+        with contextlib.suppress(ReportRaised):
+            run.tell(Progress(run.disk.name, job, run.operation.counts, hint=hint))
 
 
 async def _followed(run: Run) -> Outcome:

@@ -378,7 +378,7 @@ class Cancelled(Error):
     """The user cancelled; where a job ran its end was seen: the old chain is in use."""
 
     verdict = "cancelled"
-    sentence = "the disks are as they were"
+    sentence = "the disks show what they did"
     advice = "run the same command again when you like"
 
 
@@ -386,7 +386,7 @@ class TimeUp(Cancelled, TimeoutError):
     """The time limit passed before anything was started."""
 
     seconds: float
-    sentence = "not begun within {seconds:g} s; the disks are as they were"
+    sentence = "not begun within {seconds:g} s; nothing was changed"
     advice = "give it more time (`--timeout`)"
 
 

@@ -18,7 +18,7 @@ from qmpmerge.cli.ask import CHOICE
 from qmpmerge.engine.pace import patience
 
 BEFORE, AFTER = "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2", "  after   base.raw\n"
-UNCHANGED = "cancelled: the disks are as they were"
+UNCHANGED = "cancelled: the disks show what they did"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

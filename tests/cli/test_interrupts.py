@@ -34,7 +34,7 @@ def test_it_is_told_and_nothing_was_begun(module: str, as_json: bool, setup: Set
         assert (ended.err, json.loads(ended.out)["verdict"]) == ("", "cancelled")
     else:
         told, hint = ended.err.splitlines()
-        assert (ended.out, told, hint[:6]) == ("", "cancelled: the disks are as they were", "hint: ")
+        assert (ended.out, told, hint[:6]) == ("", "cancelled: the disks show what they did", "hint: ")
     assert invoke("jobs", setup.machine.target).out == ""
     setup.check()
 

@@ -173,11 +173,17 @@ def test_options_that_are_so_anyway_are_taken(vm1: str) -> None:
     planned = invoke("commit", vm1, "vda", "--active", "--wait", "--verbose", "--pivot", "--dry-run")
     assert (planned.code, "planned" in planned.out, "query-block" in planned.err) == (0, True, False)
     for top in ("c.qcow2", "4", "-1"):
-        assert invoke("commit", vm1, "vda", "--active", "--top", top, "--dry-run").code == 0
+        assert invoke("commit", vm1, "vda", "--active", "--wait-ready", "--top", top, "--dry-run").code == 0
     for option in ("--active", "--pivot"):
-        below = invoke("commit", vm1, "vda", option, "--top", "b.qcow2", "--dry-run")
+        below = invoke("commit", vm1, "vda", *dict.fromkeys((option, "--pivot")), "--top", "b.qcow2", "--dry-run")
         assert (below.code, f"{option} is for a merge of the active image" in below.err) == (3, True)
     assert invoke("commit", vm1, "vda", "--pivot", "--top", "c.qcow2", "--dry-run").code == 0
+
+
+def test_active_alone_is_not_taken_for_a_pivot(vm1: str) -> None:
+    """With virsh it leaves the guest where it is."""
+    told = invoke("commit", vm1, "vda", "--active", "--wait")
+    assert (told.code, "--wait-ready" in told.err, "--pivot" in told.err) == (2, True, True), told.err
 
 
 def test_a_job_below_the_active_image_cannot_pivot(setup: Setup) -> None:

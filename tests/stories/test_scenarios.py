@@ -36,6 +36,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,18 @@ def test_cancelled(setup: Setup, ready: bool) -> None:
     assert commit(setup, *options).code in (0, 7)
     assert invoke("job", setup.machine.target, job_id(setup), "cancel").code == 0
     assert len(invoke("chain", setup.machine.target, "--json").document["images"]) == 5
+    ends_well(setup, "d.qcow2")
+
+
+@pytest.mark.parametrize("kind", ["drive"])
+@pytest.mark.parametrize("top", ["-1", "[4]"])
+def test_who_cancels_is_told_that_base_is_no_way_back(setup: Setup, top: str) -> None:
+    begun = Begun("commit", setup.machine.target, "--top", top, "--speed", "64k")
+    while not setup.machine.session.execute("query-block-jobs")[0]["offset"]:
+        time.sleep(0.05)
+    begun.process.terminate()
+    ended = begun.end()
+    assert (ended.code, "nothing to start from without the images above" in ended.err) == (130, True), ended.err
     ends_well(setup, "d.qcow2")
 
 

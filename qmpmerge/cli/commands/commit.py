@@ -116,6 +116,11 @@ def commit(
     if keep is not None:
         refuse_together({"--keep": True, "--top": top is not None, "--shallow": shallow, "--active": active and keep})
     refuse_together({"--detach": options.patience.detach, "--converge": converge})
+    if active and ending == "pivot" and not pivot:
+        raise click.UsageError(
+            "with virsh `--active` alone leaves the guest on its overlay: say `--wait-ready` for that, or `--pivot` to have it "
+            "moved onto the base"
+        )
 
     async def work(
         target: "Target", output: "Output", *, dry_run: bool, agreed: "Sequence[Outcome] | None" = None

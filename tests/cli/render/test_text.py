@@ -576,7 +576,7 @@ def test_what_is_the_same_of_many_disks_is_told_once(screen: Screen) -> None:
     assert screen.err.getvalue().splitlines() == [
         "unreachable: vm4: no socket and no running QEMU called vm4",
         "hint: `qmpmerge vms` lists the running QEMUs and their monitors",
-        "cancelled: vm1 vda, vm1 vdb and 3 more: the disks are as they were",
+        "cancelled: vm1 vda, vm1 vdb and 3 more: the disks show what they did",
         "hint: run the same command again when you like",
     ]
 
