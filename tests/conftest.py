@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from rig.disks import Setup, drive
 from rig.machines import Content, fill, make_chain
 
@@ -12,6 +13,11 @@ from rig.machines import Content, fill, make_chain
 # the tests start, which heeds that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# On a busy machine an example takes as long as it takes.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture

@@ -6,15 +6,18 @@ be: a dry run, which somebody waits for, does without.
 """
 
 import contextlib
-from collections.abc import Collection, Sequence
+import os
+import shlex
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpmerge import given
+from qmpmerge.chain.chain import Image
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.other_way import other_way
 from qmpmerge.chain.outcome import Ending, OtherWay, Outcome, Policy
-from qmpmerge.chain.plan import Plan, PullPlan
+from qmpmerge.chain.plan import Direction, Plan, PullPlan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
 from qmpmerge.checks.question import process
@@ -24,6 +27,7 @@ from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.request import Request
 from qmpmerge.errors import NoSuchLayer, OptionsConflict, Refused
 from qmpmerge.given import Paths
+from qmpmerge.images import files
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.processes import limits
@@ -197,12 +201,17 @@ class _Beginning:
         is_all = isinstance(begun, Outcome) and begun.verdict == "unchanged"
         return settled.outcome or begun if is_all else begun
 
+    def _unchanged(self, view: ChainView, planned: Plan) -> Outcome:
+        outcome = proof.unchanged(view)
+        built_on = () if self._target.is_live else _built_on(view.chain.active, planned.direction)
+        return replace(outcome, hints=(*outcome.hints, *_misunderstood(planned), *built_on))
+
     async def _begun(self, view: ChainView, records: "list[Record]") -> "Run | Outcome":
         """The merge that is asked for: resumed where its job is at work, else checked; an outcome where that is all."""
         request = self._request
         planned = request.plan(view.chain, view.disk.name)
         if planned.is_empty:
-            return _unchanged(view, planned)
+            return self._unchanged(view, planned)
         self._refuse_what_does_not_go_together(planned, view)
         lock = self._locked(planned)
         job = None if request.dry_run else earlier.under_way(view, planned)
@@ -302,10 +311,21 @@ class _Beginning:
         return OtherWay(command(self._target, view.disk.name, other), other.receiver.file, estimate.copy)
 
 
-def _unchanged(view: ChainView, planned: Plan) -> Outcome:
+def _misunderstood(planned: Plan) -> Iterator[str]:
     """Who knows merges takes the base of a pull for what is pulled."""
-    outcome = proof.unchanged(view)
-    if planned.direction == "commit" or planned.base is None:
-        return outcome
-    why = f"a pull leaves its base as it is, and nothing lies above {planned.base.name} to be pulled"
-    return replace(outcome, hints=(*outcome.hints, f"{why}: name the image below it for the base, or none"))
+    if planned.direction == "pull" and planned.base is not None:
+        why = f"a pull leaves its base as it is, and nothing lies above {planned.base.name} to be pulled"
+        yield f"{why}: name the image below it for the base, or none"
+
+
+def _built_on(image: Image, direction: Direction) -> Iterator[str]:
+    """Who names an image of a chain that is off means its disk, where `active` is told the same."""
+    from qmpmerge.images import overlays
+
+    try:
+        leaves = overlays.above(image.file, os.path.dirname(image.file)).leaves if image.has_path else {}
+    except OSError:
+        return
+    for file in leaves:
+        if files.inode(file) != image.inode:
+            yield f"{file} is built on it: `{shlex.join(['qmpmerge', direction, file])}`"

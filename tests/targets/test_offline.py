@@ -568,6 +568,15 @@ def test_the_command_for_an_internal_snapshot_names_the_image_that_has_it(images
     assert "internal snapshot" not in invoke("pull", str(images[2]), "--base", str(images[1])).err
 
 
+def test_who_names_the_base_is_told_what_is_built_on_it(images: list[Path], content: Content) -> None:
+    said = invoke("commit", str(images[0]))
+    assert (said.code, "nothing to merge" in said.out) == (0, True)
+    told = shlex.split(said.err.split("`")[1])
+    assert told == ["qmpmerge", "commit", str(images[3])]
+    assert invoke(*told[1:], "--yes").code == 0
+    content.check(images[0])
+
+
 # --- block devices -------------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ class Work(Protocol):
     show_default=True,
     metavar="WAY",
     help="commit merges into the base; pull leaves the base as it is, and pulls into the oldest overlay that stays; auto pulls "
-    "where a commit is refused for the sake of others.",
+    "where a commit is refused for the sake of others, unless no overlay stays (--keep 0).",
 )
 @click.option(
     "--parallel",
