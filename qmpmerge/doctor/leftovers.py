@@ -114,8 +114,10 @@ def _old_locks(folder: str, jobs: Collection[str]) -> Iterator[Finding]:
             why = "what is right may be in the images below it alone: keep them, and put it right before anything is merged"
             yield Finding("doubtful", "harm", file, what, why)
         elif locks.is_partial(Image(file, "raw", 0)) and note == Note(partial=note.partial):
-            what = f"the note of a pull into {image} that was taken back: what it had copied was not compared"
-            why = "until nothing lies below it any more, no pull into it is verified, or deletes what it leaves"
+            what = f"{image} holds what a pull has copied that was taken back, and that was not compared"
+            why = (
+                "until nothing lies below it any more, no merge of it is verified, and none deletes what lies below it"
+            )
             yield Finding("unfinished", "note", path, what, why)
         elif note == Note():
             what = f"a lock file without a holder: a merge into {image} was killed"

@@ -102,9 +102,9 @@ class Commit:
     async def relink(self, run: Run) -> None:
         """QEMU does not go on without having written it."""
 
-    def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
+    def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:
         """What became of the files."""
-        return files_advice(merged)
+        return files_advice(merged) if may_be_deleted else []
 
 
 class Intermediate(Commit):
@@ -199,6 +199,7 @@ class Active(Commit):
     async def make_durable(self, run: Run) -> None:
         """No header was written, and base is flushed by whoever writes to it."""
 
-    def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
+    def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:
         """Which image the VM must be started from now."""
-        return [launch_advice(self.plan.base.label, merged[-1]), *files_advice(merged)]
+        launch = launch_advice(self.plan.base.label, merged[-1])
+        return [launch, *super().advice(merged, may_be_deleted=may_be_deleted)]

@@ -6,7 +6,7 @@ that leave, where the user wants that, or where it is little and nobody can writ
 nothing is compared, in parts of 64 KiB (`qemu.writes`). What cannot be compared is said not to be checked.
 
 What the overlay held before is its own. Where that may be the copy of an earlier pull that was taken back, nobody can tell it
-from the rest any more, and not all is verified (`locks.Note.partial`).
+from the rest any more, and not all is verified (`spared.doubts`).
 """
 
 import contextlib
@@ -103,11 +103,7 @@ async def _damage(run: Run, plan: PullPlan) -> Damaged | MaybeDamaged | None:
         place = await compare.copy_differs_at(plan, run.copies, written)
     except MaybeDamaged as damage:
         return damage
-    run.verified = place is None and run.suspect is None and not run.is_partial
-    if run.is_partial:
-        run.notes.append(
-            f"not checked: what an earlier pull has copied into {overlay.file}, which was taken back, was not compared"
-        )
+    run.verified = place is None and run.suspect is None
     return None if place is None else Damaged(overlay=overlay.file, below=below, offset=place)
 
 

@@ -82,6 +82,6 @@ class Operation(Protocol):
         """How `record` was left, as `recovery.evidence.judge` looks at it. Raises Undecided, and what asking QEMU raises."""
         ...
 
-    def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
-        """What the user should know after an outcome that is proved."""
+    def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:
+        """What the user should know after an outcome that is proved, and how to delete what left, where it may be."""
         ...

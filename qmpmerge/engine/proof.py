@@ -178,7 +178,7 @@ def _advice(run: "Run", verdict: Verdict, merged: tuple[MergedFile, ...]) -> lis
     base = run.plan.receiver.file
     if verdict == "kept":
         return [f"{base} held all data at the moment it was let go; the guest writes to the overlay"]
-    return run.operation.advice(merged)
+    return run.operation.advice(merged, may_be_deleted=run.may_be_deleted)
 
 
 def merged_files(planned: Plan, policy: Policy, spared: Mapping[int, str] | None = None) -> tuple[MergedFile, ...]:
@@ -245,7 +245,7 @@ def _outcome(
         copied=run.copied,
         seconds=time.monotonic() - run.started,
         hints=hints,
-        verified=run.verified,
+        verified=run.is_all_verified,
         paused_seconds=run.paused_seconds,
         checks=run.checks,
     )

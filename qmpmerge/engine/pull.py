@@ -111,11 +111,6 @@ class Pull:
         await safeguards.see_files(run, doorbell)
         await safeguards.make_receiver_durable(run, doorbell)
         await copies.verify(run, doorbell, self.plan)
-        if run.suspect is not None:
-            run.notes.append(
-                f"what an earlier pull has copied into {self.plan.overlay.file} was not compared: it failed ({run.suspect}); "
-                f"what left the chain keeps its name"
-            )
 
     async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
         """The overlay's header is rewritten, and the graph with it."""
@@ -210,7 +205,7 @@ class Pull:
 
         return await judge(record, target, use, layout=layout, kept=self.plan.overlay, decide=by_header)
 
-    def advice(self, merged: tuple[MergedFile, ...]) -> list[str]:
+    def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:
         """Nothing changes for the VM's next start."""
         stays = f"the VM is started from {self.plan.chain.active.file}, as before"
-        return [stays, *pulled_advice(merged)]
+        return [stays, *(pulled_advice(merged) if may_be_deleted else [])]

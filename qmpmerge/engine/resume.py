@@ -238,7 +238,7 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
         elif judged.way == "finish":
             merged = await _finished(run)
             run.notes += ["nothing is deleted on a record's word: what was to be is stashed"] if was_to_delete else []
-            run.notes[:0] = run.operation.advice(merged)
+            run.notes[:0] = run.operation.advice(merged, may_be_deleted=run.may_be_deleted)
         else:
             await _undone(run, judged)
         if judged.way != "leave" and target is not None:

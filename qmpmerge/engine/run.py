@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from qmpmerge import folder
@@ -22,7 +23,7 @@ from qmpmerge.folder import File
 from qmpmerge.guest.deadman import Switch
 from qmpmerge.images import compare
 from qmpmerge.images.files import Seen
-from qmpmerge.journal import locks, merged_files, store
+from qmpmerge.journal import locks, merged_files, spared, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
@@ -43,13 +44,13 @@ class Run:
     where they are gone, and only files are left to be dealt with. `before` is what was to be seen when it
     was begun, in this `session`. `speed` is None where its job is there already.
 
-    `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `is_partial` says that
-    what is pulled into holds what an earlier pull has copied, which was taken back, `is_sent` that
-    the job may have been started, `is_started` that QEMU has confirmed it, `let_go` that the overlay is kept, `past_return`
-    that the job may have been told to end, `has_ended_well` that it was seen to end without an error. `old_nodes` are those
-    that the operation leaves open, top down. `seen` is the job as it was seen last, `course` what it has to copy, where that
-    was found out, `mask` what of it is to be compared, `copies` what a pull copies, or base has
-    held, where it is to be compared, or why that is not known. `notes` are sentences for the user.
+    `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `doubts` are those
+    about what earlier pulls have copied (`spared.doubts`). `is_sent` says that the job may have been started, `is_started` that
+    QEMU has confirmed it, `let_go` that the overlay is kept, `past_return` that the job may have been told to end,
+    `has_ended_well` that it was seen to end without an error. `old_nodes` are those that the operation leaves open, top down.
+    `seen` is the job as it was seen last, `course` what it has to copy, where that was found out, `mask` what of it is to be
+    compared, `copies` what a pull copies, or base has held, where it is to be compared, or why that is not known. `notes` are
+    sentences for the user.
     """
 
     operation: Operation
@@ -76,7 +77,7 @@ class Run:
     verify: bool | None = None
     verified: bool = False
     suspect: str | None = None
-    is_partial: bool = False
+    doubts: Mapping[int, str] = field(default_factory=dict)
     receiver_is_durable: bool = False
     deadman: Switch | None = None
     paused_seconds: float | None = None
@@ -141,10 +142,6 @@ class Run:
         suspect = lock.note.suspect
         if record is not None and request.merged_files is None:
             request = replace(request, merged_files=record.policy)
-        if suspect is not None and operation.plan.direction == "pull":
-            request = replace(
-                request, merged_files="keep"
-            )  # they may hold what the storage has lost of an earlier copy
         return cls(
             operation=operation,
             request=request,
@@ -162,7 +159,7 @@ class Run:
             verify=request.compares if suspect is None else True,
             verified=record is not None and record.verified and state is State.SWITCHED,
             suspect=suspect,
-            is_partial=operation.plan.direction == "pull" and locks.is_partial(operation.plan.receiver),
+            doubts=spared.doubts(operation.plan),
         )
 
     @property
@@ -181,6 +178,16 @@ class Run:
     def plan(self) -> Plan:
         """What is carried out."""
         return self.operation.plan
+
+    @property
+    def is_all_verified(self) -> bool:
+        """Whether that holds of what earlier pulls have copied too."""
+        return self.verified and not self.doubts
+
+    @property
+    def may_be_deleted(self) -> bool:
+        """Whether hints may say how to delete what leaves: not what may be needed, as it was not compared."""
+        return not self.doubts and (self.verified or self.request.policy(self.plan) != "delete")
 
     @property
     def known(self) -> Layout | None:
@@ -213,7 +220,9 @@ class Run:
             raise ValueError(f"{self.state.name} does not lead to {state.name}")
         known = self.record
         if known is not None and state in RECORDED and _ORDER.index(state) >= _ORDER.index(known.state):
-            marked = replace(known, state=state, verified=self.verified, seen=known.seen if seen is None else seen)
+            marked = replace(
+                known, state=state, verified=self.is_all_verified, seen=known.seen if seen is None else seen
+            )
             self.record = marked if marked == known else store.mark(marked)
         if state is not self.state:
             self.log("%s to %s", self.state.value, state.value)
@@ -305,10 +314,15 @@ class Run:
         if State.UNDONE not in NEXT[self.state] or not self._names_given_back():
             return
         if self.plan.direction == "pull" and self.is_sent:
-            with contextlib.suppress(OSError):  # its room was taken before the job was started
-                self.lock.partial(self.plan.receiver)
+            self._note_partial()
         self._forget_record(_suspicion(error) or self.suspect, self.lock.note.damaged, self.lock.note.partial)
         self.enter(State.UNDONE)
+
+    def _note_partial(self) -> None:
+        with contextlib.suppress(
+            OSError
+        ):  # its room was taken before the job was started; the note is written once more
+            self.lock.partial(self.plan.receiver)
 
     def give_names_back(self) -> None:
         """The merged images get their own names back. Raises OSError, CannotRecover where one is under neither of its names."""
@@ -327,12 +341,16 @@ class Run:
         `record` is still set where it could not be removed.
         """
         merged: list[MergedFile] = []
+        is_whole = self.plan.result.images[0].same_as(self.plan.receiver)
+        if self.doubts and not is_whole:
+            self._note_partial()
         if state is State.KEPT:
             self._names_given_back()
         else:
             merged = self._files_dealt_with()
         damaged = None if "doubtful" in self.request.force else self.lock.note.damaged
-        is_whole = self.plan.result.images[0].same_as(self.plan.receiver)
+        keep = "; keep what lay below it" if self.plan.direction == "pull" else ""
+        self.notes += [f"not checked: {doubt}{keep}" for doubt in self.doubts.values()]
         partial = None if is_whole else self.lock.note.partial
         self._forget_record(None if self.verified else self.suspect, damaged, partial)
         self.enter(state)
@@ -365,7 +383,7 @@ class Run:
                 self.notes.append(f"the record cannot be written: {error.strerror or error}")
                 self.state = State.PROVED
         known = self.record or first_record.of_run(self, "")
-        done, hints = merged_files.finish(replace(known, verified=self.verified), self.request.search)
+        done, hints = merged_files.finish(replace(known, verified=self.is_all_verified), self.request.search)
         self.notes += hints
         for file in done:
             self.log("%s: %s, now %s", file.file, file.action, file.now or "gone")

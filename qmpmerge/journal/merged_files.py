@@ -148,9 +148,7 @@ def _remove(record: Record, image: Image, path: str) -> None:
 def why_not_delete(record: Record, index: int, place: str) -> str | None:
     """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
     if not record.verified:
-        return (
-            "it was not compared with the base" if record.direction == "commit" else "what was copied was not compared"
-        )
+        return "it was not compared, or not all of it" if record.direction == "commit" else spared.NOT_COMPARED
     if index not in (*record.seen, *record.before) or merged_notes.was_changed(record, index, place):
         return "it was changed since it was merged"
     return spared.in_use(place)

@@ -1,5 +1,6 @@
 """
-Which merged images keep their names, whatever was to become of them: others need them, or nobody can see whether they do.
+Which merged images keep their names, whatever was to become of them: others need them, or nobody can see whether they do; or
+they may alone have what is right.
 """
 
 import os
@@ -8,21 +9,52 @@ from collections.abc import Collection, Iterator, Mapping
 from qmpmerge.chain.plan import Plan
 from qmpmerge.images import dependents, notes, qcow2
 from qmpmerge.images.dependents import Look
+from qmpmerge.journal import locks
 from qmpmerge.journal.record import Record
 from qmpmerge.value import Value
+
+NOT_COMPARED = "what was copied was not compared"
 
 
 def kept(record: Record, search: Collection[str] = ()) -> dict[int, str]:
     """
     By their indexes, why. That nobody else has the images of a commit was seen before it began; those that a pull leaves were
-    only read, and may be anybody's: see `by_pull`.
+    only read, and may be anybody's: see `by_pull`. What was to be deleted, and was not compared, is not put aside either:
+    nobody compares it any more.
     """
     if record.direction == "commit" or record.policy == "keep":
         index, user = needed(record)
         indexes = range(record.base + 1, index + 1)
-        return {one: f"{user} is built on it" for one in indexes if record.chain[one] != record.chain.active}
+        used = {one: f"{user} is built on it" for one in indexes if record.chain[one] != record.chain.active}
+        return used if record.policy == "keep" else below(record.plan, doubts(record.plan)) | used
+    if record.policy == "delete" and not record.verified:
+        reasons = dict.fromkeys(range(record.base + 1, record.top + 1), NOT_COMPARED)
+        return reasons | below(record.plan, doubts(record.plan))
     places = {index: record.place(index) for index in range(record.base + 1, record.top + 1)}
     return by_pull(record.plan, places, search).reasons
+
+
+def doubts(plan: Plan) -> dict[int, str]:
+    """
+    Which of the images that leave, or are pulled into, hold what an earlier pull has copied that failed or was taken back, by
+    their indexes, and a sentence. It cannot be told from the rest any more, and may hide what is right below.
+    """
+    pulled_into = (plan.receiver,) if plan.direction == "pull" else ()
+    found = {
+        plan.chain.index(image): f"what a pull has copied into {image.file} that was taken back was not compared"
+        for image in (*plan.merged, *pulled_into)
+        if locks.is_partial(image)
+    }
+    for image in pulled_into:
+        if (failure := locks.noted(image).suspect) is not None:
+            failed = f"what a pull has copied into {image.file} that failed was not compared ({failure})"
+            found[plan.chain.index(image)] = failed
+    return found
+
+
+def below(plan: Plan, doubtful: Mapping[int, str]) -> dict[int, str]:
+    """The images that leave from below one of these `doubts`, and may alone have what is right; by their indexes, why."""
+    return {index: doubtful[max(doubtful)] for index in range(plan.base_index + 1, max(doubtful, default=0))}
 
 
 class Spared(Value):
@@ -38,15 +70,17 @@ def by_pull(
     """
     It is looked for who is built on what leaves the chain, below the folders of `search` too, and among what QEMUs have open,
     and who has it open himself, but for the QEMU of this `pid`. What one needs that is kept is kept, and so is what has
-    internal snapshots or dirty bitmaps, which no stream copies. `places` are where the files are now, by the images' indexes.
+    internal snapshots or dirty bitmaps, which no stream copies, and what is `below` a doubt. `places` are where the files are
+    now, by the images' indexes.
     """
     from qmpmerge.processes import holders  # most merges have no need of it
 
-    below = [folder for image in plan.merged for folder in dependents.folders_above(image, plan.chain.active)]
-    look = dependents.look_now(plan.merged, plan.chain, [*search, *below], holders.qemu_files())
+    lower = [folder for image in plan.merged for folder in dependents.folders_above(image, plan.chain.active)]
+    look = dependents.look_now(plan.merged, plan.chain, [*search, *lower], holders.qemu_files())
     found: dict[int, str] = {}
+    alone = below(plan, doubts(plan))
     for index in sorted(places, reverse=True):
-        reasons = list(_reasons(plan, index, places[index], look, pid))
+        reasons = [*filter(None, [alone.get(index)]), *_reasons(plan, index, places[index], look, pid)]
         if index + 1 in found:
             reasons.append(f"{plan.chain[index + 1].file} stays, and is built on it")
         if reasons:

@@ -149,7 +149,7 @@ async def test_an_image_that_cannot_be_flushed_stops_the_pull(
     async with qmpmerge.offline(images[3]) as target:
         outcome = await qmpmerge.pull(target, merged_files="delete")
     assert {one.action for one in outcome.merged} == {"keep"} and not outcome.verified, "they may hold what was lost"
-    assert any("what left the chain keeps its name" in hint for hint in outcome.hints)
+    assert any(hint.startswith("not checked: ") and "keep what lay below it" in hint for hint in outcome.hints)
     content.check(images[3])
 
 
@@ -741,11 +741,47 @@ async def test_what_was_copied_before_a_pull_was_taken_back_is_never_said_to_be_
         for base in ("[1]", None):
             async with setup.target() as target:
                 outcome = await qmpmerge.pull(target, base=base, verify=True, merged_files="delete")
-            assert (outcome.verdict, outcome.verified) == ("pulled", False)
-            assert {one.action for one in outcome.merged} == {"stash"}
-            (hint,) = [hint for hint in outcome.hints if hint.startswith("not checked: ")]
-            assert "taken back" in hint
+            see_that_nothing_is_deleted(outcome, {"keep"})
             assert locks.is_partial(receiver) is (base is not None)
+
+
+def see_that_nothing_is_deleted(outcome: qmpmerge.Outcome, actions: set[str]) -> None:
+    assert not outcome.verified
+    assert {one.action for one in outcome.merged} == actions and all(one.obstacle for one in outcome.merged)
+    (hint,) = [hint for hint in outcome.hints if hint.startswith("not checked: ")]
+    assert "taken back" in hint
+    assert not [hint for hint in outcome.hints if "clean" in hint or "can be deleted" in hint]
+
+
+@pytest.mark.parametrize("direction", ["pull", "commit"])
+async def test_what_a_pull_that_was_taken_back_has_copied_stays_doubtful_wherever_it_goes(
+    direction: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """Into an overlay that is pulled into later, or down into a base, which shows from then on what was right below it."""
+    with WAYS["offline"](tmp_path, images, content) as setup:
+        async with slow(setup, base="[2]", verify=True) as pull:
+            pull.cancel()
+            await asyncio.wait([pull])
+    over = tmp_path / "over.qcow2"
+    run("qemu-img", "create", "-qf", "qcow2", "-b", images[3], "-F", "qcow2", over)
+    before = views([over])
+    into = {"pull": over, "commit": images[1]}[direction]
+    (out_of_reach := tmp_path / "stale").mkdir()
+    for base in ("[2]", None):
+        async with qmpmerge.offline(over) as target:
+            if direction == "pull":
+                outcome = await qmpmerge.pull(target, base=base, verify=True, merged_files="delete")
+                see_that_nothing_is_deleted(outcome, {"keep"})
+            else:
+                top = "[4]" if base else "[2]"
+                outcome = await qmpmerge.commit(target, base=base, top=top, verify=True, merged_files="delete")
+                see_that_nothing_is_deleted(outcome, {"keep", "stash"} if base else {"stash"})
+                if base:  # it alone may have what is right
+                    assert outcome.merged[0].now == str(images[2])
+                    images[2].rename(out_of_reach / images[2].name)
+        assert locks.is_partial(Image(str(into), "qcow2", 0)) is (base is not None)
+        assert not locks.is_partial(Image(str(images[0]), "qcow2", 0))
+    assert views([over]) == before
 
 
 @pytest.mark.parametrize("top", [None, "[3]"])
@@ -1056,10 +1092,11 @@ async def test_what_a_commit_has_stashed_can_go_after_a_pull_has_taken_its_base(
     assert [file.name for file in tmp_path.iterdir()] == ["b.qcow2"]
 
 
-async def test_what_was_not_compared_is_stashed_and_not_deleted(setup: Setup) -> None:
+async def test_what_was_not_compared_is_not_put_aside_to_be_deleted_later(setup: Setup) -> None:
     async with setup.target() as target:
         with pytest.raises(StillRunning):
             await qmpmerge.pull(target, speed=1, merged_files="delete", patience=qmpmerge.Patience(detach=True))
         outcome = await qmpmerge.pull(target, speed=0, merged_files="delete")
-    assert {one.action for one in outcome.merged} == {"stash"}
+    assert {one.action for one in outcome.merged} == {"keep"}
     assert {one.obstacle for one in outcome.merged} == {"what was copied was not compared"}
+    assert not [hint for hint in outcome.hints if "clean" in hint or "can be deleted" in hint]
