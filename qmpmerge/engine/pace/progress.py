@@ -117,7 +117,7 @@ class Meter:
     def _rate(self) -> int | None:
         (first, done), (last, done_now) = self._sightings[0], self._sightings[-1]
         # Never from the first second: the job's first steps say nothing about the rest.
-        return round((done_now - done) / (last - first)) or None if last - first >= 1 else None
+        return max(0, round((done_now - done) / (last - first))) or None if last - first >= 1 else None
 
 
 CLUSTER = 64 * 1024
