@@ -75,8 +75,8 @@ async def test_a_guest_that_runs_during_the_comparison(
     """What was read says nothing, neither that all is well nor that the storage is bad."""
     real = compare.same
 
-    async def same(plan: CommitPlan) -> bool:
-        result = await real(plan)
+    async def same(plan: CommitPlan, before: compare.Shown | None) -> bool:
+        result = await real(plan, before=before)
         meanwhile(vm)
         return result
 
