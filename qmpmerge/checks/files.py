@@ -88,14 +88,18 @@ def _lost_name(question: Question, image: Image, pid: int) -> NotReopenable | No
 
 
 def led_astray(layout: Layout, image: Image, pid: int | None) -> NotReopenable | None:
-    """Where the name that QEMU has for the image leads to another file, which QEMU takes when it opens it again to read it."""
+    """
+    Where the name that QEMU has for the image leads to another file, which QEMU takes when it opens it again to read it; or
+    nowhere: of a raw image that fails, and above any other is put what cannot be merged into it while the VM runs.
+    """
     name = layout.reopened(image)
     if pid is None or name is None or name.startswith(FDSET):
         return None
     there = proc.identity(proc.as_seen_by(pid, name))
-    if there is None or there in (proc.open_files(pid) or {there}):
+    if there is not None and there in (proc.open_files(pid) or {there}):
         return None
-    return NotReopenable(file=image.file, known_as=name, leads=f"to another file, {_place(name, pid)}")
+    leads = "nowhere" if there is None else f"to another file, {_place(name, pid)}"
+    return NotReopenable(file=image.file, known_as=name, leads=leads)
 
 
 def _place(name: str, pid: int) -> str:

@@ -207,7 +207,7 @@ class NotWritable(Refused):
 class NotReopenable(Refused):
     """
     QEMU opens an image again, by the name that it has for it, to write to it. From where QEMU is now, the name leads nowhere,
-    or to another file, which would be written.
+    or to another file, which would be written. Of a `snapshot` too: nothing could be merged into that image while the VM runs.
 
     So it is with relative names after ``-daemonize``, which moves to / (7.2 to 11.1: test_sight pins it).
     """

@@ -95,6 +95,19 @@ async def test_the_files_of_a_daemon_are_found_by_what_it_has_open(
     assert [image.inode for image in chain] == [(os.stat(image).st_dev, os.stat(image).st_ino) for image in images]
 
 
+@pytest.mark.parametrize("name", ["base.raw", "c.qcow2"])
+async def test_nothing_is_put_on_what_qemu_could_not_open_again(
+    name: str, images: list[Path], tmp_path: Path, content: Content
+) -> None:
+    """QEMU would not have the one, and nothing could be merged into the other while the VM runs."""
+    given = f"file={name},format={name.rpartition('.')[2]},if=none,id=vda"
+    with daemon(images[0].parent, "-drive", given, *device("vda")) as vm:
+        for words in (["--dry-run"], []):
+            told = invoke("snapshot", vm.target, f"vda={tmp_path}/new.qcow2", *words, "--json")
+            assert (told.code, told.document["error"]["name"]) == (3, "not-reopenable"), words
+    assert not (tmp_path / "new.qcow2").exists()
+
+
 async def test_two_files_that_a_name_can_mean_are_not_guessed_between(images: list[Path], tmp_path: Path) -> None:
     (tmp_path / "second").mkdir()
     other = make_chain(tmp_path / "second")
