@@ -148,10 +148,8 @@ async def _taken_back(run: Run) -> None:
 
 
 def _tell_what_is_left(run: Run) -> None:
-    """The chain shows what it did, but a base that was written to shows neither that nor its old data by itself."""
-    job, base = run.seen, run.plan.receiver
-    if run.plan.direction == "commit" and job is not None and job.done:
-        hint = f"{base.file} may hold a part of it by now, and is nothing to start from without the images above"
+    job, hint = run.seen, run.operation.left_behind
+    if hint is not None and job is not None and job.done:
         with contextlib.suppress(ReportRaised):
             run.tell(Progress(run.disk.name, job, run.operation.counts, hint=hint))
 

@@ -82,6 +82,11 @@ class Operation(Protocol):
         """How `record` was left, as `recovery.evidence.judge` looks at it. Raises Undecided, and what asking QEMU raises."""
         ...
 
+    @property
+    def left_behind(self) -> str | None:
+        """What the user should know after one that was taken back once the job had copied something."""
+        ...
+
     def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:
         """What the user should know after an outcome that is proved, and how to delete what left, where it may be."""
         ...

@@ -205,6 +205,11 @@ class Pull:
 
         return await judge(record, target, use, layout=layout, kept=self.plan.overlay, decide=by_header)
 
+    @property
+    def left_behind(self) -> str | None:
+        """Every image shows what it did."""
+        return None
+
     def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:
         """Nothing changes for the VM's next start."""
         stays = f"the VM is started from {self.plan.chain.active.file}, as before"

@@ -241,6 +241,8 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
             run.notes[:0] = run.operation.advice(merged, may_be_deleted=run.may_be_deleted)
         else:
             await _undone(run, judged)
+            left = run.operation.left_behind if judged.way == "back" else None
+            run.notes[:0] = [left] if left is not None else []
         if judged.way != "leave" and target is not None:
             await run.operation.let_go(run)
         if judged.way != "leave" and run.record is not None:

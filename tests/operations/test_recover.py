@@ -629,7 +629,7 @@ async def test_a_job_is_followed_though_the_name_is_away(tmp_path: Path, monkeyp
             async def die(*_arguments: object, **_options: object) -> None:
                 raise Death
 
-            patch.setattr(blockjob, "end", die)
+            patch.setattr(blockjob, "tell_to_end", die)
             with pytest.raises(Death):
                 await live(setup)
         assert not images[3].exists()
