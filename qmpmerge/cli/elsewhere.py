@@ -23,13 +23,16 @@ VERBS = {"abort": "cancel", "complete": "pivot"}
 """What virsh and QMP do with a job, and our verb for it."""
 
 _NO_COPY = "there is nothing like it here: qmpmerge merges the images of a chain, and copies none elsewhere"
-_NO_WAY_BACK = "there is nothing like it here: qmpmerge takes no disk back to what it was"
+_NO_WAY_BACK = (
+    "there is nothing like it here, and what was merged is merged; what the newest overlay holds is undone by hand:"
+    " switch the VM off and move that file away, then start the VM from what `qmpmerge active FOLDER` names"
+)
 _MERGED = "a snapshot goes by merging the image that was made for it: see `qmpmerge commit --help`"
 
 OTHERWISE = {
     **dict.fromkeys(("blockcopy", "mirror", "drive-mirror", "blockdev-mirror", "convert"), _NO_COPY),
     **dict.fromkeys(("backup", "backup-begin", "drive-backup", "blockdev-backup"), _NO_COPY),
-    **dict.fromkeys(("revert", "rollback", "snapshot-revert", "snapshot-apply", "loadvm"), _NO_WAY_BACK),
+    **dict.fromkeys(("undo", "revert", "rollback", "snapshot-revert", "snapshot-apply", "loadvm"), _NO_WAY_BACK),
     **dict.fromkeys(("delsnapshot", "snapshot-delete", "delvm"), _MERGED),
 }
 """Commands whose words are not those of any of ours, and what is said of each."""

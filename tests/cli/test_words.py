@@ -132,7 +132,10 @@ def test_all_names_of_other_tools_lead_to_a_command_of_ours() -> None:
     [
         ("blockcopy vm1 vda /tmp/x", "nothing like it here"),
         ("convert a.qcow2 b.qcow2", "nothing like it here"),
-        ("snapshot-revert vm1 s1", "nothing like it here"),
+        *(
+            (f"{line} vm1", "move that file away, then start the VM")
+            for line in ("snapshot-revert", "rollback", "undo")
+        ),
         ("delsnapshot 100 snap", "`qmpmerge commit --help`"),
         ("rebase -u -b base.raw c.qcow2", "moves no data"),
         ("snapshot -c s1 c.qcow2", "`qemu-img snapshot`"),
