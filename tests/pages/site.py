@@ -7,6 +7,7 @@ to where the file comes to lie in the site.
 
 import posixpath
 import re
+from html import escape, unescape
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -27,8 +28,16 @@ OTHERS = ("examples",)
 
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]*)(?=[)#])")
 
+_BLOCK = re.compile(r'(<div class="highlight")>(.*?</pre>)', re.DOTALL)
+_TAG = re.compile(r"<[^>]*>")
 _CODE = re.compile(r"(?<=<code>)[^<\n]+(?=</code>)")
 _HYPHENED = re.compile(r"(?<!\S)\S{0,30}-\S{0,30}(?!\S)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """A page that is not there is told by the server: none of ours would know where the site lies, and so its style."""
+    config.theme.static_templates.discard("404.html")
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -49,8 +58,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Have no browser break a line within an option; blocks, which end with a line break, stay as they are."""
+    """Have no browser break a line within an option, which blocks stay as they are; and of a session copy what is typed."""
+    html = _BLOCK.sub(_with_typed, html)
     return _CODE.sub(lambda code: _HYPHENED.sub(r'<span class="word">\g<0></span>', code[0]), html)
+
+
+def _with_typed(block: re.Match[str]) -> str:
+    """A block with what its button copies, where it has prompts: no prompts, no output, and not what happens elsewhere."""
+    typed, is_typed = [], False
+    for line in unescape(_TAG.sub("", block[2])).splitlines():
+        is_typed = line.startswith("$ ") or (is_typed and line.startswith("> "))
+        typed += [line[2:]] if is_typed else []
+    return f'{block[1]} data-copy="{escape(chr(10).join(typed))}">{block[2]}' if typed else block[0]
 
 
 def in_site(link: str, source: str, page: str) -> str:

@@ -4,10 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
 
+from pages import sessions
 from pages.site import PAGES, ROOT, in_site
 
 
@@ -40,7 +42,7 @@ def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
 
 def test_every_page_is_there(site: Path) -> None:
     written = {*PAGES.values(), *(file.name for file in (ROOT / "docs").glob("*.md"))}
-    assert {file.stem for file in site.glob("*.html")} - {"404"} == {name.removesuffix(".md") for name in written}
+    assert {file.stem for file in site.glob("*.html")} == {name.removesuffix(".md") for name in written}
 
 
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
@@ -53,6 +55,15 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     assert [(page.name, found[0]) for page in pages for found in [loads.search(page.read_text())] if found] == []
     styles = re.compile(r"url\([\"']?(?:https?:)?//|@import")
     assert [file.name for file in site.rglob("*.css") if styles.search(file.read_text())] == []
+
+
+@pytest.mark.parametrize("name", sessions.pages())
+def test_what_is_typed_is_what_a_button_copies(name: str, site: Path) -> None:
+    steps = sessions.steps(name, sessions.read(name))
+    typed = [line for one in steps if not one.is_event and not one.is_unseen for line in one.typed]
+    page = (site / PAGES.get(name, name)).with_suffix(".html").read_text()
+    copied = re.findall(r'<div class="highlight" data-copy="([^"]*)">', page)
+    assert [line for block in copied for line in unescape(block).split("\n")] == typed
 
 
 @pytest.mark.parametrize(
