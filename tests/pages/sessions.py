@@ -112,10 +112,12 @@ def _steps(name: str, lines: list[str]) -> Iterator[Step]:
 
 
 def section(name: str, title: str) -> list[Step]:
-    """What stands on a page below a title, up to the next one."""
+    """What stands on a page below a title, up to the next one of its level."""
     lines = read(name)
-    begin = lines.index(f"## {title}")
-    end = next((number for number in range(begin + 1, len(lines)) if lines[number].startswith("## ")), len(lines))
+    (begin,) = (number for number, line in enumerate(lines) if re.fullmatch(rf"##+ {re.escape(title)}", line))
+    level = len(lines[begin].partition(" ")[0])
+    following = (number for number in range(begin + 1, len(lines)) if re.match(rf"#{{2,{level}}} ", lines[number]))
+    end = next(following, len(lines))
     return [step for step in steps(name, lines) if begin < step.begin < end]
 
 

@@ -13,7 +13,7 @@ from rig.machines import run
 REPOSITORY = Path(__file__).parents[2]
 CACHE = REPOSITORY / ".cache/roots"
 SOURCES = REPOSITORY / "scripts/debian-sources"
-README = REPOSITORY / "debian/README.Debian"
+INSTALL = REPOSITORY / "docs/install.md"
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -60,7 +60,7 @@ _LEFT_OUT = [
 
 @contextlib.contextmanager
 def root(suite: str, place: Path) -> Iterator[Root]:
-    """A new one of that suite, removed at the end; where apt finds what debian/README.Debian lets it find."""
+    """A new one of that suite, removed at the end; where apt finds what docs/install.md lets it find."""
     place.mkdir()
     run("tar", "--extract", "--file", _archive(suite), "--directory", place)
     try:
@@ -99,7 +99,6 @@ def _make(suite: str, archive: Path) -> None:
 
 
 def _preferences() -> str:
-    """As README.Debian tells them."""
-    indented = [line[4:] for line in README.read_text().splitlines() if line.startswith("    ") or not line]
-    text = "\n".join(indented)
-    return text[text.index("Package: *") :].strip() + "\n"
+    """As docs/install.md tells them."""
+    _, first, text = INSTALL.read_text().partition("Package: *\n")
+    return first + text[: text.index("END\n")]
