@@ -114,7 +114,7 @@ def _old_locks(folder: str, jobs: Collection[str]) -> Iterator[Finding]:
             why = "what is right may be in the images below it alone: keep them, and put it right before anything is merged"
             yield Finding("doubtful", "harm", file, what, why)
         elif locks.is_partial(Image(file, "raw", 0)) and note == Note(partial=note.partial):
-            what = f"{image} holds what a pull has copied that was taken back, and that was not compared"
+            what = f"{image} holds what a pull or a merge that was taken back has copied up, and that was not compared"
             why = (
                 "until nothing lies below it any more, no merge of it is verified, and none deletes what lies below it"
             )

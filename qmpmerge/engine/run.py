@@ -45,7 +45,7 @@ class Run:
     was begun, in this `session`. `speed` is None where its job is there already.
 
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `doubts` are those
-    about what earlier pulls have copied (`spared.doubts`). `is_sent` says that the job may have been started, `is_started` that
+    about what earlier jobs have copied (`spared.doubts`). `is_sent` says that the job may have been started, `is_started` that
     QEMU has confirmed it, `let_go` that the overlay is kept, `past_return` that the job may have been told to end,
     `has_ended_well` that it was seen to end without an error. `old_nodes` are those that the operation leaves open, top down.
     `seen` is the job as it was seen last, `course` what it has to copy, where that was found out, `mask` what of it is to be
@@ -181,7 +181,7 @@ class Run:
 
     @property
     def is_all_verified(self) -> bool:
-        """Whether that holds of what earlier pulls have copied too."""
+        """Whether that holds of what earlier jobs have copied up too."""
         return self.verified and not self.doubts
 
     @property
@@ -313,7 +313,7 @@ class Run:
         """To UNDONE, after `error`, since the old chain was proved to be in use: names come back, and the record goes."""
         if State.UNDONE not in NEXT[self.state] or not self._names_given_back():
             return
-        if self.plan.direction == "pull" and self.is_sent:
+        if self.is_sent and (self.plan.direction == "pull" or compare.fills(self.plan)):
             self._note_partial()
         self._forget_record(_suspicion(error) or self.suspect, self.lock.note.damaged, self.lock.note.partial)
         self.enter(State.UNDONE)

@@ -33,9 +33,9 @@ class Note(Value):
     """
     What a lock file says: the path of a record, and the error of an earlier merge into this base after which what it
     shows must be compared (QEMU's cache may believe what the storage has lost). `damaged` is the inode number of the image
-    where a pull has found that what it holds may be wrong, `partial` that of one into which a pull has copied that was taken
-    back, or that such copies have come into since: as long as anything lies below it, it holds what nobody has compared, and
-    what looks like its own data.
+    where a pull has found that what it holds may be wrong, `partial` that of one into which a job that was taken back has
+    copied what lies below it (a pull, or a commit that fills larger clusters), or such copies have come since: as long as
+    anything lies below it, it holds what nobody has compared, and what looks like its own data.
     """
 
     record: str | None = None
@@ -92,7 +92,7 @@ class Lock:
         self._write(replace(self.note, suspect=reason, damaged=_number(image.file)))
 
     def partial(self, image: Image) -> None:
-        """Say that `image`, whose lock this is, holds what a pull that was taken back has copied. Raises OSError."""
+        """Say that `image`, whose lock this is, holds what a job that was taken back has copied up. Raises OSError."""
         self._write(replace(self.note, partial=_number(image.file)))
 
     def conclude(self, suspect: str | None, *, damaged: int | None = None, partial: int | None = None) -> None:
@@ -176,7 +176,7 @@ def is_damaged(image: Image) -> bool:
 
 
 def is_partial(image: Image) -> bool:
-    """Whether the image holds what a pull has copied that was taken back, or may; not of another file that has its name now."""
+    """Whether it holds what a job that was taken back has copied up, or may; not of another file that has its name now."""
     note = noted(image)
     return note == UNREADABLE or (note.partial is not None and note.partial == _number(image.file))
 

@@ -36,19 +36,21 @@ def kept(record: Record, search: Collection[str] = ()) -> dict[int, str]:
 
 def doubts(plan: Plan) -> dict[int, str]:
     """
-    Which of the images that leave, or are pulled into, hold what an earlier pull has copied that failed or was taken back, by
-    their indexes, and a sentence. It cannot be told from the rest any more, and may hide what is right below.
+    Which of the images that leave, or are copied up into, hold what an earlier job has copied up that failed or was taken back,
+    by their indexes, and a sentence. It cannot be told from the rest any more, and may hide what is right below.
     """
-    pulled_into = (plan.receiver,) if plan.direction == "pull" else ()
+    from qmpmerge.images import compare  # `clean` has no need of it
+
+    receiver = (plan.receiver,) if plan.direction == "pull" or compare.fills(plan) else ()
     found = {
-        plan.chain.index(image): f"what a pull has copied into {image.file} that was taken back was not compared"
-        for image in (*plan.merged, *pulled_into)
+        plan.chain.index(image): f"what a job that was taken back has copied into {image.file} was not compared"
+        for image in (*plan.merged, *receiver)
         if locks.is_partial(image)
     }
-    for image in pulled_into:
-        if (failure := locks.noted(image).suspect) is not None:
-            failed = f"what a pull has copied into {image.file} that failed was not compared ({failure})"
-            found[plan.chain.index(image)] = failed
+    failure = locks.noted(plan.receiver).suspect if plan.direction == "pull" else None
+    if failure is not None:
+        failed = f"what a job that failed ({failure}) has copied into {plan.receiver.file} was not compared"
+        found[plan.chain.index(plan.receiver)] = failed
     return found
 
 

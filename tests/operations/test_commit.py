@@ -28,6 +28,7 @@ from speed.images import empty_chain
 from speed.peers import node_of
 
 import qmpmerge
+from qmpmerge.chain.chain import Image
 from qmpmerge.chain.outcome import Ending
 from qmpmerge.engine import safeguards
 from qmpmerge.engine.pace.progress import Progress, mount_point
@@ -53,6 +54,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.images import compare
 from qmpmerge.images.qemuimg import Extent
+from qmpmerge.journal import locks
 from qmpmerge.operations.control import Verb
 from qmpmerge.processes import proc
 from qmpmerge.qemu import flush, jobs
@@ -455,6 +457,29 @@ async def test_a_job_that_was_left_is_followed_to_its_end(
     setup.check()
     setup.machine.stop()
     content.check(outcome.after.active.file)
+
+
+async def test_what_a_commit_that_was_taken_back_has_copied_up_is_never_said_to_be_verified(tmp_path: Path) -> None:
+    """Around its data, into larger clusters, from below base: it cannot be told from what base has itself."""
+    images = make_chain(tmp_path, ("g.qcow2", "l0.qcow2", "l1.qcow2", "l2.qcow2"))
+    run("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=2M", "-b", images[0], "-F", "qcow2", images[1])
+    fill(images, Content())
+    base = Image(str(images[1]), "qcow2", 0)
+
+    def stop(told: Progress) -> None:
+        raise InterruptedError
+
+    async with qmpmerge.open(images[3]) as target:
+        with pytest.raises(InterruptedError):
+            await qmpmerge.commit(target, base="[2]", top="[3]", speed=1, report=stop)
+    for lowest in ("[2]", None):
+        assert locks.is_partial(base)
+        async with qmpmerge.open(images[3]) as target:
+            outcome = await qmpmerge.commit(target, base=lowest, top="[3]" if lowest else "[2]", merged_files="delete")
+        assert not outcome.verified and [one.action for one in outcome.merged] == ["stash"]
+        assert any(hint.startswith("not checked: ") and "taken back" in hint for hint in outcome.hints)
+        assert not [hint for hint in outcome.hints if "clean" in hint]
+    assert not locks.is_partial(base) and not locks.is_partial(Image(str(images[0]), "qcow2", 0))
 
 
 @pytest.mark.parametrize("top", ["[3]", "[4]"])
