@@ -73,11 +73,6 @@ class _Open:
         return not (stat.S_ISREG(mode) or stat.S_ISBLK(mode))
 
     @property
-    def is_regular(self) -> bool:
-        """Whether it is a regular file."""
-        return stat.S_ISREG(self.status.st_mode)
-
-    @property
     def inode(self) -> Inode:
         """Which file it is."""
         return inode_in(self.status)

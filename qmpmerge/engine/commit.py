@@ -105,7 +105,9 @@ class Commit:
     @property
     def left_behind(self) -> str | None:
         """The chain shows what it did, but base by itself neither that nor its old data."""
-        return f"{self.plan.base.file} may hold a part of it by now, and is nothing to start from without the images above"
+        return (
+            f"{self.plan.base.file} may hold a part of it by now, and is nothing to start from without the images above"
+        )
 
     def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:
         """What became of the files."""

@@ -14,7 +14,6 @@ from qmpmerge import shield
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import NEXT, State
 from qmpmerge.engine import blockjob, proof, reconnect, safeguards
-from qmpmerge.engine.pace import writeback
 from qmpmerge.engine.pace.progress import Progress, ReportRaised
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -183,6 +182,7 @@ async def _seen_once(run: Run) -> None:
 
 async def _start(run: Run) -> None:
     """Whatever becomes of it, it is sent only once."""
+    await run.recorded_before()
     run.is_sent = True
     try:
         await run.operation.start(run)
@@ -230,9 +230,8 @@ def _start_deadman(run: Run) -> None:
 
 async def _copied(run: Run, doorbell: Doorbell) -> Job | None:
     """COPYING: the job where it waits for us; None where it is gone."""
-    with writeback.early(run.plan.receiver, run.target.pid):
-        async with safeguards.counting(run):
-            job = await blockjob.copy(run, doorbell)
+    async with safeguards.counting(run):
+        job = await blockjob.copy(run, doorbell)
     if job is not None and job.status != "concluded":
         await blockjob.see_recorded(run, doorbell)
     await _recorded_at_last(run)

@@ -244,12 +244,12 @@ class Run:
     def write_down(self) -> None:
         """
         PLANNED to COPYING: what is about to be done is written, whole and read back, before the job is started. It is
-        durable after `recorded`, for which nobody waits while QEMU copies.
+        durable after `recorded`, for which nobody waits while QEMU copies, but see `recorded_before`.
 
         Until SAFE that is enough. QEMU only adds to the receiver what the images above show, or what it shows itself; headers
         and names are what they were. So where a power cut takes the record's name back, the old chain is right by its headers
-        alone, as if nothing had been begun, in each direction; and what is done to QEMU for the time of the copy (bitmaps that
-        follow a guest's writes, throttling) has ended with it.
+        alone, as if nothing had been begun; and what is done to QEMU for the time of the copy (bitmaps that follow a guest's
+        writes, throttling) has ended with it.
 
         Where there is no place for a record, or none that we may write to, the operation goes on without, and says what
         cannot be promised. Raises CannotRecord where there is one, and writing fails; and where there is a record of this
@@ -287,6 +287,20 @@ class Run:
             await asyncio.wait([self._recording])
             recording, self._recording = self._recording, None
             recording.result()
+
+    async def recorded_before(self) -> None:
+        """
+        The same before the job, where what it copies from further below counts as the receiver's own data afterwards: who
+        finds that without a record does not know that it was never compared. Raises CannotRecord.
+        """
+        if self.plan.direction == "commit" and self.plan.base_index == 1:
+            return
+        try:
+            await self.recorded()
+        except OSError as error:
+            raise CannotRecord(
+                path=str(error.filename or self.lock.path), reason=error.strerror or str(error)
+            ) from None
 
     def _point_to_record(self, *, is_new: bool) -> None:
         """The note in the lock, and with it the room for what may have to be noted of base. Raises CannotRecord."""

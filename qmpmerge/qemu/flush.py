@@ -8,7 +8,10 @@ tells the error (`bdrv_reopen_prepare`). So we put a node of our own beside the 
 themselves. Nothing but the monitor is shared with QEMU, so it does not matter where and as whom it runs.
 
 QEMU stands still while it flushes, as at the end of any block-commit. So what the kernel holds of the image is written out
-first, by ourselves; of one on the network nobody but QEMU can.
+first, by ourselves; of one on the network nobody but QEMU can. That is not begun earlier, while the job copies (by
+sync_file_range), though it would halve what the guest's worst flush waits for: whoever begins it may be the only one who is
+told that it failed. Where ext4 finds no place for what was written it drops that, says so in the return value, and every
+later flush succeeds, the guest's own too (Linux 6.18).
 """
 
 import asyncio
