@@ -27,7 +27,7 @@ from qmpmerge.chain.state import State
 from qmpmerge.cli.run import ONE_SIGNAL_SECONDS
 from qmpmerge.engine import reconnect, safeguards, time_limit
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import JobFailed, LiveOnly, NoReply, RecordFailed, SessionLost, StillRunning, TimeUp
+from qmpmerge.errors import CannotRecord, JobFailed, LiveOnly, NoReply, RecordFailed, SessionLost, StillRunning, TimeUp
 from qmpmerge.folder import Folder
 from qmpmerge.journal import store
 from qmpmerge.qemu import monitor
@@ -518,7 +518,7 @@ async def test_each_state_is_entered_in_its_order_and_written_down_first(
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
-@pytest.mark.parametrize("left", ["merged", "pivoted", "pulled", "ready", "running"])
+@pytest.mark.parametrize("left", ["merged", "pivoted", "ready", "running"])
 async def test_the_record_is_made_durable_while_qemu_copies_and_nobody_leaves_before(
     left: str, fails: bool, tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,9 +549,53 @@ async def test_the_record_is_made_durable_while_qemu_copies_and_nobody_leaves_be
             setup.check()
 
 
+async def _pulled(target: library.Target) -> None:
+    await library.pull(target, top="[3]")
+
+
+async def _merged_into_the_middle(target: library.Target) -> None:
+    await library.commit(target, base="[2]", top="[3]")
+
+
+@pytest.mark.parametrize("carry_out", [_pulled, _merged_into_the_middle])
+async def test_the_record_is_durable_before_anything_is_copied_from_further_below(
+    carry_out: Callable[[library.Target], Awaitable[None]], setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That counts as the receiver's own data then, and who finds no record does not know that nobody has compared it."""
+    told: list[str] = []
+    really = Folder.sync
+
+    def sync(place: Folder) -> None:
+        told.append("synced")
+        really(place)
+
+    def note(direction: str, text: str) -> None:
+        if direction == "->" and ('"block-commit"' in text or '"block-stream"' in text):
+            told.append("started")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "sync", sync)
+        async with library.live(setup.machine.target, trace=note) as target:
+            await carry_out(target)
+        assert told[0] == "synced"
+    setup.check()
+
+
+async def test_where_that_fails_nothing_is_begun(tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(_place: Folder) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = folder.names(tmp_path)
+    async with library.live(setup.machine.target) as target:
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "sync", sync)
+            with pytest.raises(CannotRecord, match="Input/output error"):
+                await _pulled(target)
+        assert (await target.jobs(), folder.names(tmp_path), store.in_folder(str(tmp_path))) == ([], before, [])
+    setup.check()
+
+
 async def _verdict(target: library.Target, left: str) -> str:
-    if left == "pulled":
-        return (await library.pull(target, top="[3]")).verdict
     if left == "running":
         with pytest.raises(StillRunning):
             await library.commit(target, top="[3]", speed=1, patience=library.Patience(detach=True))

@@ -83,7 +83,7 @@ def _traffic(figures: Figures, name: str, target: str, word: str) -> None:
     traffic = [line for line in traced if line.startswith(("->", "<-"))]
     figures.add(SECTION, f"{name}: QMP", OURS, sum(map(len, traffic)) / 1024, "KiB")
     trips = [line for line in traffic if line.startswith("->")]
-    figures.add(SECTION, f"{name}: QMP round trips", OURS, len(trips), "")
+    figures.add(SECTION, f"{name}: QMP commands", OURS, len(trips), "")
 
 
 def vms(figures: Figures, folder: Path, runs: int, counts: list[int]) -> None:

@@ -97,4 +97,4 @@ def test_every_section_measures_every_peer(measure: Callable[[Figures, Path], No
     assert {name: set(cases[name]["ratios"]) for name in PEERS[measure]} == PEERS[measure]
     assert all(run > 0 for case in cases.values() for peer in case["peers"].values() for run in peer["runs"])
     if measure is look:
-        assert cases["disks, 3 layers: QMP round trips"]["peers"][OURS]["median"] == 4
+        assert cases["disks, 3 layers: QMP commands"]["peers"][OURS]["median"] == 5
