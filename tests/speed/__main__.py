@@ -109,7 +109,7 @@ def surroundings(folder: Path) -> dict[str, Any]:
         "kernel": platform.release(),
         "processors": os.cpu_count(),
         "load": os.getloadavg(),
-        "filesystem": run("stat", "-f", "-c", "%T", folder).strip(),
+        "filesystem": run("df", "--output=fstype", folder).split()[-1],
         "command": " ".join(["scripts/bench", *sys.argv[1:]]),
     }
 
