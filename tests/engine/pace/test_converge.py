@@ -213,7 +213,7 @@ async def test_the_guest_is_paused_for_the_rest_and_runs_again(
     """The floor leaves it as quick as before, so only a pause helps."""
     monkeypatch.setattr(converge, "FLOOR", 1024 * MIB)
     guest.ask(
-        "qom-set", path="slow", property="limits", value={"bps-write": COPIED // 2}
+        "qom-set", path="slow", property="limits", value={"bps-write": COPIED // 4}
     )  # asked each time, it writes less
     guest.stands_still = True
     guest.ask("cont")
