@@ -148,7 +148,7 @@ async def _taken_back(run: Run) -> None:
 
 def _tell_what_is_left(run: Run) -> None:
     job, hint = run.seen, run.operation.left_behind
-    if hint is not None and job is not None and job.done:
+    if hint is not None and job is not None:
         with contextlib.suppress(ReportRaised):
             run.tell(Progress(run.disk.name, job, run.operation.counts, hint=hint))
 
