@@ -40,6 +40,8 @@ def entries(run: Run) -> dict[tuple[str, str | None], str]:
 
 
 def after(run: Run) -> list[list[str]]:
+    errors = [one["error"] for one in run.document["tidied"] if one["error"] is not None]
+    assert not errors, errors
     return [[Path(file).name for file in one["outcome"]["after"]] for one in run.document["tidied"]]
 
 
