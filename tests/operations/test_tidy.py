@@ -24,6 +24,7 @@ from qmpmerge import errors
 from qmpmerge.cli.ask import CHOICE
 from qmpmerge.operations.places import LeftOut
 from qmpmerge.operations.tidy import Tidied
+from qmpmerge.qemu import flush
 
 
 @pytest.fixture
@@ -410,6 +411,15 @@ def test_killed_in_the_middle_and_run_again_all_is_well(fleet: Fleet, tmp_path: 
         for vm in vms:
             vm.check()
     offline.check()
+
+
+def test_where_another_merge_just_flushes_is_no_disk(fleet: Fleet) -> None:
+    with fleet.vm("one") as vm:
+        session = vm.machine.session
+        image = session.execute("query-block")[0]["inserted"]["node-name"]
+        session.execute("blockdev-add", driver="blkdebug", node_name=flush.NODE, image=image, read_only=True)
+        told = tidy(vm.target, "--keep", "9").document["tidied"]
+        assert sorted(one["disk"] for one in told) == ["vda", "vdb"]
 
 
 def test_images_that_lost_their_names_to_a_kill_get_them_back(fleet: Fleet, tmp_path: Path) -> None:
