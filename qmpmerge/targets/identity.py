@@ -159,9 +159,10 @@ def refusal(astray: Astray, target: "Target", *, active: str | None = None) -> R
     return Replaced(file=astray.file, found=astray.found, cure=cure)
 
 
-def swapped(file: str) -> Replaced:
-    """What was opened by this name is another file than the one that had it a moment before."""
-    found = "its name was given to another file while it was being opened"
+def swapped(file: str, instead: str | None = None) -> Replaced:
+    """What was opened by this name is another file than the one that had it a moment before; `instead` what that is called."""
+    opened = f" (QEMU has {instead} open)" if instead is not None else ""
+    found = f"its name was given to another file while it was being opened{opened}"
     return Replaced(file=file, found=found, cure=f"find out who renames files there, then {AGAIN}")
 
 

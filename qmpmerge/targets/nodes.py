@@ -7,6 +7,8 @@ is opened again by name whenever that is (7.2 to 11.1), one that was there befor
 again when somebody first writes. So files have nodes of their own, and no job opens a name: test_offline pins it.
 """
 
+import asyncio
+import contextlib
 import itertools
 import os
 import re
@@ -15,12 +17,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qmpmerge.chain import backing
-from qmpmerge.errors import ImageUnreadable, InUse, NeedsSecret, QemuRefused
+from qmpmerge.errors import ImageUnreadable, InUse, NeedsSecret, NotSeen, QemuRefused, Replaced
 from qmpmerge.images.walk import Layer
 from qmpmerge.processes import proc
 from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.targets import identity
 from qmpmerge.value import Value
+
+AGAIN_SECONDS = (0.01, 0.1)
+"""After which what the daemon has open is looked at again where it is not what it should be."""
 
 SECRET = "qmpmerge-secret"  # noqa: S105 - the id of the object, not the passphrase
 
@@ -62,7 +67,7 @@ def _name(layer: Layer, above: Layer, folder: str) -> str:
 
 async def add(session: Monitor, images: Sequence[Named], *, write: bool, dry_run: bool, secret: str | None) -> None:
     """
-    Have all images opened; the active one alone for writing. Raises InUse, ImageUnreadable, NeedsSecret, Replaced.
+    Have all images opened; the active one alone for writing. Raises InUse, ImageUnreadable, NeedsSecret, Replaced, NotSeen.
     """
     encrypted = next((image.layer for image in images if image.layer.encrypted), None)
     if encrypted is not None:
@@ -85,16 +90,34 @@ async def add(session: Monitor, images: Sequence[Named], *, write: bool, dry_run
                 raise InUse(file=layer.file, holders=["another process"], command="end it, or wait")
             raise ImageUnreadable(file=layer.file, reason=reply.reason)
     layers = [image.layer for image in images]
-    see_approved(session.pid, layers, layers)
+    await see_approved(session, layers, layers)
 
 
-def see_approved(pid: int | None, approved: Sequence[Layer], needed: Sequence[Layer]) -> None:
-    """The daemon has open what is needed, and nothing but what was approved. Raises Replaced."""
+async def see_approved(session: Monitor, approved: Sequence[Layer], needed: Sequence[Layer]) -> None:
+    """
+    The daemon has open what is needed, and nothing but what was approved; it keeps what it has opened by a name, while
+    libraries open files of their own for a moment. Raises Replaced, NotSeen, SessionLost.
+    """
+    for seconds in AGAIN_SECONDS:
+        with contextlib.suppress(Replaced, NotSeen):
+            _see(session.pid, approved, needed)
+            return
+        await asyncio.sleep(seconds)
+    await session.execute("query-version")  # a daemon that has ended has nothing open
+    _see(session.pid, approved, needed)
+
+
+def _see(pid: int | None, approved: Sequence[Layer], needed: Sequence[Layer]) -> None:
     opened = proc.open_inodes(pid) if pid is not None else set()
+    files = [layer.file for layer in needed]
+    if not opened:
+        cure = "make the program readable for those who run it: the kernel hides what others have open"
+        raise NotSeen(unseen=files, reason="what the storage daemon has open is not shown", cure=cure)
     unknown = opened - {inode for layer in approved for inode in layer.inodes}
-    for layer in reversed(needed):
-        if unknown or not layer.inodes <= opened:
-            raise identity.swapped(layer.file)
+    missing = [layer.file for layer in needed if not layer.inodes <= opened]
+    if pid is not None and (unknown or missing):
+        instead = [link for found, link in proc.open_links(pid).items() if found[1:] in unknown]
+        raise identity.swapped((missing or files)[-1], next(iter(instead), None))
 
 
 def reopened(images: Sequence[Named]) -> Iterator[dict[str, Any]]:

@@ -73,7 +73,7 @@ class _Opened(OfflineTarget):
         self._paths = {image.name: image.layer.file for image in images}
 
     async def open_for_writing(self, images: Collection[Image]) -> None:
-        """The last time that they are opened by name. Raises NotWritable, Replaced."""
+        """The last time that they are opened by name. Raises NotWritable, Replaced, NotSeen."""
         by_node = {image.node: image for image in self._images}
         written = [by_node[image.node or ""] for image in images]
         for image, opened in zip(images, written, strict=True):
@@ -83,7 +83,7 @@ class _Opened(OfflineTarget):
         options = list(nodes.reopened([opened for opened in written if opened is not self._images[-1]]))
         replies = await self.monitor.execute_all([("blockdev-reopen", {"options": [node]}) for node in options])
         approved = [opened.layer for opened in self._images]
-        nodes.see_approved(self.pid, approved, [opened.layer for opened in written])
+        await nodes.see_approved(self.monitor, approved, [opened.layer for opened in written])
         for node, reply in zip(options, replies, strict=True):
             if isinstance(reply, QemuRefused):
                 raise NotWritable(file=self._paths.get(node["filename"], node["filename"]), reason=reply.reason)

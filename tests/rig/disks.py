@@ -195,11 +195,11 @@ def nbd_server(
         end((folder / "nbd.pid").read_text())
 
 
-def end(pid: str) -> None:
+def end(pid: str, number: signal.Signals = signal.SIGTERM) -> None:
     """End a daemon and wait until it is gone, with its locks."""
     descriptor = os.pidfd_open(int(pid))
     try:
-        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-        assert select.select([descriptor], [], [], 20)[0], "qemu-nbd does not end"
+        signal.pidfd_send_signal(descriptor, number)
+        assert select.select([descriptor], [], [], 20)[0], "the daemon does not end"
     finally:
         os.close(descriptor)

@@ -3,17 +3,21 @@ The names by which the daemon opens images: those of the headers, so that QEMU d
 all in it that lies below; whatever they are, they mean the files that were walked.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from rig.disks import remove
+from rig.disks import end, remove
 from rig.machines import SIZE, Content, fill, run
 from speed.images import empty_chain
 
 import qmpmerge
-from qmpmerge.errors import NotWritable
+from qmpmerge.errors import NotSeen, NotWritable, Replaced, SessionLost
 from qmpmerge.images.walk import Layer
 from qmpmerge.targets import nodes
 
@@ -116,6 +120,77 @@ async def test_an_image_that_cannot_be_written_is_named_by_its_path(images: list
         with pytest.raises(NotWritable, match="No such file") as refused:
             await target.open_for_writing([base])
     assert refused.value.file == str(images[0])
+
+
+HOLDER = """\
+import os, sys
+print(flush=True)
+sys.stdin.readline()
+os.close(int(sys.argv[1]))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def open_in(stack: contextlib.ExitStack, files: Iterable[Path]) -> "subprocess.Popen[str]":
+    """A process that has files open, and closes the last one when it is given a line."""
+    opened = [stack.enter_context(file.open()).fileno() for file in files]
+    command = [sys.executable, "-c", HOLDER, str(opened[-1])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "pass_fds": opened, "text": True}
+    process: subprocess.Popen[str] = stack.enter_context(subprocess.Popen(command, **pipes))  # type: ignore[call-overload]
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+async def test_what_the_daemon_has_open_for_a_moment_is_nothing_that_it_was_given(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that reads a file of its own just then; what stays open is another image under the name, and is told."""
+    other = tmp_path / "other"
+    other.touch()
+    layers = [
+        Layer(str(file), "qcow2", inodes=frozenset({(file.stat().st_dev, file.stat().st_ino)})) for file in images
+    ]
+    async with qmpmerge.offline(images[3], dry_run=True) as target:
+        with contextlib.ExitStack() as stack:
+            process = open_in(stack, [*images, other])
+            monkeypatch.setattr(target.monitor, "pid", process.pid)
+            with pytest.raises(Replaced, match=f"QEMU has {other} open") as refused:
+                await nodes.see_approved(target.monitor, layers, layers)
+            assert refused.value.file == str(images[3])
+
+            def waits() -> Iterator[float]:
+                assert process.stdin is not None and process.stdout is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                process.stdout.readline()
+                yield 0.0
+
+            monkeypatch.setattr(nodes, "AGAIN_SECONDS", waits())
+            await nodes.see_approved(target.monitor, layers, layers)
+
+
+async def test_a_daemon_that_shows_nothing_has_swapped_nothing(
+    images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have ended, or be hidden from us."""
+    layers = [
+        Layer(str(file), "qcow2", inodes=frozenset({(file.stat().st_dev, file.stat().st_ino)})) for file in images
+    ]
+    async with qmpmerge.offline(images[3], dry_run=True) as target:
+        daemon = target.monitor.pid
+        with subprocess.Popen(["sleep", "600"]) as process:
+            monkeypatch.setattr(target.monitor, "pid", process.pid)
+            with pytest.raises(NotSeen) as refused:
+                await nodes.see_approved(target.monitor, layers, layers)
+            process.kill()
+        assert refused.value.unseen == [str(file) for file in images]
+        assert daemon is not None
+        end(str(daemon), signal.SIGKILL)
+        monkeypatch.setattr(target.monitor, "pid", daemon)
+        with pytest.raises(SessionLost):
+            await nodes.see_approved(target.monitor, layers, layers)
 
 
 def test_the_daemon_starts_where_most_names_begin() -> None:
