@@ -10,7 +10,8 @@ To their chain `snapshot`, `plan`, `commit`, `pull`, `follow` and `control` (its
 After a crash  `recover`, `clean`, `active` (which image to start from), `examine` and `examine_all` (what is wrong)
 Without asyncio the same functions are in `qmpmerge.sync`. What can go wrong is in `qmpmerge.errors`, all of it an `Error`.
 
-Each step is told to the logger `qmpmerge`. Names are imported when they are first used: the command line starts faster for it.
+Each step is told to the logger `qmpmerge`; `record` writes it down, with all that is said to QEMU. Names are imported when they
+are first used: the command line starts faster for it.
 """
 
 import importlib
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from qmpmerge.qemu.blockgraph import Disk, Layout
     from qmpmerge.qemu.details import Device, DiskDetails, ImageDetails
     from qmpmerge.qemu.jobs import Job
+    from qmpmerge.recording.record import record
     from qmpmerge.targets.live import live
     from qmpmerge.targets.offline import OfflineTarget, offline
     from qmpmerge.targets.open import open
@@ -111,6 +113,7 @@ _HOME = {
     "open": "targets.open",
     "plan": "operations.plan",
     "pull": "operations.pull",
+    "record": "recording.record",
     "recover": "operations.recover",
     "snapshot": "operations.snapshot",
     "sync": "",
@@ -178,6 +181,7 @@ __all__ = [
     "open",
     "plan",
     "pull",
+    "record",
     "recover",
     "snapshot",
     "sync",

@@ -38,6 +38,7 @@ from qmpmerge.operations import snapshot as snapshot_
 from qmpmerge.operations import tidy as tidy_
 from qmpmerge.operations.active import active
 from qmpmerge.processes.vms import vms
+from qmpmerge.recording.record import record
 from qmpmerge.targets import live as live_
 from qmpmerge.targets import offline as offline_
 from qmpmerge.targets import open as open_
@@ -60,6 +61,7 @@ __all__ = [
     "open",
     "plan",
     "pull",
+    "record",
     "recover",
     "snapshot",
     "tidy",

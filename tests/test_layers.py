@@ -9,7 +9,7 @@ import qmpmerge
 
 ROWS = (
     {"value"},
-    {"errors", "folder", "mounts", "shield", "sockets", "users"},
+    {"errors", "folder", "mounts", "shield", "sockets", "users", "watch"},
     {"chain", "given"},
     {"images", "processes"},
     {"qemu"},
@@ -18,6 +18,7 @@ ROWS = (
     {"checks", "recovery", "doctor"},
     {"engine"},
     {"operations"},
+    {"recording"},
     {"sync"},
     {"cli"},
     {"__main__"},

@@ -24,6 +24,7 @@ class Options(Value):
 
     json: bool
     trace: bool
+    record: str | None
     quiet: bool
     force: frozenset[str] = frozenset()
     allow: tuple[str, ...] = ()
@@ -48,12 +49,18 @@ def basic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shared(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, and those of commands that speak to a QEMU."""
-    return _gathered(function, [_json, _trace, _quiet])
+    """The same, and those of commands that speak to a QEMU or change images."""
+    return _gathered(function, [_json, _trace, _record, _quiet])
 
 
 _json = click.option("--json", is_flag=True, help="One JSON object on stdout, progress as JSON lines on stderr.")
-_trace = click.option("-v", "--trace", is_flag=True, help="Show the QMP conversation on stderr.")
+_trace = click.option("-v", "--trace", is_flag=True, help="Show the QMP conversation, and our own steps, on stderr.")
+_record = click.option(
+    "--record",
+    metavar="FILE",
+    envvar="QMPMERGE_RECORD",
+    help="Add the same to this file, as JSON lines (environment: QMPMERGE_RECORD).",
+)
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes, no hints but those of errors.")
 
 
@@ -85,6 +92,7 @@ def _gathered(function: Callable[..., Any], shared: Sequence[Callable[..., Any]]
         json: bool,
         quiet: bool,
         trace: bool = False,
+        record: str | None = None,
         timeout: float | None = None,
         force: tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
@@ -93,7 +101,7 @@ def _gathered(function: Callable[..., Any], shared: Sequence[Callable[..., Any]]
         detach: bool = False,
         **rest: object,
     ) -> Any:
-        options = Options(json, trace, quiet, frozenset(force), allow, form, secret, Patience(timeout, detach))
+        options = Options(json, trace, record, quiet, frozenset(force), allow, form, secret, Patience(timeout, detach))
         return function(options=options, **rest)
 
     return declared(gather, function, shared)

@@ -66,6 +66,10 @@ def look(options: Options, work: "Callable[[Output], str]") -> int:
 def _shown(options: Options, work: "Callable[[Output], str]") -> int:
     """Of any work: what comes of it is rendered."""
     output = options.output()
+    if options.record is not None or options.trace:
+        from qmpmerge.cli import recorded
+
+        work = recorded.work(work, options)
     try:
         code = EXIT_CODES[work(output)]
     except (Error, KeyboardInterrupt) as error:  # the latter until the signals are ours: nothing was begun
@@ -178,8 +182,7 @@ def door(
 
         limit = options.patience.timeout
         patience = GREETING_SECONDS if limit is None else min(GREETING_SECONDS, limit)
-        trace = output.trace if options.trace else None
-        async with door.open(target, timeout=patience, force=options.force, trace=trace, **given) as opened_target:
+        async with door.open(target, timeout=patience, force=options.force, **given) as opened_target:
             opened_target.tell_waits(output.note)
             for note in opened_target.notes:
                 output.note(note)

@@ -33,7 +33,12 @@ async def tell_to_end(run: Run, doorbell: Doorbell, status: str, *, keeps: bool 
     """
     monitor = run.target.monitor
     await see_names(run, doorbell)
-    run.log("%s, told to end%s", status, " and to keep the overlay" if keeps else "")
+    run.log(
+        "told-to-end",
+        "{status}, told to end{keeping}",
+        status=status,
+        keeping=" and to keep the overlay" if keeps else "",
+    )
     try:
         if status == "pending":
             await monitor.execute("job-finalize", id=run.job)
@@ -114,7 +119,7 @@ async def take_back(run: Run, doorbell: Doorbell) -> None:
     """
     monitor = run.target.monitor
     await _see_that_it_may_end(run)
-    run.log("taken back")
+    run.log("taken-back", "taken back")
     with contextlib.suppress(QemuRefused):  # it may have ended by itself
         await monitor.execute("job-cancel", id=run.job)
     try:

@@ -159,7 +159,7 @@ class Intermediate(Commit):
             if not run.receiver_is_durable:
                 await flush.flush(run.target.monitor, self.plan.base)
             await flush.flush(run.target.monitor, self.plan.overlay, header_only=True)
-            run.log("the header of %s is durable", self.plan.overlay.label)
+            run.log("durable", "the header of {file} is durable", file=self.plan.overlay.label)
         except (NotDurable, FlushUnavailable) as error:
             raise HeaderNotDurable(
                 target=run.target.name, overlay=self.plan.overlay.file, reason=error.reason

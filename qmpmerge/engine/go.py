@@ -190,7 +190,7 @@ async def _start(run: Run) -> None:
         run.is_sent = False
         raise
     run.is_started = True
-    run.log("started: %s into %s", run.plan.top.label, run.plan.receiver.label)
+    run.log("started", "started: {top} into {into}", top=run.plan.top.label, into=run.plan.receiver.label)
 
 
 async def _helped(run: Run, doorbell: Doorbell) -> Outcome:

@@ -1,5 +1,6 @@
 """
-The logger `qmpmerge`, which is told each step of a merge: a state that is entered, the job, flushes, the pause, renames.
+The logger `qmpmerge`, which is told each step of a merge: a state that is entered, the job, flushes, the pause, renames. Who
+watches is told the same.
 
 It has no handler of its own: who uses the library says where its lines go, and no handler or filter of theirs ends a merge.
 asyncio has loaded `logging` for whoever comes here.
@@ -10,14 +11,23 @@ import logging
 import traceback
 from collections.abc import Iterator
 
+from qmpmerge import watch
+
 log = logging.getLogger("qmpmerge")
 log.addHandler(logging.NullHandler())
 
 
-def step(text: str, *facts: object) -> None:
-    """Tell of a step, %-formatted."""
+def step(name: str, text: str, *, about: str = "", **facts: object) -> None:
+    """
+    Tell of a step: its `name`, what it is `about` (a job, a disk), and a text with the facts in it, in braces. A record of the
+    logger has name and facts as its `step` and `facts`.
+    """
+    told = text.format_map(facts)
+    watcher = watch.current()
+    if watcher is not None:
+        watcher.step(name, told, {"about": about, **facts})
     with _harmless():
-        log.info(text, *facts, stacklevel=2)
+        log.info("%s: %s" if about else "%s%s", about, told, extra={"step": name, "facts": facts}, stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -36,6 +46,9 @@ def held() -> Iterator[None]:
     What is logged in the block is handed on at its end, with the time at which it was logged: a handler can be slow, and the
     guest stands still meanwhile.
     """
+    watcher = watch.current()
+    if watcher is not None:
+        watcher.hurry(True)
     records: list[logging.LogRecord] = []
 
     def keep(record: logging.LogRecord) -> bool:
@@ -46,6 +59,8 @@ def held() -> Iterator[None]:
     try:
         yield
     finally:
+        if watcher is not None:
+            watcher.hurry(False)
         log.removeFilter(keep)
         for record in records:
             with _harmless():

@@ -49,12 +49,12 @@ async def pivot(run: Run, doorbell: Doorbell, status: str) -> Job | None:
 async def _paused(run: Run, doorbell: Doorbell, status: str) -> Job | None:
     async with paused(run.target.monitor, run.deadman) as pause:
         if pause.switch is not None:
-            run.log("the guest is paused")
+            run.log("paused", "the guest is paused")
         rests = await _comes_to_rest(run, doorbell, pause) and not pause.has_lapsed
         job = await shield.finished(_move(run, doorbell, status, rests))
     run.paused_seconds = pause.seconds
     if pause.seconds is not None:
-        run.log("the guest runs again, after %.1f ms", 1000 * pause.seconds)
+        run.log("resumed", "the guest runs again, after {milliseconds:.1f} ms", milliseconds=1000 * pause.seconds)
     if pause.is_unguarded:
         run.notes.append(
             "the guest was not paused for the pivot: the process that was to guard the pause did not start"
@@ -196,7 +196,7 @@ def _take_name_away(run: Run) -> None:
         run.record = store.write(replace(record, away=away))
         run.notes.append(f"{record.chain.active.file} could not be renamed: {error.strerror or error}")
     else:
-        run.log("%s is called %s now", record.chain.active.file, place)
+        run.log("renamed", "{file} is called {now} now", file=record.chain.active.file, now=place)
 
 
 def _give_name_back(run: Run) -> None:

@@ -67,7 +67,7 @@ def _may_have_switched(run: Run) -> bool:
 
 async def _again(run: Run, work: Callable[[Doorbell], Awaitable[T]], lost: Unknown) -> T:
     pid = run.target.pid
-    run.log("%s; another session is made", lost)
+    run.log("reconnect", "{reason}; another session is made", reason=str(lost))
     before = None if pid is None else proc.process(pid)
     if run.deadman is not None:  # it has the old connection too, and QEMU serves one at a time
         run.deadman.close()

@@ -225,7 +225,7 @@ class Run:
             )
             self.record = marked if marked == known else store.mark(marked)
         if state is not self.state:
-            self.log("%s to %s", self.state.value, state.value)
+            self.log("state", "{was} to {state}", was=self.state.value, state=state.value)
         self.state = state
 
     def tell(self, progress: Progress) -> None:
@@ -237,9 +237,9 @@ class Run:
         except BaseException as error:
             raise ReportRaised(error) from None
 
-    def log(self, step: str, *facts: object) -> None:
-        """Tell the logger of a step, %-formatted as it does that."""
-        log.step(f"%s: {step}", self.job, *facts)
+    def log(self, step: str, text: str, **facts: object) -> None:
+        """Tell of a step: see `log.step`."""
+        log.step(step, text, about=self.job, **facts)
 
     def write_down(self) -> None:
         """
@@ -347,7 +347,7 @@ class Run:
                 reason = "it is neither there nor under its stashed name"
                 raise CannotRecover(file=self.record.chain[index].file, reason=reason)
             if merged_files.give_back(self.record, index):
-                self.log("%s has its name back", self.record.chain[index].file)
+                self.log("renamed", "{now} has its name back", now=self.record.chain[index].file)
 
     def finish(self, state: State) -> tuple[MergedFile, ...]:
         """
@@ -400,7 +400,9 @@ class Run:
         done, hints = merged_files.finish(replace(known, verified=self.is_all_verified), self.request.search)
         self.notes += hints
         for file in done:
-            self.log("%s: %s, now %s", file.file, file.action, file.now or "gone")
+            self.log(
+                "merged-file", "{file}: {action}, now {now}", file=file.file, action=file.action, now=file.now or "gone"
+            )
             if file.action != "keep":
                 locks.forget_image(file.file)
         return done

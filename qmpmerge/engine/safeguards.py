@@ -84,7 +84,7 @@ async def make_receiver_durable(run: Run, doorbell: Doorbell) -> None:
     try:
         await flush.flush(run.target.monitor, run.plan.receiver)
         run.receiver_is_durable = True
-        run.log("%s is durable", run.plan.receiver.label)
+        run.log("durable", "{file} is durable", file=run.plan.receiver.label)
     except (NotDurable, FlushUnavailable) as error:
         await shield.finished(blockjob.take_back(run, doorbell))
         reason = error.reason
@@ -192,7 +192,7 @@ async def verify(
     if not same:
         await shield.finished(blockjob.take_back(run, doorbell))
         raise NotVerified(base=run.plan.receiver.file, top=run.plan.top.file, reason=reason)
-    run.log("%s shows what %s shows", run.plan.receiver.label, run.plan.top.label)
+    run.log("compared", "{file} shows what {top} shows", file=run.plan.receiver.label, top=run.plan.top.label)
     run.verified = isinstance(run.copies, Shown) or not compare.fills(run.plan)
     if not run.verified:
         around = f"what {run.plan.receiver.file} has got around that from below it was not compared: {run.copies}"

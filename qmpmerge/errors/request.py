@@ -244,6 +244,15 @@ class AgentFailed(Refused):
     advice = "is qemu-guest-agent running in the guest? Without --quiesce the snapshot is crash-consistent"
 
 
+class RecordingUnwritable(Refused):
+    """The file that is to get the recording cannot be written, or is something else."""
+
+    file: str
+    reason: str
+    sentence = "cannot record into {file}: {reason}"
+    advice = "name a file that is not there yet, or a recording of your own, which is added to"
+
+
 class NothingThere(Refused):
     """`recover` finds neither the path nor anything that a merge has left of it."""
 

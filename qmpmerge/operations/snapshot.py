@@ -170,7 +170,13 @@ async def _carry_out(target: Target, layout: Layout, orders: list[Order], agent:
     _forget(orders)
     proved = await _prove(target, orders, made)
     for one in proved:
-        log.step("%s: %s is the active image now, and was %s", one.disk, one.file, one.backing_file)
+        log.step(
+            "snapshot",
+            "{file} is the active image now, and was {was}",
+            about=one.disk,
+            file=one.file,
+            was=one.backing_file,
+        )
     return tuple(replace(one, hint=hint) for one, hint in zip(proved, unnoted, strict=True))
 
 

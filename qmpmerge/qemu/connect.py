@@ -86,7 +86,7 @@ async def opened(
 
 
 async def _begun(connection: socket.socket, name: str, pid: int | None, timeout: float, trace: Trace | None) -> Monitor:
-    client = monitor.new_client()
+    client = monitor.new_client(name, pid)
     await _greet(client, connection, name, pid, timeout)
     try:
         return Monitor(client, name, pid, trace, connection)

@@ -18,6 +18,7 @@ from typing import Any
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 from qemu.qmp.protocol import StateError
 
+from qmpmerge import watch
 from qmpmerge.errors import NoReply, QemuRefused, SessionLost
 from qmpmerge.qemu import reply
 
@@ -177,16 +178,41 @@ def _refuse_broken_text(command: str, sent: Mapping[str, object]) -> None:
 
 
 class _Client(QMPClient):
-    """Understands monitors with ``pretty=on`` too, which write an object over several lines, and close it at the margin."""
+    """
+    Understands monitors with ``pretty=on`` too, which write an object over several lines, and close it at the margin.
+
+    Each message comes through here in its order, before anybody waits for it: `wire` sees them.
+    """
+
+    def __init__(self, wire: watch.Wire | None) -> None:
+        super().__init__(readbuflen=LARGEST_REPLY)
+        self._wire = wire
 
     async def _do_recv(self) -> Message:
+        text = await (self._read() if self._wire is None else self._read_until_closed(self._wire))
+        self._acknowledge()
+        message = Message(text, eager=True)
+        if self._wire is not None:
+            self._wire.received(text, _id(message))
+        return message
+
+    async def _read(self) -> bytes:
         lines = [await self._readline()]
         size = len(lines[0])
         while lines[0].rstrip() == b"{" and lines[-1].rstrip(b"\r\n") != b"}" and size <= LARGEST_REPLY:
             lines.append(await self._readline())
             size += len(lines[-1])
-        self._acknowledge()
-        return Message(b"".join(lines), eager=True)
+        return b"".join(lines)
+
+    async def _read_until_closed(self, wire: watch.Wire) -> bytes:
+        try:
+            return await self._read()
+        except asyncio.CancelledError:
+            wire.closed("by us")
+            raise
+        except (OSError, EOFError, ValueError) as error:
+            wire.closed("by the other end" if isinstance(error, EOFError) else _reason(error))
+            raise
 
     def _cb_inbound(self, msg: Message) -> Message:
         return super()._cb_inbound(msg) if self._is_logged else msg
@@ -200,6 +226,8 @@ class _Client(QMPClient):
         return self.logger.isEnabledFor(logging.DEBUG)
 
     def _do_send(self, msg: Message) -> None:
+        if self._wire is not None:
+            self._wire.sent(bytes(msg), str(msg.get("execute")), _id(msg))
         super()._do_send(msg)
         self._acknowledge()
 
@@ -214,9 +242,16 @@ class _Client(QMPClient):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
-def new_client() -> QMPClient:
+def _id(message: Message) -> str | None:
+    """Ours are text, whatever comes."""
+    found = message.get("id")
+    return found if isinstance(found, str) else None
+
+
+def new_client(name: str, pid: int | None) -> QMPClient:
     """A client that keeps nothing: the listener that each one of qemu.qmp has would keep all events until its end."""
-    client = _Client(readbuflen=LARGEST_REPLY)
+    watcher = watch.current()
+    client = _Client(watcher.connected(name, pid) if watcher is not None else None)
     client.events.event_filter = lambda event: False
     return client
 

@@ -9,7 +9,7 @@ MOMENT the victim, which is ``tool``, ``daemon`` or ``both``, dies of SIGKILL; t
 whose pid is in QMPMERGE_VICTIM. Moments, and the daemon's pid, are noted in the file NOTES as they come; a MOMENT that does
 not come is a run without a kill.
 
-It is the real command in all else: the renderer's `trace`, where ``-v`` shows the traffic, is what the killer hangs on.
+It is the real command in all else: what ``-v`` shows is what the killer hangs on.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ from typing import Any
 
 import psutil
 
-from qmpmerge.cli import main
+from qmpmerge.cli import main, recorded
 from qmpmerge.cli.render.json import JsonOutput
 from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.folder import File, Folder
 from qmpmerge.images import notes as beside_images
 from qmpmerge.journal import store
+from rig import wire
 
 ALSO = "QMPMERGE_KILL_ALSO"
 """The variable with the pid of a process that is a victim as the daemon is: a machine that somebody else has started."""
@@ -52,8 +53,8 @@ class Killer:
         self._seen: Counter[str] = Counter()
         self._unanswered: deque[str] = deque()
 
-    def trace(self, _output: JsonOutput, direction: str, text: str) -> None:
-        """Stands in for the renderer's."""
+    def trace(self, direction: str, text: str) -> None:
+        """Hears each message."""
         if direction == "->":
             self._unanswered.append(json.loads(text)["execute"])
             self._come(f"-> {self._unanswered[-1]}")
@@ -131,7 +132,8 @@ def run(notes: str, victim: str, moment: str, *arguments: str) -> None:
     """Be the command."""
     killer = Killer(os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND), victim, moment)
     renderer: Any = JsonOutput
-    renderer.trace = lambda output, direction, text: killer.trace(output, direction, text)
+    screen: Any = recorded.Screen
+    screen.take = lambda screen, entry: wire.tell(killer.trace, entry.document)
     renderer.progress = lambda output, told: killer.progress(output, told)
     for name in ("rename", "remove", "sync", "put"):
         killer.around(Folder, name)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from qmpmerge import folder
-from qmpmerge.cli import main
-from qmpmerge.cli.render.json import JsonOutput
+from qmpmerge.cli import main, recorded
+from rig import wire
 
 PLANTED = "planted"
 WAS = ".was"
@@ -40,8 +40,8 @@ class Neighbour:
         if is_there and self._come(f"{operation} {os.path.basename(path)}") == self._moment:
             self._strike(Path(path))
 
-    def trace(self, _output: JsonOutput, direction: str, text: str) -> None:
-        """Stands in for the renderer's."""
+    def trace(self, direction: str, text: str) -> None:
+        """Hears each message."""
         if direction == "->":
             command, _, name = self._moment.rpartition(" ")
             if self._come(f"-> {json.loads(text)['execute']}") == command:
@@ -78,8 +78,8 @@ class Neighbour:
 def run(notes: str, moment: str, kind: str, other: str, *arguments: str) -> None:
     """Be the command."""
     neighbour = Neighbour(Path(notes), moment, kind, Path(other), Path(os.environ["QMPMERGE_SWAPS_IN"]))
-    renderer: Any = JsonOutput
-    renderer.trace = lambda output, direction, text: neighbour.trace(output, direction, text)
+    screen: Any = recorded.Screen
+    screen.take = lambda screen, entry: wire.tell(neighbour.trace, entry.document)
     folder.before = neighbour.before
     speaks = [] if arguments[0] in ("clean", "active") else ["-v"]
     sys.argv = ["qmpmerge", *arguments, "--json", *speaks]

@@ -215,9 +215,7 @@ def resuming(
 
             if error.path != target:
                 raise
-            outcome = await resume.settle_image(
-                target, allow=options.allow, trace=output.trace if options.trace else None
-            )
+            outcome = await resume.settle_image(target, allow=options.allow)
         if outcome is None or outcome.direction != direction:
             return await begun(output)
         output.commit(outcome)

@@ -50,8 +50,7 @@ def recover(path: str, use: "Use | None", dry_run: bool, options: Options) -> in
     async def work(output: "Output") -> str:
         from qmpmerge.operations import recover as operation
 
-        trace = output.trace if options.trace else None
-        found = await operation.recover(path, use=use, allow=options.allow, dry_run=dry_run, trace=trace)
+        found = await operation.recover(path, use=use, allow=options.allow, dry_run=dry_run)
         output.recovered(found)
         return operation.verdict_of(found)
 

@@ -6,7 +6,7 @@ docs/json.md is the contract, which the tests hold every run against: what is ad
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qmpmerge.cli.render.humanize import cleaned_verdict
 from qmpmerge.errors import StillRunning
@@ -181,9 +181,9 @@ class JsonOutput:
         if not self._quiet:
             self._line("note", message=text)
 
-    def trace(self, direction: str, text: str) -> None:
+    def trace(self, entry: "Mapping[str, Any]") -> None:
         """One object a line on stderr."""
-        self._line("trace", direction=direction, message=text)
+        self._line("trace", line=entry)
 
     def close(self) -> None:
         """Nothing is redrawn."""

@@ -5,8 +5,8 @@ Work code reports values, someone else draws. `Output` is what the commands call
 renderers. Nothing outside these modules prints.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from qmpmerge.chain.outcome import Outcome
@@ -80,8 +80,8 @@ class Output(Protocol):
     def note(self, text: str) -> None:
         """Something the user should know meanwhile."""
 
-    def trace(self, direction: str, text: str) -> None:
-        """A line of the QMP conversation."""
+    def trace(self, entry: "Mapping[str, Any]") -> None:
+        """A line of a recording: of the QMP conversation, or a step of ours."""
 
     def close(self) -> None:
         """End what is being redrawn."""

@@ -3,9 +3,9 @@
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qmpmerge.cli.render import humanize, tidied
 from qmpmerge.cli.render import outcome as merge
@@ -295,10 +295,12 @@ class TextOutput:
         if not self._quiet:
             self._tell(text)
 
-    def trace(self, direction: str, text: str) -> None:
+    def trace(self, entry: "Mapping[str, Any]") -> None:
         """A line on stderr."""
+        from qmpmerge.cli.render import traced
+
         self.close()
-        self._err.whole(f"{direction} {text}")
+        self._err.whole(traced.line(entry))
 
     def close(self) -> None:
         """End the redrawn line."""

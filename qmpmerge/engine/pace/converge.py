@@ -109,7 +109,7 @@ class Ladder:
 
     def _say(self, text: str) -> None:
         self.rungs.append(text)
-        log.step("%s: %s", self.job, text)
+        log.step("converge", "{rung}", about=self.job, rung=text)
         self.wanted.tell(f"{self.disk.name}: {text}")
 
     async def _lift(self) -> None:

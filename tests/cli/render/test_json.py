@@ -383,10 +383,10 @@ def test_what_is_said_once_of_a_job_is_a_line_of_its_own(streams: Streams) -> No
 
 def test_notes_and_the_conversation_are_objects_on_stderr_too(streams: Streams) -> None:
     streams.output.note("cancelling")
-    streams.output.trace("->", '{"execute": "query-jobs"}')
+    streams.output.trace({"t": 0.5, "kind": "end"})
     assert streams.lines() == [
         {"event": "note", "message": "cancelling"},
-        {"event": "trace", "direction": "->", "message": '{"execute": "query-jobs"}'},
+        {"event": "trace", "line": {"t": 0.5, "kind": "end"}},
     ]
 
 
@@ -394,7 +394,7 @@ def test_quiet_leaves_out_progress_and_notes_but_not_the_conversation() -> None:
     streams = Streams(quiet=True)
     streams.output.progress(COPYING)
     streams.output.note("cancelling")
-    streams.output.trace("->", "{}")
+    streams.output.trace({"t": 0.5, "kind": "end"})
     streams.output.close()
     assert [line["event"] for line in streams.lines()] == ["trace"]
 
@@ -433,7 +433,7 @@ def test_any_name_in_a_failure_or_in_progress_comes_back_as_it_was(name: str) ->
     failed.output.failure(NoSuchLayer(layer=name, disk=name, count=1, known=[name]))
     told.output.progress(dataclasses.replace(COPYING, disk=name))
     told.output.note(name)
-    told.output.trace("<-", name)
+    told.output.trace({"t": 0.5, "kind": "received", "session": 1, "message": name})
     assert failed.document()["error"]["facts"] == {
         "layer": name,
         "disk": name,
@@ -441,7 +441,7 @@ def test_any_name_in_a_failure_or_in_progress_comes_back_as_it_was(name: str) ->
         "known": [name],
         "nearest": None,
     }
-    assert [line.get("disk", line.get("message")) for line in told.lines()] == [name] * 3
+    assert [line.get("disk", line.get("line", line).get("message")) for line in told.lines()] == [name] * 3
     assert told.err.getvalue().isascii()
 
 

@@ -432,10 +432,13 @@ def test_notes_are_for_people_and_go_with_quiet() -> None:
     assert loud.complains("cancelling") and quiet.complains()
 
 
+SENT = {"t": 0.5, "kind": "sent", "session": 1, "message": {}}
+
+
 def test_the_conversation_is_shown_on_stderr_even_when_quiet() -> None:
     screen = Screen(quiet=True)
-    screen.output.trace("->", '{"execute": "query-jobs"}')
-    assert screen.complains('-> {"execute": "query-jobs"}')
+    screen.output.trace({**SENT, "message": {"execute": "query-jobs", "id": "7"}})
+    assert screen.complains('0.500000 -> {"execute": "query-jobs"}')
 
 
 # --- progress -----------------------------------------------------------------------------------------------------
@@ -609,7 +612,7 @@ def test_a_terminal_sees_no_bar_for_what_is_over_within_half_a_second(terminal: 
         lambda output: output.failure(Cancelled()),
         lambda output: output.note("a note"),
         lambda output: output.disks([disk()]),
-        lambda output: output.trace("->", "{}"),
+        lambda output: output.trace(SENT),
     ],
     ids=["outcome", "failure", "note", "table", "trace"],
 )
@@ -654,7 +657,7 @@ def everything(output: TextOutput, name: str) -> None:
     output.controlled(name, "resume", dataclasses.replace(job, status="running"))
     output.failure(NoSuchDisk(disk=name, target=name, known=[name]))
     output.note(name)
-    output.trace("<-", name)
+    output.trace({**SENT, "kind": "received", "message": {"return": name}})
 
 
 @given(st.one_of(st.just(EVIL), st.text(st.characters(exclude_categories=()), min_size=1, max_size=8)))
