@@ -58,16 +58,19 @@ class Estimate(Value):
 Policy = Literal["stash", "delete", "keep"]
 """What becomes of merged files: renamed to NAME.merged; removed, where it was compared; left alone."""
 
-Ending = Literal["pivot", "keep", "ready"]
+Ending = Literal["pivot", "keep", "hold"]
 """
-How an active merge ends: the guest moves onto base; or it keeps the overlay, base having all data of this moment; or the
-job stays ready, mirroring every write, until someone ends it.
+How an operation ends. With ``pivot`` it is carried out: of an active merge the guest moves onto base. With ``keep``, of an
+active merge only, the guest keeps the overlay, base having all data of this moment. With ``hold`` the job is left once all is
+copied, and nothing switched, until someone ends it: an active merge is ready then, and mirrors every write, any other is
+pending.
 """
 
 
-Verdict = Literal["merged", "pivoted", "kept", "ready", "pulled", "planned", "unchanged", "running"]
+Verdict = Literal["merged", "pivoted", "kept", "ready", "held", "pulled", "planned", "unchanged", "running"]
 """
-What a merge, or a pull, came to. Of an intermediate merge: ``merged``. Of an active one how it has ended (see `Ending`).
+What a merge, or a pull, came to. Of an intermediate merge: ``merged``. Of an active one how it has ended (see `Ending`). What
+is held is ``ready`` where it is an active merge, and ``held`` otherwise.
 ``planned`` is a dry run, ``unchanged``: there was nothing to do; ``running`` goes on without us.
 """
 

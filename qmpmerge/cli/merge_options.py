@@ -22,7 +22,7 @@ POLITE_SECONDS = 5.0
 ENDINGS: dict[str, str] = {
     "--pivot": "Move the guest onto the base (default where the active image is merged).",
     "--keep-overlay": "Let the guest keep its overlay, the base being a copy.",
-    "--wait-ready": "Stop when base and overlay are in sync, and stay so; `qmpmerge job` ends it later.",
+    "--hold": "Stop once all is copied, before anything is switched; `qmpmerge job` ends it later.",
 }
 
 
@@ -74,15 +74,20 @@ def verifying(does: str, does_not: str) -> Declare:
 
 
 def endings(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare how an active merge may end: ``ending``, and ``pivot`` where the user has said that it is to be that."""
-    flags = [click.option(flag, is_flag=True, help=meaning) for flag, meaning in ENDINGS.items()]
+    """Declare how a merge may end: ``ending``, and ``pivot`` where the user has said that it is to be that."""
+    flags = [click.option(flag, is_flag=True, help=ENDINGS[flag]) for flag in ("--pivot", "--keep-overlay")]
 
-    def gather(*, pivot: bool, keep_overlay: bool, wait_ready: bool, **rest: object) -> Any:
-        refuse_together(dict(zip(ENDINGS, (pivot, keep_overlay, wait_ready), strict=True)))
-        ending = "keep" if keep_overlay else "ready" if wait_ready else "pivot"
+    def gather(*, pivot: bool, keep_overlay: bool, hold: bool, **rest: object) -> Any:
+        refuse_together(dict(zip(ENDINGS, (pivot, keep_overlay, hold), strict=True)))
+        ending = "keep" if keep_overlay else "hold" if hold else "pivot"
         return function(ending=ending, pivot=pivot, **rest)
 
-    return declared(gather, function, flags)
+    return declared(gather, function, [*flags, holding("--wait-ready")])
+
+
+def holding(*synonyms: str) -> Declare:
+    """Declare ``hold``, also by what others call it."""
+    return click.option("--hold", *synonyms, "hold", is_flag=True, help=ENDINGS["--hold"])
 
 
 def merged_files(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ MEANINGS: dict[str, tuple[tuple[Severity, ...], str, str]] = {
     ),
     "job-pending": (
         ("harm", "care"),
-        "a job waits to be finalized; of an active one all I/O of the guest stands still",
+        "a job has copied all and waits to be finalized; of an active one all I/O of the guest stands still",
         "`qmpmerge job TARGET ID follow`, or `job-finalize` of a job that is none of ours",
     ),
     "job-paused": (("care",), "a job is paused and comes to no end", "`qmpmerge job TARGET ID resume`"),

@@ -45,8 +45,8 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "pending": (
         "care",
-        "it waits to be finalized",
-        "all is copied and nothing is switched; it comes to no end by itself",
+        "all is copied, and it waits for somebody to end it",
+        "nothing is switched: the old chain is in use and right, whatever dies; it comes to no end by itself",
         "follow",
     ),
     "frozen": (

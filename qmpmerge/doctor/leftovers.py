@@ -72,7 +72,7 @@ def is_orphan(name: str) -> bool:
 
 
 _STATES: dict[State, tuple[Severity, str]] = {
-    State.COPYING: ("care", "the old chain is right; its job may be at work still, and goes with QEMU"),
+    State.COPYING: ("care", "the old chain is right; its job may be at work still, or held, and goes with QEMU"),
     State.PROVED: ("note", "the new chain is right; only the merged files remain to be dealt with"),
 }
 _UNSETTLED: tuple[Severity, str] = (

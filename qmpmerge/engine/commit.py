@@ -50,6 +50,7 @@ class Commit:
     plan: CommitPlan
     verdict: ClassVar[Verdict]
     counts: ClassVar[str]
+    holds_at: ClassVar[str]
     pivots: ClassVar[bool]
     job_type: ClassVar[str] = "commit"
     decisions: ClassVar[frozenset[str]] = frozenset({"ready", "pending", "concluded"})
@@ -92,10 +93,6 @@ class Commit:
             await jobs.dismiss(run.target.monitor, run.job)
         return job
 
-    def stops_at(self, run: Run, job: Job) -> bool:
-        """Not where there is nothing to be left."""
-        return False
-
     async def let_go(self, run: Run) -> None:
         """Nothing: what it leaves are nodes, which are closed once it is done."""
 
@@ -118,7 +115,7 @@ class Intermediate(Commit):
     """The overlay right above top is linked to base."""
 
     verdict: ClassVar[Verdict] = "merged"
-    counts, pivots = "scanned", False
+    counts, holds_at, pivots = "scanned", "pending", False
 
     async def _more(self, run: Run) -> dict[str, Any]:
         """The backing string is always given: QEMU would write an absolute path, or a json: name, over a relative one."""
@@ -129,13 +126,14 @@ class Intermediate(Commit):
         return more
 
     async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
-        """Base is made durable before the overlay's header is rewritten."""
+        """Base is made durable before the overlay's header is rewritten, and what is held before anybody relies on it."""
         if job.status != "concluded":
             await safeguards.see_files(run, doorbell)
         if job.status == "pending":
             await safeguards.make_durable_and_verify(run, doorbell)
         if job.status != "concluded":
             await safeguards.see_that_it_is_compared(run, doorbell)
+        if job.status != "concluded" and run.request.ending == "pivot":
             await safeguards.carry_bitmaps(run, doorbell)
 
     async def switch(self, run: Run, doorbell: Doorbell, job: Job) -> Job | None:
@@ -170,16 +168,17 @@ class Active(Commit):
     """The guest moves onto base, or keeps the overlay once base holds all data."""
 
     verdict: ClassVar[Verdict] = "pivoted"
-    counts, pivots = "copied", True
-
-    def stops_at(self, run: Run, job: Job) -> bool:
-        """Ready, where every write goes to both images until somebody ends it."""
-        return job.status == "ready" and run.request.ending == "ready"
+    counts, holds_at, pivots = "copied", "ready", True
 
     async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
-        """The job has flushed base before it said that it is ready. An overlay that is kept keeps its bitmaps."""
+        """
+        The job has flushed base before it said that it is ready. An overlay that is kept keeps its bitmaps. Of what is held all
+        else is seen when it goes on: the guest writes until then.
+        """
         if job.status != "concluded":
             await safeguards.see_files(run, doorbell)
+        if run.is_to_be_held(job):
+            return
         await safeguards.verify_at_rest(run, doorbell, job)
         if job.status != "concluded":
             await safeguards.see_that_it_is_compared(run, doorbell)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 async def go(run: Run) -> Outcome:
     """
-    Carry `run` out, to a proved outcome, or to `ready`.
+    Carry `run` out, to a proved outcome, or to where it is held.
 
     Cancelled before the switch, or where `report` raises, it takes the job back, even one whose start was not confirmed yet;
     after it, it waits. The record goes when the outcome is known, and stays when it is not, or the job goes on.
@@ -208,10 +208,13 @@ async def _to_the_end(run: Run, doorbell: Doorbell, ladder: "Ladder | None" = No
     job = await _copied(run, doorbell)
     if ladder is not None:
         await ladder.stop()  # the guest goes on before it is paused for the pivot, if it was paused to get here
-    if job is not None and run.operation.stops_at(run, job):
-        return proof.ready(run)
     if job is not None:
-        job = await _switched(run, doorbell, job)
+        await _made_safe(run, doorbell, job)
+    if job is not None and run.is_to_be_held(job):
+        _leave(run)
+        return proof.held(run)
+    if job is not None and job.status != "concluded":
+        job = await run.operation.switch(run, doorbell, job)
     return await shield.finished(_proved(run, doorbell, job))
 
 
@@ -242,14 +245,11 @@ async def _copied(run: Run, doorbell: Doorbell) -> Job | None:
     return job
 
 
-async def _switched(run: Run, doorbell: Doorbell, job: Job) -> Job | None:
-    """COPYING to SAFE, and through SWITCHING: the job as it ended."""
+async def _made_safe(run: Run, doorbell: Doorbell, job: Job) -> None:
+    """COPYING to SAFE; what has concluded without us is past that."""
     await run.operation.safeguards(run, doorbell, job)
-    if job.status == "concluded":
-        return job
-    if run.state is State.COPYING:  # else it was there already, and a session was lost
+    if run.state is State.COPYING and job.status != "concluded":  # else it was there already, and a session was lost
         run.enter(State.SAFE)
-    return await run.operation.switch(run, doorbell, job)
 
 
 async def _proved(run: Run, doorbell: Doorbell, job: Job | None) -> Outcome:

@@ -20,14 +20,15 @@ class Operation(Protocol):
     One operation: which plan it carries out, and what it does in the states in which operations differ.
 
     `verdict` is that of an outcome that is proved, `job_type` what QEMU calls its jobs, `counts` what it counts of one (see
-    `Progress`), `decisions` are the states of the job in which it waits for us. `pivots` says that the guest moves to another
-    image.
+    `Progress`), `decisions` are the states of the job in which it waits for us, `holds_at` is that in which it can be held: all
+    is copied, and nothing switched. `pivots` says that the guest moves to another image.
     """
 
     verdict: ClassVar[Verdict]
     job_type: ClassVar[str]
     counts: ClassVar[str]
     decisions: ClassVar[frozenset[str]]
+    holds_at: ClassVar[str]
     pivots: ClassVar[bool]
 
     @property
@@ -37,10 +38,6 @@ class Operation(Protocol):
 
     async def start(self, run: "Run") -> None:
         """PLANNED to COPYING: ask for the job. Raises Refused, and what a lost session raises."""
-        ...
-
-    def stops_at(self, run: "Run", job: Job) -> bool:
-        """Whether the job is to be left in this state."""
         ...
 
     async def safeguards(self, run: "Run", doorbell: Doorbell, job: Job) -> None:

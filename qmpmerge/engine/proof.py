@@ -240,7 +240,7 @@ def _outcome(
         disk=run.disk.name,
         before=run.plan.chain,
         after=after,
-        job=run.seen if verdict in ("ready", "running") else None,
+        job=run.seen if verdict in ("ready", "held", "running") else None,
         merged=merged,
         copied=run.copied,
         seconds=time.monotonic() - run.started,
@@ -251,11 +251,13 @@ def _outcome(
     )
 
 
-def ready(run: "Run") -> Outcome:
-    """The outcome of a merge that was to stop at ready."""
-    command = f"qmpmerge job {shlex.quote(run.target.name)} {shlex.quote(run.job)}"
-    hints = (f"every write goes to both images until `{command} pivot`, or `keep`, or `cancel`",)
-    return _outcome(run, "ready", run.plan.chain, hints)
+def held(run: "Run") -> Outcome:
+    """The outcome of what was to be held: the ways on."""
+    command = shlex.join(["qmpmerge", "job", run.target.name, run.job])
+    hint = f"nothing is switched until `{command} follow`, or the same command without --hold; `{command} cancel` takes it back"
+    if run.operation.pivots:
+        hint = f"every write goes to both images until `{command} pivot`, or `keep`, or `cancel`"
+    return _outcome(run, "ready" if run.operation.pivots else "held", run.plan.chain, (hint, *run.notes))
 
 
 def left(run: "Run") -> Outcome:

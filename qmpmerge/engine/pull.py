@@ -55,6 +55,7 @@ class Pull:
     counts: ClassVar[str] = "scanned"
     pivots: ClassVar[bool] = False
     decisions: ClassVar[frozenset[str]] = frozenset({"pending", "concluded"})
+    holds_at: ClassVar[str] = "pending"
 
     async def start(self, run: Run) -> None:
         """Send block-stream, to the image's own node and not to a filter above. Raises NotWritable, QemuRefused, NotDurable."""
@@ -99,10 +100,6 @@ class Pull:
         if masks and await run.target.monitor.accepts("block-stream", "backing-mask-protocol"):
             more["backing_mask_protocol"] = True
         return more
-
-    def stops_at(self, run: Run, job: Job) -> bool:
-        """Nowhere: it has no state in which it could be left for long."""
-        return False
 
     async def safeguards(self, run: Run, doorbell: Doorbell, job: Job) -> None:
         """What was pulled is made durable before the header says that it is there."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Request(Value):
     """
     `direction`, `base`, `top` and `shallow` say which layers go where, as `plan.planned` takes them, or `base` and `keep`, as
-    `plan.keeping` does. `ending` is how an active
-    merge ends. `speed` is bytes a second, 0 for unlimited; None leaves a job that is at work as fast as it is. `verify`
+    `plan.keeping` does. `ending` is how it
+    ends. `speed` is bytes a second, 0 for unlimited; None leaves a job that is at work as fast as it is. `verify`
     compares what base shows with what top shows before anything is switched; None does so where it is cheap. `merged_files`
     says what becomes of the merged files (see `policy`); `pause` lets the guest stand still for the pivot. `force` and
     `search` are those of `checks.check`. `converge` allows to slow down or pause a guest that writes faster than the job
@@ -77,7 +77,7 @@ class Request(Value):
     @property
     def option(self) -> str:
         """What makes `qmpmerge job ... follow` end it like this."""
-        return {"pivot": "", "keep": " --keep-overlay", "ready": " --wait-ready"}[self.ending]
+        return {"pivot": "", "keep": " --keep-overlay", "hold": " --hold"}[self.ending]
 
     @property
     def compares(self) -> bool | None:
@@ -95,14 +95,16 @@ class Request(Value):
         return self.merged_files or ("stash" if plan.direction == "commit" else "keep")
 
     def refuse_ending_of(self, plan: Plan) -> None:
-        """An intermediate merge ends in one way only. Raises ActiveOnly."""
-        if self.ending != "pivot" and not plan.pivots:
+        """What does not pivot leaves no overlay that could be kept. Raises ActiveOnly."""
+        if self.ending == "keep" and not plan.pivots:
             more = {} if self.keep is None else {"instead": "with `--keep 0`"}
             raise ActiveOnly(option=self.option.strip(), top=plan.top.file, active=plan.chain.active.file, **more)
 
-    def refuse_offline(self) -> None:
+    def refuse_offline(self, plan: Plan) -> None:
         """Offline nothing goes on without us, and there is no guest to help. Raises LiveOnly."""
-        if self.ending == "ready" or self.patience.detach:
-            raise LiveOnly(option="--detach" if self.patience.detach else "--wait-ready")
+        if self.patience.detach:
+            raise LiveOnly(option="--detach")
+        if self.ending == "hold":
+            raise LiveOnly(option="--hold", instead="; instead of it use --keep-overlay" if plan.pivots else "")
         if self.converge is not None:
             raise LiveOnly(option="--converge-pause" if self.converge.pause else "--converge")

@@ -259,7 +259,7 @@ def _action(judged: Judgement, record: Record) -> str:
         "back": "the merge did not happen, the old chain keeps its names",
         "finish": "the merge had happened, what was left over is its files",
         "repoint": f"{record.chain[min(record.top + 1, len(record.chain))].name} goes back to its old backing file",
-        "leave": "a job is at work",
+        "leave": "its job is there still",
     }[judged.way]
 
 

@@ -205,6 +205,10 @@ class Run:
         """Until when we wait, in `time.monotonic` seconds."""
         return self.request.patience.deadline
 
+    def is_to_be_held(self, job: Job) -> bool:
+        """Whether the job, as it is, is to be left: all is copied, and nothing switched."""
+        return self.request.ending == "hold" and job.status == self.operation.holds_at
+
     def name_after(self, expected: Chain) -> str:
         """What the disk is called once its active image may have changed."""
         return self.disk.drive or self.disk.qdev or expected.active.node or expected.active.file

@@ -28,6 +28,7 @@ EXIT_CODES = {
     "pulled": 0,
     "kept": 0,
     "ready": 0,
+    "held": 0,
     "planned": 0,
     "unchanged": 0,
     "created": 0,

@@ -74,9 +74,11 @@ class Busy(Refused):
 
     def _words(self) -> dict[str, object]:
         command = shlex.join(["qmpmerge", "job", self.target, self.job])
-        ways = [f"`{command} {verb}` {what}" for verb, what in _WAYS.items() if verb in (self.verbs or ())]
+        verbs = self.verbs or ()
+        ways = [f"`{command} {verb}` {what}" for verb, what in _WAYS.items() if verb in verbs]
+        stays = ", which it does not by itself" if ways and not {"pivot", "finalize"}.isdisjoint(verbs) else ""
         who = " of ".join(filter(None, (self.job and f"job {self.job}", self.holder)))
-        return {**super()._words(), "who": who, "ways": "".join(f", or {way}" for way in ways)}
+        return {**super()._words(), "who": who, "ways": stays + "".join(f", or {way}" for way in ways)}
 
 
 _WAYS = {

@@ -150,12 +150,9 @@ class LiveOnly(Refused):
     """An option about a job that is left, or a guest that writes, on images that no VM uses."""
 
     option: str
+    instead: str = ""
     sentence = "{option} is for a running VM: offline no guest writes, and the job ends with the command"
     advice = "leave it out{instead}"
-
-    def _words(self) -> dict[str, object]:
-        instead = "; instead of --wait-ready use --keep-overlay" if self.option == "--wait-ready" else ""
-        return {**super()._words(), "instead": instead}
 
 
 class NeedsSecret(Refused):

@@ -276,7 +276,7 @@ class _Beginning:
         request = self._request
         request.refuse_ending_of(planned)
         if not self._target.is_live:
-            request.refuse_offline()
+            request.refuse_offline(planned)
         elif request.verify is True and not request.pause and planned.pivots:
             raise OptionsConflict(options=["--verify", "--no-pause"])
         if request.compares is True:

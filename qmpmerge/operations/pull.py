@@ -27,6 +27,7 @@ async def pull(
     shallow: bool = False,
     speed: int | None = None,
     verify: bool | None = None,
+    hold: bool = False,
     merged_files: Policy = "keep",
     force: Collection[str] = (),
     search: Paths = (),
@@ -44,7 +45,7 @@ async def pull(
     Before anything is switched it is seen that nothing is missing; with `verify` what was copied is compared too, without one
     where that is cheap and nobody can write meanwhile. `merged_files` says what becomes of the files that leave the chain, once
     `top` is durable: kept is what somebody else needs, and that of which nobody can see whether they do; what is to be deleted
-    is compared. The rest is as of `commit.commit`.
+    is compared. With `hold` it ends as `commit.commit` does with the `ending` ``hold``. The rest is as of `commit.commit`.
 
     Raises as `commit.commit`.
     """
@@ -55,6 +56,7 @@ async def pull(
         shallow=shallow,
         speed=speed,
         verify=verify,
+        ending="hold" if hold else "pivot",
         merged_files=merged_files,
         force=given.forced(force),
         search=given.paths(search),

@@ -100,6 +100,7 @@ WAYS: dict[str, Callable[[Setup], Run]] = {
     "pulled": plainly("pull"),
     "kept": plainly("commit", "--keep-overlay"),
     "ready": plainly("commit", "--wait-ready"),
+    "held": plainly("pull", "--hold"),
     "planned": plainly("commit", "--dry-run"),
     "unchanged": unchanged,
     "created": lambda setup: command.started(

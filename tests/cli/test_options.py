@@ -55,7 +55,7 @@ def test_only_who_follows_a_job_has_a_time_limit(name: str) -> None:
         ["--keep", "1", "--shallow"],
         ["--keep", "1", "--active"],
         ["--pivot", "--keep-overlay"],
-        ["--keep-overlay", "--wait-ready"],
+        ["--keep-overlay", "--hold"],
         ["--verify", "--no-verify"],
         ["--detach", "--converge"],
         ["--detach", "--converge-pause", "2s"],
@@ -68,7 +68,7 @@ def test_opposites_are_a_usage_error(words: list[str], tmp_path: Path) -> None:
 
 
 OF_JOB = {
-    **dict.fromkeys(("pivot", "keep_overlay", "wait_ready", "no_pause", "polite", "converge"), ()),
+    **dict.fromkeys(("pivot", "keep_overlay", "hold", "no_pause", "polite", "converge"), ()),
     "merged_files": ("delete",),
     "timeout": ("1m",),
     "converge_pause": ("2s",),

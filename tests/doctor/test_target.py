@@ -209,7 +209,7 @@ async def test_a_stream_that_was_not_dismissed_is_all_that_is_said(
 async def test_a_job_that_a_qmpmerge_drives_is_no_finding(tmp_path: Path, images: list[Path], content: Content) -> None:
     with blockdev(tmp_path, images, content) as setup:
         async with qmpmerge.live(setup.machine.target) as target:
-            outcome = await qmpmerge.commit(target, "disk0", ending="ready")
+            outcome = await qmpmerge.commit(target, "disk0", ending="hold")
             assert outcome.job is not None
         assert set(await examined(setup.machine)) == {"job-ready"}
         with locks.held(Image(str(images[0]), "raw", 0)):

@@ -377,7 +377,7 @@ async def test_a_device_may_be_unplugged_meanwhile(
     scsi = ["-device", "virtio-scsi-pci,id=bus", "-device", "scsi-hd,drive=c,id=disk0"]
     with machine(tmp_path, *nodes(images), *scsi) as vm:
         async with library.live(vm.target) as target:
-            outcome = await library.commit(target, "disk0", top=top, ending="ready") if top == "[4]" else None
+            outcome = await library.commit(target, "disk0", top=top, ending="hold") if top == "[4]" else None
         async with begun(vm.target, top) if outcome is None else contextlib.nullcontext() as merge:
             vm.session.execute("device_del", id="disk0")
             vm.session.execute("block-job-set-speed", device="qmpmerge-commit-disk0", speed=0)

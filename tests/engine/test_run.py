@@ -601,7 +601,7 @@ async def _verdict(target: library.Target, left: str) -> str:
             await library.commit(target, top="[3]", speed=1, patience=library.Patience(detach=True))
         return "running"
     if left == "ready":
-        return (await library.commit(target, ending="ready")).verdict
+        return (await library.commit(target, ending="hold")).verdict
     return (await library.commit(target, top="[3]" if left == "merged" else None)).verdict
 
 

@@ -548,7 +548,7 @@ async def test_a_job_that_ended_unseen_is_read_and_dismissed(setup: Setup) -> No
 async def test_ready_then_pivot(kind: str, tmp_path: Path, images: list[Path], content: Content) -> None:
     with KINDS[kind](tmp_path, images, content) as setup:
         async with qmpmerge.live(setup.machine.target) as target:
-            outcome = await qmpmerge.commit(target, setup.disk, ending="ready")
+            outcome = await qmpmerge.commit(target, setup.disk, ending="hold")
             assert (outcome.verdict, outcome.after.files) == ("ready", [str(image) for image in images])
             setup.write(0x77, 5 * MIB, 64 * 1024)
             assert outcome.job is not None
@@ -586,7 +586,7 @@ async def test_pivot_needs_a_ready_job(setup: Setup) -> None:
 # --- refused means untouched -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["keep", "ready"])
+@pytest.mark.parametrize("ending", ["keep", "hold"])
 async def test_a_merge_that_would_not_switch_is_planned_as_the_chain_that_stays(ending: Ending, setup: Setup) -> None:
     async with qmpmerge.live(setup.machine.target) as target:
         outcome = await qmpmerge.commit(target, "vda", ending=ending, dry_run=True)

@@ -284,7 +284,7 @@ async def test_no_command_that_this_qemu_calls_deprecated_is_sent(tmp_path: Path
     said: list[str] = []
     async with qmpmerge.live(vm.target, trace=lambda direction, text: said.append(text)) as target:
         await qmpmerge.commit(target, top="[2]", ending="pivot")
-        await qmpmerge.commit(target, ending="ready")
+        await qmpmerge.commit(target, ending="hold")
         for verb in ("pause", "resume", "speed", "keep"):
             await qmpmerge.control(target, ID, verb, speed=SLOW)
             if verb != "keep":

@@ -271,7 +271,7 @@ async def test_an_active_image_in_a_part_is_resumed(tmp_path: Path, images: list
     box = boxed(images[3], 16 * MIB)
     drive = f"file.driver=raw,file.offset={BEGIN},file.size={box.size},file.file.filename={box.path}"
     with machine(tmp_path, "-drive", f"driver=qcow2,{drive},if=none,id=vda", *device("vda")) as vm:
-        ready = await merge(vm.target, ending="ready")
+        ready = await merge(vm.target, ending="hold")
         assert ready.verdict == "ready"
         outcome = await merge(vm.target, merged_files="delete")
         assert [image.label for image in await chain(vm)] == [str(images[0])]

@@ -297,7 +297,7 @@ def test_an_overlay_that_is_displaced_while_the_base_is_copied(setup: Setup, ima
 async def test_a_base_that_is_displaced_when_the_overlay_is_kept(setup: Setup, images: list[Path]) -> None:
     """Base was to hold all data of this moment, and nobody would find it."""
     async with qmpmerge.live(setup.machine.target) as target:
-        job = (await qmpmerge.commit(target, ending="ready")).job
+        job = (await qmpmerge.commit(target, ending="hold")).job
         renamed(images[0])
         assert job is not None
         with pytest.raises(Replaced):

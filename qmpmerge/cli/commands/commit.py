@@ -69,8 +69,11 @@ def commit(
     Merge images of a chain while the guest keeps writing.
 
     The images above --base, up to and including --top, go into --base. By default that is the whole chain, and the guest
-    moves onto the base (pivots): start the VM from the base then. --keep-overlay and --wait-ready are other ends of such a
+    moves onto the base (pivots): start the VM from the base then; --keep-overlay is another end of such a
     merge. With a --top below the active image the guest keeps its image, and the one above the top is linked to the base.
+
+    With --hold all is copied and nothing switched: the old chain stays in use, and the merge waits in QEMU until the same
+    command without it, or `qmpmerge job`, goes on with it or cancels it.
 
     A base outside the active image's folder may be of use to others: name it by --base, or let --search go through its
     folder.
@@ -92,6 +95,7 @@ def commit(
       qmpmerge commit vm1 vda --shallow            the top layer only
       qmpmerge commit vm1 vda --keep 2             all but the newest two overlays
       qmpmerge commit vm1 vda --speed 100M         gently
+      qmpmerge commit vm1 vda --top 3 --hold       copy now, switch later
       qmpmerge commit /vm/c.qcow2                  images that no VM uses
 
     Where stdin, stdout or stderr is a terminal the plan is shown on it first, and the guest is moved only if you type yes
@@ -102,7 +106,7 @@ def commit(
 
     \b
     Exit codes:
-      0    merged, pivoted, kept, ready, planned or unchanged, as asked
+      0    merged, pivoted, kept, ready, held, planned or unchanged, as asked
       3    refused: the disks are untouched, the hint says what to do instead
       4    no session with TARGET: the disks are untouched
       5    the job failed: the old chain is in use and right

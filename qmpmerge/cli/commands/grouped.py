@@ -6,7 +6,7 @@ import click
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "What is merged": ("--base", "--top", "--shallow", "--keep", "--all", "--direction"),
-    "How it ends": ("--pivot", "--keep-overlay", "--wait-ready", "--merged-files"),
+    "How it ends": ("--pivot", "--keep-overlay", "--hold", "--merged-files"),
     "Safety": ("--dry-run", "--yes", "--verify", "--no-verify", "--no-pause", "--search", "--force"),
     "Waiting": ("--parallel", "--speed", "--converge", "--converge-pause", "--timeout", "--detach", "--polite"),
     "Images not in use (TARGET is an image)": ("--allow", "--format", "--secret"),

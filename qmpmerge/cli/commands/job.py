@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SWITCHING = ("merged_files", "no_pause", "timeout")
 
 VERBS: dict[str, tuple[str, ...]] = {
-    "follow": (*SWITCHING, *("pivot", "keep_overlay", "wait_ready", "polite", "converge", "converge_pause")),
+    "follow": (*SWITCHING, *("pivot", "keep_overlay", "hold", "polite", "converge", "converge_pause")),
     "pivot": SWITCHING,
     "keep": ("timeout",),
     "cancel": (),
@@ -93,7 +93,7 @@ def job(
 
     \b
     Exit codes:
-      0    done, merged, pivoted, kept, ready
+      0    done, merged, pivoted, pulled, kept, ready, held
       3    refused: nothing was changed
       4    no session with TARGET: nothing was changed
       5    the job failed: the old chain is in use and right

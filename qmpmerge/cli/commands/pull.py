@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     "Do not look.",
 )
 @options.search
+@merge_options.holding()
 @merge_options.merged_files
 @click.option("--dry-run", is_flag=True, help="Make all checks, show the chain that would result, change nothing.")
 @waiting
@@ -47,6 +48,7 @@ def pull(
     speed: int | None,
     verify: bool | None,
     search: tuple[str, ...],
+    hold: bool,
     merged_files: "Policy | None",
     dry_run: bool,
     polite: bool,
@@ -71,13 +73,14 @@ def pull(
       qmpmerge pull vm1 vda                        all into the active image
       qmpmerge pull vm1 vda --base debian.qcow2    but for that golden image
       qmpmerge pull vm1 vda --top 3 --dry-run      look first
+      qmpmerge pull vm1 vda --hold                 copy now, switch later
 
     A job belongs to QEMU. Ctrl-C cancels it; a second Ctrl-C, a closed terminal, --detach and --timeout leave it, and
     the same command again goes on from where it stands.
 
     \b
     Exit codes:
-      0    pulled, planned or unchanged, as asked
+      0    pulled, held, planned or unchanged, as asked
       3    refused: the disks are untouched, the hint says what to do instead
       4    no session with TARGET: the disks are untouched
       5    the job failed: the old chain is in use and right
@@ -100,6 +103,7 @@ def pull(
             shallow=shallow,
             speed=speed,
             verify=verify,
+            hold=hold,
             merged_files=merged_files or "keep",
             force=options.force,
             search=search,

@@ -36,7 +36,7 @@ _GONE = {"cancel": "cancelled", "dismiss": "dismissed"}
 """How a verb is said to have made a job go."""
 
 COLOURS: dict[str, Colour] = {
-    **dict.fromkeys(("merged", "pivoted", "kept", "ready", "created", "done", "pulled"), "green"),
+    **dict.fromkeys(("merged", "pivoted", "kept", "ready", "held", "created", "done", "pulled"), "green"),
     **dict.fromkeys(("refused", "unreachable", "failed", "unknown", "harm"), "red"),
     **dict.fromkeys(("running", "postponed", "cancelled", "care", "problem"), "yellow"),
 }

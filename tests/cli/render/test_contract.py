@@ -115,6 +115,8 @@ def looked_at(folder: Path, say: Say) -> Iterator[Run]:
 def merged(folder: Path, say: Say) -> Iterator[Run]:
     with vm(folder) as started:
         started.session.execute("cont")
+        yield say("commit", started.target, "vda", "--top", "2", "--hold")
+        yield say("job", started.target, JOB, "follow", "--hold")
         yield say("commit", started.target, "vda", "--top", "2")
         yield say("commit", started.target, "vda", "--keep-overlay")
         yield say("commit", started.target, "vda", "--wait-ready")
@@ -138,6 +140,7 @@ def pulled(folder: Path, say: Say) -> Iterator[Run]:
         yield say("pull", started.target, "vda", "--base", "1", "--speed", "1", "--detach")
         yield say("job", started.target, "qmpmerge-pull-vda", "speed", "0")
         yield say("job", started.target, "qmpmerge-pull-vda", "follow")
+        yield say("pull", started.target, "vda", "--hold")
         yield say("pull", started.target, "vda")
         yield say("pull", started.target, "vda")
 

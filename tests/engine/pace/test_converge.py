@@ -162,7 +162,7 @@ async def test_our_own_limit_is_taken_off(tmp_path: Path, images: list[Path]) ->
         vm.io(BACKEND, guest.content.put(7, 0, SIZE))
         with guest.writing():
             async with qmpmerge.live(vm.target) as target:
-                outcome = await qmpmerge.commit(target, "vda", speed=COPIED, ending="ready", converge=Converge())
+                outcome = await qmpmerge.commit(target, "vda", speed=COPIED, ending="hold", converge=Converge())
         assert (outcome.verdict, outcome.converge) == ("ready", ("the job's own limit of 4 MiB/s is taken off",))
         await pivot(guest, images[0])
 
@@ -197,7 +197,7 @@ async def test_the_guest_is_throttled_and_gets_its_own_limits_back(guest: Guest,
 
     with guest.writing():
         async with qmpmerge.live(guest.vm.target) as target:
-            outcome = await qmpmerge.commit(target, ending="ready", report=report, converge=Converge(tell=tell))
+            outcome = await qmpmerge.commit(target, ending="hold", report=report, converge=Converge(tell=tell))
     assert outcome.verdict == "ready"
     assert told == [f"disk0: {rung}" for rung in outcome.converge]
     assert outcome.converge[0].startswith("the guest's writes are limited to ")
