@@ -24,8 +24,10 @@ from qmpmerge.errors import (
     LeftDisplaced,
     NotProven,
     Postponed,
+    RecordLeft,
     StillRunning,
     TimedOut,
+    TimeUp,
     Untouched,
 )
 from qmpmerge.guest import pause
@@ -35,6 +37,10 @@ from qmpmerge.qemu.monitor import Doorbell
 
 if TYPE_CHECKING:
     from qmpmerge.engine.pace.converge import Ladder
+
+
+SYNC_SECONDS = 1.0
+"""What storage that is well takes at the most to make a record durable."""
 
 
 async def go(run: Run) -> Outcome:
@@ -49,22 +55,23 @@ async def go(run: Run) -> Outcome:
     """
     run.write_down()
     run.target.monitor.has_acted = True  # by now somebody has: a job that is there already is followed, too
+    is_recorded = True
     try:
         try:
             return await _within_limits(run)
         finally:
-            await shield.finished(_recorded_at_last(run))
+            is_recorded = await _recorded_or_left(run)
     except (Untouched, Failed, Postponed, Cancelled, asyncio.CancelledError) as error:
         if run.is_sent and isinstance(error, Untouched):  # what was begun and cannot be looked at is not refused
             found = f"no way to look: {error}"
             raise NotProven(target=run.target.name, expected=str(run.plan.result), found=found) from None
-        run.undone(error)  # the old chain was proved to be in use
+        _end(run, error, is_recorded=is_recorded)  # the old chain was proved to be in use
         raise
     except StillRunning as error:
         error.outcome = proof.left(run)
         raise
     except ReportRaised as raised:
-        await _ended_by_report(run)
+        await _ended_by_report(run, is_recorded=is_recorded)
         callers = raised.error
     finally:
         run.close()
@@ -74,12 +81,41 @@ async def go(run: Run) -> Outcome:
         del callers  # or it holds itself, and the descriptors that its traceback holds
 
 
-async def _recorded_at_last(run: Run) -> None:
+async def _recorded_at_last(run: Run, within: float | None = None) -> bool:
     """Where the job is over, or goes on without us, it is too late to take it back: that it failed is said."""
     try:
-        await run.recorded()
+        return await run.recorded(within)
     except OSError as error:
         run.notes.append(f"the storage did not make the record durable: {error.strerror or error}")
+        return True
+
+
+async def _recorded_or_left(run: Run) -> bool:
+    """
+    The same at the end of all, where False is said too: at the time limit, or told to leave, nobody waits for storage that
+    hangs. The record is written, and nothing is switched before whoever comes next has made it durable; until then the old
+    chain is right by its headers alone (see `Run.write_down`).
+    """
+    patience = run.request.patience
+    left = 0.0 if patience.leaving else patience.left
+    waiting = _recorded_at_last(run, None if left is None else max(left, SYNC_SECONDS))
+    is_recorded = False
+    with contextlib.suppress(asyncio.CancelledError):
+        is_recorded = await shield.finished(waiting, unless=patience.is_leaving)
+    if not is_recorded:
+        path = run.record.path if run.record is not None else run.lock.path
+        hint = f"{path} is written, but the storage has not made it durable yet, so it was left"
+        run.notes.append(hint)
+        _tell_hint(run, hint)
+    return is_recorded
+
+
+def _end(run: Run, error: BaseException, *, is_recorded: bool) -> None:
+    """UNDONE, but for a record that the storage still works at. Raises RecordLeft."""
+    if is_recorded:
+        run.undone(error)
+    elif isinstance(error, Cancelled | asyncio.CancelledError):
+        raise RecordLeft(image=run.plan.chain.active.file) from None
 
 
 async def _within_limits(run: Run) -> Outcome:
@@ -103,25 +139,28 @@ async def _within_limits(run: Run) -> Outcome:
 
 
 def _is_ours_to_end(run: Run) -> bool:
-    """To leave somebody else's job is not to end it."""
+    """To leave somebody else's job is not to end it, and what was not sent cannot be left."""
     is_ours = run.speed is not None or run.job.startswith(jobs.PREFIX)
-    return is_ours and not (run.request.patience.leaving and run.target.is_live)
+    return is_ours and not (run.request.patience.leaving and run.target.is_live and run.is_sent)
 
 
-async def _ended_by_report(run: Run) -> None:
+async def _ended_by_report(run: Run, *, is_recorded: bool) -> None:
     """As cancelled; what the caller's `report` has raised says the rest."""
     if _is_ours_to_end(run):
         await _taken_back(run)
-        run.undone()
+        if is_recorded:
+            run.undone()
     else:
         _leave(run)
 
 
 async def _stop_waiting(run: Run) -> NoReturn:
     """At the time limit, or where we are to leave at once."""
-    if run.target.is_live:
+    if run.target.is_live and run.is_sent:
         raise _left(run)
     await _taken_back(run)
+    if not run.is_sent:
+        raise TimeUp(seconds=run.request.patience.timeout or 0.0)
     raise TimedOut(job=run.job, seconds=run.request.patience.timeout or 0.0)
 
 
@@ -147,10 +186,15 @@ async def _taken_back(run: Run) -> None:
 
 
 def _tell_what_is_left(run: Run) -> None:
-    job, hint = run.seen, run.operation.left_behind
-    if hint is not None and job is not None:
+    if run.operation.left_behind is not None:
+        _tell_hint(run, run.operation.left_behind)
+
+
+def _tell_hint(run: Run, hint: str) -> None:
+    """At once, since there may be no outcome to say it with."""
+    if run.seen is not None:
         with contextlib.suppress(ReportRaised):
-            run.tell(Progress(run.disk.name, job, run.operation.counts, hint=hint))
+            run.tell(Progress(run.disk.name, run.seen, run.operation.counts, hint=hint))
 
 
 async def _followed(run: Run) -> Outcome:

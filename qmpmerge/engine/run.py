@@ -12,7 +12,7 @@ from qmpmerge.chain.chain import Chain
 from qmpmerge.chain.outcome import Checked, MergedFile
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import NEXT, RECORDED, State
-from qmpmerge.engine import first_record, log
+from qmpmerge.engine import background, first_record, log
 from qmpmerge.engine.operation import Operation
 from qmpmerge.engine.pace.course import Course
 from qmpmerge.engine.pace.progress import Progress, Report, ReportRaised, unreported
@@ -276,21 +276,24 @@ class Run:
                 )
         self._point_to_record(is_new=known is None)
         self.enter(State.COPYING)
-        self._recording = asyncio.ensure_future(asyncio.to_thread(self._make_record_durable))
+        self._recording = background.begun(self._make_record_durable)
 
     def _make_record_durable(self) -> None:
         self.sync()
         self.lock.sync()
 
-    async def recorded(self) -> None:
+    async def recorded(self, within: float | None = None) -> bool:
         """
-        Wait until what was written down before the job is durable: before anything is done that only it explains, and before
-        anybody leaves, since it is done with the files of record and lock. Raises OSError, once, where it is not.
+        Wait until what was written down before the job is durable, which it must be before anything is done that only it
+        explains, and before anything else is done to the files of record and lock. False where the storage has not answered
+        `within` so many seconds. Raises OSError, once, where it is not durable.
         """
         if self._recording is not None:
-            await asyncio.wait([self._recording])
+            if not (await asyncio.wait([self._recording], timeout=within))[0]:
+                return False
             recording, self._recording = self._recording, None
             recording.result()
+        return True
 
     async def recorded_before(self) -> None:
         """

@@ -390,6 +390,14 @@ class TimeUp(Cancelled, TimeoutError):
     advice = "give it more time (`--timeout`)"
 
 
+class RecordLeft(Cancelled, TimeoutError):
+    """We stopped waiting for storage, with no job under way: it has not made the record durable, which is there still."""
+
+    image: str
+    sentence = "the disks show what they did, but the storage does not answer: the record beside {image} was left"
+    advice = "see to the storage; then `qmpmerge recover {image}` removes the record, as the same command again does"
+
+
 class Postponed(Error, TimeoutError):
     """Of several disks one whose turn did not come before the time limit (`tidy`): it is as it was."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import folder
+from rig import contract, folder
 from rig.command import COMMAND, JOB, Begun, invoke
 from rig.disks import Images, Setup, drive
 from rig.machines import Content, Machine, fill, make_chain
@@ -137,6 +137,55 @@ async def test_from_the_switch_to_the_proof_signals_wait(setup: Setup, top: str)
         assert (await tasks[0]).verdict in ("merged", "pivoted")
     assert job_now(setup) is None
     nothing_is_left_behind(setup)
+
+
+HANGING = """
+import os, sys, time
+os.fdatasync = lambda descriptor: time.sleep(600)
+from qmpmerge.cli import main
+sys.exit(main())
+"""
+"""The command, on storage that does not answer to the sync of a record, for which nobody waits while QEMU copies."""
+
+
+def left_hanging(machine: Machine, base: str, limit: float | None) -> Any:
+    """What the command says that was left at this time limit, where there is one, else by two signals."""
+    words = ["commit", machine.target, "--base", base, "--top", "[3]", *FOREVER, "--json"]
+    limits = [] if limit is None else ["--timeout", str(limit)]
+    process = subprocess.Popen([sys.executable, "-c", HANGING, *words, *limits], stdout=-1, stderr=-1)
+    while limit is None and not store.in_folder(str(machine.folder)):
+        assert process.poll() is None
+    for _ in range(2 if limit is None else 0):
+        time.sleep(2 * ONE_SIGNAL_SECONDS)
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    contract.hold(out.decode(), err.decode())
+    told = json.loads(out)
+    is_early = limit is not None and told["error"]["name"] == "time-up"  # on a busy machine
+    return left_hanging(machine, base, 2 * (limit or 1)) if is_early else told
+
+
+@pytest.mark.parametrize(
+    ("base", "limit", "name"),
+    [
+        ("[1]", 3, "still-running"),
+        ("[1]", None, "record-left"),
+        ("[2]", 3, "record-left"),  # the job waits for the record, which alone tells of what is copied from below base
+    ],
+)
+def test_storage_that_hangs_holds_nobody_who_leaves(setup: Setup, base: str, limit: float | None, name: str) -> None:
+    """Whoever comes next finds the record, and makes it durable before anything is switched."""
+    told = left_hanging(setup.machine, base, limit)
+    left = store.in_folder(str(setup.machine.folder))
+    assert told["error"]["name"] == name and len(left) == 1
+    assert (job_now(setup) is not None) == (name == "still-running")
+    if name == "still-running":
+        assert told["hints"] == [
+            f"{left[0].path} is written, but the storage has not made it durable yet, so it was left"
+        ]
+    again = invoke("commit", setup.machine.target, "--base", base, "--top", "[3]", "--speed", "0", "--json")
+    assert again.document["verdict"] == "merged" and store.in_folder(str(setup.machine.folder)) == []
+    setup.check()
 
 
 def test_offline_a_second_signal_leaves_the_old_chain(images: list[Path], content: Content) -> None:
@@ -519,7 +568,7 @@ async def test_each_state_is_entered_in_its_order_and_written_down_first(
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
 @pytest.mark.parametrize("left", ["merged", "pivoted", "ready", "running"])
-async def test_the_record_is_made_durable_while_qemu_copies_and_nobody_leaves_before(
+async def test_the_record_is_made_durable_while_qemu_copies_and_before_anything_is_switched(
     left: str, fails: bool, tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Storage that takes long over it holds nobody up; where it fails the job is taken back, whatever was to become of it."""

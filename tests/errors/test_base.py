@@ -25,6 +25,7 @@ from qmpmerge.errors import (
     Failed,
     NoSuchDisk,
     Postponed,
+    RecordLeft,
     Refused,
     SessionLost,
     SeveralRefusals,
@@ -265,8 +266,8 @@ def test_an_error_can_be_raised_again_with_other_facts() -> None:
 
 def test_what_a_time_limit_raises_is_a_timeout_error() -> None:
     limits = {kind for kind in CONCRETE if issubclass(kind, TimeoutError)}
-    assert {StillRunning, Postponed, TimeUp, TimedOut} <= limits
-    assert all(issubclass(kind, StillRunning | Postponed | TimeUp | TimedOut) for kind in limits)
+    assert {StillRunning, Postponed, TimeUp, TimedOut, RecordLeft} <= limits
+    assert all(issubclass(kind, StillRunning | Postponed | TimeUp | TimedOut | RecordLeft) for kind in limits)
     assert str(example(StillRunning)) == "job the-job goes on in QEMU"  # and no errno is in it
 
 
