@@ -29,7 +29,7 @@ from qmpmerge.qemu import bitmaps, details, flush, vmstate
 from qmpmerge.qemu.blockgraph import Layout, Parent, qdev_id
 from qmpmerge.sockets import typed
 from qmpmerge.targets import identity
-from qmpmerge.targets.target import ChainView, Target
+from qmpmerge.targets.target import Target
 
 
 async def vm_state(question: Question) -> AsyncIterator[Refused | Unseen]:
@@ -65,7 +65,8 @@ async def attached(question: Question) -> AsyncIterator[Refused | Unseen]:
     nodes = view.disk.nodes
     filters = view.layout.filters_below(view.disk, plan.overlay) if plan.overlay is not None else []
     for node in nodes[nodes.index(filters[0] if filters else top) + 1 : nodes.index(base) + 1]:
-        others = [parent for parent in view.layout.parents.get(node, ()) if _is_outside(parent, view)]
+        past = view.layout.past(view.disk, node)
+        others = [parent for parent in past if parent.kind == "block-backend" or parent.edge != "backing"]
         if any(parent.reads is None for parent in others):
             yield Unseen("QEMU does not tell what others who use these layers need")
         users = [one for one in others if (one.lets_write is False if node == base else one.reads)]
@@ -74,11 +75,6 @@ async def attached(question: Question) -> AsyncIterator[Refused | Unseen]:
             names, cures = zip(*told, strict=True)
             file = next((image.file for image in view.chain if image.node == node), node)
             yield Attached(file=file, users=list(names), cure="; ".join(cures))
-
-
-def _is_outside(parent: Parent, view: ChainView) -> bool:
-    is_layer = parent.edge == "backing" or parent.name in view.disk.nodes
-    return parent.kind == "block-backend" or (parent.kind == "block-driver" and not is_layer)
 
 
 async def _told(target: Target, layout: Layout, parent: Parent, node: str) -> tuple[str, str]:

@@ -2,8 +2,8 @@
 The doctor: problems with the disks and jobs of a QEMU, and the command that fixes each.
 
 It only looks: nothing that it asks changes anything, and it names no command that it has not thought through for the
-state that it saw. What it finds on disk beside the chains is told by `leftovers`; images not in use are looked at
-by `images`, folders by `folders`.
+state that it saw. Nodes that are left over are told by `nodes`, what it finds on disk beside the chains by `leftovers`;
+images not in use are looked at by `images`, folders by `folders`.
 """
 
 import contextlib
@@ -15,23 +15,20 @@ from typing import Any
 
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain, Image
-from qmpmerge.doctor import jobs, launch, leftovers
+from qmpmerge.doctor import jobs, launch, leftovers, nodes
 from qmpmerge.doctor.findings import Finding, Looked, Severity, sort
 from qmpmerge.errors import QemuRefused
 from qmpmerge.images import headers, qcow2
 from qmpmerge.images.dependents import is_outside
 from qmpmerge.images.headers import Oddity
 from qmpmerge.images.walk import DEEPEST
-from qmpmerge.qemu.blockgraph import JOB_FILTERS, Disk, Layout
+from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.sockets import typed
 from qmpmerge.targets import identity
 from qmpmerge.targets.target import Target
 
 DEEP = 300
 """Images in a chain from which on it costs: `query-block` takes 0.1 s there and 0.4 s at 500, all I/O standing still."""
-
-LEFT_FILTERS = JOB_FILTERS | {"copy-before-write"}
-"""Nodes that a job puts above a disk and takes away at its end; who makes backups by hand may insert the last one."""
 
 
 async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
@@ -49,8 +46,7 @@ async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
     at_work = [job.id for job in known]
     findings = [
         *jobs.examine(target, layout, known),
-        *_filters(layout),
-        *_unneeded(target, layout),
+        *await nodes.examine(target, layout),
         *_bitmaps(target, layout),
     ]
     findings += await _guest(target, layout)
@@ -64,45 +60,6 @@ async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
 
 
 # --- nodes --------------------------------------------------------------------------------------------------------
-
-
-def _filters(layout: Layout) -> Iterator[Finding]:
-    """A filter of a job in the path of a disk on which no job works."""
-    for disk in layout.disks:
-        for name in disk.nodes if disk.job is None else ():
-            driver = layout.nodes[name].driver
-            if driver in LEFT_FILTERS and not _is_read(layout, disk, name):
-                what = f"{disk.name} goes through node {name} ({driver}), but no job is on the disk"
-                why = "every write is copied for a backup that nobody makes: whoever inserted it must take it out again"
-                yield Finding("filter-left", "care", name, what, why)
-
-
-def _is_read(layout: Layout, disk: Disk, name: str) -> bool:
-    """
-    Whether an export, a job or a device reads what a filter keeps: through it (``snapshot-access``), or in what it copies to.
-    """
-    roots = {*layout.held, *(node for edges in layout.job_edges.values() for nodes in edges.values() for node in nodes)}
-    kept = {name, layout.nodes[name].children.get("target", name)}
-    return any(not kept.isdisjoint(layout.subtree(root)) for root in roots - {disk.root})
-
-
-def _unneeded(target: Target, layout: Layout) -> Iterator[Finding]:
-    """Nodes that no device, export or job reaches, by trees; each is closed from its top down."""
-    roots = [*layout.held, *(node for edges in layout.job_edges.values() for nodes in edges.values() for node in nodes)]
-    needed = {name for root in roots for name in layout.subtree(root)}
-    idle = [name for name in layout.nodes if name not in needed]
-    below = {child for name in idle for child in layout.nodes[name].children.values()}
-    for top in (name for name in idle if name not in below):
-        tree = [name for name in layout.subtree(top) if name not in needed]
-        named = [name for name in tree if not name.startswith("#")]  # the others go with them
-        writable = [name for name in tree if not layout.nodes[name].info.get("ro", False)]
-        what = f"no device, export or job uses it ({', '.join(named)})"
-        why = "its files stay open" + (" for writing, and locked: nobody else can use them" if writable else "")
-        why += "; keep it if it waits for a device"
-        command = (
-            typed(target.monitor.name, *(("blockdev-del", {"node-name": name}) for name in named)) if named else None
-        )
-        yield Finding("unused-node", "care" if writable else "note", top, what, why, command)
 
 
 def _bitmaps(target: Target, layout: Layout) -> Iterator[Finding]:

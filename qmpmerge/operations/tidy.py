@@ -26,7 +26,6 @@ from qmpmerge.journal import store
 from qmpmerge.operations import places
 from qmpmerge.operations.places import LeftOut
 from qmpmerge.operations.shorten import Direction, Door, Shorten
-from qmpmerge.qemu import flush
 from qmpmerge.targets import identity, live, offline  # noqa: F401 - nothing is imported once a job is at work
 from qmpmerge.targets import open as doors
 from qmpmerge.targets.target import Target
@@ -196,9 +195,7 @@ class _Tidy:
 
     async def _vm(self, name: str, done: list[Tidied]) -> None:
         async with self.shorten.door(name, write=True, dry_run=self.request.dry_run) as target:
-            # That through which a merge of another disk flushes its base has nothing to be merged, and is gone in a moment.
-            found = [disk for disk in await target.disks() if disk.root != flush.NODE]
-            chains = {disk.name: disk.chain for disk in found if disk.chain is not None}
+            chains = {disk.name: disk.chain for disk in await target.disks() if disk.chain is not None}
             self.files |= {image.inode for chain in chains.values() for image in chain if image.inode is not None}
             passing = [disk for disk, chain in chains.items() if identity.is_temporary(chain.active)]
             self.left_out += [LeftOut(name, PASSING, disk) for disk in passing]

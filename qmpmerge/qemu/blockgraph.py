@@ -37,6 +37,12 @@ FILTERS = JOB_FILTERS | {
 }  # fmt: skip
 """Drivers that show the data of the node below them (`is_filter` in QEMU's block drivers)."""
 
+FLUSH = "qmpmerge-flush"
+"""The node through which a merge of ours flushes an image, see `flush`."""
+
+INSTRUMENTS = frozenset({FLUSH})
+"""Nodes of ours that are put above an image for a moment: roots that are no disks."""
+
 
 @dataclass
 class Node:
@@ -67,15 +73,26 @@ class Node:
 
 class Parent(Value):
     """
-    Who has a node for a child, by its name, which an export has not: `kind` and `edge` as QEMU tells them. `reads` and
-    `lets_write` say what it does with the node and what it lets others do, None where that was not told.
+    Who has a node for a child, by its name, which an export has not: `kind` and `edge` as QEMU tells them. `takes` is what it
+    does with the node and `lets` what others may do meanwhile, by QEMU's names (``consistent-read``, ``write``,
+    ``write-unchanged``, ``resize``), None where that was not told.
     """
 
     kind: str
     name: str
     edge: str
-    reads: bool | None
-    lets_write: bool | None
+    takes: frozenset[str] | None
+    lets: frozenset[str] | None
+
+    @property
+    def reads(self) -> bool | None:
+        """Whether it reads the node."""
+        return None if self.takes is None else "consistent-read" in self.takes
+
+    @property
+    def lets_write(self) -> bool | None:
+        """Whether others may write to the node."""
+        return None if self.lets is None else "write" in self.lets
 
 
 def storage(node: Node, nodes: Mapping[str, Node]) -> Iterator[Node]:
@@ -248,6 +265,25 @@ class Layout(Value):
             if self.nodes[name].driver not in JOB_FILTERS:
                 found.append(name)
         return found
+
+    @property
+    def roots(self) -> frozenset[str]:
+        """The names of the nodes that a device, an export or a job has."""
+        return self.held.union(*(nodes for edges in self.job_edges.values() for nodes in edges.values()))
+
+    @property
+    def unneeded(self) -> list[str]:
+        """The names of the nodes that none of them reaches."""
+        needed = {name for root in self.roots for name in self.subtree(root)}
+        return [name for name in self.nodes if name not in needed]
+
+    def past(self, disk: Disk, node: str) -> list[Parent]:
+        """Who uses a node of the disk past the disk: neither one of its own nodes nor a job."""
+        return [
+            parent
+            for parent in self.parents.get(node, ())
+            if parent.kind == "block-backend" or (parent.kind == "block-driver" and parent.name not in disk.nodes)
+        ]
 
     def between(self, top: str, base: str | None) -> list[str]:
         """The names of the nodes from `top` down that are not part of `base`, if any, every parent before its children."""

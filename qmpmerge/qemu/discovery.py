@@ -54,12 +54,12 @@ class _Decoder:
         for edge in self._edges:
             child, kind = self._names[edge["child"]], self._kinds[edge["parent"]]
             parent = self._names[edge["parent"]]
-            reads, lets_write = _permissions(edge)
-            self._parents.setdefault(child, []).append(Parent(kind, parent, edge["name"], reads, lets_write))
+            one = Parent(kind, parent, edge["name"], *_permissions(edge))
+            self._parents.setdefault(child, []).append(one)
             if kind == "block-driver":
                 self._nodes[parent].children[edge["name"]] = child
                 if edge["name"] == "file":
-                    self._nodes[parent].lets_write = lets_write
+                    self._nodes[parent].lets_write = one.lets_write
                 self._below.add(child)
             elif kind == "block-backend":
                 self._held.add(child)
@@ -108,7 +108,8 @@ class _Decoder:
         attached = {self._names[edge["child"]] for edge in roots if self._names[edge["parent"]]}
         exported = {self._names[edge["child"]] for edge in roots} - attached
         for name, node in self._nodes.items():
-            if name not in self._below and name not in attached and (node.children or name in exported):
+            is_root = name not in self._below and name not in blockgraph.INSTRUMENTS
+            if is_root and name not in attached and (node.children or name in exported):
                 yield self._disk(name, drive=None, qdev=None)
 
     def _exported(self) -> Iterator[str]:
@@ -321,11 +322,11 @@ def graph_of_stats(stats: Any) -> Any:
     return {"nodes": nodes, "edges": edges}
 
 
-def _permissions(edge: Any) -> tuple[bool | None, bool | None]:
-    """Whether the parent reads, and lets others write; `query-blockstats` does not tell."""
+def _permissions(edge: Any) -> tuple[frozenset[str] | None, frozenset[str] | None]:
+    """What the parent does, and lets others do; `query-blockstats` does not tell."""
     if "shared-perm" not in edge:
         return None, None
-    return "consistent-read" in edge["perm"], "write" in edge["shared-perm"]
+    return frozenset(edge["perm"]), frozenset(edge["shared-perm"])
 
 
 def _depth(graph: Any) -> int:

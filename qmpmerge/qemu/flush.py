@@ -20,10 +20,10 @@ from typing import Any
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import Busy, FlushUnavailable, NotDurable, QemuRefused
 from qmpmerge.images import files
-from qmpmerge.qemu import discovery, mutex
+from qmpmerge.qemu import blockgraph, discovery, mutex
 from qmpmerge.qemu.monitor import Monitor
 
-NODE = "qmpmerge-flush"
+NODE = blockgraph.FLUSH
 SECONDS = 60.0
 """How long another merge of the same QEMU may take for its flush."""
 

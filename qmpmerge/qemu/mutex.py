@@ -99,6 +99,12 @@ async def taken(what: str, monitor: Monitor, seconds: float | None = None) -> As
             await shield.finished(queue.leave())  # nobody may leave between what was done in it and its proof
 
 
+async def is_taken(what: str, monitor: Monitor) -> bool:
+    """Whether somebody who lives has a turn at it, or waits for one."""
+    queue = _Queue(what, monitor)
+    return any([await queue.owner(ticket) is not None for ticket in await queue.tickets()])
+
+
 def _place() -> str:
     """Where a socket's name and a user's number mean the same."""
     return " ".join([proc.boot_id(), *(proc.read_link(f"/proc/self/ns/{kind}") for kind in ("net", "user"))])
@@ -159,7 +165,7 @@ class _Queue:
 
     async def _is_our_turn(self) -> bool:
         is_new = self._ours is None
-        waiting = await (self._drawn(1) if is_new else self._tickets())
+        waiting = await (self._drawn(1) if is_new else self.tickets())
         ours = self._ours
         if ours is None or ours not in waiting:
             self._ours = None  # somebody has made QEMU forget it
@@ -170,7 +176,7 @@ class _Queue:
             return False
         self._ahead = None
         for ticket in below:
-            self._ahead, self._first = await self._owner(ticket), ticket
+            self._ahead, self._first = await self.owner(ticket), ticket
             if self._ahead is not None:
                 return False
             await self._remove(ticket)
@@ -193,7 +199,8 @@ class _Queue:
         await self.leave()
         return await self._drawn(highest + 1)
 
-    async def _tickets(self) -> list[_Ticket]:
+    async def tickets(self) -> list[_Ticket]:
+        """Those that wait, or whose turn it is, in their order."""
         return self._read((await self._monitor.execute_all([_LIST]))[0])
 
     def _read(self, objects: Any) -> list[_Ticket]:
@@ -212,7 +219,7 @@ class _Queue:
         with contextlib.suppress(QemuRefused):  # it is gone
             await self._monitor.execute("object-del", id=self._object(ticket), timeout=seconds)
 
-    async def _owner(self, ticket: _Ticket) -> _Owner | None:
+    async def owner(self, ticket: _Ticket) -> _Owner | None:
         """Who has this ticket, None where it is dead or gone."""
         path = f"/objects/{self._object(ticket)}"
         try:

@@ -27,7 +27,7 @@ from qmpmerge.doctor import leftovers, target
 from qmpmerge.doctor.findings import Finding
 from qmpmerge.journal import locks, store
 from qmpmerge.journal.record import Record
-from qmpmerge.qemu import flush
+from qmpmerge.qemu import flush, mutex
 
 DEAD = 2**22 + 1
 """No process has this pid: it is past what the kernel gives."""
@@ -285,9 +285,14 @@ async def test_an_inconsistent_bitmap_live_and_offline(tmp_path: Path, images: l
 
 
 async def test_a_node_of_a_killed_qmpmerge(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """It is no disk, and as long as the merge that has put it there is at work nothing is wrong with it."""
     with blockdev(tmp_path, images, content) as setup:
         unchanging = {"take_child_perms": ["write-unchanged"]}
         setup.machine.session.execute("blockdev-add", driver="blkdebug", node_name=flush.NODE, image="c", **unchanging)
+        async with qmpmerge.live(setup.machine.target) as target:
+            assert [disk.name for disk in await target.disks()] == ["disk0"]
+            async with mutex.taken(mutex.FLUSH, target.monitor):
+                assert not await qmpmerge.examine(target)
         await found_and_mended(setup.machine, "unused-node", "care", flush.NODE, f"({flush.NODE})")
 
 
