@@ -8,6 +8,7 @@ Merge QEMU disk image chains, while the guest keeps writing, without libvirt.
 To disks       `open`, or by name `live` (a running QEMU) and `offline` (images not in use): each gives a `Target`
 To their chain `snapshot`, `plan`, `commit`, `pull`, `follow` and `control` (its jobs); `tidy` (all disks)
 After a crash  `recover`, `clean`, `active` (which image to start from), `examine` and `examine_all` (what is wrong)
+To understand  `graph` (the block graph, with who uses what)
 Without asyncio the same functions are in `qmpmerge.sync`. What can go wrong is in `qmpmerge.errors`, all of it an `Error`.
 
 Each step is told to the logger `qmpmerge`; `record` writes it down, with all that is said to QEMU. Names are imported when they
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.control import Verb, control
     from qmpmerge.operations.examine import Examination, Examined, examine, examine_all
     from qmpmerge.operations.follow import follow
+    from qmpmerge.operations.graph import Export, Graph, GraphEdge, GraphNode, Mark, graph
     from qmpmerge.operations.places import LeftOut
     from qmpmerge.operations.plan import Sharer, Way, Ways, plan
     from qmpmerge.operations.pull import pull
@@ -71,12 +73,17 @@ _HOME = {
     "Estimate": "chain.outcome",
     "Examination": "operations.examine",
     "Examined": "operations.examine",
+    "Export": "operations.graph",
     "Finding": "doctor.findings",
+    "Graph": "operations.graph",
+    "GraphEdge": "operations.graph",
+    "GraphNode": "operations.graph",
     "Image": "chain.chain",
     "ImageDetails": "qemu.details",
     "Job": "qemu.jobs",
     "Layout": "qemu.blockgraph",
     "LeftOut": "operations.places",
+    "Mark": "operations.graph",
     "MergedFile": "chain.outcome",
     "Oddity": "images.headers",
     "OfflineTarget": "targets.offline",
@@ -108,6 +115,7 @@ _HOME = {
     "examine": "operations.examine",
     "examine_all": "operations.examine",
     "follow": "operations.follow",
+    "graph": "operations.graph",
     "live": "targets.live",
     "offline": "targets.offline",
     "open": "targets.open",
@@ -139,12 +147,17 @@ __all__ = [
     "Estimate",
     "Examination",
     "Examined",
+    "Export",
     "Finding",
+    "Graph",
+    "GraphEdge",
+    "GraphNode",
     "Image",
     "ImageDetails",
     "Job",
     "Layout",
     "LeftOut",
+    "Mark",
     "MergedFile",
     "Oddity",
     "OfflineTarget",
@@ -176,6 +189,7 @@ __all__ = [
     "examine",
     "examine_all",
     "follow",
+    "graph",
     "live",
     "offline",
     "open",

@@ -31,6 +31,7 @@ from qmpmerge.operations import commit as commit_
 from qmpmerge.operations import control as control_
 from qmpmerge.operations import examine as examine_
 from qmpmerge.operations import follow as follow_
+from qmpmerge.operations import graph as graph_
 from qmpmerge.operations import plan as plan_
 from qmpmerge.operations import pull as pull_
 from qmpmerge.operations import recover as recover_
@@ -56,6 +57,7 @@ __all__ = [
     "examine",
     "examine_all",
     "follow",
+    "graph",
     "live",
     "offline",
     "open",
@@ -192,6 +194,7 @@ pull = _with_target(pull_.pull)
 plan = _with_target(plan_.plan)
 follow = _with_target(follow_.follow)
 control = _with_target(control_.control)
+graph = _with_target(graph_.graph)
 
 examine = _with_any(examine_.examine)
 examine_all = _without_target(examine_.examine_all)

@@ -90,7 +90,7 @@ SHAPES: dict[str, Shape] = {
     "query-block-jobs": [BLOCK_JOB],
     "query-block": [{"device": str, "qdev": (str,), "removable": bool, "tray_open": (bool,), "inserted": (LIMITS,)}],
     "query-chardev": [{"label": str, "filename": str}],
-    "query-block-exports": [None],
+    "query-block-exports": [{"id": str, "type": str, "node-name": str}],
     "add-fd": {"fdset-id": int},
     "query-qmp-schema": [{"name": str, "arg-type": (str,), "members": ([{"name": (str,)}],)}],
     "x-debug-query-block-graph": GRAPH,

@@ -30,7 +30,7 @@ def options_of(name: str) -> dict[str, click.Option]:
 @pytest.mark.parametrize("name", FILES)
 def test_only_what_is_heeded_can_be_forced(name: str) -> None:
     heeded = {
-        **dict.fromkeys(("disks", "chain", "jobs", "job", "doctor"), ("libvirt",)),
+        **dict.fromkeys(("disks", "chain", "graph", "jobs", "job", "doctor"), ("libvirt",)),
         "snapshot": ("in-use", "libvirt"),
         **dict.fromkeys(("plan", "commit", "pull", "tidy"), FORCEABLE),
     }

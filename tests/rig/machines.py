@@ -80,6 +80,11 @@ class Machine:
         while (job := self.session.execute("query-jobs")[0])["status"] != status:
             assert job["status"] not in ("concluded", "null"), f"{job} instead of {status}"
 
+    def wait_until_gone(self) -> None:
+        """Wait until there is no job any more."""
+        while jobs := self.session.execute("query-jobs"):
+            assert jobs[0]["status"] != "concluded", f"{jobs[0]} waits for somebody"
+
     def io(self, device: str, command: str) -> None:
         """
         Do guest I/O on a drive id, a node, or a device by its QOM path.

@@ -20,8 +20,20 @@ def command_lines(word: str) -> Iterator[list[str]]:
     """The word wherever the command line takes one, in a folder with a chain whose active image is ``c.qcow2``."""
     yield from ([word], [word, "c.qcow2"], ["completion", word], [word, "chain"], ["help", word], ["merge", word, word])
     yield from (["job", word, "follow", word], ["snapshot", word, word, word], ["blockjob", "x", f"--diskspec={word}"])
-    yield from (["chain", "nope", word], ["chain", word, "c.qcow2"])
-    for command in ("disks", "chain", "active", "plan", "commit", "pull", "doctor", "jobs", "recover", "clean"):
+    yield from (["chain", "nope", word], ["chain", word, "c.qcow2"], ["graph", "c.qcow2", word])
+    for command in (
+        "disks",
+        "chain",
+        "graph",
+        "active",
+        "plan",
+        "commit",
+        "pull",
+        "doctor",
+        "jobs",
+        "recover",
+        "clean",
+    ):
         yield [command, word]
     yield from (["job", word, "x", "follow"], ["job", "c.qcow2", word, "follow"], ["job", "nope", "x", word])
     yield from (

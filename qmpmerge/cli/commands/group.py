@@ -18,6 +18,7 @@ FILES = {
     "vms": "listing",
     "disks": "listing",
     "chain": "listing",
+    "graph": "graph",
     "jobs": "listing",
     "snapshot": "snapshot",
     "active": "active",

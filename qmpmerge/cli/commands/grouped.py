@@ -10,7 +10,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Safety": ("--dry-run", "--yes", "--verify", "--no-verify", "--no-pause", "--search", "--force"),
     "Waiting": ("--parallel", "--speed", "--converge", "--converge-pause", "--timeout", "--detach", "--polite"),
     "Images not in use (TARGET is an image)": ("--allow", "--format", "--secret"),
-    "Output": ("--json", "--quiet", "--trace", "--record", "--help"),
+    "Output": ("--dot", "--mermaid", "--json", "--quiet", "--trace", "--record", "--help"),
 }
 """What stands in none comes first."""
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
+    from qmpmerge.operations.graph import Graph
     from qmpmerge.operations.plan import Way, Ways
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.operations.tidy import Tidied, Tidying
@@ -72,6 +73,25 @@ class JsonOutput:
         ]
         told = {"images": images, "oddities": _oddities(view.oddities)}
         self._print("done", disk=view.disk.name, job=_job(view.disk.job), **told)
+
+    def graph(self, found: "Graph", *, drawn: str | None) -> None:
+        """Nodes, and who uses them; the disks with the nodes of their images."""
+        keys = ("driver", "file", "is_filter", "read_only", "used")
+        nodes = [
+            {"node": node.name, **_keys(node, *keys), "marks": [_keys(mark, "name", "message") for mark in node.marks]}
+            for node in found.nodes
+        ]
+        self._print(
+            "done",
+            disk=found.disk,
+            live=found.is_live,
+            chains=[_drawn(disk) for disk in found.disks],
+            nodes=nodes,
+            edges=[_keys(edge, "kind", "parent", "node", "role", "takes", "lets") for edge in found.edges],
+            jobs=[_job(job) for job in found.jobs],
+            exports=[_keys(one, "id", "type", "node") for one in found.exports],
+            not_known=list(found.not_known),
+        )
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made; without nodes those that would be."""
@@ -291,6 +311,11 @@ def _disk(disk: "Disk") -> dict[str, object]:
         "job": _job(disk.job),
         "details": _disk_details(disk.details) if disk.details else None,
     }
+
+
+def _drawn(disk: "Disk") -> dict[str, object]:
+    """A disk by its nodes, base first."""
+    return {"disk": disk.name, **_keys(disk, "qdev", "root"), "layers": [image.node for image in disk.chain or ()]}
 
 
 def _disk_details(found: "DiskDetails") -> dict[str, object]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
+    from qmpmerge.operations.graph import Graph
     from qmpmerge.operations.plan import Ways
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.operations.tidy import Tidied, Tidying
@@ -37,6 +38,9 @@ class Output(Protocol):
 
     def chain(self, view: "ChainView") -> None:
         """The chain of a disk, and problems with it."""
+
+    def graph(self, found: "Graph", *, drawn: str | None) -> None:
+        """The block graph; `drawn` is the language of a drawing, ``dot`` or ``mermaid``."""
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """The overlays that were made."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.active import Active
     from qmpmerge.operations.clean import Cleaned
     from qmpmerge.operations.examine import Examination
+    from qmpmerge.operations.graph import Graph
     from qmpmerge.operations.plan import Ways
     from qmpmerge.operations.snapshot import Overlay
     from qmpmerge.operations.tidy import Tidied, Tidying
@@ -100,6 +101,29 @@ class TextOutput:
         for line in details.of_chain(view):
             self._say(line)
         self._oddities(view.oddities)
+
+    def graph(self, found: "Graph", *, drawn: str | None) -> None:
+        """A row for each use of a node, below it what deserves a look; what is not known, and what the letters mean."""
+        if drawn is not None:
+            from qmpmerge.cli.render import dot, mermaid
+
+            for line in (dot if drawn == "dot" else mermaid).lines(found):
+                self._show(line)
+            return
+        from qmpmerge.cli.render import graph, table
+
+        found_rows = list(graph.rows(found))
+        titles, *shown = table.lines(graph.COLUMNS, [row.cells for row in found_rows], self._out.columns)
+        self._show(*titles)
+        for row, parts in zip(found_rows, shown, strict=True):
+            self._show(*parts)
+            for note in row.notes:
+                for line in graph.noted(row, note, self._out.columns):
+                    self._show(*line)
+        for reason in found.not_known:
+            self._say(f"not known  {reason}")
+        if any(edge.takes is not None for edge in found.edges):
+            self._hint(graph.LEGEND)
 
     def snapshot(self, overlays: "Sequence[Overlay]") -> None:
         """A line for each overlay."""

@@ -104,6 +104,12 @@ def looked_at(folder: Path, say: Say) -> Iterator[Run]:
         node = say("chain", started.target, "vda").document["images"][-1]["node"]
         started.session.execute("block-dirty-bitmap-add", node=node, name="daily", persistent=True)
         yield say("chain", started.target, "vda", "--details", "-v")
+        for command, given in (
+            ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": f"{folder}/nbd"}}}),
+            ("block-export-add", {"type": "nbd", "id": "export0", "node_name": node}),
+        ):
+            started.session.execute(command, **given)
+        yield say("graph", started.target, "vda")
         yield say("plan", started.target, "vda")
         several = say("commit", started.target, "vda")
         refusals = several.document["error"]["facts"]["refusals"]
@@ -149,7 +155,7 @@ def left(folder: Path, say: Say) -> Iterator[Run]:
     with vm(folder) as started:
         yield say("commit", started.target, "vda", "--top", "2", "--speed", "1", "--detach")
         yield say("recover", folder)
-        for command in ("disks", "chain", "jobs"):
+        for command in ("disks", "chain", "jobs", "graph"):
             yield say(command, started.target)
         begun = Begun("job", started.target, JOB, "follow")
         begun.process.send_signal(signal.SIGHUP)
@@ -184,6 +190,7 @@ def offline(folder: Path, say: Say) -> Iterator[Run]:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "data.qcow2", "-F", "qcow2", "top.qcow2", cwd=folder)
     run("qemu-img", "snapshot", "-c", "before", folder / "own.qcow2")
     yield say("chain", "top.qcow2")
+    yield say("graph", "top.qcow2")
     yield say("commit", "top.qcow2", "--dry-run")
     yield say("plan", "own.qcow2")
     yield say("chain", "own.qcow2", "--details")
