@@ -62,6 +62,9 @@ PULLS = {
     for kind in get_args(Pulls)
     if kind
 }
+HELD = {
+    f"{name}H": replace(story, holds=True) for name, story in {"L": LIVE, "W": WRITING, "LWP": PULLS["LWP"]}.items()
+}
 LAYOUTS = ("raw-base", "large-clusters", "small-clusters", "extended-l2", "lazy-refcounts")
 
 
@@ -101,6 +104,7 @@ def swept() -> Iterator[Swept]:
         yield Swept(f"NB-{name}", "it comes back, and QEMU hides what is lost", back, lose_server, ends=ends)
     yield from killed_tools()
     yield from pulls()
+    yield from held()
     for name in ("L", "LA", "O", "OA"):
         title = f"tidy of {tidying.VMS * 2} disks killed, and run again"
         yield Swept(f"TT-{name}", title, ALL[name], tidying.sweep, base_line=False)
@@ -126,6 +130,21 @@ def pulls() -> Iterator[Swept]:
             at_commands = partial(tools.at_commands, victim=victim)
             title = f"{'qmpmerge' if victim == 'tool' else 'qmpmerge and the machine'} killed at each command"
             yield Swept(f"TC-{name}-{victim}", title, PULLS[name], at_commands, base_line=False)
+
+
+def held() -> Iterator[Swept]:
+    """Held, and gone on with by the same command; of the tools the one that goes on is killed."""
+    for name, story in HELD.items():
+        yield Swept(f"K-{name}", "machine killed after each operation", story, sweeps.kills, base_line=False)
+        yield Swept(f"P-{name}", "power cut at any time", story, sweeps.power_cuts, base_line=False)
+        errors = partial(sweeps.errors, for_ever=True)
+        title = "each operation fails, and its file for ever"
+        yield Swept(f"EE-{name}", title, story, errors, base_line=False, ends="either")
+        victims: tuple[tools.Victim, ...] = ("tool", "both") if not story.writes else ()
+        for victim in victims:
+            at_commands = partial(tools.at_commands, victim=victim)
+            title = f"{'qmpmerge' if victim == 'tool' else 'qmpmerge and the machine'} killed at each command"
+            yield Swept(f"TC-{name}-{victim}", title, story, at_commands, base_line=False)
 
 
 def killed_tools() -> Iterator[Swept]:

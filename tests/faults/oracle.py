@@ -159,7 +159,11 @@ def judge_words(case: Case, played: Played, found: Judgement) -> None:
     verdict = played.document.get("verdict")
     if verdict == played.story.verdict and not switched:
         found.wrong.append(f"{verdict}, and the header tells the old chain")
-    if verdict in ("refused", "unreachable", "failed", "cancelled") and switched and played.verdict not in DONE_ALREADY:
+    if (
+        verdict in ("refused", "unreachable", "failed", "cancelled", "held")
+        and switched
+        and played.verdict not in DONE_ALREADY
+    ):
         found.wrong.append(f"{verdict}, and the header tells the new chain")
 
 

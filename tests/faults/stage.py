@@ -45,7 +45,8 @@ Pulls = Literal["", "whole", "partial", "middle"]
 class Story:
     """
     A merge of `base <- mid <- top`: of mid into base, or of all (`pivots`), or a pull, under a machine or `offline`. `writes`:
-    the guest writes all the while; `network`: the images come over NBD; `reconnects`: from a server that comes back.
+    the guest writes all the while; `network`: the images come over NBD; `reconnects`: from a server that comes back; `holds`:
+    it is held, and then gone on with.
     """
 
     pivots: bool = False
@@ -54,6 +55,7 @@ class Story:
     network: bool = False
     reconnects: bool = False
     pulls: Pulls = ""
+    holds: bool = False
 
     @property
     def relinked(self) -> int:
@@ -73,7 +75,7 @@ class Story:
     def __str__(self) -> str:
         where = "offline" if self.offline else "network" if self.network else "live"
         kind = f"pull, {self.pulls}" if self.pulls else "active" if self.pivots else "intermediate"
-        return f"{where} {kind}{', guest writing' if self.writes else ''}"
+        return f"{where} {kind}{', held' if self.holds else ''}{', guest writing' if self.writes else ''}"
 
 
 STORIES = (Story(), Story(pivots=True), Story(writes=True), Story(pivots=True, writes=True),
@@ -250,7 +252,8 @@ def play(
                 case.log.arm(fault)
                 with guest(case, story, vm, played):
                     if doer == "qmpmerge":
-                        ended(command(case, vm.target, story), played)
+                        if is_held(case, vm.target, story, played):
+                            ended(command(case, vm.target, story), played)
                     else:
                         plain(vm, story, played)
                 played.count_at_end = case.log.count
@@ -308,6 +311,16 @@ def guest(case: Case, story: Story, vm: Machine, played: Played) -> Iterator[Non
 def command(case: Case, target: str, story: Story, *, before: Sequence[str] = ()) -> "subprocess.Popen[str]":
     """The real command, started."""
     return qmpmerge(case, *commit(case, target, story), before=before)
+
+
+def is_held(case: Case, target: str, story: Story, played: Played) -> bool:
+    """Whether it can be gone on with, where it is to be held first; else what that came to is its verdict."""
+    if story.holds:
+        ended(qmpmerge(case, *commit(case, target, story), "--hold"), played)
+        if played.verdict != "held":
+            return False
+        played.verdict, played.document = "", {}
+    return True
 
 
 def commit(case: Case, target: str, story: Story) -> list[str]:

@@ -21,7 +21,7 @@ from faults import oracle
 from faults.gate import Gate
 from faults.log import Fault, Log
 from faults.oracle import Judgement
-from faults.stage import Case, Guest, Played, Story, commit, ended, environment, qmpmerge
+from faults.stage import Case, Guest, Played, Story, commit, ended, environment, is_held, qmpmerge
 from faults.sweeps import WORKERS, Bench, Point, Sweep, again, each
 
 Victim = Literal["tool", "both"]
@@ -74,7 +74,8 @@ def moments_of(bench: Bench, story: Story) -> list[str]:
 
 
 def converse(now: Scene, victim: Victim, moment: str) -> list[str]:
-    """The command with the killer in it; what was noted of it."""
+    """The command with the killer in it, after a hold where there is one; what was noted of it."""
+    assert is_held(now.case, now.vm.target, now.story, now.played)
     notes = now.case.folder / "notes"
     words = commit(now.case, now.vm.target, now.story)
     process = subprocess.Popen(
