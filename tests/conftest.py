@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from rig.disks import Setup, drive
-from rig.machines import Content, fill, make_chain
+from rig.machines import Content, fill
+
+from qmpmerge.testing import MakeChain
 
 # Whoever runs the tests in the background or without a terminal may have them ignore these, and so would every command that
 # the tests start, which heeds that.
@@ -21,9 +23,9 @@ settings.load_profile("patient")
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
+def images(qcow2_chain: MakeChain) -> list[Path]:
     """``base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2``."""
-    return make_chain(tmp_path)
+    return qcow2_chain("base.raw", "a.qcow2", "b.qcow2", "c.qcow2", fill=False).images
 
 
 @pytest.fixture

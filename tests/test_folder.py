@@ -84,7 +84,7 @@ def test_nothing_is_done_by_name_anywhere_else() -> None:
     found = {
         (str(file.relative_to(PACKAGE)), call)
         for file in PACKAGE.rglob("*.py")
-        if file.name != "folder.py"
+        if file.name != "folder.py" and file.parent.name != "testing"
         for call in calls(file)
     }
     assert found == set(ALLOWED)

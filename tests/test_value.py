@@ -129,6 +129,7 @@ def test_no_other_frozen_dataclass_is_made_at_start_up() -> None:
     frozen = [
         f"{file.name}: {node.name}"
         for file in Path(qmpmerge.__file__).parent.rglob("*.py")
+        if file.parent.name != "testing"
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ClassDef)
         and any("dataclass" in ast.unparse(one) and "frozen" in ast.unparse(one) for one in node.decorator_list)

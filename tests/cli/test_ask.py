@@ -11,11 +11,11 @@ from rig.command import JOB, invoke
 from rig.disks import Setup
 from rig.folder import beside, litter
 from rig.machines import Content, create_encrypted, run
-from rig.stored import Stored
 from rig.terminal import CTRL_C, CTRL_D, ENTER, on_terminal
 
 from qmpmerge.cli.ask import CHOICE
 from qmpmerge.engine.pace import patience
+from qmpmerge.testing.stored import Stored
 
 BEFORE, AFTER = "base.raw <-- a.qcow2 <-- b.qcow2 <-- c.qcow2", "  after   base.raw\n"
 UNCHANGED = "cancelled: the disks show what they did"

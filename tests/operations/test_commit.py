@@ -566,7 +566,7 @@ async def test_the_overlay_can_be_kept(kind: str, tmp_path: Path, images: list[P
             outcome = await qmpmerge.commit(target, setup.disk, ending="keep")
             assert (outcome.verdict, outcome.merged) == ("kept", ())
             assert outcome.after.files == [str(image) for image in images]
-        before = Content(bytearray(content.data))
+        before = content.copy()
         setup.write(0x78, 5 * MIB, 64 * 1024)
         setup.check()
         setup.machine.stop()

@@ -57,16 +57,16 @@ class Template:
     def __init__(self, folder: Path) -> None:
         self.images, content = make_chain(folder), Content()
         fill(self.images[:3], content)
-        self.views = {3: bytes(content.data)}
+        self.views = {3: content.copy()}
         fill(self.images[3:], content)
-        self.views[4] = bytes(content.data)
+        self.views[4] = content
 
 
 class Left:
     """A folder of a chain of four, as a merge has left it."""
 
     def __init__(self, folder: Path, template: "Template") -> None:
-        self.folder, self.template, self.content = folder, template, Content(bytearray(template.views[4]))
+        self.folder, self.template, self.content = folder, template, template.views[4].copy()
         self.images = [Path(shutil.copy(image, folder)) for image in template.images]
 
     def merge(self, top: str = "[4]", policy: Policy = "stash") -> Record:
@@ -80,7 +80,7 @@ class Left:
     def commit_data(self, top: int) -> None:
         """What the job does: base shows what the image at `top` shows, the images above are as they were."""
         with open(self.images[0], "r+b") as base:
-            base.write(self.template.views[top])
+            base.write(self.template.views[top].data)
 
     def switching(self, told: Record) -> Record:
         seen = {index: files.seen(str(self.images[index - 1])) for index in (told.base, told.top)}
@@ -102,9 +102,9 @@ class Left:
 
     def unchecked(self, image: str) -> None:
         """Write into an image that is not the right one."""
-        before = bytes(self.content.data)
+        before = self.content.copy()
         self.write(image, 0x99)
-        self.content.data[:] = before
+        self.content.take(before)
 
 
 @pytest.fixture(scope="module")

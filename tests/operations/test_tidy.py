@@ -16,7 +16,7 @@ from rig import contract, exits, faults, kills
 from rig.command import COMMAND, Run, held, invoke, scripted
 from rig.faults import digests
 from rig.fleet import DISKS, Fleet, drive, left
-from rig.machines import CPU, Content, Machine, fill, have, machine, make_chain, run
+from rig.machines import Content, Machine, fill, have, machine, make_chain, run
 from rig.terminal import ENTER, on_terminal, plain
 
 import qmpmerge
@@ -25,6 +25,7 @@ from qmpmerge.cli.ask import CHOICE
 from qmpmerge.operations.places import LeftOut
 from qmpmerge.operations.tidy import Tidied
 from qmpmerge.qemu import flush
+from qmpmerge.testing.machines import CPU
 
 
 @pytest.fixture

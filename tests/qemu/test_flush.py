@@ -76,7 +76,7 @@ async def test_the_human_monitor_shows_none(tmp_path: Path, grown: list[Path]) -
 
 
 async def test_a_base_that_grows_needs_no_comparison(tmp_path: Path, grown: list[Path]) -> None:
-    content = Content(bytearray(2 * SIZE))
+    content = Content(2 * SIZE)
     fill(grown, content)
     run("qemu-io", "-c", content.put(0x77, SIZE + MIB, MIB), grown[-1])
     run("qemu-io", "-c", content.put(5, SIZE, MIB), grown[-1])

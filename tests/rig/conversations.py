@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpmerge.errors import EXIT_CODES
+from qmpmerge.testing.wire import behind
 from rig import hasty, liar
 from rig.command import Run, attempt, held, scripted
 from rig.disks import Setup, device
@@ -161,7 +162,7 @@ def staged(stock: Stock, place: Path, *, runs: bool, known: bool) -> Iterator["S
         if runs:
             vm.session.execute("cont")
         setup = Setup(vm, "vda", stock.content, lambda command: vm.io("vda", command))
-        with liar.of_qemu(vm) if known else liar.own(place) as (path, listener):
+        with behind(vm) if known else liar.own(place) as (path, listener):
             yield Stage(vm, setup, folder, path, listener)
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import qmpmerge
+from qmpmerge.testing.layers import form
+from qmpmerge.testing.vms import nodes
 from rig.machines import Content, Machine, machine, run
+
+__all__ = [
+    "BACKEND", "KINDS", "WAYS", "Images", "Setup", "blockdev", "device", "drive", "end", "filters", "form", "nbd_server",
+    "nodes", "offline", "remove", "storage_daemon",
+]  # fmt: skip
 
 DEVICE = ["-device", "virtio-blk-pci,drive={},id=disk0"]
 
@@ -41,7 +48,7 @@ class Setup:
 
     def check(self) -> None:
         """The guest sees every byte that it should."""
-        for pattern, offset, length in runs(bytes(self.content.data)):
+        for pattern, offset, length in self.content.runs():
             self.guest(f"read -P {pattern} {offset} {length}")
 
 
@@ -73,16 +80,6 @@ class Images(Setup):
 def offline(folder: Path, images: Sequence[Path], content: Content) -> Iterator[Setup]:
     """Images not in use."""
     yield Images(images[-1], content)
-
-
-def runs(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """The runs of one byte value: value, offset, length. 4 KiB at a time is fine enough here."""
-    step, start = 4096, 0
-    for offset in range(step, len(data) + step, step):
-        if offset >= len(data) or data[offset] != data[start]:
-            assert data[start:offset] == bytes([data[start]]) * (offset - start), "writes are multiples of 4 KiB"
-            yield data[start], start, offset - start
-            start = offset
 
 
 @contextlib.contextmanager
@@ -152,32 +149,11 @@ def device(name: str) -> list[str]:
     return [part.format(name) for part in DEVICE]
 
 
-def nodes(images: Sequence[Path]) -> list[str]:
-    """Explicit nodes for a whole chain, named by the images' stems: ``a`` and ``a-file``."""
-    arguments: list[str] = []
-    below = ""
-    for image in images:
-        arguments += ["-blockdev", f"file,node-name={image.stem}-file,filename={image},auto-read-only=on"]
-        backing = f",backing={below}" if below else ""
-        read_only = "" if image == images[-1] else ",read-only=on"
-        arguments += [
-            "-blockdev",
-            f"{form(image)},node-name={image.stem},file={image.stem}-file{backing}{read_only}",
-        ]
-        below = image.stem
-    return arguments
-
-
 def remove(outcome: qmpmerge.Outcome) -> None:
     """Delete what a merge left over: it would be built on what the next one writes to."""
     for merged in outcome.merged:
         if merged.now is not None:
             os.unlink(merged.now)
-
-
-def form(image: Path) -> str:
-    """The format, which our file names end with, those of stashed images too."""
-    return image.name.removesuffix(".merged").rpartition(".")[2]
 
 
 @contextlib.contextmanager

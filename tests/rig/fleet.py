@@ -89,7 +89,7 @@ class Fleet:
         place = self.folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
         run("cp", "-r", "--sparse=always", self._stock, place)
-        images, content = [place / image for image in NAMES], Content(bytearray(self._content.data))
+        images, content = [place / image for image in NAMES], self._content.copy()
         own = content.put(next(self._patterns), FREE, 64 * 1024)
         run("qemu-io", "-f", "qcow2", "-c", own, images[1])
         return Chain(images, content)

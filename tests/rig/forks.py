@@ -113,7 +113,7 @@ def serve(connection: socket.socket) -> None:
 
     no_tls.import_asyncio()
     for module in pkgutil.walk_packages(qmpmerge.__path__, "qmpmerge."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith("__main__") and not module.name.startswith("qmpmerge.testing"):
             __import__(module.name)
     libc = ctypes.CDLL(None)
     gc.collect()

@@ -1,27 +1,22 @@
 """
 A monitor that lies once: it passes QMP lines on between a client and a real QEMU, and changes one of QEMU's.
 
-Who is asked for its pid is either nobody that is known (as over TCP), or QEMU itself: then the socket on which clients come
-in is one that QEMU has made and listens on, and the proxy accepts on a copy of its descriptor (pidfd_getfd).
+Who is asked for its pid is either nobody that is known (as over TCP), or QEMU itself, which listens on the socket then.
 """
 
 import contextlib
 import copy
-import ctypes
 import json
 import os
 import random
-import select
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rig.machines import Machine
+from qmpmerge.testing.wire import End, Wire, laid
 
-_PIDFD_GETFD = 438
 DEPTH = 100_000
 """Of a nesting that no parser follows."""
 
@@ -44,9 +39,6 @@ FORGED = (
 )
 """Of a job that has not done it, of none, and such as QEMU never sends."""
 
-
-End = object()
-"""Among what is sent: the connection is closed here."""
 
 Lines = list[Any]
 Lie = Callable[[Any, random.Random], Lines]
@@ -256,18 +248,17 @@ def line(message: Any) -> bytes:
     return json.dumps(message).encode() + b"\r\n"
 
 
-# --- the proxy ---------------------------------------------------------------------------------------------------------
+# --- the wire ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Liar:
+class Liar(Wire):
     """
     Changes the message `at` (from 1, the greeting too, events not), as `lie` says; 0 for none. With `of` only replies to
     that command count, with `since` only what comes after the first reply to that one. `told` are the commands whose
     replies it has passed on, in order, and `lied` is what it has made of the one.
     """
 
-    monitor: str
     lie: Lie | None = None
     at: int = 0
     seed: int = 0
@@ -276,53 +267,13 @@ class Liar:
     told: list[str] = field(default_factory=list)
     lied: bytes = b""
 
-    def serve(self, listener: socket.socket, stop: socket.socket) -> None:
-        """One client after the other, as QEMU does, until `stop` is closed at its other end."""
-        while stop not in select.select([listener, stop], [], [])[0]:
-            client, _ = listener.accept()
-            with client, socket.socket(socket.AF_UNIX) as server:
-                server.connect(self.monitor)
-                self._converse(client, server)
-
-    def _converse(self, client: socket.socket, server: socket.socket) -> None:
-        asked: dict[str, str] = {}
-        upward = threading.Thread(target=self._pass_up, args=(client, server, asked))
-        upward.start()
-        with contextlib.suppress(OSError), server.makefile("rb") as stream:
-            for text in stream:
-                for piece in self._made_of(text, asked):
-                    if piece is End:
-                        client.shutdown(socket.SHUT_RDWR)
-                    else:
-                        client.sendall(piece)
-        for end in (client, server):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        upward.join()
-
-    def _pass_up(self, client: socket.socket, server: socket.socket, asked: dict[str, str]) -> None:
-        rest, decoder = "", json.JSONDecoder()
-        with contextlib.suppress(OSError):
-            while received := client.recv(65536):
-                rest = (rest + received.decode(errors="replace")).lstrip()
-                with contextlib.suppress(ValueError):
-                    while rest:
-                        command, end = decoder.raw_decode(rest)
-                        asked[str(command.get("id"))] = command.get("execute", "")
-                        rest = rest[end:].lstrip()
-                server.sendall(received)
-        with contextlib.suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)
-
-    def _made_of(self, text: bytes, asked: dict[str, str]) -> Lines:
-        message = json.loads(text)
-        if "event" in message:
+    def received(self, text: bytes, command: str, client: socket.socket) -> Lines:
+        if command == "event":
             return [text]
-        command = "greeting" if "QMP" in message else asked.get(str(message.get("id")), "qmp_capabilities")
         self.told.append(command)
         if self.lie is None or self.lied or self.of not in ("", command) or self._count() != self.at:
             return [text]
-        made = self.lie(message, random.Random(self.seed))
+        made = self.lie(json.loads(text), random.Random(self.seed))
         self.lied = b"".join(piece for piece in made if piece is not End)
         return made
 
@@ -335,15 +286,8 @@ class Liar:
 @contextlib.contextmanager
 def lying(liar: Liar, listener: socket.socket) -> Iterator[Liar]:
     """While the block runs clients of `listener` talk to the liar."""
-    stop, ours = socket.socketpair()
-    thread = threading.Thread(target=liar.serve, args=(listener, stop))
-    thread.start()
-    try:
+    with laid(liar, listener):
         yield liar
-    finally:
-        ours.close()
-        thread.join()
-        stop.close()
 
 
 @contextlib.contextmanager
@@ -356,44 +300,3 @@ def own(folder: Path) -> Iterator[tuple[str, socket.socket]]:
         listener.bind(path)
         listener.listen()
         yield path, listener
-
-
-@contextlib.contextmanager
-def of_qemu(vm: Machine) -> Iterator[tuple[str, socket.socket]]:
-    """
-    A socket of QEMU's own: whoever asks the kernel hears QEMU's pid. A character device takes one client, which is ours, and
-    accepts no other meanwhile.
-    """
-    path = str(vm.folder / "front")
-    backend = {
-        "type": "socket",
-        "data": {"addr": {"type": "unix", "data": {"path": path}}, "server": True, "wait": False},
-    }
-    vm.session.execute("chardev-add", id="front", backend=backend)
-    with socket.socket(socket.AF_UNIX) as placeholder:
-        placeholder.connect(path)
-        while "disconnected" in next(
-            device["filename"] for device in vm.session.execute("query-chardev") if device["label"] == "front"
-        ):
-            pass  # every question lets QEMU's loop turn
-        with _copied(vm.process.pid, path) as listener:
-            yield path, listener
-
-
-def _copied(pid: int, path: str) -> socket.socket:
-    """A copy of the listening socket that the process has at `path`."""
-    process = os.pidfd_open(pid)
-    try:
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            if not os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
-                continue
-            number = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, process, int(name), 0)
-            if number < 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            one = socket.socket(fileno=number)
-            if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and one.getsockname() == path:
-                return one
-            one.close()
-    finally:
-        os.close(process)
-    raise AssertionError(f"{pid} does not listen on {path}")

@@ -210,7 +210,7 @@ def test_the_daemon_starts_where_most_names_begin() -> None:
 
 async def test_a_merge_of_one_in_two_hundred(tmp_path: Path) -> None:
     """What QEMU tells of 200 images, made anew at every question, would else be some 4 MB: it takes no more than it must."""
-    images, content = empty_chain(tmp_path / "deep", 200), Content(bytearray(64 << 20))
+    images, content = empty_chain(tmp_path / "deep", 200), Content(64 << 20)
     fill(images[98:102], content)
     async with qmpmerge.offline(images[-1]) as target:
         told = await target.monitor.execute("query-named-block-nodes", flat=True)

@@ -172,7 +172,7 @@ async def test_step_by_step_down_to_the_base(images: list[Path], content: Conten
 @pytest.mark.parametrize("base", ["base.raw", "base.qcow2"])
 async def test_a_larger_top_grows_the_base(base: str, folder: Path) -> None:
     images = make_chain(folder, (base, *NAMES[1:]))
-    content = Content(bytearray(2 * SIZE))
+    content = Content(2 * SIZE)
     for image in images[1:]:
         run("qemu-img", "resize", "-q", image, str(2 * SIZE))
     fill(images, content)
@@ -338,13 +338,14 @@ def write_encrypted(image: Path, command_line: str) -> None:
     [("merged", ["commit", "--top", "[2]"]), ("pivoted", ["commit"]), ("pulled", ["pull", "--base", "[1]"])],
 )
 def test_encrypted_images(verdict: str, options: list[str], encrypted: list[Path]) -> None:
-    content = Content(bytearray(decrypted(encrypted[0])))  # what was never written is noise
-    write_encrypted(encrypted[2], content.put(0x5A, MIB, 2 * MIB))
+    content = bytearray(decrypted(encrypted[0]))  # what was never written is noise
+    content[MIB : 3 * MIB] = b"\x5a" * (2 * MIB)
+    write_encrypted(encrypted[2], f"write -P 0x5a {MIB} {2 * MIB}")
     secret = ["--secret", str(encrypted[0].parent.parent / "secret")]
     done = invoke(options[0], str(encrypted[2]), *options[1:], *secret, "--json")
     assert (done.code, done.document["verdict"]) == (0, verdict)
     shown = encrypted[0] if verdict == "pivoted" else encrypted[2]
-    assert decrypted(shown) == content.data
+    assert decrypted(shown) == content
     assert b"\x5a" * 512 not in encrypted[0].read_bytes()
 
 
@@ -585,7 +586,7 @@ def on_device(folder: Path, device: str, size: int) -> tuple[list[Path], Content
     images = [folder / "a.qcow2", folder / "b.qcow2"]
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", device, "-F", "raw", images[0], str(size))
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", images[1], str(size), cwd=folder)
-    content = Content(bytearray(size))
+    content = Content(size)
     for number, image in enumerate(images):
         run("qemu-io", "-c", content.put(0x51 + number, number * MIB, 2 * MIB), image)
     return images, content
@@ -635,7 +636,7 @@ def test_qcow2_on_logical_volumes(top: str | None, left: int, name: str, tmp_pat
         for volume in volumes:
             (tmp_path / volume.name).write_bytes(bytes(SIZE))
             volume.symlink_to(stack.enter_context(loop(tmp_path / volume.name)))
-        content = Content(bytearray(4 * MIB))
+        content = Content(4 * MIB)
         for number, volume in enumerate(volumes):
             below = ["-b", str(volumes[number - 1]), "-F", "qcow2"] if number else []
             run("qemu-img", "create", "-qf", "qcow2", *below, volume, "4M")

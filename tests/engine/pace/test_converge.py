@@ -112,7 +112,7 @@ def guest(tmp_path: Path, images: list[Path]) -> Iterator[Guest]:
         *("-blockdev", "qcow2,node-name=c,file=c-file,backing=base"),
     ]
     with machine(tmp_path, *arguments, *device("c")) as vm:
-        content = Content(bytearray(SIZE))
+        content = Content()
         vm.io(BACKEND, content.put(7, 0, SIZE))
         yield Guest(vm, content)
 
@@ -158,7 +158,7 @@ async def test_a_quiet_guest_gets_no_help(guest: Guest) -> None:
 async def test_our_own_limit_is_taken_off(tmp_path: Path, images: list[Path]) -> None:
     """On quick storage that is all that is needed."""
     with machine(tmp_path, "-drive", f"file={images[1]},if=none,id=vda", *device("vda")) as vm:
-        guest = Guest(vm, Content(bytearray(SIZE)))
+        guest = Guest(vm, Content())
         vm.io(BACKEND, guest.content.put(7, 0, SIZE))
         with guest.writing():
             async with qmpmerge.live(vm.target) as target:

@@ -19,10 +19,11 @@ class Stored:
 
     @classmethod
     def of(cls, path: Path) -> "Stored":
+        """As the file is now."""
         with open(path, "rb", buffering=0) as file:
             length = os.fstat(file.fileno()).st_size
             parts = tuple(
-                (start, os.pread(file.fileno(), end - start, start)) for start, end in _extents(file.fileno(), length)
+                (start, os.pread(file.fileno(), end - start, start)) for start, end in extents(file.fileno(), length)
             )
         return cls(length, parts)
 
@@ -34,7 +35,8 @@ class Stored:
                 os.pwrite(file.fileno(), part, offset)
 
 
-def _extents(descriptor: int, length: int) -> Iterator[tuple[int, int]]:
+def extents(descriptor: int, length: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file of this length that are no holes: where each begins and ends."""
     end = 0
     while end < length:
         try:

@@ -1,0 +1,83 @@
+"""
+What tests of chains and block jobs stand on: real QEMUs, paused, on tiny images. A plugin for pytest, inert unless used.
+
+    def test_my_tool(qcow2_chain: MakeChain, qemu_vm: StartVm, guest_reads: GuestReads) -> None:
+        vm = qemu_vm(qcow2_chain("base.raw", "a.qcow2", "b.qcow2"))
+        my_tool(vm.monitor)
+        vm.check()
+
+Fixtures  `qcow2_chain` (`MakeChain`), `qemu_vm` (`StartVm`), `guest_writes`, `guest_reads`, `frozen_job` (`FreezeJob`),
+          `kill_at` (`KillAt`), `qemu_programs` (`Programs`, by ``--qemu-path``)
+Without pytest the same is to be had from what they stand on: `create`, `machine`, `started`, `Wire`.
+
+Nothing of qmpmerge imports this; pytest comes with ``qmpmerge[testing]``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qmpmerge.testing.content import Content
+    from qmpmerge.testing.jobs import FreezeJob, Job
+    from qmpmerge.testing.kills import KillAt, Killer
+    from qmpmerge.testing.layers import Layer, Layers, MakeChain, create
+    from qmpmerge.testing.machines import Machine, machine
+    from qmpmerge.testing.programs import Programs
+    from qmpmerge.testing.session import Session
+    from qmpmerge.testing.vms import Disk, GuestReads, GuestWrites, StartVm, Vm, started
+    from qmpmerge.testing.wire import Wire
+
+_HOME = {
+    "Wire": "wire",
+    "Killer": "kills",
+    "KillAt": "kills",
+    "Job": "jobs",
+    "FreezeJob": "jobs",
+    "Content": "content",
+    "Disk": "vms",
+    "GuestReads": "vms",
+    "GuestWrites": "vms",
+    "Layer": "layers",
+    "Layers": "layers",
+    "Machine": "machines",
+    "MakeChain": "layers",
+    "Programs": "programs",
+    "Session": "session",
+    "StartVm": "vms",
+    "Vm": "vms",
+    "create": "layers",
+    "machine": "machines",
+    "started": "vms",
+}
+__all__ = [
+    "Content",
+    "Disk",
+    "FreezeJob",
+    "GuestReads",
+    "GuestWrites",
+    "Job",
+    "KillAt",
+    "Killer",
+    "Layer",
+    "Layers",
+    "Machine",
+    "MakeChain",
+    "Programs",
+    "Session",
+    "StartVm",
+    "Vm",
+    "Wire",
+    "create",
+    "machine",
+    "started",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,92 @@
+"""A block job, held where a tool is to find it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qmpmerge.testing.vms import Disk, StartVm, Vm
+
+Status = Literal["running", "paused", "ready", "standby", "pending", "concluded"]
+Kind = Literal["commit", "commit-active", "stream"]
+
+READY = ("ready", "standby")
+HELD = {"running": "running", "paused": "running", "ready": "ready", "standby": "ready"}
+"""What is waited for before the job is told to pause."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of QEMU's, by its `id`."""
+
+    id: str
+    kind: Kind
+    vm: Vm
+
+    def query(self) -> dict[str, Any]:
+        """What ``query-jobs`` says of it; raises AssertionError where it is gone."""
+        found: list[dict[str, Any]] = [job for job in self.vm.session.execute("query-jobs") if job["id"] == self.id]
+        assert found, f"{self.id} is gone"
+        return found[0]
+
+    @property
+    def status(self) -> str:
+        """As it is now."""
+        return str(self.query()["status"])
+
+    def wait_for(self, status: str) -> None:
+        """Wait until it is in this state. Raises AssertionError where it will never be."""
+        while (job := self.query())["status"] != status:
+            assert job["status"] not in ("concluded", "null"), f"{job} instead of {status}: was there nothing to copy?"
+
+
+class FreezeJob:
+    """Starts jobs on the test's VMs and holds them."""
+
+    def __init__(self, vms: StartVm) -> None:
+        self._vms = vms
+
+    def __call__(
+        self,
+        status: Status,
+        *,
+        kind: Kind | None = None,
+        id: str = "frozen",
+        disk: str | None = None,
+        vm: Vm | None = None,
+    ) -> Job:
+        """
+        A job that is in this state, and stays there until somebody does something about it.
+
+        ``running`` is throttled to a byte a second, after a first piece; ``paused`` and ``standby`` were paused by a user;
+        ``pending`` waits for its ``job-finalize``, ``concluded`` for its ``job-dismiss``. The kind is ``commit`` (the images
+        between the active one and the base, into the base), ``commit-active`` (all of them; only this one is ever ready) or
+        ``stream`` (all into the active one). Where there are several disks, or VMs, say which.
+        """
+        vm = self._vms.only(vm)
+        one = vm.disk(disk)
+        kind = kind or ("commit-active" if status in READY or len(one.layers) < 3 else "commit")
+        assert kind == "commit-active" or status not in READY, f"a {kind} job is never {status}"
+        assert kind != "commit-active" or status != "pending", "that would stop the guest's I/O: take another kind"
+        _start(vm, one, kind, id, status)
+        job = Job(id, kind, vm)
+        if status == "concluded" and kind == "commit-active":
+            job.wait_for("ready")
+            vm.session.execute("job-complete", id=id)
+        job.wait_for(HELD.get(status, status))
+        if status in ("paused", "standby"):
+            vm.session.execute("job-pause", id=id)
+            job.wait_for(status)
+        return job
+
+
+def _start(vm: Vm, disk: Disk, kind: Kind, name: str, status: Status) -> None:
+    images = disk.layers.images
+    options: dict[str, object] = {"job_id": name, "device": disk.root, "auto_dismiss": False}
+    options |= {"speed": 1} if status in ("running", "paused") else {}
+    options |= {"auto_finalize": False} if status == "pending" else {}
+    if kind == "stream":
+        vm.session.execute("block-stream", **options)
+        return
+    assert len(images) >= (3 if kind == "commit" else 2), f"{len(images)} images are too few for a {kind} job"
+    options |= disk.image("base", images[0])
+    options |= disk.image("top", images[-2]) if kind == "commit" else {}
+    vm.session.execute("block-commit", **options)

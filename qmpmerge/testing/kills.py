@@ -1,0 +1,97 @@
+"""A tool, or its QEMU, dies when a given QMP command goes over the wire."""
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from typing import Literal
+
+from qmpmerge.testing import wire
+from qmpmerge.testing.processes import kill
+from qmpmerge.testing.vms import StartVm, Vm
+from qmpmerge.testing.wire import Wire
+
+Victim = Literal["tool", "qemu", "both"]
+Moment = Literal["sent", "answered"]
+
+
+@dataclass
+class Killer(Wire):
+    """
+    Strikes once, with SIGKILL: the tool is told to use `path` as its monitor. `seen` are the commands that went by, `struck` is
+    whether it has struck.
+    """
+
+    vm: Vm
+    command: str
+    victim: Victim
+    moment: Moment
+    number: int
+    path: str = ""
+    struck: bool = False
+
+    def __post_init__(self) -> None:
+        self.seen: list[str] = []
+        self._answered: list[str] = []
+        self.problem = ""
+
+    def sent(self, command: str, client: socket.socket) -> None:
+        """Before QEMU has it."""
+        self.seen.append(command)
+        if self.moment == "sent" and command == self.command and self.seen.count(command) == self.number:
+            self._strike(client)
+
+    def received(self, text: bytes, command: str, client: socket.socket) -> list[object]:
+        """Before the tool has the reply."""
+        self._answered.append(command)
+        if self.moment == "answered" and command == self.command and self._answered.count(command) == self.number:
+            self._strike(client)
+        return [] if self.struck else [text]
+
+    def _strike(self, client: socket.socket) -> None:
+        pid = wire.peer(client)
+        if self.victim != "qemu" and pid == os.getpid():
+            self.problem = "the tool to be killed is the test itself: run it in a process of its own"
+            client.shutdown(socket.SHUT_RDWR)
+            return
+        self.struck = True
+        if self.victim != "tool":
+            kill(self.vm.process.pid)
+        if self.victim != "qemu":
+            kill(pid)
+
+
+class KillAt:
+    """Puts killers between the test's VMs and the tool."""
+
+    def __init__(self, vms: StartVm, stack: contextlib.ExitStack) -> None:
+        self._vms = vms
+        self._stack = stack
+        self._killers: list[Killer] = []
+
+    def __call__(
+        self,
+        command: str,
+        *,
+        victim: Victim = "qemu",
+        moment: Moment = "sent",
+        number: int = 1,
+        vm: Vm | None = None,
+    ) -> Killer:
+        """
+        Kill QEMU, the tool or both when this command goes by for the `number`-th time: ``sent`` is before QEMU has it,
+        ``answered`` when QEMU has replied and the tool does not know. The tool is to use the `path` of what is returned as its
+        monitor; it is killed by the pid that it connects from, and must be a process of its own. Where there are several VMs,
+        say which.
+        """
+        vm = self._vms.only(vm)
+        path, listener = self._stack.enter_context(wire.behind(vm, f"wire{len(self._killers) + 1}"))
+        killer = Killer(vm.target, vm, command, victim, moment, number, path)
+        self._killers.append(killer)
+        self._stack.enter_context(wire.laid(killer, listener))
+        return killer
+
+    def close(self) -> None:
+        """See that none was asked to kill the test."""
+        for killer in self._killers:
+            assert not killer.problem, killer.problem
