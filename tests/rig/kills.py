@@ -11,22 +11,3 @@ not come is a run without a kill.
 
 It is the real command in all else: what ``-v`` shows is what the killer hangs on.
 """
-
-import contextlib
-import json
-import os
-import signal
-import sys
-import threading
-from collections import Counter, deque
-from typing import Any
-
-import psutil
-
-from qmpmerge.cli import main, recorded
-from qmpmerge.cli.render.json import JsonOutput
-from qmpmerge.engine.pace.progress import Progress
-from qmpmerge.folder import File, Folder
-from qmpmerge.images import notes as beside_images
-from qmpmerge.journal import store
-from qmpmerge.testing.processes import kill as dies
