@@ -178,7 +178,7 @@ class _Tidy:
         return [one for name in names for one in done[name]]
 
     async def _target(self, name: str) -> list[Tidied]:
-        """All disks of a target, as they are done; one that cannot be opened is an entry without a disk."""
+        """All disks of a target in its order, or where cancelled as they ended; one that cannot be opened has no disk."""
         done: list[Tidied] = []
         disk = os.path.basename(name) if doors.is_image(name) or _had_image(name) else None
         try:
@@ -204,6 +204,7 @@ class _Tidy:
                 for disk, chain in chains.items()
                 if disk not in passing
             )
+            done.sort(key=lambda one: [*chains].index(one.disk or ""))
 
     async def _folder(self, folder: str) -> list[Tidied]:
         try:

@@ -62,6 +62,13 @@ def test_every_disk_of_every_vm_is_left_its_base_and_its_newest_overlays(fleet: 
         two.check()
 
 
+def test_disks_are_told_in_their_order_however_long_each_takes(fleet: Fleet) -> None:
+    with fleet.vm("one") as one:
+        assert invoke("commit", one.target, "vdb", "--keep", "2").code == 0
+        done = tidy(one.target, "--keep", "2")
+        assert [*entries(done).items()] == [((one.target, "vda"), "merged"), ((one.target, "vdb"), "unchanged")]
+
+
 def test_of_a_folder_what_is_in_use_is_left_out(fleet: Fleet) -> None:
     """Where its chain is too long; named by itself it is refused."""
     with fleet.vm("one", ["vda"]) as one:
