@@ -181,17 +181,21 @@ def _advice(run: "Run", verdict: Verdict, merged: tuple[MergedFile, ...]) -> lis
     return run.operation.advice(merged, may_be_deleted=run.may_be_deleted)
 
 
-def merged_files(planned: Plan, policy: Policy, spared: Mapping[int, str] | None = None) -> tuple[MergedFile, ...]:
+def merged_files(planned: Plan, policy: Policy, spared: Mapping[int, str], *, verified: bool) -> tuple[MergedFile, ...]:
     """
     The images that the chain loses, base first, each still in its place, and what is to become of it: those that are `spared`,
-    by their indexes, stay for the reasons there.
+    by their indexes, stay for the reasons there, and only what will be `verified` is deleted.
     """
+    from qmpmerge.journal.spared import NOT_ALL_COMPARED
+
     chain = planned.chain
     able = stash.names_away(chain, planned.base_index, chain.index(planned.top))
     merged = []
     for image in planned.merged:
-        obstacle = (spared or {}).get(chain.index(image))
+        obstacle = spared.get(chain.index(image))
         action = policy if chain.index(image) in able and obstacle is None else "keep"
+        if action == "delete" and not verified:
+            action, obstacle = "stash", NOT_ALL_COMPARED
         if image.data is not None:
             merged.append(MergedFile(image.data.file, "delete" if action == "delete" else "keep", image.data.file))
         merged.append(MergedFile(image.file, action, image.file, obstacle))
@@ -223,12 +227,11 @@ def planned(
     request: "Request",
     checked: tuple[Checked, ...],
     estimate: Estimate,
-    spared: Mapping[int, str],
+    merged: tuple[MergedFile, ...],
 ) -> Outcome:
     """The outcome of a merge that was only looked at; one that does not switch leaves the chain as it is."""
-    after, merged = plan.chain, tuple[MergedFile, ...]()
-    if request.ending == "pivot":
-        after, merged = plan.result, merged_files(plan, request.policy(plan), spared)
+    after = plan.result if request.ending == "pivot" else plan.chain
+    merged = merged if request.ending == "pivot" else ()
     return Outcome("planned", disk, plan.chain, after, merged=merged, checks=checked, estimate=estimate)
 
 

@@ -370,8 +370,7 @@ class Run:
         else:
             merged = self._files_dealt_with()
         damaged = None if "doubtful" in self.request.force else self.lock.note.damaged
-        keep = "; keep what lay below it" if self.plan.direction == "pull" else ""
-        self.notes += [f"not checked: {doubt}{keep}" for doubt in self.doubts.values()]
+        self.notes += spared.unchecked(self.plan, self.doubts)
         partial = None if is_whole else self.lock.note.partial
         self._forget_record(None if self.verified else self.suspect, damaged, partial)
         self.enter(state)
@@ -404,7 +403,9 @@ class Run:
                 self.notes.append(f"the record cannot be written: {error.strerror or error}")
                 self.state = State.PROVED
         known = self.record or first_record.of_run(self, "")
-        done, hints = merged_files.finish(replace(known, verified=self.is_all_verified), self.request.search)
+        done, hints = merged_files.finish(
+            replace(known, verified=self.is_all_verified), self.doubts, self.request.search
+        )
         self.notes += hints
         for file in done:
             self.log(

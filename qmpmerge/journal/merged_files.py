@@ -8,7 +8,7 @@ record lists are touched, and only while they lead to the very files that it mea
 import contextlib
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Image, Inode
@@ -60,15 +60,17 @@ def give_back(record: Record, index: int) -> bool:
     return True
 
 
-def finish(record: Record, search: Collection[str] = ()) -> tuple[list[MergedFile], list[str]]:
+def finish(
+    record: Record, doubtful: Mapping[int, str], search: Collection[str] = ()
+) -> tuple[list[MergedFile], list[str]]:
     """
-    Do what the policy says with all merged files, base first, but for those that are `spared`; also what went otherwise, as
-    sentences for the user.
+    Do what the policy says with all merged files, base first, but for those that are `spared`, as for these `spared.doubts`;
+    also what went otherwise, as sentences for the user.
 
     The merge is proved and durable by now. Done before, or in part, it goes on from there. Nothing is raised: a file
     that cannot be renamed stays, and that is said.
     """
-    kept = spared.kept(record, search)
+    kept = spared.kept(record, doubtful, search)
     refused = _names_taken_away(record, kept)
     done: list[MergedFile] = []
     hints: list[str] = []
@@ -148,7 +150,7 @@ def _remove(record: Record, image: Image, path: str) -> None:
 def why_not_delete(record: Record, index: int, place: str) -> str | None:
     """Why the stashed file at `place` must not be removed; None where nothing speaks against it."""
     if not record.verified:
-        return "it was not compared, or not all of it" if record.direction == "commit" else spared.NOT_COMPARED
+        return spared.NOT_ALL_COMPARED if record.direction == "commit" else spared.NOT_COMPARED
     if index not in (*record.seen, *record.before) or merged_notes.was_changed(record, index, place):
         return "it was changed since it was merged"
     return spared.in_use(place)

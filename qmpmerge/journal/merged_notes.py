@@ -155,7 +155,7 @@ def _leads_up(image: str, above: Image) -> bool:
 def kept(record: Record, places: Mapping[str, str]) -> Iterator[str]:
     """An image that keeps its name looks like one to start from; yields why it was not noted that it is none."""
     base = record.plan.receiver
-    needed, _user = spared.needed(record, merged_too=False) if places else (0, "")
+    needed, _user = spared.needed(record.plan, merged_too=False) if places else (0, "")
     for index in range(max(record.base, needed) + 1, record.top + 1):
         image = record.chain[index]
         place = places.get(image.file)

@@ -4,8 +4,9 @@ they may alone have what is right.
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
+from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.plan import Plan
 from qmpmerge.images import dependents, notes, qcow2
 from qmpmerge.images.dependents import Look
@@ -16,22 +17,47 @@ from qmpmerge.value import Value
 NOT_COMPARED = "what was copied was not compared"
 
 
-def kept(record: Record, search: Collection[str] = ()) -> dict[int, str]:
+NOT_ALL_COMPARED = "it was not compared, or not all of it"
+
+
+class Spared(Value):
+    """The `reasons` for which images keep their names, by their indexes, and how much was looked at to find who needs them."""
+
+    reasons: dict[int, str]
+    looked_at: str = ""
+
+
+def kept(record: Record, doubtful: Mapping[int, str], search: Collection[str] = ()) -> dict[int, str]:
+    """By their indexes, why; `doubtful` as the operation knows it from its begin."""
+    plan, policy = record.plan, record.policy
+    return by_plan(plan, policy, record.place, doubtful, verified=record.verified, search=search).reasons
+
+
+def by_plan(
+    plan: Plan,
+    policy: Policy,
+    place: Callable[[int], str | None],
+    doubtful: Mapping[int, str],
+    *,
+    verified: bool,
+    search: Collection[str] = (),
+    pid: int | None = None,
+) -> Spared:
     """
-    By their indexes, why. That nobody else has the images of a commit was seen before it began; those that a pull leaves were
-    only read, and may be anybody's: see `by_pull`. What was to be deleted, and was not compared, is not put aside either:
-    nobody compares it any more.
+    That nobody else has the images of a commit was seen before it began; those that a pull leaves were only read, and may be
+    anybody's: see `_by_pull`. What was to be deleted, and was not compared, is not put aside either: nobody compares it any
+    more. `place` tells where the file of an image is now, by its index; `doubtful` are its `doubts`.
     """
-    if record.direction == "commit" or record.policy == "keep":
-        index, user = needed(record)
-        indexes = range(record.base + 1, index + 1)
-        used = {one: f"{user} is built on it" for one in indexes if record.chain[one] != record.chain.active}
-        return used if record.policy == "keep" else below(record.plan, doubts(record.plan)) | used
-    if record.policy == "delete" and not record.verified:
-        reasons = dict.fromkeys(range(record.base + 1, record.top + 1), NOT_COMPARED)
-        return reasons | below(record.plan, doubts(record.plan))
-    places = {index: record.place(index) for index in range(record.base + 1, record.top + 1)}
-    return by_pull(record.plan, places, search).reasons
+    leaving = range(plan.base_index + 1, plan.chain.index(plan.top) + 1)
+    if plan.direction == "commit" or policy == "keep":
+        index, user = needed(plan)
+        used = {
+            one: f"{user} is built on it" for one in leaving if one <= index and plan.chain[one] != plan.chain.active
+        }
+        return Spared(used if policy == "keep" else below(plan, doubtful) | used)
+    if policy == "delete" and not verified:
+        return Spared(dict.fromkeys(leaving, NOT_COMPARED) | below(plan, doubtful))
+    return _by_pull(plan, {index: place(index) for index in leaving}, doubtful, search, pid)
 
 
 def doubts(plan: Plan) -> dict[int, str]:
@@ -54,20 +80,23 @@ def doubts(plan: Plan) -> dict[int, str]:
     return found
 
 
+def unchecked(plan: Plan, doubtful: Mapping[int, str]) -> list[str]:
+    """What users have to know of these `doubts`."""
+    keep = "; keep what lay below it" if plan.direction == "pull" else ""
+    return [f"not checked: {doubt}{keep}" for doubt in doubtful.values()]
+
+
 def below(plan: Plan, doubtful: Mapping[int, str]) -> dict[int, str]:
     """The images that leave from below one of these `doubts`, and may alone have what is right; by their indexes, why."""
     return {index: doubtful[max(doubtful)] for index in range(plan.base_index + 1, max(doubtful, default=0))}
 
 
-class Spared(Value):
-    """The `reasons` for which images keep their names, by their indexes, and how much was looked at to find who needs them."""
-
-    reasons: dict[int, str]
-    looked_at: str
-
-
-def by_pull(
-    plan: Plan, places: Mapping[int, str | None], search: Collection[str] = (), pid: int | None = None
+def _by_pull(
+    plan: Plan,
+    places: Mapping[int, str | None],
+    doubtful: Mapping[int, str],
+    search: Collection[str] = (),
+    pid: int | None = None,
 ) -> Spared:
     """
     It is looked for who is built on what leaves the chain, below the folders of `search` too, and among what QEMUs have open,
@@ -80,7 +109,7 @@ def by_pull(
     lower = [folder for image in plan.merged for folder in dependents.folders_above(image, plan.chain.active)]
     look = dependents.look_now(plan.merged, plan.chain, [*search, *lower], holders.qemu_files())
     found: dict[int, str] = {}
-    alone = below(plan, doubts(plan))
+    alone = below(plan, doubtful)
     for index in sorted(places, reverse=True):
         reasons = [*filter(None, [alone.get(index)]), *_reasons(plan, index, places[index], look, pid)]
         if index + 1 in found:
@@ -118,16 +147,16 @@ def _holds_alone(place: str) -> str | None:
     return f"nothing else has its {what}"
 
 
-def needed(record: Record, *, merged_too: bool = True) -> tuple[int, str]:
+def needed(plan: Plan, *, merged_too: bool = True) -> tuple[int, str]:
     """
     Up to which index the merged images are needed by an image outside the chain, and by which; 0 for none of them. One that was
     merged itself and has kept its name needs them, but no VM is started from it.
     """
-    found = dependents.look_now(record.plan.merged, record.chain).dependents
+    found = dependents.look_now(plan.merged, plan.chain).dependents
     built_on = [one for one in found if merged_too or notes.base_of(one.file) is None]
     users = {found.image: found.file for found in built_on}
-    indexes = [index for index, image in enumerate(record.chain, 1) if image.file in users]
-    return (max(indexes), users[record.chain[max(indexes)].file]) if indexes else (0, "")
+    indexes = [index for index, image in enumerate(plan.chain, 1) if image.file in users]
+    return (max(indexes), users[plan.chain[max(indexes)].file]) if indexes else (0, "")
 
 
 def in_use(place: str, pid: int | None = None) -> str | None:

@@ -16,7 +16,7 @@ from qmpmerge import given
 from qmpmerge.chain.chain import Image
 from qmpmerge.chain.layer import LayerName
 from qmpmerge.chain.other_way import other_way
-from qmpmerge.chain.outcome import Ending, OtherWay, Outcome, Policy
+from qmpmerge.chain.outcome import Ending, MergedFile, OtherWay, Outcome, Policy
 from qmpmerge.chain.plan import Direction, Plan, PullPlan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
@@ -218,13 +218,13 @@ class _Beginning:
         if job is not None:
             return await self._taken_over(view, planned, lock, job, earlier.of_job(records, job))
         answer = await self._checked(view, planned)
-        if not request.dry_run:
-            request.refuse_not_agreed(planned, proof.merged_files(planned, request.policy(planned)))
+        if not request.dry_run and request.agreed is not None:
+            request.refuse_not_agreed(planned, self._foreseen(view, planned)[0])
         await earlier.refuse_suspect(self._target, planned, lock.note.suspect)
         if request.dry_run:
             other = await self._other_way(view, planned, answer)
-            reasons, hints = self._who_needs_what_leaves(view, planned)
-            outcome = proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate, reasons)
+            merged, hints = self._foreseen(view, planned)
+            outcome = proof.planned(view.disk.name, planned, request, answer.checks, answer.estimate, merged)
             return replace(outcome, other_way=other, hints=hints)
         from qmpmerge.engine import directions
         from qmpmerge.engine.run import Run
@@ -235,19 +235,27 @@ class _Beginning:
         run.notes += dirty.left_behind(view.layout, planned)
         return run
 
-    def _who_needs_what_leaves(self, view: ChainView, planned: Plan) -> tuple[dict[int, str], tuple[str, ...]]:
-        """By the indexes of images that a pull would leave, and what else there is to say; a commit was refused for less."""
-        if not isinstance(planned, PullPlan):
-            return {}, ()
-        files = {planned.chain.index(image): image.file if image.has_path else None for image in planned.merged}
+    def _foreseen(self, view: ChainView, planned: Plan) -> tuple[tuple[MergedFile, ...], tuple[str, ...]]:
+        """What is to become of the merged files, and what else there is to say of them."""
         from qmpmerge.journal import spared
 
-        found = spared.by_pull(planned, files, self._request.search, process(self._target, planned)[0])
-        free = [planned.chain[index].file for index in files if index not in found.reasons]
-        hints = dirty.left_behind(view.layout, planned)
-        if free:
-            hints.append(f"nobody else is seen to need {', '.join(free)} (looked at {found.looked_at})")
-        return found.reasons, tuple(hints)
+        request, is_pull = self._request, isinstance(planned, PullPlan)
+        policy, doubts = request.policy(planned), spared.doubts(planned)
+        hints = spared.unchecked(planned, doubts)
+        found = spared.Spared({})
+        if is_pull or doubts or "dependents" in request.force:  # else a commit was refused for less
+            places = {planned.chain.index(image): image.file if image.has_path else None for image in planned.merged}
+            asked: Policy = "stash" if policy == "keep" else policy  # what is left alone users may delete themselves
+            pid = process(self._target, planned)[0]
+            found = spared.by_plan(
+                planned, asked, places.get, doubts, verified=not doubts, search=request.search, pid=pid
+            )
+            free = [planned.chain[index].file for index in places if index not in found.reasons]
+            if free and is_pull:
+                hints.append(f"nobody else is seen to need {', '.join(free)} (looked at {found.looked_at})")
+        if is_pull:
+            hints += dirty.left_behind(view.layout, planned)
+        return proof.merged_files(planned, policy, found.reasons, verified=not doubts), tuple(hints)
 
     async def _taken_over(self, view: ChainView, planned: Plan, lock: Lock, job: Job, record: "Record | None") -> "Run":
         record = earlier.as_left(record)

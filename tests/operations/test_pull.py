@@ -740,13 +740,17 @@ async def test_what_was_copied_before_a_pull_was_taken_back_is_never_said_to_be_
         assert [one["name"] for one in advice.findings(tmp_path)].count("unfinished") == 1
         for base in ("[1]", None):
             async with setup.target() as target:
+                planned = await qmpmerge.pull(target, base=base, verify=True, merged_files="delete", dry_run=True)
                 outcome = await qmpmerge.pull(target, base=base, verify=True, merged_files="delete")
-            see_that_nothing_is_deleted(outcome, {"keep"})
+            see_that_nothing_is_deleted(planned, outcome, {"keep"})
             assert locks.is_partial(receiver) is (base is not None)
 
 
-def see_that_nothing_is_deleted(outcome: qmpmerge.Outcome, actions: set[str]) -> None:
-    assert not outcome.verified
+def see_that_nothing_is_deleted(planned: qmpmerge.Outcome, outcome: qmpmerge.Outcome, actions: set[str]) -> None:
+    """Neither is it by a dry run, which tells the very same."""
+    foreseen, done = ([(one.file, one.action, one.obstacle) for one in told.merged] for told in (planned, outcome))
+    assert foreseen == done and not outcome.verified
+    assert {hint for hint in planned.hints if "not checked" in hint} <= {*outcome.hints}
     assert {one.action for one in outcome.merged} == actions and all(one.obstacle for one in outcome.merged)
     (hint,) = [hint for hint in outcome.hints if hint.startswith("not checked: ")]
     assert "taken back" in hint
@@ -769,13 +773,16 @@ async def test_what_a_pull_that_was_taken_back_has_copied_stays_doubtful_whereve
     (out_of_reach := tmp_path / "stale").mkdir()
     for base in ("[2]", None):
         async with qmpmerge.offline(over) as target:
+            deleting: dict[str, Any] = {"base": base, "verify": True, "merged_files": "delete"}
             if direction == "pull":
-                outcome = await qmpmerge.pull(target, base=base, verify=True, merged_files="delete")
-                see_that_nothing_is_deleted(outcome, {"keep"})
+                planned = await qmpmerge.pull(target, **deleting, dry_run=True)
+                outcome = await qmpmerge.pull(target, **deleting)
+                see_that_nothing_is_deleted(planned, outcome, {"keep"})
             else:
-                top = "[4]" if base else "[2]"
-                outcome = await qmpmerge.commit(target, base=base, top=top, verify=True, merged_files="delete")
-                see_that_nothing_is_deleted(outcome, {"keep", "stash"} if base else {"stash"})
+                deleting["top"] = "[4]" if base else "[2]"
+                planned = await qmpmerge.commit(target, **deleting, dry_run=True)
+                outcome = await qmpmerge.commit(target, **deleting)
+                see_that_nothing_is_deleted(planned, outcome, {"keep", "stash"} if base else {"stash"})
                 if base:  # it alone may have what is right
                     assert outcome.merged[0].now == str(images[2])
                     images[2].rename(out_of_reach / images[2].name)
