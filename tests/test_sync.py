@@ -12,6 +12,7 @@ import pytest
 from rig.command import JOB
 from rig.disks import Setup
 from rig.machines import Content, fill, make_chain
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge import sync
@@ -95,7 +96,7 @@ def test_ctrl_c_during_the_switch_waits_for_the_outcome(setup: Setup) -> None:
         if direction == "->" and "job-finalize" in text:
             signal.raise_signal(signal.SIGINT)
 
-    with sync.live(setup.machine.target, trace=interrupt) as target:
+    with heard(interrupt), sync.live(setup.machine.target) as target:
         assert sync.commit(target, top="[3]").verdict == "merged"
         assert target.jobs() == [] and depth(target) == 2
     setup.check()

@@ -5,8 +5,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qmpmerge.cli import bug
 from qmpmerge.cli.options import Options
-from qmpmerge.errors import EXIT_CODES
+from qmpmerge.errors import EXIT_CODES, Cancelled
 from qmpmerge.recording import record
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ def work(done: "Callable[[Output], str]", options: Options) -> "Callable[[Output
         with record.recorded(options.record, takers, command=command, warn=output.note) as recorder:
             try:
                 verdict = done(output)
+            except KeyboardInterrupt:
+                recorder.end_with(Cancelled())
+                raise
             except BaseException as error:
-                recorder.end_with(error)
+                recorder.end_with(error, "bug", bug.EXIT_CODE)
                 raise
             recorder.end(verdict, EXIT_CODES[verdict])
             return verdict

@@ -26,13 +26,13 @@ def step(name: str, text: str, *, about: str = "", **facts: object) -> None:
     watcher = watch.current()
     if watcher is not None:
         watcher.step(name, told, {"about": about, **facts})
-    with _harmless():
+    with harmless():
         log.info("%s: %s" if about else "%s%s", about, told, extra={"step": name, "facts": facts}, stacklevel=2)
 
 
 @contextlib.contextmanager
-def _harmless() -> Iterator[None]:
-    """What a handler or a filter raises is shown as `logging.Handler.handleError` shows it, and goes no further."""
+def harmless() -> Iterator[None]:
+    """What a function of the caller raises is shown as `logging.Handler.handleError` shows it, and goes no further."""
     try:
         yield
     except Exception:
@@ -63,5 +63,5 @@ def held() -> Iterator[None]:
             watcher.hurry(False)
         log.removeFilter(keep)
         for record in records:
-            with _harmless():
+            with harmless():
                 log.handle(record)

@@ -38,7 +38,6 @@ from qmpmerge.journal.record import Record
 from qmpmerge.processes import proc
 from qmpmerge.qemu import flush, jobs, vmstate
 from qmpmerge.qemu.blockgraph import FILTERS, Layout
-from qmpmerge.qemu.monitor import Trace
 from qmpmerge.recovery.claims import Vouched, refuse_foreign
 from qmpmerge.recovery.evidence import Judgement, Use, Way, see_unused
 from qmpmerge.targets.live import live
@@ -82,16 +81,14 @@ _ENDED_BY_ANOTHER = "another qmpmerge has ended the merge meanwhile"
 # --- recover ----------------------------------------------------------------------------------------------------------
 
 
-async def recover(
-    record: Record, use: Use | None, *, allow: Collection[str] = (), dry_run: bool, trace: Trace | None
-) -> Recovery:
+async def recover(record: Record, use: Use | None, *, allow: Collection[str] = (), dry_run: bool) -> Recovery:
     """
     Bring one merge to an end, as the evidence says, or where that does not decide, as the user does with `use`. The QEMU that
     carried it out is found by the record's word, so it does not vouch for files; `allow` does.
 
     Raises Undecided, ForeignFile, Locked, Overtaken, InUse, CannotRecover, VmState, and what a session with that QEMU raises.
     """
-    async with _carrier(record, trace) as target:
+    async with _carrier(record) as target:
         with locks.taken_for(record.plan) as lock:
             now = store.again(record)
             if now is None:
@@ -107,14 +104,14 @@ async def recover(
 
 
 @contextlib.asynccontextmanager
-async def _carrier(record: Record, trace: Trace | None) -> AsyncIterator[Target | None]:
+async def _carrier(record: Record) -> AsyncIterator[Target | None]:
     """A session with the QEMU that carried the merge out; None where it is gone, as a private daemon always is."""
     if not record.is_live or (record.qemu is not None and not record.qemu.is_alive):
         yield None
         return
     async with contextlib.AsyncExitStack() as stack:
         try:
-            session = live(record.target, force=("libvirt",), trace=trace)
+            session = live(record.target, force=("libvirt",))
             target: Target | None = await stack.enter_async_context(session)
         except Unreachable:
             if record.qemu is not None:
@@ -145,13 +142,13 @@ async def settle(target: Target, view: ChainView, records: Sequence[Record]) -> 
     return settled
 
 
-async def settle_image(image: str, *, allow: Collection[str] = (), trace: Trace | None = None) -> Outcome | None:
+async def settle_image(image: str, *, allow: Collection[str] = ()) -> Outcome | None:
     """The same for an image whose name is gone, or whose chain cannot be opened as it is. Raises RecordNotBelieved too."""
     found = store.beside(image)
     if found is None:
         return None
     (record,) = store.believed([found])
-    async with _carrier(record, trace) as target:
+    async with _carrier(record) as target:
         return (await _settled(record, target, None, Vouched(allow=tuple(allow))))[1]
 
 

@@ -16,7 +16,6 @@ from qmpmerge.given import Paths
 from qmpmerge.images import files, stashed
 from qmpmerge.images.stashed import Note
 from qmpmerge.journal import lookup, store
-from qmpmerge.qemu.monitor import Trace
 from qmpmerge.recovery.evidence import Use
 
 
@@ -33,7 +32,6 @@ async def recover(
     use: Use | None = None,
     allow: Paths = (),
     dry_run: bool = False,
-    trace: Trace | None = None,
 ) -> list[Recovery]:
     """
     Put right every merge that was not finished at `path`: the name that a VM is started from, even if nothing has it any
@@ -54,7 +52,7 @@ async def recover(
     found = []
     for record in records:
         try:
-            found.append(await resume.recover(record, use, allow=allowed, dry_run=dry_run, trace=trace))
+            found.append(await resume.recover(record, use, allow=allowed, dry_run=dry_run))
         except Error as error:
             if len(records) == 1:
                 raise

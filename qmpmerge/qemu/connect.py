@@ -25,7 +25,7 @@ from qmpmerge.errors import (
     NotQmp,
 )
 from qmpmerge.qemu import monitor
-from qmpmerge.qemu.monitor import COMMAND_SECONDS, GREETING_SECONDS, Monitor, Trace
+from qmpmerge.qemu.monitor import COMMAND_SECONDS, GREETING_SECONDS, Monitor
 from qmpmerge.sockets import Address
 
 TRIES = 3
@@ -40,29 +40,27 @@ class _Overtaken(Exception):
 
 
 @contextlib.asynccontextmanager
-async def connected(
-    address: Address, *, timeout: float = GREETING_SECONDS, trace: Trace | None = None
-) -> AsyncIterator[Monitor]:
+async def connected(address: Address, *, timeout: float = GREETING_SECONDS) -> AsyncIterator[Monitor]:
     """
     Connect, wait for the greeting, negotiate; disconnect at the end of the block.
 
     Raises a subclass of Unreachable for everything that can go wrong before the session is there.
     """
-    session = await connect(address, timeout=timeout, trace=trace)
+    session = await connect(address, timeout=timeout)
     try:
         yield session
     finally:
         await session.close()
 
 
-async def connect(address: Address, *, timeout: float = GREETING_SECONDS, trace: Trace | None = None) -> Monitor:
+async def connect(address: Address, *, timeout: float = GREETING_SECONDS) -> Monitor:
     """The same without a block: whoever connects closes the session."""
     name = address if isinstance(address, str) else f"tcp:{address[0]}:{address[1]}"
     tries = 0
     while True:
         connection = await _connect(address, name, timeout)
         try:
-            return await _begun(connection, name, _peer_pid(connection), timeout, trace)
+            return await _begun(connection, name, _peer_pid(connection), timeout)
         except _Overtaken:
             tries += 1
             if tries == TRIES:
@@ -70,13 +68,11 @@ async def connect(address: Address, *, timeout: float = GREETING_SECONDS, trace:
 
 
 @contextlib.asynccontextmanager
-async def opened(
-    connection: socket.socket, *, name: str, pid: int, trace: Trace | None = None
-) -> AsyncIterator[Monitor]:
+async def opened(connection: socket.socket, *, name: str, pid: int) -> AsyncIterator[Monitor]:
     """The same on a connection that is there already, to the process `pid` that we started ourselves."""
     connection.setblocking(False)
     try:
-        session = await _begun(connection, name, pid, COMMAND_SECONDS, trace)
+        session = await _begun(connection, name, pid, COMMAND_SECONDS)
     except _Overtaken:
         raise NotQmp(address=name, got="an answer, but not to what was asked") from None
     try:
@@ -85,11 +81,11 @@ async def opened(
         await session.close()
 
 
-async def _begun(connection: socket.socket, name: str, pid: int | None, timeout: float, trace: Trace | None) -> Monitor:
+async def _begun(connection: socket.socket, name: str, pid: int | None, timeout: float) -> Monitor:
     client = monitor.new_client(name, pid)
     await _greet(client, connection, name, pid, timeout)
     try:
-        return Monitor(client, name, pid, trace, connection)
+        return Monitor(client, name, pid, connection)
     except BadReply as error:
         await monitor.disconnect(client)
         raise NotQmp(address=name, got=f"it greets, but not as a QEMU does ({error.came})") from None

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import socket
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +20,6 @@ from qemu.qmp.protocol import StateError
 from qmpmerge import watch
 from qmpmerge.errors import NoReply, QemuRefused, SessionLost
 from qmpmerge.qemu import reply
-
-Trace = Callable[[str, str], None]
-"""Told of the traffic: direction (``->`` sent, ``<-`` received, ``<!`` event) and the text."""
 
 GREETING_SECONDS = 5.0
 
@@ -41,9 +37,6 @@ WAKING_EVENTS = {
 # json: name. qemu.qmp's own limit of 10 MB would end the session; without any a server could fill our memory, since what
 # is decoded can be twenty times as large.
 LARGEST_REPLY = 64 * 1024 * 1024
-
-TRACED_EVENTS, TRACED_LETTERS = 100, 4000
-"""How much of the events that nobody has waited for yet is kept for the trace."""
 
 # Their arguments have underscores, as before QMP had rules.
 _OLD = frozenset({"block_set_io_throttle"})
@@ -65,14 +58,11 @@ class Monitor:
     in ``(7, 2, 22)``. `tell` hears a sentence when others are waited for.
     """
 
-    def __init__(
-        self, client: QMPClient, name: str, pid: int | None, trace: Trace | None, connection: socket.socket
-    ) -> None:
+    def __init__(self, client: QMPClient, name: str, pid: int | None, connection: socket.socket) -> None:
         self._client = client
         self._connection = connection
         self.name = name
         self.pid = pid
-        self._trace = trace
         self.tell: Callable[[str], None] = lambda text: None
         self.version = _version_of(name, client)
         self.has_paused = False
@@ -92,23 +82,19 @@ class Monitor:
         the command ran or still will: ask, never send it again.
         """
         sent = {key if command in _OLD else key.replace("_", "-"): value for key, value in arguments.items()}
-        shown = {**sent, "data": "(not shown)"} if command == "object-add" else sent
         _refuse_broken_text(command, sent)
         self.has_acted = self.has_acted or not command.startswith(_QUESTIONS)
-        self._tell("->", {"execute": command, "arguments": shown} if sent else {"execute": command})
         try:
             async with asyncio.timeout(timeout):
                 value = await self._client.execute(command, sent or None)
         except TimeoutError:
             raise NoReply(target=self.name, command=command, seconds=timeout) from None
         except ExecuteError as error:
-            self._tell("<-", {"error": str(error)})
             raise QemuRefused(command=command, reason=str(error)) from None
         except StateError:  # what its library has to say is for who writes programs with it
             raise SessionLost(target=self.name, command=command, reason="it had ended already") from None
         except (QMPError, OSError, EOFError, ValueError) as error:
             raise SessionLost(target=self.name, command=command, reason=_reason(error)) from None
-        self._tell("<-", {"return": value})
         reply.see(self.name, command, value)
         return value
 
@@ -138,15 +124,6 @@ class Monitor:
             raise QemuRefused(command="add-fd", reason=error.strerror or str(error)) from None
         return int((await self.execute("add-fd"))["fdset-id"])
 
-    def _tell(self, direction: str, message: object) -> None:
-        if self._trace is None:  # a long chain is a megabyte to write out
-            return
-        try:
-            text = json.dumps(message)
-        except RecursionError:
-            text = "(nested too deeply to be shown)"
-        self._trace(direction, text)
-
     async def accepts(self, command: str, argument: str) -> bool:
         """Whether this QEMU's `command` takes `argument`, by its schema and not by its version."""
         schema = {entry["name"]: entry for entry in await self.execute("query-qmp-schema")}
@@ -160,7 +137,7 @@ class Monitor:
 
         Enter it before the job is started: its first events come before the reply.
         """
-        doorbell = Doorbell(self._trace)
+        doorbell = Doorbell()
         with self._client.listen(doorbell):
             yield doorbell
 
@@ -264,14 +241,11 @@ class Doorbell(EventListener):
     all that they were told, even what was taken from them.)
     """
 
-    def __init__(self, trace: Trace | None) -> None:
+    def __init__(self) -> None:
         super().__init__(WAKING_EVENTS)
-        self._trace = trace
         self.heard: dict[str, str] = {}
         """The errors with which jobs were said to end, by their ids: a reason to be told, no proof of anything."""
         self._rung = asyncio.Event()
-        self._events = 0
-        self._heard: deque[str] = deque(maxlen=TRACED_EVENTS)
 
     async def put(self, event: Message) -> None:
         """Called by qemu.qmp for every event."""
@@ -281,9 +255,6 @@ class Doorbell(EventListener):
         data = event.get("data")
         if event["event"] == "BLOCK_JOB_COMPLETED" and isinstance(data, dict) and "error" in data:
             self.heard = {str(data.get("device")): str(data["error"])}
-        if self._trace is not None:
-            self._events += 1
-            self._heard.append(str(event)[:TRACED_LETTERS])
 
     def silence(self) -> None:
         """What it has rung for is known."""
@@ -295,17 +266,6 @@ class Doorbell(EventListener):
             async with asyncio.timeout(seconds):
                 await self._rung.wait()
         self._rung.clear()
-        if self._trace is not None:
-            self._tell(self._trace)
-
-    def _tell(self, trace: Trace) -> None:
-        heard, missing = list(self._heard), self._events - len(self._heard)
-        self._heard.clear()
-        self._events = 0
-        if missing:
-            trace("<!", f"({missing} events that are not shown)")
-        for text in heard:
-            trace("<!", text)
 
 
 def _reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from qmpmerge.errors import ImageUnreadable, SessionLost, ToolMissing
 from qmpmerge.qemu import connect
-from qmpmerge.qemu.monitor import Monitor, Trace
+from qmpmerge.qemu.monitor import Monitor
 
 DAEMON = "qemu-storage-daemon"
 END_SECONDS = 20.0
@@ -48,9 +48,9 @@ class Daemon:
     connection: socket.socket
 
     @contextlib.asynccontextmanager
-    async def session(self, *, trace: Trace | None = None) -> AsyncIterator[Monitor]:
+    async def session(self) -> AsyncIterator[Monitor]:
         """The session, once it answers."""
-        async with connect.opened(self.connection, name=DAEMON, pid=self.pid, trace=trace) as session:
+        async with connect.opened(self.connection, name=DAEMON, pid=self.pid) as session:
             yield session
             with contextlib.suppress(SessionLost):  # it closes the session as it goes
                 await session.execute("quit")

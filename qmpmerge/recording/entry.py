@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     def line(self) -> bytes:
         """The same as JSON on one line, with its end, without secrets."""
         known = {"run": self.run, "t": round(self.seconds, 6), "kind": self.kind}
-        shown = json.dumps({**known, **secrets.without(self.facts)}).encode()
+        shown = json.dumps({**known, **secrets.without(self.facts)}, default=str).encode()
         if self.message is None:
             return shown + b"\n"
         key = b"greeting" if self.kind == "session" else b"message"

@@ -12,13 +12,17 @@ import stat
 import threading
 
 from qmpmerge.errors import RecordingUnwritable
+from qmpmerge.recording.bound import LARGEST, Bound
 from qmpmerge.recording.entry import Entry
 
 BEGINS = b'{"run": "'
 """How each line of a recording begins: a file that does not is not ours to write to."""
 
-LARGEST = 64 * 1024 * 1024
-"""Bytes of one recording."""
+MOST_WAITING = 16 * 1024 * 1024
+"""Bytes of messages that may wait for a slow disk; of what comes then the messages are left out."""
+
+SMALL, PAUSE_SECONDS = 16 * 1024, 1.0
+"""While a guest is paused no larger message is looked through, unless it is for so long: that would keep us from going on."""
 
 END_SECONDS = 5.0
 """How long a command waits at its end for a disk that does not take what is left."""
@@ -27,11 +31,15 @@ END_SECONDS = 5.0
 class Recording:
     """An open one. `problem` says why it has ended early, None while it has not."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, largest: int = LARGEST) -> None:
         self.path = path
         self.problem: str | None = None
         self._descriptor = _opened(path)
+        self._bound = Bound(largest)
         self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._taken = self._written = 0
+        self._dropped = (0, 0)
+        self._told = (0, 0)
         self._calm = threading.Event()
         self._calm.set()
         self._writer = threading.Thread(target=self._write_all, name="recording", daemon=True)
@@ -39,10 +47,15 @@ class Recording:
 
     def take(self, entry: Entry) -> None:
         """See `recorder.Taker`."""
+        size = len(entry.message or b"")
+        if size and self._taken - self._written + size > MOST_WAITING:
+            self._dropped = self._dropped[0] + 1, self._dropped[1] + size
+            return
+        self._taken += size
         self._entries.put(entry)
 
     def hurry(self, is_on: bool) -> None:
-        """While a guest waits the thread does nothing that keeps us from going on."""
+        """See `recorder.Taker`."""
         (self._calm.clear if is_on else self._calm.set)()
 
     def close(self) -> None:
@@ -56,9 +69,28 @@ class Recording:
         try:
             while (entry := self._entries.get()) is not None:
                 if self.problem is None:
-                    self._write(entry.line)
+                    self._add(entry)
+                self._written += len(entry.message or b"")
         finally:
             os.close(self._descriptor)
+
+    def _add(self, entry: Entry) -> None:
+        if entry.message is None:
+            self._tell_what_was_left_out(entry)
+        elif len(entry.message) > SMALL:
+            self._calm.wait(PAUSE_SECONDS)
+        line = entry.line
+        if self._bound.keeps(entry, len(line)):
+            self._write(line)
+
+    def _tell_what_was_left_out(self, entry: Entry) -> None:
+        """Before our next own line."""
+        messages, size = self._dropped
+        left_out = self._bound.messages + messages, self._bound.bytes + size
+        if left_out != self._told:
+            known, self._told = self._told, left_out
+            facts = {"messages": left_out[0] - known[0], "bytes": left_out[1] - known[1]}
+            self._write(Entry(entry.run, entry.seconds, "left-out", facts).line)
 
     def _write(self, line: bytes) -> None:
         try:

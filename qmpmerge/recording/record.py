@@ -23,7 +23,8 @@ class Hearing:
 
     def take(self, entry: Entry) -> None:
         """As it comes."""
-        self._hear(entry.document)
+        with log.harmless():
+            self._hear(entry.document)
 
     def hurry(self, is_on: bool) -> None:
         """It hears that the guest is paused."""

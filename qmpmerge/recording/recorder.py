@@ -4,6 +4,7 @@ import itertools
 import os
 import platform
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
@@ -54,12 +55,13 @@ class Recorder:
         """The last one."""
         self.enter("end", {"verdict": verdict, "code": code, **facts})
 
-    def end_with(self, error: BaseException) -> None:
-        """The same of what was raised."""
+    def end_with(self, error: BaseException, verdict: str | None = None, code: int | None = None) -> None:
+        """The same of what was raised; the two are those of what is no `Error`."""
         if isinstance(error, Error):
             self.end(error.verdict, error.exit_code, error=error.document)
         else:
-            self.end(None, None, error={"name": type(error).__name__, "message": str(error)})
+            lines = "".join(traceback.format_exception(error)).splitlines()
+            self.end(verdict, code, error={"name": type(error).__name__, "message": str(error), "traceback": lines})
 
     def hurry(self, is_on: bool) -> None:
         """As there."""

@@ -10,8 +10,8 @@ from typing import Any
 
 MASK = "(not shown)"
 
-MARKS = (b"object-add", b"passw", b"secret", b"cookie", b"://", b":key=")
-"""A message with none of these has nothing to be left out, and is written as it came: most have none."""
+MARKS = (b"object-add", b"passw", b"secret", b"cookie", b"://", b":key=", b"\n", b"\0")
+"""A message with none of these is written as it came, as most are: nothing is to be left out, and it is one line."""
 
 _KEYS = re.compile(r"(?:.*[.-])?(?:password|passwd|cookie)", re.IGNORECASE)
 _OPTION = re.compile(r"((?:^|[,.?&:-])(?:password|passwd|cookie)=)(?:[^,]|,,)*", re.IGNORECASE)
@@ -24,16 +24,14 @@ _TEXT = (_OPTION, _FIRMWARE, _USER, _QUERY, _RBD)
 
 
 def masked(message: bytes) -> bytes:
-    """A JSON object on one line, without secrets. What is nested too deeply to be looked through is not shown at all."""
-    if b"\n" in message or b"\r" in message:  # between its words, or before and after: inside of them they are escaped
-        message = message.replace(b"\n", b" ").replace(b"\r", b" ")
+    """A JSON object as one line of ASCII, without secrets; one that is nested too deeply is not shown at all."""
     message = message.strip()
-    if not any(mark in message for mark in MARKS):
+    if message.isascii() and not any(mark in message for mark in MARKS):
         return message
     try:
         return json.dumps(without(json.loads(message))).encode()
     except RecursionError:
-        return json.dumps("(nested too deeply to be shown)").encode()
+        return json.dumps({"left-out": "nested too deeply"}).encode()
 
 
 def without(value: Any) -> Any:

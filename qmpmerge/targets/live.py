@@ -13,7 +13,7 @@ from qmpmerge import given
 from qmpmerge.errors import LibvirtManaged, MonitorSilent, MonitorTaken, NoSuchTarget, Unreachable
 from qmpmerge.errors.nearest import nearest
 from qmpmerge.qemu import connect, monitor
-from qmpmerge.qemu.monitor import Monitor, Trace
+from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.sockets import Address
 from qmpmerge.targets.target import Target
 
@@ -32,7 +32,6 @@ async def live(
     *,
     timeout: float = monitor.GREETING_SECONDS,
     force: Collection[str] = (),
-    trace: Trace | None = None,
 ) -> AsyncIterator[Target]:
     """
     A session with the running QEMU or qemu-storage-daemon that `target` names: a socket path, ``unix:PATH``,
@@ -46,8 +45,8 @@ async def live(
     pid = None if vm is None else vm.pid
     if "libvirt" not in forced:
         _refuse_libvirt(pid, target)
-    session, address = await _connected(addresses, target, pid, timeout=timeout, trace=trace)
-    live_target = Target(session, target, lambda: connect.connect(address, timeout=timeout, trace=trace))
+    session, address = await _connected(addresses, target, pid, timeout=timeout)
+    live_target = Target(session, target, lambda: connect.connect(address, timeout=timeout))
     if vm is not None and vm.namesakes:
         others = ", ".join(map(str, vm.namesakes))
         live_target.notes.append(f"{target} is pid {vm.pid}: others of this name (pid {others}) run as other users")
@@ -61,7 +60,7 @@ async def live(
 
 
 async def _connected(
-    addresses: Sequence[Address], target: str, pid: int | None, *, timeout: float, trace: Trace | None
+    addresses: Sequence[Address], target: str, pid: int | None, *, timeout: float
 ) -> tuple[Monitor, Address]:
     """
     A session with the first monitor that answers: of several each gets a short while, since one that somebody else holds
@@ -69,16 +68,16 @@ async def _connected(
     """
     for address in addresses if len(addresses) > 1 else ():
         with contextlib.suppress(Unreachable):
-            return await _session(address, target, pid, min(timeout, SHORT_SECONDS), trace), address
+            return await _session(address, target, pid, min(timeout, SHORT_SECONDS)), address
     try:
-        return await _session(addresses[0], target, pid, timeout, trace), addresses[0]
+        return await _session(addresses[0], target, pid, timeout), addresses[0]
     except MonitorSilent as error:
         raise await _with_holder(error, addresses[0]) from None
 
 
-async def _session(address: Address, target: str, pid: int | None, timeout: float, trace: Trace | None) -> Monitor:
+async def _session(address: Address, target: str, pid: int | None, timeout: float) -> Monitor:
     """With the process that was meant: a path can be taken over by a QEMU that was started later."""
-    session = await connect.connect(address, timeout=timeout, trace=trace)
+    session = await connect.connect(address, timeout=timeout)
     if pid is not None and session.pid not in (None, pid):
         await session.close()
         raise MonitorTaken(target=target, pid=pid, other=session.pid)

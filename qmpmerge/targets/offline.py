@@ -28,7 +28,7 @@ from qmpmerge.processes import holders, limits
 from qmpmerge.processes.holders import User
 from qmpmerge.qemu import discovery, storagedaemon
 from qmpmerge.qemu.blockgraph import Disk, DiskName, Layout
-from qmpmerge.qemu.monitor import Monitor, Trace
+from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.targets import identity, nodes, shown
 from qmpmerge.targets.nodes import Named
 from qmpmerge.targets.shown import Shown
@@ -120,7 +120,6 @@ async def offline(
     allow: Paths = (),
     form: str | None = None,
     secret: str | None = None,
-    trace: Trace | None = None,
 ) -> AsyncIterator[OfflineTarget]:
     """
     Open the chain whose active image is `image`.
@@ -149,7 +148,7 @@ async def offline(
         users = await holders.lasting([layer.file for layer in layers])
         if write:
             _refuse_used(layers, users)
-        async with daemon.session(trace=trace) as session:
+        async with daemon.session() as session:
             images = nodes.named(layers, folder)
             await nodes.add(session, images, write=write, dry_run=dry_run, secret=secret)
             target = _Opened(session, image, users, images)

@@ -11,7 +11,7 @@ from qmpmerge.errors import Stashed, Unfinished
 from qmpmerge.given import Paths
 from qmpmerge.images import files, stashed
 from qmpmerge.journal import store
-from qmpmerge.qemu.monitor import GREETING_SECONDS, Trace
+from qmpmerge.qemu.monitor import GREETING_SECONDS
 from qmpmerge.targets.target import Target
 
 
@@ -26,7 +26,6 @@ async def open(
     allow: Paths = (),
     form: str | None = None,
     secret: str | None = None,
-    trace: Trace | None = None,
 ) -> AsyncIterator[Target]:
     """
     The door that `target` calls for: an image file or a block device is opened offline, all else is live.
@@ -40,13 +39,13 @@ async def open(
         from qmpmerge.targets.offline import offline
 
         async with offline(
-            target, write=write, dry_run=dry_run, allow=allow, form=form, secret=secret, trace=trace
+            target, write=write, dry_run=dry_run, allow=allow, form=form, secret=secret
         ) as opened_target:
             yield opened_target
     else:
         from qmpmerge.targets.live import live
 
-        async with live(target, timeout=timeout, force=force, trace=trace) as opened_target:
+        async with live(target, timeout=timeout, force=force) as opened_target:
             yield opened_target
 
 

@@ -28,6 +28,7 @@ from rig.disks import BACKEND, blockdev, device, drive, nbd_server, nodes
 from rig.harms import harm, marked
 from rig.headers import may_trace, raw_header
 from rig.machines import MIB, SIZE, Content, Machine, machine, make_chain, run
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge import errors
@@ -1090,7 +1091,7 @@ async def test_bitmaps_that_qemu_does_not_carry(force: list[str], tmp_path: Path
             if direction == "->" and '"block-commit"' in text:
                 session.execute("block-dirty-bitmap-remove", node="top", name="hourly")
 
-        async with qmpmerge.live(holder.target, trace=meanwhile) as target:
+        async with heard(meanwhile), qmpmerge.live(holder.target) as target:
             if force:
                 outcome = await qmpmerge.commit(target, force=force)
                 assert outcome.verdict == "pivoted"

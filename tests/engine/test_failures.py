@@ -20,6 +20,7 @@ from rig.disks import Setup, blockdev, device, drive, form, nbd_server, nodes
 from rig.faults import injecting, untouched
 from rig.folder import litter
 from rig.machines import MIB, SIZE, Content, fill, machine, make_chain, run
+from rig.wire import heard
 
 import qmpmerge as library
 from qmpmerge.engine.pace.progress import Progress
@@ -226,7 +227,7 @@ async def test_what_an_earlier_failure_left_in_base_is_found(
                         file.seek(2 * MIB)
                         file.write(b"lost")
 
-        async with library.live(vm.target, trace=corrupt) as target:
+        async with heard(corrupt), library.live(vm.target) as target:
             with pytest.raises(library.errors.NotVerified, match="different data"):
                 await library.commit(target, top="[3]", verify=False)
         await untouched(vm)

@@ -21,6 +21,7 @@ from rig.command import COMMAND, JOB, Begun, invoke
 from rig.disks import Images, Setup, drive
 from rig.machines import Content, Machine, fill, make_chain
 from rig.server import CLIENT, stop
+from rig.wire import heard
 
 import qmpmerge as library
 from qmpmerge.chain.state import State
@@ -132,7 +133,7 @@ async def test_from_the_switch_to_the_proof_signals_wait(setup: Setup, top: str)
             patience.leave()
             tasks[0].cancel()
 
-    async with library.live(setup.machine.target, trace=signals) as target:
+    async with heard(signals), library.live(setup.machine.target) as target:
         tasks.append(asyncio.ensure_future(library.commit(target, "vda", top=top, patience=patience)))
         assert (await tasks[0]).verdict in ("merged", "pivoted")
     assert job_now(setup) is None
@@ -327,10 +328,9 @@ async def losing(setup: Setup, moment: str, count: int = 1) -> AsyncIterator[tup
             sent.append(json.loads(text)["execute"])
         if moment in f"{direction} {sent[-1]} {text}" and count:
             count -= 1
-            client = hosts[0].monitor._client
-            asyncio.get_running_loop().call_soon(client._writer.transport.abort)  # type: ignore[union-attr]
+            hosts[0].monitor._client._writer.transport.abort()  # type: ignore[union-attr]
 
-    async with library.live(setup.machine.target, trace=cut) as target:
+    async with heard(cut), library.live(setup.machine.target) as target:
         hosts.append(target)
         yield target, sent
 
@@ -589,7 +589,7 @@ async def test_the_record_is_made_durable_while_qemu_copies_and_before_anything_
 
     monkeypatch.setattr(Folder, "sync", sync)
     before = folder.names(tmp_path)
-    async with library.live(setup.machine.target, trace=note_start) as target:
+    async with heard(note_start), library.live(setup.machine.target) as target:
         with pytest.raises(RecordFailed, match="Input/output error") if fails else contextlib.nullcontext():
             assert await _verdict(target, left) == left
         assert synced
@@ -624,7 +624,7 @@ async def test_the_record_is_durable_before_anything_is_copied_from_further_belo
 
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "sync", sync)
-        async with library.live(setup.machine.target, trace=note) as target:
+        async with heard(note), library.live(setup.machine.target) as target:
             await carry_out(target)
         assert told[0] == "synced"
     setup.check()

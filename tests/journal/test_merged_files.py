@@ -13,6 +13,7 @@ from rig import folder
 from rig.command import invoke
 from rig.disks import KINDS, Setup, drive, nbd_server
 from rig.machines import MIB, Content, fill, make_chain, run
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome, Policy
@@ -119,7 +120,7 @@ async def test_what_was_changed_since_is_not_deleted(setup: Setup, images: list[
         if direction == "->" and "job-finalize" in text:
             os.utime(images[1])
 
-    async with qmpmerge.live(setup.machine.target, trace=touch) as target:
+    async with heard(touch), qmpmerge.live(setup.machine.target) as target:
         outcome = await qmpmerge.commit(target, top="[3]", merged_files="delete")
     assert [action for _, action, _ in told(outcome)] == ["stash", "delete"]
     assert any("was changed since" in hint for hint in outcome.hints)
@@ -148,7 +149,7 @@ async def test_a_file_that_somebody_holds_is_not_deleted(setup: Setup, images: l
             if direction == "->" and "job-finalize" in text:
                 stack.enter_context(held(images[1]))
 
-        async with qmpmerge.live(setup.machine.target, trace=hold) as target:
+        async with heard(hold), qmpmerge.live(setup.machine.target) as target:
             outcome = await qmpmerge.commit(target, top="[3]", merged_files="delete")
         assert [action for _, action, _ in told(outcome)] == ["stash", "delete"]
         (kept,) = await qmpmerge.clean([images[1].parent])

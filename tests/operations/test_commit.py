@@ -24,6 +24,7 @@ from rig.command import invoke
 from rig.disks import KINDS, Setup, blockdev, device, drive, filters, nodes, offline, remove
 from rig.harms import harm
 from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
+from rig.wire import heard
 from speed.images import empty_chain
 from speed.peers import node_of
 
@@ -120,7 +121,7 @@ async def test_of_a_long_chain_all_is_asked_for_once(more: tuple[str, dict[str, 
             if more is not None and asked[-1] == "job-finalize":
                 vm.session.execute(more[0], **more[1])
 
-        async with qmpmerge.live(vm.target, trace=trace) as target:
+        async with heard(trace), qmpmerge.live(vm.target) as target:
             outcome = await qmpmerge.commit(target, "vda", base="[10]", top="[12]")
     assert (outcome.verdict, outcome.after.files) == ("merged", [str(image) for image in images if image.exists()])
     counts = asked.count("query-named-block-nodes"), asked.count("x-debug-query-block-graph")
@@ -142,7 +143,7 @@ async def test_of_a_long_chain_a_node_that_was_given_another_file_meanwhile_is_s
             if direction == "->" and json.loads(text)["execute"] == "job-finalize":
                 vm.session.execute("blockdev-reopen", options=[options])
 
-        async with qmpmerge.live(vm.target, trace=trace) as target:
+        async with heard(trace), qmpmerge.live(vm.target) as target:
             with pytest.raises(NotProven) as unproven:
                 await qmpmerge.commit(target, "vda", base="[10]", top="[12]")
     assert str(copy) in unproven.value.found
@@ -269,7 +270,7 @@ async def test_a_base_that_cannot_be_flushed_stops_the_merge(
                 base.write(b"lost")
 
     with machine(tmp_path, *faults.injecting(images, "base", storage)) as vm:
-        async with qmpmerge.live(vm.target, trace=damage) as target:
+        async with heard(damage), qmpmerge.live(vm.target) as target:
             if storage != FLUSH_FAILS and not differs:
                 assert (await qmpmerge.commit(target, top="[3]")).verified
                 return
@@ -491,7 +492,7 @@ async def test_a_cancellation_while_the_job_is_being_started_takes_it_back(top: 
         if direction == "->" and "block-commit" in text:
             asyncio.get_running_loop().call_soon(tasks[0].cancel)
 
-    async with qmpmerge.live(setup.machine.target, trace=cancel_at_the_start) as target:
+    async with heard(cancel_at_the_start), qmpmerge.live(setup.machine.target) as target:
         tasks.append(asyncio.ensure_future(qmpmerge.commit(target, "vda", top=top, speed=1)))
         with pytest.raises(asyncio.CancelledError):
             await tasks[0]

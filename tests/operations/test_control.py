@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from rig.disks import device
 from rig.machines import Content, Machine, fill, machine, make_chain, run
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
@@ -169,7 +170,7 @@ async def test_a_pending_merge_is_flushed_and_compared_before_it_is_finalized(vm
     """A plain `job-finalize` would rewrite the header before base is durable."""
     pending(vm)
     said: list[str] = []
-    async with qmpmerge.live(vm.target, trace=lambda direction, text: said.append(text)) as target:
+    async with heard(lambda direction, text: said.append(text)), qmpmerge.live(vm.target) as target:
         outcome = await qmpmerge.control(target, ID, verb)
     assert isinstance(outcome, Outcome)
     assert (outcome.verdict, outcome.verified) == ("merged", True)
@@ -282,7 +283,7 @@ async def test_a_stream_whose_last_step_fails_is_not_proven(vm: Machine) -> None
 async def test_no_command_that_this_qemu_calls_deprecated_is_sent(tmp_path: Path, vm: Machine) -> None:
     """By its schema, and not by its version: with every verb, and a whole merge of each kind."""
     said: list[str] = []
-    async with qmpmerge.live(vm.target, trace=lambda direction, text: said.append(text)) as target:
+    async with heard(lambda direction, text: said.append(text)), qmpmerge.live(vm.target) as target:
         await qmpmerge.commit(target, top="[2]", ending="pivot")
         await qmpmerge.commit(target, ending="hold")
         for verb in ("pause", "resume", "speed", "keep"):

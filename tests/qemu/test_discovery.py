@@ -11,6 +11,7 @@ import pytest
 from rig import machines
 from rig.disks import nbd_server
 from rig.machines import SIZE, Machine, make_chain, run
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.chain.chain import Chain
@@ -693,7 +694,7 @@ async def test_a_concluded_stream_makes_discovery_refuse(tmp_path: Path) -> None
         machine.session.execute("block-stream", job_id="stream", device="c", auto_dismiss=False)
         machine.wait_for_job("concluded")
         asked: list[str] = []
-        async with qmpmerge.live(machine.target, trace=sent(asked)) as target:
+        async with heard(sent(asked)), qmpmerge.live(machine.target) as target:
             for question in (target.disks, target.chain, target.layout, target.disk):
                 with pytest.raises(StreamConcluded) as refused:
                     await question()
@@ -801,7 +802,7 @@ async def test_200_layers_take_five_questions(tmp_path: Path, start: Callable[[l
     files = make_layers(tmp_path, 200)
     asked: list[str] = []
     with machines.machine(tmp_path, *start(files)) as machine:
-        async with qmpmerge.live(machine.target, trace=sent(asked)) as target:
+        async with heard(sent(asked)), qmpmerge.live(machine.target) as target:
             view = await target.chain()
     assert view.chain.files == [str(file) for file in files]
     assert [image.backing for image in view.chain] == [None, *(str(file) for file in files[:-1])]
@@ -822,7 +823,7 @@ async def test_500_layers(tmp_path: Path) -> None:
     files = make_layers(tmp_path, 500)
     asked: list[str] = []
     with machines.machine(tmp_path, *drive(files[-1])) as machine:
-        async with qmpmerge.live(machine.target, trace=sent(asked)) as target:
+        async with heard(sent(asked)), qmpmerge.live(machine.target) as target:
             view = await target.chain("vda")
     assert len(files) > DEEP
     assert (view.disk.name, view.disk.drive, view.disk.root) == ("vda", "vda", view.chain.active.node)

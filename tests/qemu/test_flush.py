@@ -15,6 +15,7 @@ import pytest
 from rig import faults
 from rig.disks import KINDS, blockdev, device, drive, nodes
 from rig.machines import MIB, SIZE, Content, Machine, fill, machine, make_chain, run
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.errors import Busy, NotDurable
@@ -109,20 +110,20 @@ async def test_what_is_read_only_was_flushed_before(tmp_path: Path, grown: list[
 async def test_a_header_is_synced_by_ourselves_where_the_file_is_the_one_that_qemu_has(
     tmp_path: Path, grown: list[Path]
 ) -> None:
-    heard: list[str] = []
+    said: list[str] = []
     with machine(tmp_path, *nodes(grown), *device("b")) as vm:
-        async with qmpmerge.live(vm.target, trace=lambda *told: heard.append(" ".join(told))) as target:
+        async with heard(lambda *told: said.append(" ".join(told))), qmpmerge.live(vm.target) as target:
             overlay = (await target.chain()).chain.active
-            heard.clear()
+            said.clear()
             await flush.flush(target.monitor, overlay, header_only=True)
-            assert not heard
+            assert not said
             os.rename(overlay.file, f"{overlay.file}.moved")
             shutil.copy(f"{overlay.file}.moved", overlay.file)
             await flush.flush(target.monitor, overlay, header_only=True)
-            assert [line for line in heard if "blockdev-reopen" in line]
-            heard.clear()
+            assert [line for line in said if "blockdev-reopen" in line]
+            said.clear()
             await flush.flush(target.monitor, replace(overlay, inode=None), header_only=True)
-            assert [line for line in heard if "blockdev-reopen" in line]
+            assert [line for line in said if "blockdev-reopen" in line]
 
 
 # --- wherever and as whom QEMU runs ----------------------------------------------------------------------------------------
@@ -211,16 +212,17 @@ async def test_merges_of_one_qemu_take_turns(tmp_path: Path) -> None:
         fill(images, content)
         name = images[0].parent.name
         arguments += ["-drive", f"file={images[-1]},if=none,id={name}", "-device", f"virtio-blk-pci,drive={name}"]
-    heard: list[str] = []
+    said: list[str] = []
     with machine(tmp_path, *arguments) as vm:
-        async with qmpmerge.live(
-            vm.target, trace=lambda direction, text: heard.append(f"{direction} {text}")
-        ) as target:
+        async with (
+            heard(lambda direction, text: said.append(f"{direction} {text}")),
+            qmpmerge.live(vm.target) as target,
+        ):
             merges = [qmpmerge.commit(target, images[0].parent.name, top="[3]") for images in chains]
             outcomes = await asyncio.gather(*merges)
         vm.stop()
     assert [outcome.verdict for outcome in outcomes] == ["merged"] * len(chains)
-    flushes = [line for line in heard if line.startswith("->") and flush.NODE in line]
+    flushes = [line for line in said if line.startswith("->") and flush.NODE in line]
     words = [line.split('"')[3] for line in flushes]
     assert len(words) >= 8 * len(chains)
     assert words == ["blockdev-del", "blockdev-add", "blockdev-reopen", "blockdev-del"] * (len(words) // 4)

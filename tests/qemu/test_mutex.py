@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rig import command, faults
 from rig.machines import Content, Machine, fill, machine, make_chain
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.errors import NotPaused
@@ -46,16 +47,17 @@ async def test_pivots_of_two_disks_pause_the_guest_one_after_the_other(tmp_path:
         fill(images, content)
         chains.append(images)
         arguments += ["-drive", f"file={images[-1]},if=none,id={name}", "-device", f"virtio-blk-pci,drive={name}"]
-    heard: list[str] = []
+    said: list[str] = []
     with machine(tmp_path, *arguments) as vm:
         vm.session.execute("cont")
-        async with qmpmerge.live(
-            vm.target, trace=lambda direction, text: heard.append(f"{direction} {text}")
-        ) as target:
+        async with (
+            heard(lambda direction, text: said.append(f"{direction} {text}")),
+            qmpmerge.live(vm.target) as target,
+        ):
             outcomes = await asyncio.gather(*(qmpmerge.commit(target, name) for name in ("one", "two")))
         assert vm.session.execute("query-status")["running"]
         vm.stop()
-    said = [word for line in heard for word in ("stop", "cont") if line == f'-> {{"execute": "{word}"}}']
+    said = [word for line in said for word in ("stop", "cont") if line == f'-> {{"execute": "{word}"}}']
     assert said == ["stop", "cont"] * 2
     assert all(outcome.paused_seconds is not None for outcome in outcomes)
     for images, content in zip(chains, contents, strict=True):

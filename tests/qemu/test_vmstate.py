@@ -13,6 +13,7 @@ from rig.disks import BACKEND, device, nodes
 from rig.harms import harm
 from rig.machines import MIB, Content, Machine, machine, run
 from rig.migrations import INCOMING, STATES
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.errors import MigrationBegan, VmState
@@ -265,9 +266,8 @@ def test_what_ended_unseen_is_not_proved_once_the_guest_has_gone(
 async def test_a_dry_run_sends_nothing_that_writes(top: str | None, tmp_path: Path, disk: list[str]) -> None:
     sent: list[str] = []
     with machine(tmp_path, *disk) as vm:
-        async with qmpmerge.live(
-            vm.target, trace=lambda way, text: sent.append(text) if way == "->" else None
-        ) as target:
+        noting = heard(lambda way, text: sent.append(text) if way == "->" else None)
+        async with noting, qmpmerge.live(vm.target) as target:
             outcome = await qmpmerge.commit(target, top=top, dry_run=True)
     asked = [json.loads(text) for text in sent]
     others = [one for one in asked if "query" not in one["execute"] and one["execute"] not in ("qom-get", "qom-list")]

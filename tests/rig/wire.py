@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import qmpmerge
@@ -11,9 +10,26 @@ Listener = Callable[[str, str], None]
 """Hears a direction (``->`` sent, ``<-`` received, ``<!`` an event) and the message as JSON."""
 
 
-def heard(listener: Listener) -> AbstractContextManager[None]:
-    """It hears all sessions that are begun in the block: each message before it is sent, or before anybody has it."""
-    return qmpmerge.record(lambda line: tell(listener, line))
+class heard:
+    """
+    A block, of either kind, in which it hears all sessions that are begun: each message before it is sent, or before anybody
+    has it.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._record = qmpmerge.record(lambda line: tell(listener, line))
+
+    def __enter__(self) -> None:
+        self._record.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._record.__exit__(*raised)
+
+    async def __aenter__(self) -> None:
+        self._record.__enter__()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        self._record.__exit__(*raised)
 
 
 def tell(listener: Listener, line: Mapping[str, Any]) -> None:

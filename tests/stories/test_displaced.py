@@ -19,6 +19,7 @@ from rig.command import Begun, invoke
 from rig.disks import KINDS, Setup, blockdev, device, drive, nodes, storage_daemon
 from rig.harms import harm
 from rig.machines import MIB, SIZE, Content, Machine, machine, run
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.chain.outcome import Policy
@@ -143,7 +144,7 @@ async def test_a_base_that_is_displaced_while_the_guest_is_paused_for_the_pivot(
     """The active image has lost its name by then, and gets it back."""
     setup.machine.session.execute("cont")
     late = after("block-commit", lambda: displace(images[0]))
-    async with qmpmerge.live(setup.machine.target, trace=late) as target:
+    async with heard(late), qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(LeftDisplaced):
             await qmpmerge.commit(target)
     assert setup.machine.session.execute("query-status")["status"] == "running"
@@ -224,7 +225,7 @@ async def test_a_base_that_is_displaced_at_the_switch(
     displace: Displace, top: str, setup: Setup, images: list[Path], tmp_path: Path
 ) -> None:
     displaced = at(SWITCHES[top], lambda: displace(images[0]))
-    async with qmpmerge.live(setup.machine.target, trace=displaced) as target:
+    async with heard(displaced), qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(NotUnderItsName) as lost:
             await qmpmerge.commit(target, top=top)
     assert (lost.value.exit_code, lost.value.file) == (6, str(images[0]))
@@ -254,7 +255,7 @@ async def test_a_base_that_is_replaced_at_the_switch(
     """An intermediate merge has QEMU open it by its name again, and nothing can be done but to say so."""
     inode = images[0].stat().st_ino
     swap = at(SWITCHES[top], lambda: swapped(images[0]))
-    async with qmpmerge.live(setup.machine.target, trace=swap) as target:
+    async with heard(swap), qmpmerge.live(setup.machine.target) as target:
         with pytest.raises((NotUnderItsName, NotProven)) as lost:
             await qmpmerge.commit(target, top=top)
     assert str(inode) in str(lost.value) and str(images[0].stat().st_ino) in str(lost.value)
@@ -268,7 +269,7 @@ async def test_a_base_that_is_replaced_at_the_switch(
 
 
 async def test_an_overlay_that_is_displaced_at_the_switch(setup: Setup, images: list[Path], tmp_path: Path) -> None:
-    async with qmpmerge.live(setup.machine.target, trace=at("job-finalize", lambda: removed(images[3]))) as target:
+    async with heard(at("job-finalize", lambda: removed(images[3]))), qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(NotUnderItsName) as lost:
             await qmpmerge.commit(target, top="[3]")
     assert lost.value.file == str(images[3])
@@ -304,7 +305,7 @@ async def test_a_base_that_is_displaced_when_the_overlay_is_kept(setup: Setup, i
             await qmpmerge.control(target, job.id, "keep")
     done = at("block-job-cancel", lambda: renamed(images[0]))
     images[0].with_name("elsewhere.base.raw").rename(images[0])
-    async with qmpmerge.live(setup.machine.target, trace=done) as target:
+    async with heard(done), qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(NotUnderItsName) as lost:
             await qmpmerge.control(target, job.id, "keep")
     do(setup.machine, lost.value.hint)
@@ -413,7 +414,7 @@ async def test_an_image_that_is_displaced_while_its_overlay_is_made(
     setup: Setup, images: list[Path], tmp_path: Path
 ) -> None:
     at_the_node = at("blockdev-add", lambda: swapped(images[3]))
-    async with qmpmerge.live(setup.machine.target, trace=at_the_node) as target:
+    async with heard(at_the_node), qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(Replaced) as found:
             await qmpmerge.snapshot(target, {"vda": tmp_path / "d.qcow2"})
     assert not (tmp_path / "d.qcow2").exists()
@@ -427,7 +428,7 @@ async def test_an_image_that_is_displaced_at_the_snapshot_is_told_apart(
     setup: Setup, images: list[Path], tmp_path: Path
 ) -> None:
     inode = images[3].stat().st_ino
-    async with qmpmerge.live(setup.machine.target, trace=at("transaction", lambda: swapped(images[3]))) as target:
+    async with heard(at("transaction", lambda: swapped(images[3]))), qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(NotProven) as found:
             await qmpmerge.snapshot(target, {"vda": tmp_path / "d.qcow2"})
     assert f"{images[3]} (inode {inode} " in found.value.expected
@@ -474,7 +475,7 @@ async def test_recover_does_not_take_another_file_for_the_base(
 ) -> None:
     """QEMU and its descriptor are gone: what lies there now is for the user to judge."""
     setup.machine.session.execute("stop")
-    async with qmpmerge.live(setup.machine.target, trace=at(SWITCHES[top], lambda: removed(images[0]))) as target:
+    async with heard(at(SWITCHES[top], lambda: removed(images[0]))), qmpmerge.live(setup.machine.target) as target:
         with pytest.raises(NotUnderItsName):
             await qmpmerge.commit(target, top=top)
     if displace is replaced:  # before the inode is free again
@@ -498,7 +499,7 @@ async def test_a_merged_file_that_is_replaced_is_left_alone(
     policy: Policy, top: str, setup: Setup, images: list[Path], tmp_path: Path
 ) -> None:
     """What was merged came from the file that QEMU had open; nor is the other file compared with anything."""
-    async with qmpmerge.live(setup.machine.target, trace=at("block-commit", lambda: swapped(images[1]))) as target:
+    async with heard(at("block-commit", lambda: swapped(images[1]))), qmpmerge.live(setup.machine.target) as target:
         if policy == "delete":  # which takes a comparison
             with pytest.raises(NotVerified) as found:
                 await qmpmerge.commit(target, top=top, merged_files=policy, verify=True)
@@ -521,7 +522,7 @@ async def test_a_base_that_is_displaced_while_nobody_has_it(
 ) -> None:
     saved = tmp_path / "saved"
     saved.write_bytes(images[0].read_bytes())
-    async with qmpmerge.offline(images[3], trace=after("block-commit", lambda: displace(images[0]))) as target:
+    async with heard(after("block-commit", lambda: displace(images[0]))), qmpmerge.offline(images[3]) as target:
         with pytest.raises(Displaced) as found:
             await qmpmerge.commit(target, top=top)
         hint = found.value.hint

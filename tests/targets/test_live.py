@@ -9,6 +9,7 @@ import pytest
 from rig.command import invoke
 from rig.disks import Setup, blockdev, device, nodes
 from rig.machines import Content, machine, run
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.errors import DiskNeeded, SessionLost, StillRunning, WentAway
@@ -88,7 +89,7 @@ async def test_a_qemu_that_goes_away_while_we_only_look_is_unreachable(command: 
 
     begins = command == "block-commit"
     with pytest.raises(SessionLost if begins else WentAway) as lost:
-        async with qmpmerge.live(setup.machine.target, trace=killing) as target:
+        async with heard(killing), qmpmerge.live(setup.machine.target) as target:
             await qmpmerge.commit(target, top="[3]", dry_run=not begins)
     assert lost.value.exit_code == (6 if begins else 4) and "qmpmerge recover" in lost.value.hint
 
@@ -102,9 +103,10 @@ async def test_a_qemu_that_goes_away_while_tidy_looks_is_one_that_was_not_reache
     seen: list[str] = []
 
     def door(name: str, *, write: bool, dry_run: bool) -> AbstractAsyncContextManager[qmpmerge.Target]:
-        return qmpmerge.live(name, trace=killing)
+        return qmpmerge.live(name)
 
-    told = await qmpmerge.tidy([setup.machine.target], keep=1, dry_run=True, door=door)
+    with heard(killing):
+        told = await qmpmerge.tidy([setup.machine.target], keep=1, dry_run=True, door=door)
     assert [(one.verdict, one.error and one.error.exit_code) for one in told.tidied] == [("unreachable", 4)]
 
 
@@ -121,5 +123,5 @@ async def test_a_job_that_is_followed_is_unknown_where_its_qemu_goes_away(setup:
         with pytest.raises(StillRunning):
             await qmpmerge.commit(target, top="[3]", speed=1, patience=qmpmerge.Patience(detach=True))
     with pytest.raises(SessionLost):
-        async with qmpmerge.live(setup.machine.target, trace=killing) as target:
+        async with heard(killing), qmpmerge.live(setup.machine.target) as target:
             await qmpmerge.follow(target, setup.disk)

@@ -21,6 +21,7 @@ from rig.disks import BACKEND, blockdev, device, drive, nbd_server, nodes, remov
 from rig.folder import beside
 from rig.headers import raw_header
 from rig.machines import MIB, SIZE, Content, create_encrypted, fill, have, machine, make_chain, run
+from rig.wire import heard
 
 import qmpmerge
 from qmpmerge.chain.outcome import Outcome
@@ -997,7 +998,7 @@ async def test_a_swapped_name_makes_us_write_to_no_other_file(
     shutil.copyfile(images[swapped], victim)
     swapper, outcome = Swapper(images[swapped], victim, command), None
     with unchanged(victim.parent), contextlib.suppress(Refused, Failed, Unknown):
-        async with qmpmerge.offline(images[3], trace=swapper) as target:
+        async with heard(swapper), qmpmerge.offline(images[3]) as target:
             outcome = await qmpmerge.commit(target, base=base, top=top, merged_files="keep")
     has_struck = command in swapper.seen
     assert has_struck == ((command, top) not in [("job-finalize", "[4]"), ("change-backing-file", "[4]")])
@@ -1029,7 +1030,7 @@ async def test_an_image_whose_name_led_elsewhere_when_we_looked_is_not_written_b
     shutil.copyfile(images[swapped], victim)
     flicker = Flicker(images[swapped], victim, "block-commit")
     with unchanged(victim.parent), pytest.raises(Refused):
-        async with qmpmerge.offline(images[3], trace=flicker) as target:
+        async with heard(flicker), qmpmerge.offline(images[3]) as target:
             await qmpmerge.commit(target, base=base, top=top, merged_files="keep")
     flicker.put_back()
     content.check(images[3])
@@ -1054,7 +1055,7 @@ async def test_no_job_opens_a_name(
         if direction == "->" and json.loads(text)["execute"] == "block-commit":
             before = len(log.read_text())
 
-    async with qmpmerge.offline(images[3], trace=trace) as target:
+    async with heard(trace), qmpmerge.offline(images[3]) as target:
         await qmpmerge.commit(target, base=base, top=top)
     opened = [line for line in log.read_text()[before:].splitlines() if str(images[0].parent) in line]
     assert before and not opened, opened
