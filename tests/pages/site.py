@@ -45,8 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, there in PAGES.items():
         files.append(File.generated(config, there, abs_src_path=str(ROOT / name)))
     for folder in OTHERS:
-        for file in sorted((ROOT / folder).iterdir()):
-            files.append(File.generated(config, f"{folder}/{file.name}", abs_src_path=str(file)))
+        for file in sorted(file for file in (ROOT / folder).rglob("*") if file.is_file()):
+            files.append(File.generated(config, str(file.relative_to(ROOT)), abs_src_path=str(file)))
     return files
 
 
