@@ -218,23 +218,21 @@ def _unfinished(record: Record, reasons: Sequence[str]) -> Unfinished:
 
 
 async def _ended(record: Record, judged: Judgement, target: Target | None, lock: Lock) -> Recovery:
-    """Do what was judged; nothing is deleted on a record's word. Raises CannotRecover, VmState."""
-    image, was_to_delete = record.chain.active.file, record.policy == "delete"
-    record = replace(record, policy="stash") if was_to_delete else record
+    """Do what was judged. Raises CannotRecover, VmState."""
+    image = record.chain.active.file
     if target is not None and judged.way != "leave":
         target.monitor.has_acted = True
         known, ours = (await target.layout()).nodes, {image.node for image in record.chain}
         await vmstate.check(target.monitor, [node for name, node in known.items() if name in ours])
-    request = Request(merged_files=record.policy)
-    run = Run.resume(target, directions.operation(record.plan), request, lock, record=record, state=judged.state)
+    run = Run.resume(target, directions.operation(record.plan), Request(), lock, record=record, state=judged.state)
     merged: tuple[MergedFile, ...] = ()
     try:
         if judged.way == "leave":
             again = shlex.join(["qmpmerge", "job", record.target, record.job, "follow"])
             run.notes.append(f"`{again}` goes on with it")
         elif judged.way == "finish":
+            _delete_nothing(run)
             merged = await _finished(run)
-            run.notes += ["nothing is deleted on a record's word: what was to be is stashed"] if was_to_delete else []
             run.notes[:0] = run.operation.advice(merged, may_be_deleted=run.may_be_deleted)
         else:
             await _undone(run, judged)
@@ -248,6 +246,14 @@ async def _ended(record: Record, judged: Judgement, target: Target | None, lock:
         raise CannotRecover(file=error.filename or image, reason=error.strerror or str(error)) from None
     verdict = "running" if judged.way == "leave" else "done"
     return Recovery(verdict, image, judged.right, _action(judged, record), judged.reasons, merged, tuple(run.notes))
+
+
+def _delete_nothing(run: Run) -> None:
+    """On a record's word: what was to be is put aside, but for what a pull leaves and nobody has compared, which stays."""
+    record = run.record
+    if record is not None and record.policy == "delete" and (record.direction == "commit" or run.is_all_verified):
+        run.record = replace(record, policy="stash")
+        run.notes.append("nothing is deleted on a record's word: what was to be is stashed")
 
 
 def _action(judged: Judgement, record: Record) -> str:

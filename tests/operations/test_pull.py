@@ -51,6 +51,7 @@ from qmpmerge.errors import (
 )
 from qmpmerge.images import space
 from qmpmerge.journal import locks
+from qmpmerge.journal.spared import NOT_COMPARED
 from qmpmerge.qemu import bitmaps, jobs
 from qmpmerge.qemu.monitor import Doorbell
 
@@ -744,6 +745,28 @@ async def test_what_was_copied_before_a_pull_was_taken_back_is_never_said_to_be_
                 outcome = await qmpmerge.pull(target, base=base, verify=True, merged_files="delete")
             see_that_nothing_is_deleted(planned, outcome, {"keep"})
             assert locks.is_partial(receiver) is (base is not None)
+
+
+async def test_recover_leaves_what_a_pull_was_to_delete_and_nobody_has_compared(
+    setup: Setup, images: list[Path], content: Content
+) -> None:
+    """As the pull itself would: it was finalized by somebody who knows nothing of it."""
+    async with setup.target() as target:
+        with pytest.raises(StillRunning):
+            patience = qmpmerge.Patience(detach=True)
+            await qmpmerge.pull(target, base="[1]", speed=1, merged_files="delete", patience=patience)
+        await jobs.control(target.monitor, JOB, "speed", 0)
+        setup.machine.wait_for_job("pending")
+        setup.machine.session.execute("job-finalize", id=JOB)
+        while await target.jobs():
+            pass
+    setup.off()
+    (found,) = await qmpmerge.recover(images[3])
+    told = [(one.file, one.action, one.obstacle) for one in found.merged]
+    assert told == [(str(image), "keep", NOT_COMPARED) for image in images[1:3]]
+    assert [hint for hint in found.hints if NOT_COMPARED in hint] and all(image.exists() for image in images)
+    assert not [hint for hint in found.hints if "clean" in hint or "delete" in hint]
+    content.check(images[3])
 
 
 def see_that_nothing_is_deleted(planned: qmpmerge.Outcome, outcome: qmpmerge.Outcome, actions: set[str]) -> None:
