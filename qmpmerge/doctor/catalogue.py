@@ -162,8 +162,8 @@ MEANINGS: dict[str, tuple[tuple[Severity, ...], str, str]] = {
     "guest-paused": (("care",), "the guest is paused, by whomever", "`cont`"),
     "in-use": (("note",), "a process, or the kernel, has an image open", "`qmpmerge doctor` of that VM"),
     "launch-path": (
-        ("note",),
-        "the VM's command line names an image that is not the active one any more",
+        ("care", "note"),
+        "the VM's command line names an image that is not the active one any more; care where `qmpmerge active` refuses",
         "let the launch script ask `qmpmerge active`",
     ),
     "job-running": (

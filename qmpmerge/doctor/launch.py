@@ -7,10 +7,11 @@ import contextlib
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.doctor.findings import Finding
+from qmpmerge.errors import Error
 from qmpmerge.images import files, notes, stashed
 from qmpmerge.images.dependents import Dependent
 from qmpmerge.processes import commandline, proc
@@ -32,8 +33,24 @@ def started_from(chain: Chain, launched: Sequence[str]) -> str | None:
     return next((image.file for image in reversed(chain.images) if image.inode in inodes), None)
 
 
-def examine(chains: Sequence[Chain], launched: Sequence[str]) -> Iterator[Finding]:
+Refusal = Callable[[str], Error | None]
+"""Why `qmpmerge active` tells no image for this path, and so fails a launch script that asks; None where it does."""
+
+
+def examine(chains: Sequence[Chain], launched: Sequence[str], refusal: Refusal) -> Iterator[Finding]:
     """Where a start by the same command line would not show what the guest sees now."""
+    for path, what, why in _misleading(chains, launched):
+        refused = refusal(path)
+        if refused is None:
+            why, command = f"{why}: nothing to do if the launch script asks", shlex.join(["qmpmerge", "active", path])
+            yield Finding("launch-path", "note", path, what, why, command)
+        else:
+            why = f"{why}, and a launch script that asks `qmpmerge active` fails: {refused}; {refused.hint}"
+            yield Finding("launch-path", "care", path, what, why)
+
+
+def _misleading(chains: Sequence[Chain], launched: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """The paths of the command line that lead to no active image; what they are, and what a start by them comes to."""
     for path in launched:
         inode = files.inode(path)
         chain = next(filter(None, (_chain_of(one, chains) for one in (inode, *_pulled_into(path)))), None)
@@ -41,13 +58,13 @@ def examine(chains: Sequence[Chain], launched: Sequence[str]) -> Iterator[Findin
             started = started_from(chain, launched) or path
             if files.inode(started) == inode:
                 what = f"its command line names {path}, and the guest writes to {chain.active.file} since a snapshot"
-                yield _finding(path, what, "a start by the same line shows older data, and ruins the newer image")
+                yield path, what, "a start by the same line shows older data, and ruins the newer image"
         elif chain is None and inode is not None and notes.base_of(path) is not None:
             what = f"its command line names {path}, which was merged into {notes.base_of(path)}"
-            yield _finding(path, what, "a start by the same line shows older data, without a word")
+            yield path, what, "a start by the same line shows older data, without a word"
         elif inode is None and stashed.of(files.real(path)) is not None:
             what = f"its command line names {path}, which a merge has put aside"
-            yield _finding(path, what, "a start by the same line fails")
+            yield path, what, "a start by the same line fails"
 
 
 def _chain_of(inode: Inode | None, chains: Sequence[Chain]) -> Chain | None:
@@ -63,11 +80,6 @@ def _pulled_into(path: str) -> list[Inode | None]:
 def path_of_active(chain: Chain, launched: Sequence[str]) -> str | None:
     """The word of the command line that leads to the active image."""
     return next((path for path in launched if files.inode(path) == chain.active.inode), None)
-
-
-def _finding(path: str, what: str, why: str) -> Finding:
-    command = shlex.join(["qmpmerge", "active", path])
-    return Finding("launch-path", "note", path, what, f"{why}: nothing to do if the launch script asks", command)
 
 
 def stale(chain: Chain, dependent: Dependent) -> Finding:

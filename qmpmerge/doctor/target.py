@@ -31,7 +31,7 @@ DEEP = 300
 """Images in a chain from which on it costs: `query-block` takes 0.1 s there and 0.4 s at 500, all I/O standing still."""
 
 
-async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
+async def look(target: Target, *, refusal: launch.Refusal, search: Collection[str] = ()) -> Looked:
     """
     All findings about a running QEMU or qemu-storage-daemon, the worst first, and the images that were looked at.
 
@@ -51,7 +51,7 @@ async def look(target: Target, *, search: Collection[str] = ()) -> Looked:
     ]
     findings += await _guest(target, layout)
     chains = [disk.chain for disk in layout.disks if disk.chain is not None]
-    findings += launch.examine(chains, launch.images(target.pid))
+    findings += launch.examine(chains, launch.images(target.pid), refusal)
     for disk in layout.disks:
         if disk.chain is not None and disk.root in layout.held:
             findings += await _chain(target, disk)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 
 from qmpmerge.chain.chain import Image
-from qmpmerge.errors import ActiveUnknown, NoActive, SeveralActive
+from qmpmerge.errors import ActiveUnknown, Error, NoActive, SeveralActive
 from qmpmerge.images import files, formats, notes, overlays, stashed
 from qmpmerge.images.overlays import Above, Around
 from qmpmerge.images.stashed import Note
@@ -66,6 +66,15 @@ def active(path: "str | os.PathLike[str]", around: Around | None = None) -> Acti
     if broken is not None:
         raise NoActive(path=path, reason=f"{broken.file} {broken.reason}", cure=broken.cure)
     return Active(leaf, form)
+
+
+def refusal(path: str, around: Around | None = None) -> Error | None:
+    """Why `active` tells no image, None where it does."""
+    try:
+        active(path, around)
+    except Error as error:
+        return error
+    return None
 
 
 _DEVICE = "name the overlay, or the folder of the overlays; where there never was one, start the VM from the device"

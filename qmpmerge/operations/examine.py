@@ -89,7 +89,7 @@ async def examine(
     Raises what a session with a QEMU raises, ImageUnreadable, CannotList, ToolMissing.
     """
     if isinstance(target, Target) and target.is_live:
-        return (await doctor.look(target, search=given.paths(search))).findings
+        return (await doctor.look(target, refusal=active.refusal, search=given.paths(search))).findings
     name = target.name if isinstance(target, Target) else os.fspath(target)
     return (await _Run(given.paths(allow), given.paths(search), form, doors.open).look_at(name)).findings
 
@@ -156,7 +156,7 @@ class _Run:
             identity = session.pid or name
             if identity in self.vms:
                 return Looked((), frozenset())
-            looked = await doctor.look(session, search=self.search)
+            looked = await doctor.look(session, refusal=active.refusal, search=self.search)
         self.vms.add(identity)
         self.images |= looked.images
         return looked
@@ -205,12 +205,10 @@ def _refused(folder: str, there: Sequence[Found], found: Sequence[Finding]) -> I
     below = {inode for image in there for inode in image.below}
     around = overlays.Around(folder)
     for image in (image.file for image in there if image.inode not in below and not image.is_aside):
-        try:
-            active.active(image, around)
-        except Error as error:
-            if told.isdisjoint((image, *_paths(str(error)))):
-                why = f"`qmpmerge active` refuses, and so does a launch script that asks it: {error.hint}"
-                yield Finding(error.name, "care", image, str(error), why)
+        error = active.refusal(image, around)
+        if error is not None and told.isdisjoint((image, *_paths(str(error)))):
+            why = f"`qmpmerge active` refuses, and so does a launch script that asks it: {error.hint}"
+            yield Finding(error.name, "care", image, str(error), why)
 
 
 def _paths(text: str) -> list[str]:

@@ -61,6 +61,19 @@ def test_a_launch_path_that_was_merged_away(
         assert invoke(*shlex.split(told["launch-path"]["fix"])[1:]).out == f"{images[0]}\n"
 
 
+def test_a_launch_path_for_which_active_tells_no_image(vm: Setup, base: Path, tmp_path: Path) -> None:
+    """A pull has gone on from what the base is used for again since: a script that asks fails as well, and no fix says to ask."""
+    night = overlay(tmp_path / "night.qcow2", base, "raw")
+    vm.off()
+    assert invoke("pull", str(night)).code == 0
+    night.unlink()
+    with drive(tmp_path, [base, overlay(night, base, "raw")], Content()) as again:
+        assert invoke("commit", again.machine.target).code == 0
+        told, refused = found(again)["launch-path"], invoke("active", str(night), "--json")
+        assert (refused.document["error"]["name"], told["severity"], told["fix"]) == ("no-active", "care", None)
+        assert all(refused.document["error"][word] in told["why"] for word in ("message", "hint"))
+
+
 def test_a_chain_that_is_named_node_by_node(images: list[Path], content: Content, tmp_path: Path) -> None:
     with blockdev(tmp_path, images, content) as vm:
         assert found(vm) == {}
