@@ -62,7 +62,7 @@ def test_a_launch_path_that_was_merged_away(
 
 
 def test_a_launch_path_for_which_active_tells_no_image(vm: Setup, base: Path, tmp_path: Path) -> None:
-    """A pull has gone on from what the base is used for again since: a script that asks fails as well, and no fix says to ask."""
+    """A pull has gone on from what the base is used for again since: a script that asks fails too, and no fix says to ask."""
     night = overlay(tmp_path / "night.qcow2", base, "raw")
     vm.off()
     assert invoke("pull", str(night)).code == 0
