@@ -214,7 +214,7 @@ def _node(node: Node, file: str | None, used: bool | None, marks: Sequence[Mark]
 def _users(layout: Layout, name: str, exports: Sequence[Export]) -> Iterator[tuple[Parent, GraphEdge]]:
     """All who use a node."""
     parents = layout.parents.get(name, ())
-    nameless = iter(_nameless(layout, name, exports, [parent for parent in parents if _is_nameless(parent)]))
+    nameless = _nameless(layout, name, exports, [parent for parent in parents if _is_nameless(parent)])
     for parent in parents:
         kind, called = next(nameless) if _is_nameless(parent) else _called(parent)
         yield parent, GraphEdge(kind, called, name, parent.edge, _ordered(parent.takes), _ordered(parent.lets))
@@ -232,17 +232,25 @@ def _called(parent: Parent) -> tuple[Kind, str]:
 
 def _nameless(
     layout: Layout, name: str, exports: Sequence[Export], parents: Sequence[Parent]
-) -> list[tuple[Kind, str]]:
+) -> Iterator[tuple[Kind, str]]:
     """
-    Exports, and jobs for what they write to, have no name in the graph: which is which is known where there is one, or
-    where all do the same.
+    Exports, and jobs for what they copy from and to, have no name in the graph. An export reads at the least, what a job of
+    its mirrors to it does not. Else it is known which is which where there is one, or where all do the same.
     """
-    users: list[tuple[Kind, str]] = [("export", one.id) for one in exports if one.node == name]
-    users += [("job", job) for job, edges in layout.job_edges.items() if name in edges.get("target", ())]
-    if len(users) == len(parents) and len(set(parents)) <= 1:
-        return users
-    either: tuple[Kind, str] = ("other", " or ".join(called for _, called in users) or "unnamed")
-    return [either] * len(parents)
+    shown: list[tuple[Kind, str]] = [("export", one.id) for one in exports if one.node == name]
+    jobs: list[tuple[Kind, str]] = [
+        ("job", job) for job, edges in layout.job_edges.items() if any(name in held for held in edges.values())
+    ]
+    readers = [parent for parent in parents if parent.reads]
+    are_told = len(readers) == len(shown) and len(set(readers)) <= 1
+    told = iter(shown)
+    for parent in parents:
+        if parent.reads and are_told:
+            yield next(told)
+        else:
+            possible = [*shown, *jobs] if parent.reads else jobs
+            either: tuple[Kind, str] = ("other", " or ".join(called for _, called in possible) or "unnamed")
+            yield possible[0] if len(possible) == 1 else either
 
 
 def _ordered(told: frozenset[str] | None) -> tuple[str, ...] | None:

@@ -101,11 +101,13 @@ async def test_a_job_from_its_start_to_its_pivot(tmp_path: Path, images: list[Pa
         running = await asked(vm)
         (filtered,) = [node for node in running.nodes if node.driver == "commit_top"]
         assert marks(running) == {filtered.name: {"job-filter": "filter of job j (commit, running)"}}
-        assert users(running, "base")["job", "j"].role in ("base", "root")
+        assert {edge.kind for edge in users(running, "base").values()} == {"node", "job"}
         assert [job.id for job in running.jobs] == ["j"]
         vm.session.execute("block-job-cancel", device="j")
         vm.wait_until_gone()
 
+        serve(vm)
+        export(vm, id="backup", node_name="base")
         vm.session.execute("block-commit", **{**commit, "speed": 0, "auto_finalize": True})
         vm.wait_for_job("ready")
         ready = await asked(vm)
@@ -114,6 +116,7 @@ async def test_a_job_from_its_start_to_its_pivot(tmp_path: Path, images: list[Pa
             filtered.name: {"job-filter": "filter of job j (commit, ready)"},
             "base": {"pending-pivot": "once job j is completed, disk0 is moved here"},
         }
+        assert {kind for kind, _ in users(ready, "base")} == {"node", "job", "export"}, "it alone only reads"
         roles = {edge.role for edge in ready.edges if (edge.kind, edge.parent) == ("job", "j")}
         assert {"main node", "source", "target", "intermediate node", "root"} <= roles
 

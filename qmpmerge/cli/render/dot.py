@@ -18,7 +18,7 @@ _SHAPES = {"job": "hexagon", "user": "ellipse"}
 def lines(graph: "Graph") -> Iterator[str]:
     """All of it."""
     drawing = Drawing(graph)
-    yield "digraph {"
+    yield "digraph blocks {"
     yield '  node [shape=box style=filled fontname="monospace" fontsize=11]'
     yield '  edge [fontname="monospace" fontsize=9]'
     for box in drawing.boxes:
@@ -26,7 +26,7 @@ def lines(graph: "Graph") -> Iterator[str]:
         shape = f" shape={_SHAPES[box.look]}" if box.look in _SHAPES else ""
         yield f'  n{box.number} [label={label(box.lines)} fillcolor="{COLOURS[box.look]}"{shape}{style}]'
     for arrow in drawing.arrows:
-        style = " style=dashed constraint=false" if arrow.is_dashed else ""
+        style = " style=dashed" if arrow.is_dashed else ""
         yield f"  n{arrow.above} -> n{arrow.below} [label={label(arrow.lines)}{style}]"
     yield "}"
 

@@ -8,7 +8,7 @@ from qmpmerge.cli.render.visible import visible
 from qmpmerge.cli.render.width import shortened
 
 if TYPE_CHECKING:
-    from qmpmerge.operations.graph import Graph, GraphNode
+    from qmpmerge.operations.graph import Graph, GraphEdge, GraphNode
 
 Look = Literal["active", "image", "filter", "node", "unneeded", "job", "user"]
 
@@ -21,6 +21,9 @@ COLOURS: dict[Look, str] = {
     "job": "#fad7dc",
     "user": "#e6f4f1",
 }
+
+PASSED = "intermediate node"
+"""As what a job has the images between its top and its base: told in their boxes, for of 200 arrows dot makes a tangle."""
 
 WIDEST = 40
 """Columns of a line."""
@@ -53,6 +56,11 @@ class Drawing:
                 self._places[name] = f"{self._places.get(name, '')} {disk.name}[{index}]".strip()
         self._active = {disk.chain.active.node for disk in graph.disks if disk.chain is not None}
         self._types = types(graph)
+        self._passed = {
+            edge.node: _lines(f"{edge.role} of {edge.kind} {edge.parent}", _permissions(edge))
+            for edge in graph.edges
+            if edge.role == PASSED
+        }
         named = {("node", node.name) for node in graph.nodes}
         users = dict.fromkeys((edge.kind, edge.parent) for edge in graph.edges if (edge.kind, edge.parent) not in named)
         numbers = {key: number for number, key in enumerate([*users, *(("node", node.name) for node in graph.nodes)])}
@@ -62,10 +70,11 @@ class Drawing:
             Arrow(
                 numbers[edge.kind, edge.parent],
                 numbers["node", edge.node],
-                _lines(edge.role, " / ".join(filter(None, map(letters, (edge.takes, edge.lets))))),
+                _lines(edge.role, _permissions(edge)),
                 edge.kind == "job",
             )
             for edge in graph.edges
+            if edge.role != PASSED
         ]
 
     def _user(self, number: int, kind: str, name: str) -> Box:
@@ -79,6 +88,7 @@ class Drawing:
         place = self._places.get(node.name, "")
         file = shortened(visible(node.file or ""), WIDEST)
         lines = _lines(node.name, f"{node.driver or '?'} {place}".strip(), file, *(mark.message for mark in node.marks))
+        lines += self._passed.get(node.name, [])
         return Box(number, lines, self._look(node))
 
     def _look(self, node: "GraphNode") -> Look:
@@ -87,6 +97,10 @@ class Drawing:
         if node.name in self._places:
             return "active" if node.name in self._active else "image"
         return "filter" if node.is_filter else "node"
+
+
+def _permissions(edge: "GraphEdge") -> str:
+    return " / ".join(filter(None, map(letters, (edge.takes, edge.lets))))
 
 
 def _lines(*texts: str) -> list[str]:

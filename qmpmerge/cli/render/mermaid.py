@@ -36,8 +36,9 @@ def lines(graph: "Graph") -> Iterator[str]:
 
 
 def label(lines: Sequence[str]) -> str:
-    """A label of these lines."""
-    return '"' + "<br>".join(_SPECIAL.sub(_numbered, line) for line in lines) + '"'
+    """A label of these lines; Mermaid takes a backslash with an n for the end of one, unless something is between them."""
+    told = (line.replace("\\n", "\\\u200bn") for line in lines)
+    return '"' + "<br>".join(_SPECIAL.sub(_numbered, line) for line in told) + '"'
 
 
 def _numbered(special: re.Match[str]) -> str:
