@@ -1,5 +1,6 @@
 """Every example of README, docs/library.md and the docstrings: run on a real QEMU, and checked against the wheel."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig.examples import ROOT, Example, in_docstrings, on_pages
+from rig.examples import ROOT, Example, files_of, in_docstrings, on_pages
 from rig.machines import Content, Machine, machine, make_chain, run
 
 EXAMPLES = [*on_pages(), *in_docstrings()]
@@ -65,6 +66,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_types_of_the_examples_are_right_where_the_wheel_is_installed(installed: Path, tmp_path: Path) -> None:
     for number, example in enumerate(EXAMPLES):
         (tmp_path / f"example{number}.py").write_text(example.program)
+    for name, text in files_of("testing.md").items():
+        (tmp_path / name).write_text(text)
     (tmp_path / "wrong.py").write_text("import qmpmerge\n\nqmpmerge.sync.clean(7)\nqmpmerge.nonsense()\n")
     mypy = [
         sys.executable,
@@ -78,7 +81,16 @@ def test_the_types_of_the_examples_are_right_where_the_wheel_is_installed(instal
     done = subprocess.run([*mypy, "."], cwd=tmp_path, capture_output=True, text=True, check=False)
     *wrong, summary = done.stdout.splitlines()
     assert [line.partition(": ")[0] for line in wrong] == ["wrong.py:3", "wrong.py:4"], done.stdout + done.stderr
-    assert f"checked {len(EXAMPLES) + 1} source files" in summary
+    assert f"checked {len(EXAMPLES) + 3} source files" in summary
+
+
+def test_the_project_of_the_testing_page_is_tested_there(installed: Path, tmp_path: Path) -> None:
+    for name, text in files_of("testing.md").items():
+        (tmp_path / name).write_text(text)
+    done = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path)
+    assert re.search(r"^6 passed", done, re.MULTILINE), done
+    where = run(installed, "-c", "import qmpmerge.testing as it; print(it.__file__)", cwd=tmp_path)
+    assert where.startswith(str(installed.parents[1]))
 
 
 def test_the_wheel_is_what_runs_there(installed: Path, vm: Machine) -> None:

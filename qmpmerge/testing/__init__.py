@@ -18,33 +18,38 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qmpmerge.testing.content import Content
-    from qmpmerge.testing.jobs import FreezeJob, Job
-    from qmpmerge.testing.kills import KillAt, Killer
+    from qmpmerge.testing.jobs import FreezeJob, Job, Kind, Status
+    from qmpmerge.testing.kills import KillAt, Killer, Moment, Victim
     from qmpmerge.testing.layers import Layer, Layers, MakeChain, create
     from qmpmerge.testing.machines import Machine, machine
     from qmpmerge.testing.programs import Programs
     from qmpmerge.testing.session import Session
-    from qmpmerge.testing.vms import Disk, GuestReads, GuestWrites, StartVm, Vm, started
+    from qmpmerge.testing.vms import Disk, GuestReads, GuestWrites, StartVm, Style, Vm, started
     from qmpmerge.testing.wire import Wire
 
 _HOME = {
-    "Wire": "wire",
-    "Killer": "kills",
-    "KillAt": "kills",
-    "Job": "jobs",
-    "FreezeJob": "jobs",
     "Content": "content",
     "Disk": "vms",
+    "FreezeJob": "jobs",
     "GuestReads": "vms",
     "GuestWrites": "vms",
+    "Job": "jobs",
+    "KillAt": "kills",
+    "Killer": "kills",
+    "Kind": "jobs",
     "Layer": "layers",
     "Layers": "layers",
     "Machine": "machines",
     "MakeChain": "layers",
+    "Moment": "kills",
     "Programs": "programs",
     "Session": "session",
     "StartVm": "vms",
+    "Status": "jobs",
+    "Style": "vms",
+    "Victim": "kills",
     "Vm": "vms",
+    "Wire": "wire",
     "create": "layers",
     "machine": "machines",
     "started": "vms",
@@ -58,13 +63,18 @@ __all__ = [
     "Job",
     "KillAt",
     "Killer",
+    "Kind",
     "Layer",
     "Layers",
     "Machine",
     "MakeChain",
+    "Moment",
     "Programs",
     "Session",
     "StartVm",
+    "Status",
+    "Style",
+    "Victim",
     "Vm",
     "Wire",
     "create",

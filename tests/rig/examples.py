@@ -12,6 +12,7 @@ import qmpmerge
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs/library.md")
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TITLED = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 PROMISED = re.compile(r"# prints (.+)$", re.MULTILINE)
 
 
@@ -42,6 +43,11 @@ def on_pages() -> Iterator[Example]:
     for page in PAGES:
         for number, program in enumerate(FENCED.findall(page.read_text()), 1):
             yield Example(f"{page.name} {number}", program)
+
+
+def files_of(page: str) -> dict[str, str]:
+    """The files of the project that a page shows, by their names, which are the titles of blocks."""
+    return dict(TITLED.findall((ROOT / "docs" / page).read_text()))
 
 
 def in_docstrings() -> Iterator[Example]:
