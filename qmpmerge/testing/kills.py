@@ -82,7 +82,7 @@ class KillAt:
         Kill QEMU, the tool or both when this command goes by for the `number`-th time: ``sent`` is before QEMU has it,
         ``answered`` when QEMU has replied and the tool does not know. The tool is to use the `path` of what is returned as its
         monitor; it is killed by the pid that it connects from, and must be a process of its own. Where there are several VMs,
-        say which.
+        say which; its first monitor is the killer's while the tool is connected.
         """
         vm = self._vms.only(vm)
         path, listener = self._stack.enter_context(wire.behind(vm, f"wire{len(self._killers) + 1}"))

@@ -79,6 +79,7 @@ class MakeChain:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._made = 0
 
     def __call__(
         self,
@@ -91,13 +92,16 @@ class MakeChain:
     ) -> Layers:
         """
         A chain of these layers, base first; a bare name is a `Layer` of this size, cluster size and kind of backing name. They
-        lie in `folder`, or in one of the test's own. With ``fill=False`` nothing is written.
+        lie in `folder`, or in the test's own, a second chain in ``chain2`` below it. With ``fill=False`` nothing is written.
         """
+        self._made += 1
+        place = self._folder / f"chain{self._made}" if self._made > 1 else self._folder
+
         chosen = [
             Layer(one, cluster_size=cluster_size, absolute=absolute) if isinstance(one, str) else one
             for one in layers or ("base.raw", "top.qcow2")
         ]
-        return create(folder or self._folder, chosen, size=size, fill=fill)
+        return create(folder or place, chosen, size=size, fill=fill)
 
 
 def create(folder: Path, layers: Sequence[Layer], *, size: int = SIZE, fill: bool = True) -> Layers:

@@ -12,6 +12,10 @@ SYSTEM = ("qemu-system-x86_64", "qemu-kvm", "/usr/libexec/qemu-kvm")
 """What an emulator of a PC is called."""
 
 
+LAUNCHERS = {"setpriv": "util-linux", "stdbuf": "coreutils"}
+"""What a QEMU is started by, and the packages that have it."""
+
+
 class NoQemu(Exception):
     """There is none; the message says where it was looked for."""
 
@@ -26,6 +30,9 @@ class Programs:
     @property
     def emulator(self) -> str:
         """The path of the emulator. Raises NoQemu."""
+        for program, package in LAUNCHERS.items():
+            if shutil.which(program) is None:
+                raise NoQemu(f"no {program} on PATH, by which QEMU is started: it comes with {package}")
         if self.system is None:
             raise NoQemu(f"no QEMU: none of {', '.join(SYSTEM)} is there; install one, or name it by --qemu-path")
         return self.system

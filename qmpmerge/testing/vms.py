@@ -92,10 +92,10 @@ class Vm(Machine):
         self.io(self.disk(disk).path, f"read -P {pattern} {offset} {length}")
 
     def check(self) -> None:
-        """See that the guests reads on every disk what it should: all that was written, and zeros up to 64 MiB behind it."""
+        """See that the guest reads on every disk what it should: all that was written, and zeros up to 64 MiB behind it."""
         for disk in self.disks.values():
             for pattern, offset, length in disk.layers.content.runs():
-                self.io(disk.path, f"read -P {pattern} {offset} {min(length, GAP)}")
+                self.io(disk.path, f"read -P {pattern} {offset} {length if pattern else min(length, GAP)}")
 
 
 def nodes(images: Sequence[Path], *, prefix: str = "") -> list[str]:
@@ -160,7 +160,7 @@ class StartVm:
         guest does is done by `Vm.write` and `Vm.read`. A disk that is a path has zeros, as far as is known, and one node.
         """
         folder = self._folder / (name or f"vm{len(self.started) + 1}")
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         letters = map("vd{}".format, itertools.islice("abcdefghijklmnopqrstuvwxyz", len(disks)))
         words = ["-name", name, *arguments] if name else arguments
         with_names = dict(zip(letters, disks, strict=True)) | named

@@ -47,11 +47,11 @@ class Wire:
             client, _ = listener.accept()
             with client, socket.socket(socket.AF_UNIX) as server, contextlib.suppress(OSError):
                 server.connect(self.monitor)
-                self._converse(client, server)
+                self._converse(client, server, stop)
 
-    def _converse(self, client: socket.socket, server: socket.socket) -> None:
+    def _converse(self, client: socket.socket, server: socket.socket, stop: socket.socket) -> None:
         asked: dict[str, str] = {}
-        upward = threading.Thread(target=self._pass_up, args=(client, server, asked))
+        upward = threading.Thread(target=self._pass_up, args=(client, server, stop, asked))
         upward.start()
         with contextlib.suppress(OSError), server.makefile("rb") as stream:
             for text in stream:
@@ -65,10 +65,14 @@ class Wire:
                 end.shutdown(socket.SHUT_RDWR)
         upward.join()
 
-    def _pass_up(self, client: socket.socket, server: socket.socket, asked: dict[str, str]) -> None:
+    def _pass_up(
+        self, client: socket.socket, server: socket.socket, stop: socket.socket, asked: dict[str, str]
+    ) -> None:
         rest, decoder = "", json.JSONDecoder()
         with contextlib.suppress(OSError):
-            while (got := socket.recv_fds(client, LONGEST, 8))[0]:
+            while (
+                stop not in select.select([client, stop], [], [])[0] and (got := socket.recv_fds(client, LONGEST, 8))[0]
+            ):
                 rest = (rest + got[0].decode(errors="replace")).lstrip()
                 with contextlib.suppress(ValueError):
                     while rest:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_content_that_is_not_there_is_seen(qcow2_chain: MakeChain, qemu_vm: Star
     chain.check()
     with pytest.raises(AssertionError, match="a.qcow2 differs at "):
         chain.check(chain.base)
+    assert tiny.base.parent.name == "chain2"
     vm = qemu_vm(chain, other=tiny)
     vm.check()
     guest_reads(0, 0x10, disk="vda")
@@ -144,7 +146,16 @@ def test_who_is_to_die_at_a_command_dies(
         chain.check()
 
 
-def test_nobody_dies_where_the_command_never_comes(qcow2_chain: MakeChain, qemu_vm: StartVm, kill_at: KillAt) -> None:
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """Ends after the plugin's fixtures have, where it comes first."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def test_nobody_dies_where_the_command_never_comes(
+    stack: contextlib.ExitStack, qcow2_chain: MakeChain, qemu_vm: StartVm, kill_at: KillAt
+) -> None:
     chain = qcow2_chain("base.raw", "a.qcow2", "b.qcow2")
     vm = qemu_vm(chain)
     killer = kill_at("job-finalize", number=2)
@@ -156,6 +167,9 @@ def test_nobody_dies_where_the_command_never_comes(qcow2_chain: MakeChain, qemu_
         with contextlib.closing(Session(connection)) as session:
             session.give("ours", connection.fileno())
             session.execute("closefd", fdname="ours")
+    left = stack.enter_context(socket.socket(socket.AF_UNIX))  # and who is still connected at the end holds nobody
+    left.connect(killer.path)
+    Session(left)
 
 
 def test_who_is_to_kill_the_test_itself_is_told(qemu_vm: StartVm, kill_at: KillAt) -> None:

@@ -140,6 +140,10 @@ def test_without_qemu_tests_are_skipped_and_say_why(pytester: pytest.Pytester, m
     pytester.makepyfile("def test_vm(qemu_vm): pass\ndef test_chain(qcow2_chain): pass\ndef test_without(): pass")
     monkeypatch.setenv("PATH", str(pytester.path))
     done = pytester.runpytest_inprocess("-rs")
+    done.stdout.fnmatch_lines("SKIPPED * no setpriv on PATH, by which QEMU is started: it comes with util-linux")
+    for name in ("setpriv", "stdbuf"):
+        (pytester.path / name).touch(0o755)
+    done = pytester.runpytest_inprocess("-rs")
     done.assert_outcomes(passed=1, skipped=2)
     done.stdout.fnmatch_lines(
         [
