@@ -1,15 +1,31 @@
 """What our values are: frozen dataclasses whose classes cost next to nothing to make."""
 
-from dataclasses import MISSING, Field, FrozenInstanceError, dataclass, field
+from dataclasses import MISSING, Field, FrozenInstanceError, dataclass, field, make_dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, dataclass_transform
+
+if TYPE_CHECKING:
+    from inspect import Signature
+
+
+class _OfFields:
+    """``__signature__`` of a class whose fields are given to it: as of a dataclass, and made where somebody asks."""
+
+    def __get__(self, value: object, kind: type["Value"]) -> "Signature | None":
+        from inspect import signature
+
+        if kind is Value or kind.__init__ is not Value.__init__:
+            return None
+        given = [(one.name, one.type, _same_default(one)) for one in kind.__dataclass_fields__.values()]
+        return signature(make_dataclass(kind.__name__, given))
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Value:
     """
     Base of our values. What a subclass annotates are its fields, as in a frozen dataclass, which it is to type checkers, and
-    to `fields`, `replace` and `asdict` of `dataclasses`.
+    to `fields`, `replace` and `asdict` of `dataclasses`, and to `inspect.signature`. A caller's subclass is one in the same
+    way, without a decorator: with one it is a TypeError, or a class of which nothing can be made.
 
     All share the methods below. `dataclass` would compile six for each class, and the seventy classes that the dry run of a
     merge imports would take a sixth of its time.
@@ -19,6 +35,7 @@ class Value:
         __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
         __match_args__: ClassVar[tuple[str, ...]]
     _compared: ClassVar["attrgetter[Any]"]
+    __signature__: ClassVar[_OfFields] = _OfFields()
 
     def __init_subclass__(cls) -> None:
         dataclass(init=False, repr=False, eq=False)(cls)
@@ -64,3 +81,8 @@ def _default(one: "Field[Any]") -> object:
     if one.default is MISSING:
         raise TypeError(f"{one.name} is missing")
     return one.default
+
+
+def _same_default(one: "Field[Any]") -> "Field[Any]":
+    made: Field[Any] = field(default=one.default, default_factory=one.default_factory)  # type: ignore[call-overload]
+    return made

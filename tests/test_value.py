@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import inspect
 import pickle
 from abc import ABC, abstractmethod
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, replace
@@ -66,6 +67,7 @@ def test_it_is_made_shown_and_taken_apart_as_a_dataclass(given: tuple[Any, ...],
     assert Commit.__match_args__ == Real.__match_args__
     assert asdict(replace(ours, depth=9)) == asdict(replace(real, depth=9))
     assert Commit("a").tags is not Commit("a").tags
+    assert inspect.signature(Commit) == inspect.signature(Real) and "depth: int = 1" in str(inspect.signature(Commit))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,22 @@ def test_it_cannot_be_changed_and_keeps_what_must_hold() -> None:
     assert one.longest == "cc" == vars(one)["longest"] and one == Commit("a", ["b", "cc"])
     with pytest.raises(TypeError, match="abstract"):
         Plan("a")  # type: ignore[abstract]
+
+
+def test_a_caller_makes_more_of_it_without_a_decorator() -> None:
+    """Fields, signature and the rest are as of ours; `dataclass` would make methods of its own, for what can be assigned to."""
+
+    class Rated(qmpmerge.MergedFile):
+        """With a field more."""
+
+        rating: int = 0
+
+    assert Rated("/vm/a.qcow2", rating=3) == replace(Rated("/vm/a.qcow2"), rating=3) != Rated("/vm/a.qcow2")
+    assert str(inspect.signature(Rated)).endswith("rating: int = 0) -> None")
+    with pytest.raises(TypeError, match="frozen"):
+        dataclass(frozen=True)(Rated)
+    with pytest.raises(FrozenInstanceError):
+        dataclass(Rated)("/vm/a.qcow2")
 
 
 def test_it_can_be_copied_and_sent_to_another_process() -> None:
