@@ -16,7 +16,10 @@ class _OfFields:
 
         if kind is Value or kind.__init__ is not Value.__init__:
             return None
-        given = [(one.name, one.type, _same_default(one)) for one in kind.__dataclass_fields__.values()]
+        given = [
+            (one.name, one.type, field(default=one.default, default_factory=one.default_factory))
+            for one in kind.__dataclass_fields__.values()
+        ]
         return signature(make_dataclass(kind.__name__, given))
 
 
@@ -81,8 +84,3 @@ def _default(one: "Field[Any]") -> object:
     if one.default is MISSING:
         raise TypeError(f"{one.name} is missing")
     return one.default
-
-
-def _same_default(one: "Field[Any]") -> "Field[Any]":
-    made: Field[Any] = field(default=one.default, default_factory=one.default_factory)  # type: ignore[call-overload]
-    return made
