@@ -8,7 +8,10 @@ from qmpmerge.cli.commands import group
 from qmpmerge.cli.render.visible import visible
 
 EXIT_CODE = 1
-HINT = "this is a bug, please report it with the traceback; what it may have left `qmpmerge doctor TARGET` shows"
+HINT = (
+    "this is a bug, please report it with the traceback, and with what `--record FILE` writes where it comes again; what it "
+    "may have left `qmpmerge doctor TARGET` shows"
+)
 
 
 def show(error: BaseException, *, as_json: bool) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qmpmerge import shield
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import NEXT, State
-from qmpmerge.engine import blockjob, proof, reconnect, safeguards
+from qmpmerge.engine import blockjob, log, proof, reconnect, safeguards
 from qmpmerge.engine.pace.progress import Progress, ReportRaised
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -75,6 +75,7 @@ async def go(run: Run) -> Outcome:
         callers = raised.error
     finally:
         run.close()
+        log.headers("after", run.plan.chain)
     try:
         raise callers
     finally:

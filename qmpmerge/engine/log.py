@@ -9,9 +9,12 @@ asyncio has loaded `logging` for whoever comes here.
 import contextlib
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 from qmpmerge import watch
+from qmpmerge.chain.chain import Image
+from qmpmerge.images.headers import as_read
 
 log = logging.getLogger("qmpmerge")
 log.addHandler(logging.NullHandler())
@@ -28,6 +31,14 @@ def step(name: str, text: str, *, about: str = "", **facts: object) -> None:
         watcher.step(name, told, {"about": about, **facts})
     with harmless():
         log.info("%s: %s" if about else "%s%s", about, told, extra={"step": name, "facts": facts}, stacklevel=2)
+
+
+def headers(when: Literal["before", "after"], images: Iterable[Image]) -> None:
+    """Tell who watches, if anybody does, what the headers of these images say."""
+    watcher = watch.current()
+    if watcher is not None:
+        for image in images:
+            watcher.header(when, image.file, as_read(image))
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ async def prove(run: "Run", verdict: Verdict, expected: Chain) -> Outcome:
     _see_names(run)
     if expected is run.plan.result:
         await _see_header_on_server(run)
+    run.log("proved", "graph and headers show {chain}", chain=str(found))
     merged = run.finish(State.KEPT if verdict == "kept" else State.DONE)
     hints = [*_advice(run, verdict, merged), *run.notes]
     if left:

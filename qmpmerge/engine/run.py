@@ -275,6 +275,8 @@ class Run:
                     f"the pivot, nobody could tell which image holds the last writes"
                 )
         self._point_to_record(is_new=known is None)
+        if self.record is not None:
+            self.log("record", "{record} says what is begun", record=self.record.path)
         self.enter(State.COPYING)
         self._recording = background.begun(self._make_record_durable)
 
@@ -293,6 +295,7 @@ class Run:
                 return False
             recording, self._recording = self._recording, None
             recording.result()
+            self.log("recorded", "what is begun is recorded durably")
         return True
 
     async def recorded_before(self) -> None:

@@ -50,6 +50,18 @@ async def _read_alone(image: Image) -> Header | None:
     return Header(image.file, "qcow2", own.virtual_size, own.backing, own.backing_format) if own else None
 
 
+def as_read(image: Image) -> dict[str, object]:
+    """All that the header of one image says by itself; of what is no qcow2 file, what is known of the image."""
+    if image.format != "qcow2" or not image.has_path:
+        known = {"format": image.format, "virtual_size": image.virtual_size}
+        return {**known, "backing": image.backing, "backing_format": image.backing_format}
+    try:
+        own = qcow2.read_of(image)
+    except OSError as error:
+        return {"format": image.format, "problem": error.strerror or str(error)}
+    return {"format": image.format, **(vars(own) if own is not None else {"problem": "it is no qcow2 image"})}
+
+
 async def _info(image: Image) -> Header:
     return await (qemuimg.info(image.file, image.format) if image.slice is None else qemuimg.info_of(image))
 

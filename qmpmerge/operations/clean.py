@@ -13,6 +13,7 @@ from typing import Literal
 from qmpmerge import folder, given
 from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Chain
+from qmpmerge.engine import log
 from qmpmerge.errors import CannotList, CannotRecover, NoSuchStash
 from qmpmerge.given import Paths
 from qmpmerge.images import backing_names, dependents, files, notes, qcow2, stashed
@@ -62,6 +63,7 @@ async def clean(paths: Paths, *, dry_run: bool = False, older_than: float | None
         data = _data_of(file) if reason is None else []
         if reason is None and not dry_run:
             reason = _remove(file, found[file])
+        log.step("clean", "{file} is {fate}", file=file, fate="of no more use" if reason is None else f"kept: {reason}")
         done += [Cleaned(file, found[file].st_blocks * 512, reason), *data]
     for place in filter(os.path.isdir, () if dry_run else places):
         _forget_what_is_gone(place)

@@ -21,7 +21,7 @@ from qmpmerge.chain.plan import Direction, Plan, PullPlan
 from qmpmerge.checks import check
 from qmpmerge.checks.check import Answer
 from qmpmerge.checks.question import process
-from qmpmerge.engine import earlier, proof, time_limit
+from qmpmerge.engine import earlier, log, proof, time_limit
 from qmpmerge.engine.pace.patience import Patience
 from qmpmerge.engine.pace.progress import Report, unreported
 from qmpmerge.engine.request import Request
@@ -162,6 +162,7 @@ class _Beginning:
 
     async def of(self, disk: DiskName | None) -> "Run | Outcome":
         view = await self._target.chain(disk)
+        log.headers("before", view.chain)
         limits.refuse_few(len(view.chain))
         records = store.believed(store.about(view.chain))
         if self._request.dry_run:
@@ -294,7 +295,7 @@ class _Beginning:
 
     async def _checked(self, view: ChainView, planned: Plan) -> Answer:
         request = self._request
-        return await check.check(
+        answer = await check.check(
             self._target,
             view,
             planned,
@@ -305,6 +306,11 @@ class _Beginning:
             dry_run=request.dry_run,
             estimate=request.estimate,
         )
+        checks = [{"name": one.name, "result": one.result, "reason": one.reason} for one in answer.checks]
+        log.step(
+            "checked", "nothing speaks against {plan}", about=view.disk.name, plan=str(planned.result), checks=checks
+        )
+        return answer
 
     async def _other_way(self, view: ChainView, planned: Plan, answer: Answer) -> OtherWay | None:
         """None where it would be refused."""

@@ -37,6 +37,7 @@ class Recording:
         self._descriptor = _opened(path)
         self._bound = Bound(largest)
         self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._is_over = False
         self._taken = self._written = 0
         self._dropped = (0, 0)
         self._told = (0, 0)
@@ -51,7 +52,8 @@ class Recording:
         if size and self._taken - self._written + size > MOST_WAITING:
             self._dropped = self._dropped[0] + 1, self._dropped[1] + size
             return
-        self._taken += size
+        if size:  # so it is counted by one thread alone
+            self._taken += size
         self._entries.put(entry)
 
     def hurry(self, is_on: bool) -> None:
@@ -68,7 +70,7 @@ class Recording:
     def _write_all(self) -> None:
         try:
             while (entry := self._entries.get()) is not None:
-                if self.problem is None:
+                if not self._is_over:
                     self._add(entry)
                 self._written += len(entry.message or b"")
         finally:
@@ -94,10 +96,10 @@ class Recording:
 
     def _write(self, line: bytes) -> None:
         try:
-            if os.write(self._descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while line:  # a full disk takes a part before it says so
+                line = line[os.write(self._descriptor, line) :]
         except OSError as error:
-            self.problem = error.strerror or str(error)
+            self._is_over, self.problem = True, error.strerror or str(error)
 
 
 def _opened(path: str) -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qmpmerge.cli.commands import group
-from qmpmerge.cli.options import Options, basic
+from qmpmerge.cli.options import Options, shared
 from qmpmerge.cli.quantities import Duration
 from qmpmerge.cli.run import run
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     metavar="TIME",
     help="Only what was merged so long ago, as in 12h, 7d or 2w.",
 )
-@basic
+@shared
 def clean(paths: tuple[str, ...], dry_run: bool, older_than: float | None, options: Options) -> int:
     """
     Remove merged files that nobody uses or needs any more.

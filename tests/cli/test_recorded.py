@@ -1,0 +1,145 @@
+"""`--record FILE` and `-v`, as one types them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import command
+from rig.command import COMMAND, Begun
+from rig.disks import Setup
+from rig.machines import create_encrypted
+
+from qmpmerge.cli.commands import group
+
+LINE = re.compile(r"\d+\.\d{6} (?:2 )?(?:->|<-|<!|--) .+")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_merge_is_recorded_and_shown_in_order(setup: Setup, tmp_path: Path) -> None:
+    """The two are the same, line by line; events stand where they came."""
+    record = tmp_path / "rec"
+    options = ["--top", "[3]", "-v", "--record", str(record)]
+    run = command.invoke("commit", setup.machine.target, "vda", *options)
+    found = lines(record)
+    shown = [line for line in run.err.splitlines() if LINE.fullmatch(line)]
+    assert len(shown) == len(found) and [float(line.split()[0]) for line in shown] == [line["t"] for line in found]
+    assert "\\x0a" not in run.err and "-- qmpmerge-commit-vda: safe to switching" in run.err
+    created = next(index for index, line in enumerate(shown) if '"status": "created"' in line)
+    assert "<! " in shown[created] and '-> {"execute": "block-commit"' in shown[created - 1]
+    assert found[0]["command"] == ["qmpmerge", "commit", setup.machine.target, "vda", *options]
+    assert {**found[-1], "run": "", "t": 0} == {"run": "", "t": 0, "kind": "end", "verdict": "merged", "code": 0}
+
+
+def test_json_has_the_same_lines(setup: Setup) -> None:
+    run = command.invoke("disks", setup.machine.target, "-v", "--json")
+    events = [json.loads(line) for line in run.err.splitlines()]
+    kinds = [event["line"]["kind"] for event in events]
+    assert (kinds[:2], kinds[-2:]) == (["start", "session"], ["closed", "end"])
+    assert run.document["verdict"] == "done"
+
+
+def test_all_commands_of_a_shell_can_be_recorded(setup: Setup, tmp_path: Path) -> None:
+    """In one file, at the same time too: each line says whose it is."""
+    record = tmp_path / "rec"
+    env = {**os.environ, "QMPMERGE_RECORD": str(record)}
+    begun = [subprocess.Popen([COMMAND, verb, setup.machine.target], env=env) for verb in ("disks", "chain", "jobs")]
+    assert [process.wait() for process in begun] == [0] * 3
+    assert command.invoke("chain", setup.machine.target, "nope", env=env).code == 3
+    found = lines(record)
+    runs = {line["run"]: line["command"][1] for line in found if line["kind"] == "start"}
+    assert sorted(runs.values()) == ["chain", "chain", "disks", "jobs"]
+    ends = {line["run"]: (line["verdict"], line["code"]) for line in found if line["kind"] == "end"}
+    assert sorted(ends.values()) == [("done", 0), ("done", 0), ("done", 0), ("refused", 3)]
+    for run in runs:
+        seconds = [line["t"] for line in found if line["run"] == run]
+        assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("name", [name for name in group.FILES if name not in ("vms", "active", "completion")])
+def test_every_command_that_speaks_to_a_qemu_or_changes_images_has_it(name: str) -> None:
+    shown = command.invoke(name, "--help").out
+    if "--trace" not in shown:
+        pytest.skip("it does neither")
+    assert "--record FILE" in shown and "QMPMERGE_RECORD" in shown
+
+
+def test_a_file_that_cannot_be_written_is_refused_and_nothing_is_sent(setup: Setup, tmp_path: Path) -> None:
+    setup.machine.session.events.clear()
+    (tmp_path / "rec").write_text("somebody's notes\n")
+    run = command.invoke("commit", setup.machine.target, "vda", "--record", str(tmp_path / "rec"), "--json")
+    assert (run.code, run.document["error"]["name"]) == (3, "recording-unwritable")
+    assert run.document["error"]["facts"] == {"file": str(tmp_path / "rec"), "reason": "it is no recording"}
+    assert (tmp_path / "rec").read_text() == "somebody's notes\n"
+    setup.machine.session.execute("query-status")
+    assert setup.machine.session.events == []
+
+
+def test_a_disk_that_is_full_harms_no_merge(setup: Setup, tmp_path: Path) -> None:
+    """A limit of the shell's does what a full disk does, and stands for both."""
+    record, arguments = tmp_path / "rec", ["commit", setup.machine.target, "vda", "--yes", "--record"]
+    line = f'ulimit -f 16; exec "$0" "$@" {record}'
+    done = subprocess.run(["bash", "-c", line, COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, "pivoted" in done.stdout) == (0, True), done.stderr
+    assert f"the recording {record} has ended early: File too large" in done.stderr
+    assert record.stat().st_size == 16 * 1024
+    assert [json.loads(text)["kind"] for text in record.read_text().splitlines()[:-1]][:2] == ["start", "session"]
+    setup.check()
+
+
+def test_ctrl_c_is_its_end(setup: Setup, tmp_path: Path) -> None:
+    begun = Begun("commit", setup.machine.target, "vda", "--speed", "1M", "--record", str(tmp_path / "rec"))
+    begun.process.send_signal(signal.SIGINT)
+    assert begun.end().document["verdict"] == "cancelled"
+    found = lines(tmp_path / "rec")
+    assert (found[-1]["kind"], found[-1]["verdict"], found[-1]["code"]) == ("end", "cancelled", 130)
+    assert "taken-back" in [line.get("name") for line in found]
+
+
+def test_of_a_command_that_was_killed_all_is_there_up_to_then(setup: Setup, tmp_path: Path) -> None:
+    begun = Begun("commit", setup.machine.target, "vda", "--speed", "1M", "--record", str(tmp_path / "rec"))
+    begun.process.kill()
+    begun.process.communicate()
+    found = lines(tmp_path / "rec")
+    sent = [line["message"]["execute"] for line in found if line["kind"] == "sent"]
+    assert "block-commit" in sent and found[-1]["kind"] != "end"
+    assert command.invoke("job", setup.machine.target, "vda", "cancel").code in (0, 130)
+
+
+def test_a_bug_is_recorded_with_its_traceback(tmp_path: Path) -> None:
+    breaking = (
+        "import sys; from qmpmerge.operations import clean; clean.clean = None; from qmpmerge.cli import main; main()"
+    )
+    line = ["python3", "-c", breaking, "clean", str(tmp_path), "--record", str(tmp_path / "rec")]
+    line[0] = os.path.join(os.path.dirname(COMMAND), "python")
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "--record FILE" in done.stderr
+    end = lines(tmp_path / "rec")[-1]
+    assert (end["verdict"], end["code"], end["error"]["name"]) == ("bug", 1, "TypeError")
+    assert "Traceback" in end["error"]["traceback"][0]
+
+
+def test_a_passphrase_reaches_neither_file_nor_stderr(tmp_path: Path) -> None:
+    planted = "pl4nt3d,s3cr3t"
+    secret = ["--object", f"secret,id=s,data={planted.replace(',', ',,')}"]
+    cheap = "key-secret=s,iter-time=10,hash-alg=sha512"
+    inner = f"encrypt.format=luks,encrypt.{cheap.replace(',', ',encrypt.')}"
+    create_encrypted(*secret, "-f", "luks", "-o", cheap, "base.luks", str(2**20), cwd=tmp_path)
+    options = ["-u", "-f", "qcow2", "-o", inner, "-b", "base.luks", "-F", "luks"]
+    create_encrypted(*secret, *options, "a.qcow2", str(2**20), cwd=tmp_path)
+    (tmp_path / "passphrase").write_text(planted)
+    given = ["--secret", str(tmp_path / "passphrase"), "--record", str(tmp_path / "rec"), "-v"]
+    run = command.invoke("commit", str(tmp_path / "a.qcow2"), *given)
+    assert run.code == 0, run.err
+    sent = [line["message"] for line in lines(tmp_path / "rec") if line["kind"] == "sent"]
+    added = [message["arguments"]["data"] for message in sent if message["execute"] == "object-add"]
+    assert set(added) == {"(not shown)"}
+    for text in (run.out, run.err, (tmp_path / "rec").read_text()):
+        assert "pl4nt3d" not in text and "s3cr3t" not in text
