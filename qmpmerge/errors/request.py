@@ -326,6 +326,33 @@ class TooFewFiles(Refused):
     )
 
 
+class RecordingUnreadable(Refused):
+    """The file is no recording, or none that this version reads."""
+
+    file: str
+    reason: str
+    sentence = "cannot read the recording {file}: {reason}"
+    advice = "name a file that `--record` has written"
+
+
+class SeveralQemus(Refused):
+    """More than one QEMU was spoken to in a recording, or none of the name that was given."""
+
+    file: str
+    known: list[str]
+    sentence = "which QEMU of the recording {file} is to be replayed is not clear"
+    advice = "name one with `--qemu NAME`: {known}"
+
+
+class CannotListen(Refused):
+    """A socket cannot be made where `replay` is to listen."""
+
+    path: str
+    reason: str
+    sentence = "cannot listen at {path}: {reason}"
+    advice = "name a file that is not there yet, in a folder that you may write to"
+
+
 class ImageUnreadable(Refused):
     """qemu-img could not read or make an image."""
 

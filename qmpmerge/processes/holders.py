@@ -90,9 +90,9 @@ class User(Value):
         return "end it, or wait until it has let go" if self.pid is not None else "unmount it, or take it out of there"
 
 
-# struct flock for F_OFD_GETLK on 64-bit Linux: type, whence, start, length, pid.
+# struct flock for F_OFD_GETLK and F_OFD_SETLK on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
-_F_OFD_GETLK = 36
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _LOCK = r"OFDLCK +ADVISORY +\w+ +-1 (\w+):(\w+):(\d+) (\d+) (\d+|EOF)"
 # block/file-posix.c: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE, a byte for each permission.
 _PERMISSION_BYTES = ((100, 8), (200, 8))
@@ -268,3 +268,9 @@ def is_locked(file: str) -> bool:
     except OSError:
         pass
     return False
+
+
+def lock(descriptor: int) -> None:
+    """Lock an image as QEMU does that reads it, as long as this descriptor is open. Raises OSError."""
+    first, _ = _PERMISSION_BYTES[0]
+    fcntl.fcntl(descriptor, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, first, 1, 0))

@@ -371,6 +371,8 @@ NAMES = (
     "jobs",
     "job",
     "doctor",
+    "explain",
+    "replay",
     "completion",
 )
 

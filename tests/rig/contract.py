@@ -24,7 +24,7 @@ PLAIN: dict[str, tuple[type, ...]] = {
 TABLES: dict[str, dict[str, str]] = {}
 """Each documented object: its keys, and the type of each."""
 
-EVENTS = {"progress", "note", "hint", "trace", "not-written"}
+EVENTS = {"progress", "note", "hint", "listening", "trace", "not-written"}
 """Tables of the lines on stderr."""
 
 PRINTED: dict[tuple[str, str], list[list[str]]] = {}

@@ -30,6 +30,8 @@ FILES = {
     "clean": "clean",
     "tidy": "tidy",
     "doctor": "doctor",
+    "explain": "explain",
+    "replay": "replay",
     "completion": "completion",
 }
 """The commands in the order in which one needs them, and the file of each."""

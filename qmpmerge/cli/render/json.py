@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.details import DiskDetails, ImageDetails
     from qmpmerge.qemu.jobs import Job
+    from qmpmerge.recording.explained import Explained
+    from qmpmerge.recording.replay import Replayed
     from qmpmerge.targets.target import ChainView
 
 
@@ -169,6 +171,21 @@ class JsonOutput:
         ]
         looked_at = _keys(report, "vms", "images")
         self._print(report.verdict, looked_at=looked_at, targets=targets, findings=findings, **_error(report.error))
+
+    def explained(self, found: "Sequence[Explained]", *, unread: int) -> None:
+        """One entry for each command."""
+        keys = ("words", "wall", "version", "qemu", "verdict", "code", "reason", "seconds", "is_cut")
+        self._print("done", runs=[{**_keys(one, *keys), **_time_line(one)} for one in found], unread=unread)
+
+    def listening(self, path: str) -> None:
+        """One object on stderr."""
+        self._line("listening", socket=path)
+
+    def replayed(self, found: "Replayed") -> None:
+        """All of it."""
+        keys = ("socket", "commands", "played", "unplayed", "unasked", "unknown", "missing")
+        diverged = None if found.diverged is None else _keys(found.diverged, "sent", "expected")
+        self._print(found.verdict, **_keys(found, *keys), diverged=diverged)
 
     def failure(self, error: "Error") -> None:
         """The error with its facts; with all that is known of a merge whose job goes on without us."""
@@ -336,6 +353,15 @@ def _image_details(found: "ImageDetails") -> dict[str, object]:
         **_keys(found, *keys, *flags),
         "snapshots": [{"id": number, "name": name} for number, name in found.snapshots],
         "bitmaps": [_keys(bitmap, *of_bitmap) for bitmap in found.bitmaps],
+    }
+
+
+def _time_line(found: "Explained") -> dict[str, object]:
+    of_item = ("at", "kind", "text", "why", "twin", "count", "took", "reason")
+    return {
+        "items": [_keys(item, *of_item) for item in found.items],
+        "felt": [_keys(one, "kind", "at", "seconds", "text") for one in found.felt],
+        "spent": [_keys(one, "state", "seconds", "in_qemu", "commands") for one in found.spent],
     }
 
 

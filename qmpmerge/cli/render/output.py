@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.jobs import Job
+    from qmpmerge.recording.explained import Explained
+    from qmpmerge.recording.replay import Replayed
     from qmpmerge.targets.target import ChainView
 
 
@@ -74,6 +76,15 @@ class Output(Protocol):
 
     def doctor(self, report: "Examination") -> None:
         """Problems with several targets, the worst first, and how much was looked at."""
+
+    def explained(self, found: "Sequence[Explained]", *, unread: int) -> None:
+        """The commands of a recording, in which so many lines could not be read."""
+
+    def listening(self, path: str) -> None:
+        """Where a recording is replayed from now on."""
+
+    def replayed(self, found: "Replayed") -> None:
+        """What of a recording was played."""
 
     def failure(self, error: "Error") -> None:
         """Why a command did not do what was asked."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from qmpmerge.processes.vms import Vm
     from qmpmerge.qemu.blockgraph import Disk
     from qmpmerge.qemu.jobs import Job
+    from qmpmerge.recording.explained import Explained
+    from qmpmerge.recording.replay import Replayed
     from qmpmerge.targets.target import ChainView
 
 
@@ -274,6 +276,39 @@ class TextOutput:
             if finding.fix:
                 self._show(f"  fix   {finding.fix}")
         self._say(humanize.looked_at(report))
+
+    def explained(self, found: "Sequence[Explained]", *, unread: int) -> None:
+        """Of each command its time line, and two tables."""
+        from qmpmerge.cli.render import timeline
+
+        for number, one in enumerate(found):
+            for line in ([""] if number else []), timeline.head(one), [""]:
+                for text in line:
+                    self._say(text)
+            for item in one.items:
+                for parts in timeline.lines(item, self._out.columns):
+                    self._show(*parts)
+            self._say("")
+            if one.felt:
+                self._table(timeline.FELT, map(timeline.felt, one.felt), "")
+                self._say("")
+            self._table(timeline.SPENT, (timeline.spent(row, one.seconds) for row in one.spent), "")
+        if unread:
+            self.note(f"{unread} lines of the file are no lines of a recording, or not whole")
+
+    def listening(self, path: str) -> None:
+        """The path alone, for scripts too."""
+        self._show(path)
+
+    def replayed(self, found: "Replayed") -> None:
+        """How much, and what was not as it was."""
+        self._say(f"played {found.played} of {found.commands} commands that change something")
+        if found.diverged is not None:
+            self._say(Painted("diverged", COLOURS["problem"]), f": {found.diverged}")
+        elif found.unplayed:
+            self._say(f"  next would be  {found.unplayed[0]}")
+        if found.unknown:
+            self._say(f"  not recorded   {', '.join(found.unknown)}")
 
     def failure(self, error: "Error") -> None:
         """The sentence, and the hint on a line of its own, both on stderr; several errors one after the other."""

@@ -52,6 +52,9 @@ from qmpmerge.operations.tidy import Tidied, Tidying
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.details import ImageDetails
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.recording.explained import Explained, Felt, Item, Spent
+from qmpmerge.recording.replay import Replayed
+from qmpmerge.recording.script import Divergence
 from qmpmerge.targets.target import ChainView
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for all runs, some fifty commands
@@ -253,6 +256,7 @@ def rendered(folder: Path, say: Say) -> Iterator[Run]:
     for command in ("commit", "pull"):
         yield _rendered(command, lambda output: output.failure(TimedOut(job=JOB, seconds=1.0)))
     yield from _tidied(outcome, short)
+    yield from _recorded()
     errors: tuple[Error, ...] = (
         NoReply(target="vm1", command="query-jobs", seconds=1.0),
         NeedsSecret(image="/vm/b"),
@@ -286,6 +290,23 @@ def _tidied(outcome: Outcome, short: Progress) -> Iterator[Run]:
     )
     for one in errors:
         yield say(Tidied("vm1", "vda", error=one))
+
+
+def _recorded() -> Iterator[Run]:
+    item = Item(0.1, "command", "stop", "why", "virsh suspend vm1", 1, 0.1, "it is refused")
+    felt, spent = Felt("pause", 0.1, 0.2, "still"), Spent("copying", 0.1, 0.1, 1)
+    made = ("2026-11-30T13:57:37.420425Z", "0.1.0", "10.0.2", "failed", 5, "it failed", 0.1, False)
+    run = Explained(("qmpmerge", "commit"), *made, (item,), (felt,), (spent,))
+    yield _rendered("explain", lambda output: output.explained([run], unread=1))
+    for diverged in (Divergence("stop", "cont"), None):
+        left = (() if diverged is None else ("cont",), diverged, ("query-jobs",), ("query-pci",), ("/vm/a.vmdk",))
+        replayed = Replayed("/run/replay", 1, 1, *left)
+
+        def replay(output: JsonOutput, replayed: Replayed = replayed) -> None:
+            output.listening(replayed.socket)
+            output.replayed(replayed)
+
+        yield _rendered("replay", replay)
 
 
 def _rendered(command: str, say: Callable[[JsonOutput], None]) -> Run:

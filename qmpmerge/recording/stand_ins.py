@@ -1,0 +1,100 @@
+"""
+Empty images in the place of those of a recording: with their formats, sizes and headers, and none of their data.
+
+What is read of images beside what QEMU tells is their headers, so that a look at a chain, the checks of a merge and all that is
+said of both are as they were. They are made of what QEMU has told of its nodes, and lie below the folder of the replay.
+"""
+
+import contextlib
+import os
+from typing import Any
+
+from qmpmerge.errors import ImageUnreadable
+from qmpmerge.folder import File, Folder
+from qmpmerge.images import qemuimg
+from qmpmerge.processes import holders
+from qmpmerge.recording.places import Places
+from qmpmerge.recording.script import Script
+from qmpmerge.recording.twins import plain
+from qmpmerge.value import Value
+
+HEADER_WRITTEN = "job-finalize"
+"""The command at which QEMU writes a header: what it tells of the image next is what stands in that."""
+
+
+class StandIn(Value):
+    """An image as QEMU has told it: `backing` as it is written in the header."""
+
+    file: str
+    form: str
+    size: int
+    backing: str | None
+    backing_form: str | None
+
+
+class StandIns:
+    """Those of a script. `missing` are the files, as the recording has them, of which none could be made."""
+
+    def __init__(self, script: Script, places: Places) -> None:
+        self.missing: list[str] = []
+        self._script = script
+        self._places = places
+        self._made: dict[str, tuple[StandIn, File]] = {}
+
+    async def make(self) -> None:
+        """Make those of the beginning, and keep them locked, as QEMU does. Raises ToolMissing."""
+        for image in _images(self._script):
+            try:
+                self._made[image.file] = image, await self._create(image)
+            except (OSError, ValueError, OverflowError, ImageUnreadable):
+                self.missing.append(image.file)
+
+    async def follow(self, command: str) -> None:
+        """Do to headers what QEMU has done at this command."""
+        for image in _images(self._script) if command == HEADER_WRITTEN else ():
+            was, file = self._made.get(image.file, (image, None))
+            if file is not None and (was.backing, was.backing_form) != (image.backing, image.backing_form):
+                with contextlib.suppress(ImageUnreadable):
+                    await qemuimg.repoint(file, self._places.name(image.backing or ""), image.backing_form or "raw")
+                    self._made[image.file] = image, file
+
+    def close(self) -> None:
+        """Let go of them."""
+        for _, file in self._made.values():
+            file.close()
+
+    async def _create(self, image: StandIn) -> File:
+        folder, name = os.path.split(self._places.name(image.file))
+        os.makedirs(folder, exist_ok=True)
+        with Folder(folder) as opened:
+            file = opened.create(name)
+        if image.form == "raw":
+            os.truncate(file.descriptor, image.size)
+        elif image.backing is None:
+            await qemuimg.create(file, image.size)
+        else:
+            backing, form = self._places.name(image.backing), image.backing_form or "raw"
+            await qemuimg.create_overlay(file, size=image.size, backing=backing, backing_format=form)
+        holders.lock(file.descriptor)
+        return file
+
+
+def _images(script: Script) -> list[StandIn]:
+    """As QEMU tells them next."""
+    nodes = next(script.told("query-named-block-nodes"), None)
+    images = [image for node in nodes if (image := _image(node)) is not None] if isinstance(nodes, list) else []
+    return list({image.file: image for image in images}.values())
+
+
+def _image(node: Any) -> StandIn | None:
+    """None for a node that is none, or whose file has no path."""
+    try:
+        file, told = plain(node["file"]), node["image"]
+        backing, form = told.get("backing-filename"), told.get("backing-filename-format")
+        size = told["virtual-size"]
+    except (KeyError, TypeError, AttributeError):
+        return None
+    is_text = all(isinstance(text, str) and "\0" not in text for text in (file, backing or "", form or ""))
+    if not (is_text and file.startswith("/") and node.get("drv") in ("raw", "qcow2") and isinstance(size, int)):
+        return None
+    return StandIn(file, node["drv"], size, backing, form)

@@ -1,0 +1,272 @@
+"""Recordings of real merges, explained, and replayed without their VM."""
+
+import json
+import signal
+import socket
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from rig.command import invoke
+from rig.disks import Setup
+from rig.replays import replaying
+
+INTERMEDIATE, PIVOT = ("--top", "2"), ("--yes",)
+
+
+@pytest.fixture
+def recorded(setup: Setup, images: list[Path], tmp_path: Path) -> dict[tuple[str, ...], Path]:
+    """An intermediate merge, then the pivot of what it has left, of a guest that runs; QEMU is gone."""
+    setup.machine.session.execute("cont")
+    files: dict[tuple[str, ...], Path] = {}
+    for words in (INTERMEDIATE, PIVOT):
+        files[words] = tmp_path / f"{words[0]}.jsonl"
+        done = invoke("commit", setup.machine.target, "vda", *words, "--record", str(files[words]))
+        assert done.code == 0, done.err
+    setup.machine.kill()
+    return files
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """All that a client could have changed of the files there."""
+    return {
+        file.name: (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes())
+        for file in folder.iterdir()
+        if file.is_file()
+    }
+
+
+def test_merges_are_replayed_whole_and_touch_nothing_that_has_the_same_name(
+    recorded: dict[tuple[str, ...], Path], images: list[Path]
+) -> None:
+    """
+    The images lie where the recordings name them: those that were merged have their names back, so that a client which took the
+    recording's names for names of this machine would find all in order, and merge.
+    """
+    for image in images:
+        aside = image.with_name(f"{image.name}.merged")
+        if aside.exists():
+            aside.rename(image)
+    before = state(images[0].parent)
+    for words, recording in recorded.items():
+        with replaying(recording) as replay:
+            dry = invoke("commit", replay.target, "vda", *words, "--dry-run", "--json").document
+            assert (dry["verdict"], dry["before"][0]) == ("planned", f"{replay.folder}{images[0]}")
+            for command in ("disks", "chain", "jobs", "doctor") if words == INTERMEDIATE else ():
+                assert invoke(command, replay.target).code == 0
+            done = invoke("commit", replay.target, "vda", *words, "--json").document
+            assert done["verdict"] == ("merged" if words == INTERMEDIATE else "pivoted")
+            assert done["after"] == dry["after"] == [f"{replay.folder}{file}" for file in after(words, images)]
+            code, told = replay.end()
+        assert (code, told["verdict"], told["diverged"], told["unplayed"]) == (0, "done", None, [])
+        assert told["played"] == told["commands"] > 4
+        assert not replay.folder.exists()
+    assert state(images[0].parent) == before
+
+
+def after(words: tuple[str, ...], images: list[Path]) -> list[Path]:
+    return [images[0], *images[2:]] if words == INTERMEDIATE else images[:1]
+
+
+def test_a_pivot_is_explained(recorded: dict[tuple[str, ...], Path], images: list[Path]) -> None:
+    (run,) = invoke("explain", str(recorded[PIVOT]), "--json").document["runs"]
+    assert (run["verdict"], run["code"], run["is_cut"]) == ("pivoted", 0, False)
+    items = {item["text"].split()[0]: item for item in run["items"] if item["kind"] == "command"}
+    assert items["job-complete"]["twin"].endswith("vda --pivot")
+    merged = f"--base {images[0]} --top {images[3]} --active"
+    assert items["block-commit"]["twin"].startswith("virsh blockcommit") and merged in items["block-commit"]["twin"]
+    assert all(item["why"] for item in run["items"] if item["kind"] == "command")
+    (pause,) = [felt for felt in run["felt"] if felt["kind"] == "pause"]
+    assert pause["seconds"] > 0 and items["stop"]["at"] <= pause["at"] <= items["cont"]["at"]
+    states = [spent["state"] for spent in run["spent"]]
+    assert states == ["planned", "copying", "safe", "switching", "switched", "proved", "done"]
+    assert sum(spent["seconds"] for spent in run["spent"]) == pytest.approx(run["seconds"], abs=0.001)
+    text = invoke("explain", str(recorded[PIVOT])).out
+    assert "safe to switching" in text and "= virsh resume" in text and "pause: the guest stood still" in text
+
+
+# --- any QMP client ---------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """A person's: it knows nothing of us."""
+
+    def __init__(self, path: str) -> None:
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.settimeout(60)
+        self.connection.connect(path)
+        self.stream = self.connection.makefile("rw")
+        self.greeting = self.read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stream.close()
+        self.connection.close()
+
+    def read(self) -> Any:
+        return json.loads(self.stream.readline())
+
+    def send(self, text: str) -> list[Any]:
+        """What comes up to the answer."""
+        self.stream.write(text)
+        self.stream.flush()
+        came = [self.read()]
+        while "event" in came[-1]:
+            came.append(self.read())
+        return came
+
+    def execute(self, command: str, **arguments: object) -> list[Any]:
+        return self.send(json.dumps({"execute": command, "arguments": arguments, "id": 7}) + "\n")
+
+
+def lines(*facts: dict[str, object]) -> str:
+    return "".join(f"{json.dumps({'run': 'a', 't': number / 10, **one})}\n" for number, one in enumerate(facts))
+
+
+def exchange(number: int, command: str, reply: object, **arguments: object) -> list[dict[str, object]]:
+    sent = {"execute": command, "id": str(number), **({"arguments": arguments} if arguments else {})}
+    return [
+        {"kind": "sent", "session": 1, "message": sent},
+        {"kind": "received", "session": 1, "message": {"return": reply, "id": str(number)}},
+    ]
+
+
+GREETING = {"QMP": {"version": {"qemu": {"major": 9, "minor": 8, "micro": 7}, "package": ""}, "capabilities": []}}
+SESSION = {"kind": "session", "session": 1, "name": "/run/vm", "pid": 1, "command_line": None, "greeting": GREETING}
+
+
+def event(name: str) -> dict[str, object]:
+    return {"kind": "received", "session": 1, "message": {"event": name, "data": {"file": "/vm/a"}}}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """By hand: a job, which is looked at twice before it is ready."""
+    file = tmp_path / "by hand"
+    file.write_text(
+        lines(
+            {"kind": "start", "schema": 1},
+            SESSION,
+            *exchange(1, "query-jobs", []),
+            {"kind": "sent", "session": 1, "message": {"execute": "block-commit", "arguments": {"a": 1, "b": [2]}}},
+            event("CREATED"),
+            {"kind": "received", "session": 1, "message": {"return": {}}},
+            *exchange(2, "query-jobs", ["running"]),
+            event("READY"),
+            *exchange(3, "query-jobs", ["ready"]),
+            *exchange(4, "job-complete", {}, id="j"),
+            event("COMPLETED"),
+            {"kind": "sent", "session": 1, "message": {"execute": "quit"}},
+        )
+    )
+    return file
+
+
+def test_the_order_of_questions_and_of_arguments_does_not_matter(written: Path) -> None:
+    with replaying(written) as replay:
+        with Client(replay.target) as client:
+            assert client.greeting == GREETING
+            assert client.execute("query-jobs")[0]["error"]["class"] == "CommandNotFound"  # before capabilities
+            assert client.execute("qmp_capabilities") == [{"return": {}, "id": 7}]
+            assert client.execute("query-jobs") == client.execute("query-jobs") == [{"return": [], "id": 7}]
+            created, answer = client.execute("block-commit", b=[2], a=1)
+            assert (created["event"], answer) == ("CREATED", {"return": {}, "id": 7})
+            assert created["data"]["file"] == f"{replay.folder}/vm/a"
+            assert client.execute("query-jobs") == [{"return": ["running"], "id": 7}]
+            assert client.read()["event"] == "READY"
+            for _ in range(3):
+                assert client.execute("query-jobs") == [{"return": ["ready"], "id": 7}]
+        with Client(replay.target) as again:
+            again.execute("qmp_capabilities")
+            assert again.execute("query-jobs") == [{"return": ["running"], "id": 7}], "a new client sees the act anew"
+            assert again.execute("job-complete", id="j") == [{"return": {}, "id": 7}]
+            assert again.read()["event"] == "COMPLETED"
+            again.stream.write('{"execute": "quit"}\n')
+            again.stream.flush()
+            assert again.stream.readline() == "", "it was never answered"
+        code, told = replay.end(signal.SIGTERM)
+    assert (code, told["played"], told["unplayed"], told["unknown"]) == (0, 3, [], [])
+
+
+def test_who_only_waits_gets_the_events(written: Path) -> None:
+    with replaying(written) as replay, Client(replay.target) as client:
+        client.execute("qmp_capabilities")
+        assert client.execute("block-commit", a=1, b=[2])[-1] == {"return": {}, "id": 7}
+        assert client.read()["event"] == "READY"
+
+
+def test_the_first_command_that_is_another_is_told_with_what_was_expected(written: Path) -> None:
+    with replaying(written, "--once") as replay:
+        with Client(replay.target) as client:
+            client.execute("qmp_capabilities")
+            (refused,) = client.execute("block-commit", a=1, b=[3])
+            assert "`block-commit a=1 b=[3]` was sent where the recording has `block-commit a=1 b=[2]`" in str(refused)
+            assert "error" in client.execute("stop")[0]
+            assert "no answer to query-cpus" in client.execute("query-cpus")[0]["error"]["desc"]
+            assert client.send("nonsense\n")[0]["error"]["class"] == "GenericError"
+            assert client.execute("query-jobs") == [{"return": [], "id": 7}], "it goes on where it was"
+        code, told = replay.result()
+    assert (code, told["verdict"], told["played"], len(told["unplayed"])) == (5, "failed", 0, 3)
+    assert told["diverged"] == {"sent": "block-commit a=1 b=[3]", "expected": "block-commit a=1 b=[2]"}
+    assert told["unknown"] == ["query-cpus"]
+
+
+def test_what_cannot_be_replayed(written: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    two.write_text(written.read_text() + lines({**SESSION, "session": 2, "name": "/run/other"}))
+    refused = invoke("replay", str(two), "--json").document["error"]
+    assert (refused["name"], refused["facts"]["known"]) == ("several-qemus", ["/run/vm", "/run/other"])
+    assert invoke("replay", str(two), "--qemu", "third").code == 3
+    with replaying(two, "--qemu", "/run/other", "--socket", str(tmp_path / "here")) as replay:
+        assert replay.target == str(tmp_path / "here")
+        assert replay.end()[0] == 0, "nothing was changed, and nothing is left"
+    assert not (tmp_path / "here").exists()
+    taken = invoke("replay", str(written), "--socket", str(two), "--json").document["error"]
+    assert taken["name"] == "cannot-listen"
+    nobody = tmp_path / "nobody"
+    nobody.write_text(lines({"kind": "start", "schema": 1}))
+    assert "no session" in invoke("replay", str(nobody)).err
+
+
+# --- what is no whole recording ---------------------------------------------------------------------------------------
+
+
+def test_what_is_torn_cut_or_strange_is_explained_as_far_as_it_goes(written: Path, tmp_path: Path) -> None:
+    text = written.read_text()
+    strange = tmp_path / "strange"
+    strange.write_text(
+        text
+        + lines(
+            {"kind": "dream", "of": "sheep"},
+            {"kind": "left-out", "messages": 3, "bytes": 1000},
+            {"kind": "sent", "session": 1, "message": {"execute": ["no", "command"]}},
+            {"run": "b", "kind": "start", "schema": 1, "command": ["qmpmerge", "disks"]},
+            {"run": "b", "t": float("nan"), "kind": "closed", "session": 1, "reason": "x"},
+            {"run": "b", "kind": "end", "verdict": "done", "code": 0},
+        )
+        + '{"run": "a", "t": 9.1, "ki'
+    )
+    document = invoke("explain", str(strange), "--json").document
+    first, second = document["runs"]
+    assert document["unread"] == 3
+    assert first["is_cut"] and (second["words"], second["verdict"]) == (["qmpmerge", "disks"], "done")
+    texts = {item["kind"]: item["text"] for item in first["items"]}
+    assert texts["dream"] == '{"of": "sheep"}' and texts["left-out"].startswith("3 messages (1000 bytes)")
+    asked = [item for item in first["items"] if item["kind"] == "asked"]
+    assert asked[0]["why"] and not asked[1]["why"], "what a question is for is said once"
+    for cut in range(0, len(text), 197):
+        strange.write_text(text[cut:])
+        assert invoke("explain", str(strange), "--json").code == 0 or text[cut:].count("\n") < 2
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/", "missing", "README.md", "empty", "later"])
+def test_what_is_no_recording_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# No recording\n")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "later").write_text(lines({"kind": "start", "schema": 2}))
+    for command in ("explain", "replay"):
+        error = invoke(command, name, "--json", cwd=tmp_path).document["error"]
+        assert error["name"] == "recording-unreadable"
+        assert name != "later" or "it has schema 2, and 1 is understood" in error["message"]
