@@ -2,7 +2,7 @@
 
 import sys
 
-from pages import DOCS, PAGES, sessions, shared
+from pages import DOCS, PAGES, graph, sessions, shared
 
 if sys.argv[1:2] == ["--sessions"]:
     for name in sys.argv[2:] or sessions.pages():
@@ -10,4 +10,5 @@ if sys.argv[1:2] == ["--sessions"]:
 else:
     for name, page in PAGES.items():
         (DOCS / name).write_text(page())
+    graph.write()
     shared.write()

@@ -7,7 +7,7 @@ import click
 import pytest
 from rig import exits
 
-from pages import DOCS, PAGES, PARTS, filled, parts, pictures
+from pages import DOCS, PAGES, PARTS, filled, graph, parts, pictures
 from pages.commands import command
 from qmpmerge.chain.state import NEXT, State
 from qmpmerge.cli.commands.group import FILES
@@ -32,6 +32,10 @@ def options() -> list[tuple[str, click.Option]]:
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_what_the_code_says(name: str) -> None:
     assert (DOCS / name).read_text() == PAGES[name](), f"docs/{name} is not what the code says: run scripts/docs"
+
+
+def test_the_picture_of_a_graph_shows_what_was_recorded() -> None:
+    assert graph.on_picture(graph.PICTURE.read_text()) == graph.told(), "run scripts/docs, where graphviz is installed"
 
 
 def test_every_option_has_a_text() -> None:
