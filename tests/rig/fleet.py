@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmpmerge.testing import Layers
 from rig.command import invoke
 from rig.folder import litter
 from rig.machines import MIB, Content, Machine, fill, machine, make_chain, run
@@ -16,21 +17,12 @@ FREE = 5 * MIB
 """Where no layer of `fill` has data: there the layer `a` of each chain has a pattern that no other chain has."""
 
 
-@dataclass
-class Chain:
-    """Its images, base first, and what the guest must see through the last."""
-
-    images: list[Path]
-    content: Content
+class Chain(Layers):
+    """The guest sees the content through the highest image that still has its name."""
 
     @property
     def active(self) -> Path:
-        """The highest that still has its name."""
         return next(image for image in reversed(self.images) if image.exists())
-
-    def check(self) -> None:
-        """The guest would see what it should; nobody may have the images open."""
-        self.content.check(self.active)
 
     @property
     def left(self) -> list[str]:
