@@ -1,12 +1,18 @@
 """What real QEMUs said, played to the decoder: every version must tell the same of the same layout (fixtures/README.md)."""
 
+import copy
+import functools
 import json
 import re
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rig.command import invoke
+from rig.replays import replaying
+from strips.film import COMMANDS
 
 from qmpmerge.chain.chain import Chain, Inode
 from qmpmerge.errors import QemuRefused, StreamConcluded
@@ -14,11 +20,13 @@ from qmpmerge.qemu import discovery
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.discovery import DEEP
 from qmpmerge.qemu.monitor import Monitor
+from qmpmerge.recording import exchanges, reading
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "fixtures"
 
 EXPECTED = {file.stem: json.loads(file.read_text()) for file in sorted((FIXTURES / "expected").glob("*.json"))}
-STRIPS = sorted(folder for folder in FIXTURES.glob("qemu-*/*") if folder.is_dir())
+STRIPS = sorted(FIXTURES.glob("qemu-*/*.jsonl"))
 FOLDER = "/vm"
 FILES = ["base.raw", "a.qcow2", "b.qcow2"]
 
@@ -57,9 +65,18 @@ class Film(Monitor):
 
 
 def frame(strip: Path, command: str) -> Any:
-    """What was said to this command."""
-    (file,) = strip.glob(f"??-{command}.json")
-    return json.loads(file.read_text())
+    """What was said to this command, for the caller to keep."""
+    return copy.deepcopy(frames(strip)[command])
+
+
+@functools.cache
+def frames(strip: Path) -> dict[str, Any]:
+    """Every answer, by its command."""
+    (run,) = reading.read(str(strip)).runs
+    told = [
+        one for one in exchanges.paired(run.lines) if isinstance(one, exchanges.Exchange) and one.answer is not None
+    ]
+    return {one.name: one.answer["return"] for one in told if one.answer is not None}
 
 
 def locate(name: str) -> tuple[str, Inode | None]:
@@ -111,28 +128,49 @@ def images_of(chain: Chain | None) -> list[dict[str, object]] | None:
 
 
 def strips(*, without: str = "") -> list[Any]:
-    return [pytest.param(strip, id=f"{strip.parent.name}-{strip.name}") for strip in STRIPS if strip.name != without]
+    return [pytest.param(strip, id=f"{strip.parent.name}-{strip.stem}") for strip in STRIPS if strip.stem != without]
 
 
 def test_every_version_played_every_layout() -> None:
     versions = {strip.parent for strip in STRIPS}
     assert len(versions) >= 2
     for version in versions:
-        assert {strip.name for strip in STRIPS if strip.parent == version} == set(EXPECTED)
+        assert {strip.stem for strip in STRIPS if strip.parent == version} == set(EXPECTED)
 
 
 def test_the_strips_hold_nothing_of_the_machine_they_were_made_on() -> None:
-    for file in FIXTURES.glob("qemu-*/*/*.json"):
+    for file in STRIPS:
         text = file.read_text().replace("/var/tmp/vl.000000", "")
         assert not re.search(r"/tmp|/home|/work|/dev/shm", text), file
         assert text.isascii() and len(text) < 20_000, file
+
+
+def test_recording_again_changes_nothing(tmp_path: Path) -> None:
+    """By the script itself, with the QEMU that is there: one layout that QEMU names, and one with a job at work."""
+    layouts = ("drive", "commit-running")
+    subprocess.run([ROOT / "scripts/record", *layouts, "--into", tmp_path], check=True, capture_output=True)
+    recorded = {file.relative_to(tmp_path): file.read_text() for file in tmp_path.rglob("*.jsonl")}
+    assert [file.stem for file in sorted(recorded)] == sorted(layouts)
+    for file, strip in recorded.items():
+        assert not (FIXTURES / file).exists() or (FIXTURES / file).read_text() == strip
+        assert set(COMMANDS) <= frames(tmp_path / file).keys()
+
+
+@pytest.mark.parametrize("name", ["commit-ready", "empty-cd", STORAGE_DAEMON])
+def test_a_strip_is_replayed(name: str) -> None:
+    """As any recording is: what the command says of it is what was decoded of the strip."""
+    strip = strip_of(name)
+    with replaying(strip) as replay:
+        told = invoke("disks", replay.target, "--json").document["disks"]
+        shown = [(disk["disk"], disk["depth"]) for disk in told]
+    assert shown == [(disk["name"], len(disk["chain"] or ())) for disk in EXPECTED[name]["disks"]]
 
 
 @pytest.mark.parametrize("strip", strips())
 async def test_the_layout(strip: Path) -> None:
     film = Film(strip)
     layout = await discovery.discover(film, locate)
-    assert simple(layout) == EXPECTED[strip.name]
+    assert simple(layout) == EXPECTED[strip.stem]
     assert len(film.asked) == len(set(film.asked)) <= 5
 
 
@@ -144,7 +182,7 @@ async def test_the_disks_by_stable_commands(strip: Path) -> None:
     """
     film = Film(strip, forbidden=frozenset({"x-debug-query-block-graph"}))
     layout = await discovery.discover(film, locate)
-    expected = EXPECTED[strip.name]
+    expected = EXPECTED[strip.stem]
     attached = [disk for disk in expected["disks"] if disk["drive"] or disk["qdev"]]
     of_chain = ("name", "drive", "qdev", "chain")
     told = simple(layout)["disks"]
@@ -168,13 +206,13 @@ def test_every_job_edge_leads_to_a_node(strip: Path) -> None:
     filters = {"base": ["base"], "intermediate node": ["a"]}
     for kinds in edges.values():
         assert {node for names in kinds.values() for node in names} <= set(layout.nodes)
-    if strip.name in ("commit-running", "commit-pending"):
+    if strip.stem in ("commit-running", "commit-pending"):
         for kind, names in filters.items():
             assert set(names) <= set(edges["qmpmerge-commit-disk0"][kind])
-    elif strip.name == "commit-ready":
+    elif strip.stem == "commit-ready":
         kinds = edges["qmpmerge-commit-disk0"]
         assert (kinds["source"], kinds["target"]) == (["b"], ["base"])
-    elif strip.name != "commit-concluded":
+    elif strip.stem != "commit-concluded":
         assert not edges
 
 
@@ -193,7 +231,7 @@ def stream_instead(reply: Any) -> Any:
 
 
 def strip_of(name: str) -> Path:
-    return next(strip for strip in STRIPS if strip.name == name)
+    return next(strip for strip in STRIPS if strip.stem == name)
 
 
 def longer(layers: int) -> dict[str, Any]:
