@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from qmpmerge.operations.control import Verb, control
     from qmpmerge.operations.examine import Examination, Examined, examine, examine_all
     from qmpmerge.operations.follow import follow
-    from qmpmerge.operations.graph import Export, Graph, GraphEdge, GraphNode, Mark, graph
+    from qmpmerge.operations.graph import Graph, GraphNode, Mark, graph
     from qmpmerge.operations.places import LeftOut
     from qmpmerge.operations.plan import Sharer, Way, Ways, plan
     from qmpmerge.operations.pull import pull
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qmpmerge.qemu.blockgraph import Disk, Layout
     from qmpmerge.qemu.details import Device, DiskDetails, ImageDetails
     from qmpmerge.qemu.jobs import Job
+    from qmpmerge.qemu.usage import Export, GraphEdge
     from qmpmerge.recording.record import record
     from qmpmerge.targets.live import live
     from qmpmerge.targets.offline import OfflineTarget, offline
@@ -73,10 +74,10 @@ _HOME = {
     "Estimate": "chain.outcome",
     "Examination": "operations.examine",
     "Examined": "operations.examine",
-    "Export": "operations.graph",
+    "Export": "qemu.usage",
     "Finding": "doctor.findings",
     "Graph": "operations.graph",
-    "GraphEdge": "operations.graph",
+    "GraphEdge": "qemu.usage",
     "GraphNode": "operations.graph",
     "Image": "chain.chain",
     "ImageDetails": "qemu.details",

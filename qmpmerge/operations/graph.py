@@ -7,28 +7,15 @@ the way of a commit the graph's own.
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from qmpmerge.doctor import nodes as left
-from qmpmerge.errors import QemuRefused
-from qmpmerge.qemu.blockgraph import (
-    FILTERS,
-    INSTRUMENTS,
-    JOB_FILTERS,
-    Disk,
-    DiskName,
-    Layout,
-    Node,
-    Parent,
-    qdev_id,
-    storage,
-)
+from qmpmerge.qemu import reply, usage
+from qmpmerge.qemu.blockgraph import FILTERS, INSTRUMENTS, JOB_FILTERS, Disk, DiskName, Layout, Node, qdev_id, storage
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.usage import Export, GraphEdge
 from qmpmerge.targets.target import Target
 from qmpmerge.value import Value
-
-Kind = Literal["node", "device", "export", "job", "other"]
 
 _SWITCHED = frozenset({"commit", "mirror"})
 """Types of jobs that move the disk onto their target, where they have one."""
@@ -68,29 +55,6 @@ class GraphNode(Value):
     marks: tuple[Mark, ...] = ()
 
 
-class GraphEdge(Value):
-    """
-    That `parent`, which is of this `kind`, uses `node`, and for what (`role`, as QEMU calls it: ``backing``, ``file``,
-    ``root``, ``main node``). `takes` is what it does with the node, `lets` what it lets others do, by QEMU's names and in its
-    order; None where that is not known.
-    """
-
-    kind: Kind
-    parent: str
-    node: str
-    role: str
-    takes: tuple[str, ...] | None
-    lets: tuple[str, ...] | None
-
-
-class Export(Value):
-    """What a node is shown by to others: its id, its type (``nbd``, ``vhost-user-blk``, ``fuse``), and the node."""
-
-    id: str
-    type: str
-    node: str
-
-
 class Graph(Value):
     """
     The graph of a target, or of one of its disks with what that one's job has besides. `disks` are those with a chain, each
@@ -108,23 +72,20 @@ class Graph(Value):
     not_known: tuple[str, ...]
 
 
-PERMISSIONS = ("consistent-read", "write", "write-unchanged", "resize", "graph-mod")
-"""In QEMU's order."""
-
-
 async def graph(target: Target, disk: DiskName | None = None) -> Graph:
     """
     The block graph of the target; with `disk` of that one alone.
 
-    Raises NoSuchDisk, and what `Target.layout` raises.
+    Raises NoSuchDisk, BadReply, and what `Target.layout` raises.
     """
     layout = await target.layout()
     shown = None if disk is None else layout.find(disk, target.name)
     if not target.is_live:
-        layout = replace(layout, parents={name: [*map(_untold, users)] for name, users in layout.parents.items()})
-    exports = await _exports(target)
-    unneeded = await left.unneeded(target, layout) if target.is_live else ()
-    return of(layout, target.name, shown, exports, unneeded, is_live=target.is_live)
+        return of(usage.forgotten(layout), target.name, shown, (), (), is_live=False)
+    exports = await usage.exports(target.monitor)
+    unneeded = await left.unneeded(target, layout)
+    with reply.making_sense(target.name, "x-debug-query-block-graph"):
+        return of(layout, target.name, shown, exports, unneeded)
 
 
 def of(
@@ -143,7 +104,7 @@ def of(
         marks.setdefault(name, []).append(mark)
     has_permissions = any(parent.takes is not None for users in layout.parents.values() for parent in users)
     is_told = has_permissions or not layout.parents
-    edges = [edge for name in names for _, edge in _users(layout, name, exports or ())]
+    edges = [edge for name in names for _, edge in usage.users(layout, name, exports or ())]
     files, knows_need = _files(layout), is_told and is_live
     nodes = [
         _node(layout.nodes[name], files.get(name), name not in unneeded if knows_need else None, marks.get(name, ()))
@@ -162,23 +123,6 @@ def of(
         exports=tuple(one for one in exports or () if one.node in names),
         not_known=tuple(text for text, is_so in zip(_UNTOLD, untold, strict=True) if is_so),
     )
-
-
-def _untold(parent: Parent) -> Parent:
-    """A daemon of our own opens images as it likes."""
-    return replace(parent, takes=None, lets=None)
-
-
-async def _exports(target: Target) -> list[Export] | None:
-    if not target.is_live:
-        return []
-    try:
-        told = await target.monitor.execute("query-block-exports")
-    except QemuRefused as error:
-        if not error.is_unheard_of:
-            raise
-        return None
-    return [Export(one["id"], one["type"], one["node-name"]) for one in told]
 
 
 def _reached(layout: Layout, disk: Disk) -> list[str]:
@@ -206,57 +150,6 @@ def _node(node: Node, file: str | None, used: bool | None, marks: Sequence[Mark]
         used=used,
         marks=tuple(marks),
     )
-
-
-# --- who uses a node -----------------------------------------------------------------------------------------------
-
-
-def _users(layout: Layout, name: str, exports: Sequence[Export]) -> Iterator[tuple[Parent, GraphEdge]]:
-    """All who use a node."""
-    parents = layout.parents.get(name, ())
-    nameless = _nameless(layout, name, exports, [parent for parent in parents if _is_nameless(parent)])
-    for parent in parents:
-        kind, called = next(nameless) if _is_nameless(parent) else _called(parent)
-        yield parent, GraphEdge(kind, called, name, parent.edge, _ordered(parent.takes), _ordered(parent.lets))
-
-
-def _is_nameless(parent: Parent) -> bool:
-    return parent.kind == "block-backend" and not parent.name
-
-
-def _called(parent: Parent) -> tuple[Kind, str]:
-    if parent.kind == "block-backend":
-        return "device", qdev_id(parent.name)
-    return ("job" if parent.kind == "block-job" else "node"), parent.name
-
-
-def _nameless(
-    layout: Layout, name: str, exports: Sequence[Export], parents: Sequence[Parent]
-) -> Iterator[tuple[Kind, str]]:
-    """
-    Exports, and jobs for what they copy from and to, have no name in the graph. An export reads at the least, what a job of
-    its mirrors to it does not. Else it is known which is which where there is one, or where all do the same.
-    """
-    shown: list[tuple[Kind, str]] = [("export", one.id) for one in exports if one.node == name]
-    jobs: list[tuple[Kind, str]] = [
-        ("job", job) for job, edges in layout.job_edges.items() if any(name in held for held in edges.values())
-    ]
-    readers = [parent for parent in parents if parent.reads]
-    are_told = len(readers) == len(shown) and len(set(readers)) <= 1
-    told = iter(shown)
-    for parent in parents:
-        if parent.reads and are_told:
-            yield next(told)
-        else:
-            possible = [*shown, *jobs] if parent.reads else jobs
-            either: tuple[Kind, str] = ("other", " or ".join(called for _, called in possible) or "unnamed")
-            yield possible[0] if len(possible) == 1 else either
-
-
-def _ordered(told: frozenset[str] | None) -> tuple[str, ...] | None:
-    if told is None:
-        return None
-    return (*(one for one in PERMISSIONS if one in told), *sorted(told.difference(PERMISSIONS)))
 
 
 # --- what deserves a look --------------------------------------------------------------------------------------------
@@ -330,7 +223,9 @@ def _in_the_way(layout: Layout, disk: Disk, exports: Sequence[Export]) -> Iterat
         name = image.node or ""
         past = layout.past(disk, name)
         users = [
-            (parent, f"{edge.kind} {edge.parent}") for parent, edge in _users(layout, name, exports) if parent in past
+            (parent, f"{edge.kind} {edge.parent}")
+            for parent, edge in usage.users(layout, name, exports)
+            if parent in past
         ]
         keepers = [called for parent, called in users if parent.lets_write is False]
         readers = [called for parent, called in users if parent.reads]

@@ -8,8 +8,9 @@ from rig.machines import Content, Machine, machine, run
 
 import qmpmerge
 from qmpmerge.errors import NoSuchDisk
-from qmpmerge.operations.graph import Graph, GraphEdge
+from qmpmerge.operations.graph import Graph
 from qmpmerge.qemu import flush, mutex
+from qmpmerge.qemu.usage import GraphEdge
 
 
 async def asked(vm: Machine, disk: str | None = None) -> Graph:

@@ -15,9 +15,10 @@ from pages.speed import DATA
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.cli.render import dot
 from qmpmerge.cli.render.drawing import Drawing
-from qmpmerge.operations.graph import Export, Graph, GraphEdge, GraphNode, Mark
+from qmpmerge.operations.graph import Graph, GraphNode, Mark
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.qemu.usage import Export, GraphEdge
 
 PICTURE = DATA.parents[1] / "pictures/graph.svg"
 

@@ -8,7 +8,8 @@ from qmpmerge.cli.render.visible import visible
 from qmpmerge.cli.render.width import shortened
 
 if TYPE_CHECKING:
-    from qmpmerge.operations.graph import Graph, GraphEdge, GraphNode
+    from qmpmerge.operations.graph import Graph, GraphNode
+    from qmpmerge.qemu.usage import GraphEdge
 
 Look = Literal["active", "image", "filter", "node", "unneeded", "job", "user"]
 

@@ -15,8 +15,9 @@ from qmpmerge.cli.render.width import width
 from qmpmerge.cli.render.wrap import breaks
 
 if TYPE_CHECKING:
-    from qmpmerge.operations.graph import Graph, GraphEdge, GraphNode
+    from qmpmerge.operations.graph import Graph, GraphNode
     from qmpmerge.qemu.blockgraph import Disk
+    from qmpmerge.qemu.usage import GraphEdge
 
 COLUMNS = (
     Column("NODE", shrinks=True),
@@ -52,8 +53,8 @@ def rows(graph: "Graph") -> Iterator[Row]:
     tree = _Tree(graph)
     for disk in graph.disks:
         yield from tree.under(disk.root, disk)
-    for node in graph.nodes:
-        if not tree.is_below(node.name):
+    for node in sorted(graph.nodes, key=lambda node: tree.is_below(node.name)):
+        if node.name not in tree.shown:
             yield from tree.under(node.name, None)
 
 
@@ -102,12 +103,11 @@ class _Tree:
         for edge in graph.edges:
             self._users.setdefault(edge.node, []).append(edge)
         self._types = types(graph)
-        self._shown: set[str] = set()
+        self.shown: set[str] = set()
 
     def is_below(self, name: str) -> bool:
-        """Whether it was shown, or will be, below another node."""
-        over = self._users.get(name, ())
-        return name in self._shown or any(edge.kind == "node" and edge.parent in self._nodes for edge in over)
+        """Whether it stands below another node."""
+        return any(edge.kind == "node" and edge.parent in self._nodes for edge in self._users.get(name, ()))
 
     def under(self, root: str, disk: "Disk | None") -> Iterator[Row]:
         """What the node's users see, from it down."""
@@ -136,8 +136,8 @@ class _Tree:
         while stack:
             name, edge, lead, margin = stack.pop()
             node = self._nodes[name]
-            is_again = name in self._shown
-            self._shown.add(name)
+            is_again = name in self.shown
+            self.shown.add(name)
             below, sides = (None, []) if is_again else self._parted(node)
             inner = margin + ("│ " if sides or below else "  ")
             yield self._row(node, edge, lead, index, inner, is_again=is_again)

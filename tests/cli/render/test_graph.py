@@ -17,8 +17,9 @@ from qmpmerge.cli.render.drawing import COLOURS, Drawing
 from qmpmerge.cli.render.graph import COLUMNS, noted, rows
 from qmpmerge.cli.render.text import TextOutput
 from qmpmerge.cli.render.width import width
-from qmpmerge.operations.graph import Graph, GraphEdge, GraphNode, Kind, Mark
+from qmpmerge.operations.graph import Graph, GraphNode, Mark
 from qmpmerge.qemu.blockgraph import Disk
+from qmpmerge.qemu.usage import GraphEdge, Kind
 
 READS, LETS = ("consistent-read",), ("consistent-read", "write-unchanged")
 
@@ -170,6 +171,8 @@ def test_no_name_reaches_a_terminal_as_it_is_and_deep_graphs_end() -> None:
     down = [edge(str(number), str(number + 1), "file") for number in range(2999)]
     down += [edge(str(number), str(number + 1), "data-file") for number in range(2999)]
     assert len(list(rows(graph(deep, down)))) > 3000
+    circle = graph([node("a"), node("b")], [edge("a", "b"), edge("b", "a")])
+    assert [line.split()[:2] for line in shown(circle)[1:]] == [["○", "a"], ["│", "←"], ["○", "b"], ["○", "a"]]
 
 
 # --- drawings --------------------------------------------------------------------------------------------------------
