@@ -15,8 +15,8 @@ class State(enum.Enum):
     SAFE = "safe"
     """
     What was copied is durable, compared where that was called for, and the bitmaps are carried over. The old chain is
-    right. This is the last state from which everything can be taken back. It is not written down: after a crash it counts
-    as COPYING.
+    right. This is the last state from which everything can be taken back, and in it a merge is held. It is not written down:
+    after a crash, and for who goes on with what was held, it counts as COPYING.
     """
 
     SWITCHING = "switching"

@@ -72,6 +72,7 @@ async def commit(
     that lies in another folder must be named, or have its folder searched. Both are what `Chain.find` takes: an index from 1
     (-1 is the active image), a path, or a word as the command takes it. With `keep` the newest so many overlays above the base
     stay, and what lies below them is merged: nothing where there are no more. `disk` can be left out where one disk has layers.
+    `ending` is how it ends (`chain.outcome.Ending`); what was held is gone on with by the same call without it.
 
     `verify` compares what base shows with what top shows, in another process, before anything is switched; None does so
     where it is cheap, True does so for an active merge while the guest is paused. `merged_files` says what becomes of
