@@ -5,18 +5,19 @@ they may alone have what is right.
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from qmpmerge.chain.outcome import Policy
 from qmpmerge.chain.plan import Plan
 from qmpmerge.images import dependents, notes, qcow2
 from qmpmerge.images.dependents import Look
 from qmpmerge.journal import locks
-from qmpmerge.journal.record import Record
 from qmpmerge.value import Value
 
+if TYPE_CHECKING:
+    from qmpmerge.journal.record import Record
+
 NOT_COMPARED = "what was copied was not compared"
-
-
 NOT_ALL_COMPARED = "it was not compared, or not all of it"
 
 
@@ -27,7 +28,7 @@ class Spared(Value):
     looked_at: str = ""
 
 
-def kept(record: Record, doubtful: Mapping[int, str], search: Collection[str] = ()) -> dict[int, str]:
+def kept(record: "Record", doubtful: Mapping[int, str], search: Collection[str] = ()) -> dict[int, str]:
     """By their indexes, why; `doubtful` as the operation knows it from its begin."""
     plan, policy = record.plan, record.policy
     return by_plan(plan, policy, record.place, doubtful, verified=record.verified, search=search).reasons

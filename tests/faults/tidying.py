@@ -3,6 +3,7 @@
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def killed_at(now: Scene, moment: str, played: Played) -> list[str]:
     """The command with the killer in it; what was noted of it."""
     notes = now.folder / "notes"
     line = [sys.executable, kills.__file__, str(notes), "tool", moment, *now.words]
-    played.code = subprocess.run(line, capture_output=True, check=False).returncode
+    played.code = subprocess.run(line, env={**os.environ, **kills.PATHS}, capture_output=True, check=False).returncode
     played.verdict = {-signal.SIGKILL: "SIGKILL", 0: "done"}.get(played.code, f"exit code {played.code}")
     return notes.read_text().splitlines()
 

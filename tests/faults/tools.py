@@ -83,7 +83,7 @@ def converse(now: Scene, victim: Victim, moment: str) -> list[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**environment(now.case), kills.ALSO: str(now.vm.process.pid)},
+        env={**environment(now.case), **kills.PATHS, kills.ALSO: str(now.vm.process.pid)},
     )
     ended(process, now.played)
     return notes.read_text().splitlines()

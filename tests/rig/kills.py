@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,6 +35,9 @@ from rig import wire
 
 ALSO = "QMPMERGE_KILL_ALSO"
 """The variable with the pid of a process that is a victim as the daemon is: a machine that somebody else has started."""
+
+PATHS = {"PYTHONPATH": str(Path(__file__).parents[1])}
+"""Of its environment, where it is run as a script."""
 
 DAEMON = "daemon"
 KILLED = "killed"
