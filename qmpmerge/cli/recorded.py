@@ -47,7 +47,8 @@ def work(done: "Callable[[Output], str]", options: Options) -> "Callable[[Output
     def watched(output: "Output") -> str:
         takers: list[Taker] = [Screen(output)] if options.trace else []
         command = ["qmpmerge", *sys.argv[1:]]
-        with record.recorded(options.record, takers, command=command, warn=output.note) as recorder:
+        files = [options.record] if options.record is not None else []
+        with record.recorded(files, takers, command=command, warn=output.note) as recorder:
             try:
                 verdict = done(output)
             except KeyboardInterrupt:

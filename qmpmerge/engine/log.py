@@ -33,6 +33,12 @@ def step(name: str, text: str, *, about: str = "", **facts: object) -> None:
         log.info("%s: %s" if about else "%s%s", about, told, extra={"step": name, "facts": facts}, stacklevel=2)
 
 
+def warn(text: str) -> None:
+    """What has gone wrong, and harms nothing."""
+    with harmless():
+        log.warning("%s", text, stacklevel=2)
+
+
 def headers(when: Literal["before", "after"], images: Iterable[Image]) -> None:
     """Tell who watches, if anybody does, what the headers of these images say."""
     watcher = watch.current()

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qmpmerge import watch
@@ -31,17 +31,17 @@ class Hearing:
 
 
 @contextlib.contextmanager
-def record(to: "str | os.PathLike[str] | Hear") -> Iterator[None]:
+def record(*to: "str | os.PathLike[str] | Hear") -> Iterator[None]:
     """
-    Record what is done in the block: each QMP message as it goes over the wire, and each step of ours. `to` is a file, to which
-    lines are added as docs/recording.md has them, or a function that hears each of them as a dict: at once, before a message
-    is sent, so it must be quick, and raise nothing.
+    Record what is done in the block: each QMP message as it goes over the wire, and each step of ours. `to` are files, to which
+    lines are added as docs/recording.md has them, and functions that hear each of them as a dict: at once, a message before
+    it is sent, so they must be quick. What they raise is shown, and goes no further.
 
-    Recorded are the sessions that are begun in the block. Raises RecordingUnwritable before it. What goes wrong with the file
-    later harms nothing, and is a warning to the logger `qmpmerge`.
+    Recorded are the sessions that are begun in the block; within it another one takes its place. Raises RecordingUnwritable
+    before it. What goes wrong with a file later harms nothing, and is a warning to the logger `qmpmerge`.
     """
-    takers: list[Taker] = [Hearing(to)] if callable(to) else []
-    with recorded(None if callable(to) else os.fspath(to), takers, warn=log.log.warning) as recorder:
+    files = [os.fspath(one) for one in to if not callable(one)]
+    with recorded(files, [Hearing(one) for one in to if callable(one)], warn=log.warn) as recorder:
         try:
             yield
         except BaseException as error:
@@ -52,24 +52,29 @@ def record(to: "str | os.PathLike[str] | Hear") -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(
-    file: str | None,
-    takers: Sequence[Taker],
+    files: Iterable[str],
+    takers: Iterable[Taker],
     *,
     command: Sequence[str] | None = None,
     warn: Callable[[str], None],
 ) -> Iterator[Recorder]:
     """
-    The same into the file, if any, and for these; whoever enters the block ends the recording. `warn` hears where the file has
-    not got all of it. Raises RecordingUnwritable.
+    The same into these; whoever enters the block ends the recording. `warn` hears where a file has not got all of it. Raises
+    RecordingUnwritable.
     """
-    recording = Recording(file) if file is not None else None
-    recorder = Recorder([*takers, *([recording] if recording is not None else [])])
-    recorder.start(command)
-    try:
+    with contextlib.ExitStack() as stack:
+        recorder = Recorder([*takers, *(stack.enter_context(_open(file, warn)) for file in files)])
+        recorder.start(command)
         with watch.watched(recorder):
             yield recorder
+
+
+@contextlib.contextmanager
+def _open(file: str, warn: Callable[[str], None]) -> Iterator[Recording]:
+    recording = Recording(file)
+    try:
+        yield recording
     finally:
-        if recording is not None:
-            recording.close()
-            if recording.problem is not None:
-                warn(f"the recording {recording.path} has ended early: {recording.problem}")
+        recording.close()
+        if recording.problem is not None:
+            warn(f"the recording {file} has ended early: {recording.problem}")

@@ -111,6 +111,14 @@ async def test_the_headers_are_those_before_and_after(setup: Setup, tmp_path: Pa
     assert [header.get("problem") for header in after.values()] == [None, *["No such file or directory"] * 2, None]
 
 
+async def test_a_file_and_a_function_get_the_same_lines(setup: Setup, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    with qmpmerge.record(tmp_path / "rec", heard.append):
+        async with setup.target() as target:
+            await target.disks()
+    assert lines(tmp_path / "rec") == heard and heard[-1]["kind"] == "end"
+
+
 def test_without_asyncio_and_offline_the_daemon_is_recorded(
     tmp_path: Path, images: list[Path], content: Content
 ) -> None:
