@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,29 @@ def test_every_command_that_speaks_to_a_qemu_or_changes_images_has_it(name: str)
     if "--trace" not in shown:
         pytest.skip("it does neither")
     assert "--record FILE" in shown and "QMPMERGE_RECORD" in shown
+
+
+def test_who_does_not_ask_for_it_does_not_pay_for_it(setup: Setup, tmp_path: Path) -> None:
+    python = [os.path.join(os.path.dirname(COMMAND), "python"), "-X", "importtime", "-m", "qmpmerge"]
+    for options in ([], ["--record", str(tmp_path / "rec")]):
+        line = [*python, "commit", setup.machine.target, "vda", "--dry-run", *options]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        assert ("qmpmerge.recording" in done.stderr) is bool(options)
+
+
+@pytest.mark.parametrize("greeting", [{}, {"QMP": None}, {"QMP": {"version": 7, "capabilities": []}}, {"event": "HI"}])
+def test_what_greets_like_no_qemu_is_shown_too(greeting: Any, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "monitor"))
+        listener.listen()
+        begun = subprocess.Popen([COMMAND, "disks", str(tmp_path / "monitor"), "-v"], stderr=subprocess.PIPE, text=True)
+        connection, _ = listener.accept()
+        connection.sendall(json.dumps(greeting).encode() + b"\n")
+        connection.shutdown(socket.SHUT_WR)
+        _, err = begun.communicate()
+        connection.close()
+    assert begun.returncode == 4 and f": {json.dumps(greeting)}\n" in err
+    assert '-- end {"verdict": "unreachable", "code": 4, "error": {"name": "not-qmp"' in err
 
 
 def test_a_file_that_cannot_be_written_is_refused_and_nothing_is_sent(setup: Setup, tmp_path: Path) -> None:

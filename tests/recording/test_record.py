@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,12 @@ async def test_whoever_hears_it_ends_nothing(
 async def test_a_file_that_cannot_be_written_is_refused_before_anything_is_sent(setup: Setup, tmp_path: Path) -> None:
     with pytest.raises(RecordingUnwritable), qmpmerge.record(tmp_path / "nowhere" / "rec"):
         pytest.fail("it was begun")
+
+
+def test_each_step_is_documented() -> None:
+    root = Path(__file__).parents[2]
+    told = re.compile(r"\.(?:log|step)\(\s*\"([a-z-]+)\",")
+    names = {name for file in (root / "qmpmerge").rglob("*.py") for name in told.findall(file.read_text())}
+    table = (root / "docs/recording.md").read_text().partition("| step |")[2].partition("\n\n")[0]
+    first = " ".join(row.split("|")[1] for row in table.splitlines()[1:])
+    assert names == set(re.findall("`([a-z-]+)`", first))

@@ -24,6 +24,7 @@ HEADER = {"driver": "qcow2", "file": {"driver": "https", "url": f"https://joe:{P
         (f"qom-type=secret,data={PLANTED},id=s0", "qom-type=secret,data=(not shown),id=s0"),
         (f"port=5900,password={PLANTED},addr=::1", "port=5900,password=(not shown),addr=::1"),
         (f"file.driver=iscsi,file.password={PLANTED}", "file.driver=iscsi,file.password=(not shown)"),
+        (f'{{"qom-type":"secret","data":"{PLANTED}"}}', '{"qom-type": "secret", "data": "(not shown)"}'),
         (f"name=opt/config,string={PLANTED}", "name=opt/config,string=(not shown)"),
         (f"type=11,value=io.systemd.credential:key={PLANTED}", "type=11,value=io.systemd.credential:(not shown)"),
     ],

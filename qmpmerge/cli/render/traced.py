@@ -25,9 +25,8 @@ def _words(entry: Mapping[str, Any]) -> str:
         case "step":
             return f"{entry['about']}: {entry['text']}" if entry["about"] else str(entry["text"])
         case "session":
-            version = entry["greeting"]["QMP"]["version"]
             pid = f" (pid {entry['pid']})" if entry["pid"] is not None else ""
-            return f"session {entry['session']} with {entry['name']}{pid}: {json.dumps(version)}"
+            return f"session {entry['session']} with {entry['name']}{pid}: {json.dumps(entry['greeting'])}"
         case "closed":
             return f"session {entry['session']} was closed {entry['reason']}"
         case kind:
