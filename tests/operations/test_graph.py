@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from rig.disks import DEVICE, Setup, blockdev, device, filters, nodes, storage_daemon
+from rig.disks import BACKEND, DEVICE, Setup, blockdev, device, filters, nodes, storage_daemon
 from rig.machines import Content, Machine, machine, run
 
 import qmpmerge
@@ -66,6 +66,9 @@ async def test_who_uses_what_and_who_is_in_the_way(tmp_path: Path, images: list[
             "unused": {"unneeded": "no device, export or job uses it"},
             "a": {"commit-across": "no commit of disk0 across it: export e1 reads it"},
         }
+        limits = dict.fromkeys(("bps", "bps_rd", "iops", "iops_rd", "iops_wr"), 0)
+        vm.session.execute("block_set_io_throttle", id=BACKEND, bps_wr=10**6, group="slow", **limits)
+        assert marks(await asked(vm))["cor"] == {"throttled": "what device disk0 does is limited (throttle group slow)"}
         one = await asked(vm, "disk0")
         assert (one.disk, {disk.name for disk in one.disks}) == ("disk0", {"disk0"})
         assert {node.name for node in busy.nodes} - {node.name for node in one.nodes} == {"unused", "unused-file"}

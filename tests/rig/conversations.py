@@ -61,6 +61,7 @@ SCENES = [
     Scene("disks", ("disks", "{target}")),
     Scene("chain", ("chain", "{target}", "vda")),
     Scene("doctor", ("doctor", "{target}")),
+    Scene("graph", ("graph", "{target}", "vda")),
     Scene("jobs", ("jobs", "{target}")),
     Scene("dry-run", ("commit", "{target}", "vda", "--dry-run")),
     Scene(
