@@ -56,7 +56,8 @@ class FreezeJob:
         """
         A job that is in this state, and stays there until somebody does something about it.
 
-        ``running`` is throttled to a byte a second, after a first piece; ``paused`` and ``standby`` were paused by a user;
+        ``running`` is throttled to a byte a second after a first MiB, and there must be more than that to copy, as there is in
+        the layers that `MakeChain` fills where nothing else is asked for; ``paused`` and ``standby`` were paused by a user;
         ``pending`` waits for its ``job-finalize``, ``concluded`` for its ``job-dismiss``. The kind is ``commit`` (the images
         between the active one and the base, into the base), ``commit-active`` (all of them; only this one is ever ready) or
         ``stream`` (all into the active one). Where there are several disks, or VMs, say which.

@@ -1,14 +1,13 @@
 """What the fixtures of the plugin make, as any test would use them."""
 
 import contextlib
-import json
 import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig.command import COMMAND
+from rig.command import COMMAND, invoke
 from rig.machines import run
 
 from qmpmerge.testing import Content, FreezeJob, GuestReads, GuestWrites, KillAt, Layer, MakeChain, Session, StartVm
@@ -77,7 +76,7 @@ def test_writes_cover_one_another() -> None:
 def test_several_monitors_at_once(qcow2_chain: MakeChain, qemu_vm: StartVm, guest_writes: GuestWrites) -> None:
     vm = qemu_vm(qcow2_chain("base.raw", "a.qcow2", "b.qcow2"), monitors=3, name="three")
     guest_writes(3 * MIB, 0x33)
-    shown = [run(COMMAND, "chain", monitor, "vda") for monitor in vm.monitors]
+    shown = [invoke("chain", monitor, "vda").out for monitor in vm.monitors]
     assert len(set(shown)) == 1 and "b.qcow2" in shown[0] and len(vm.monitors) == 3
     assert qemu_vm(arguments=["-m", "64"]).session.execute("query-block") == []
 
@@ -107,20 +106,21 @@ def test_a_job_is_held(
         vm = qemu_vm(chain, style=style)
         job = frozen_job(status, kind=kind, vm=vm)
         assert (job.status, job.query()["type"]) == (status, kind.removesuffix("-active"))
-        told = json.loads(run(COMMAND, "jobs", vm.monitor, "--json"))["jobs"]
+        told = invoke("jobs", vm.monitor, "--json").document["jobs"]
         assert [(one["id"], one["status"]) for one in told] == [("frozen", status)]
         vm.check()
         vm.stop()
 
 
 def test_a_job_that_cannot_be_held_is_refused(qcow2_chain: MakeChain, qemu_vm: StartVm, frozen_job: FreezeJob) -> None:
-    vm = qemu_vm(qcow2_chain("base.raw", "a.qcow2", "b.qcow2", fill=False))
+    vm = qemu_vm(qcow2_chain("base.raw", "a.qcow2", "b.qcow2"))
     with pytest.raises(AssertionError, match="never ready"):
         frozen_job("ready", kind="stream")
     with pytest.raises(AssertionError, match="another kind"):
         frozen_job("pending", kind="commit-active")
-    with pytest.raises(AssertionError, match="nothing to copy"):
-        frozen_job("running")
+    job = frozen_job("concluded")
+    with pytest.raises(AssertionError, match="instead of running: was there nothing to copy"):
+        job.wait_for("running")
     assert vm.process.poll() is None
 
 
@@ -159,7 +159,7 @@ def test_nobody_dies_where_the_command_never_comes(
     chain = qcow2_chain("base.raw", "a.qcow2", "b.qcow2")
     vm = qemu_vm(chain)
     killer = kill_at("job-finalize", number=2)
-    told = json.loads(run(COMMAND, "commit", killer.path, "vda", "--top", "2", "--json"))
+    told = invoke("commit", killer.path, "vda", "--top", "2", "--json").document
     assert (told["verdict"], killer.struck, killer.seen.count("job-finalize")) == ("merged", False, 1)
     vm.check()
     with socket.socket(socket.AF_UNIX) as connection:  # descriptors go over the wire too
