@@ -24,8 +24,6 @@ LARGEST = 64 * 1024
 """What a mask tells apart at the most: 1 TiB is 8 MiB of tables then."""
 
 _SMALLEST = 512
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
-_LENGTH = 104
 _EXTENDED = 1 << 4  # of the features: 32 bits for each cluster tell which parts of it read as zeros (`extended_l2`)
 _PARTS = 32
 _ZEROS = struct.pack(">QII", 0, 0xFFFFFFFF, 0)
@@ -81,8 +79,8 @@ def _written(cluster: int, size: int, tables: dict[int, bytearray]) -> File:
     places = {number: start + count * cluster for count, number in enumerate(sorted(tables), 1)}
     upper = struct.pack(f">{length}Q", *(places.get(number, start) for number in range(length)))
     bits = cluster.bit_length() - 1
-    head = _HEADER.pack(
-        *(qcow2.MAGIC, 3, 0, 0, bits, size, 0, length, 2 * cluster, cluster, 1, 0, 0, _EXTENDED, 0, 0, 4, _LENGTH)
+    head = qcow2.WRITTEN.pack(
+        *(qcow2.MAGIC, 3, 0, 0, bits, size, 0, length, 2 * cluster, cluster, 1, 0, 0, _EXTENDED, 0, 0, 4, qcow2.LENGTH)
     )
     file = folder.in_memory()
     os.ftruncate(file.descriptor, start + (1 + len(tables)) * cluster)

@@ -25,7 +25,7 @@ _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 0x44415441
 _BITMAPS = 0x23852875
-_LONGEST_NAME = 1023
+LONGEST_NAME = 1023
 _LARGEST_TABLE = 32 * 1024 * 1024  # QCOW_MAX_L1_SIZE in block/qcow2.h
 _EXTENDED_ENTRIES = 1 << 4
 _DIRTY = 1 << 0
@@ -34,6 +34,8 @@ _EXTERNAL_DATA = 1 << 2
 # A header with its extensions fits in the smallest cluster that anybody uses; the name may lie behind it.
 _READ = 65536
 _WHOLE = struct.Struct(">4sI8x4xIQIIQQIIQQQQII")
+WRITTEN, LENGTH = struct.Struct(">4sIQIIQIIQQIIQQQQII"), 104
+"""A header of version 3 as we write it, of files that are in memory only, and how long it is."""
 
 
 SMALLEST_PART, TABLE_PART = 512, 64 * 1024
@@ -203,7 +205,7 @@ def decode(data: bytes) -> Qcow2Header | None:
         return None  # it has a data file, whose name it hides from us
     backing = None
     if offset:
-        if not 0 < length <= _LONGEST_NAME or offset + length > len(data):
+        if not 0 < length <= LONGEST_NAME or offset + length > len(data):
             return None
         # QEMU reads it as a C string
         backing = os.fsdecode(data[offset : offset + length].partition(b"\0")[0])

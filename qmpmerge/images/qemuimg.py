@@ -22,7 +22,7 @@ from qmpmerge.chain import backing
 from qmpmerge.chain.chain import Image
 from qmpmerge.errors import ImageUnreadable, ToolMissing
 from qmpmerge.folder import File
-from qmpmerge.images import qcow2
+from qmpmerge.images import links, qcow2
 from qmpmerge.images.qcow2 import Qcow2Header
 from qmpmerge.value import Value
 
@@ -277,22 +277,32 @@ class _Files:
         if mask is None:
             return node
         self.all.append(mask)
-        file = {**backing.storage(mask.link), "locking": "off"}
-        return {"driver": "qcow2", "file": file, "backing": node, **_tables(qcow2.decode(mask.read(512)))}
+        return {"driver": "qcow2", "file": _opened(mask), "backing": node, **_tables(qcow2.decode(mask.read(512)))}
 
     def chain(self, images: Sequence[Image], lowest: str | None = None) -> dict[str, object]:
         """
-        A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed; `lowest` is the node that
-        it stands on.
+        A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed but from our own `links`;
+        `lowest` is the node that it stands on.
         """
-        *below, image = images
+        *below, top = images
+        left, since = links.budget(len(images)), 0
+        node: dict[str, object] = {}
+        for image in below:
+            node, since = self._on(image, node or lowest), since + 1
+            link = links.to(_source(node), image.virtual_size) if since >= links.EVERY and left else None
+            if link is not None:
+                self.all.append(link)
+                node, since, left = {"driver": "qcow2", "file": _opened(link)}, 0, left - 1
+        return self._on(top, node or lowest)
+
+    def _on(self, image: Image, below: dict[str, object] | str | None) -> dict[str, object]:
         node = self.image(image)
         if image.format != "qcow2":
             return node
         header = qcow2.read_of(image) if image.has_path else None
         data = image.data.file if image.data is not None else qcow2.data_in(image, header)
         node.update(_tables(header))
-        node["backing"] = self.chain(below, lowest) if below else lowest
+        node["backing"] = below
         return node if data is None else {**node, "data-file": self._file(data)}
 
     def image(self, image: Image) -> dict[str, object]:
@@ -307,7 +317,11 @@ class _Files:
     def _file(self, path: str) -> dict[str, object]:
         file = folder.reading(path)
         self.all.append(file)
-        return {**backing.storage(file.link), "locking": "off"}
+        return _opened(file)
+
+
+def _opened(file: File) -> dict[str, object]:
+    return {**backing.storage(file.link), "locking": "off"}
 
 
 def _nbd(uri: str) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """What is compared before the switch: all that was copied, and not the whole disk."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from rig.machines import MIB, SIZE, Content, fill, make_chain, run
 from qmpmerge.chain import plan
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.errors import ImageUnreadable
-from qmpmerge.images import compare, qemuimg
+from qmpmerge.images import compare, links, qemuimg
 from qmpmerge.images.qemuimg import Extent
 from qmpmerge.images.walk import DEEPEST
 
@@ -46,6 +47,30 @@ async def test_a_byte_that_differs_is_found_wherever_an_image_holds_it(tmp_path:
         wrong[offset] ^= 1
         images[0].write_bytes(wrong)
         assert not await compare.same(whole), offset
+
+
+async def test_a_deep_chain_is_read_in_parts_to_its_very_bottom(tmp_path: Path) -> None:
+    """With growing images, and data at all depths; in one piece each image more takes longer than all below it."""
+    images = [Image(str(tmp_path / "0.raw"), "raw", MIB)]
+    Path(images[0].file).write_bytes(bytes([9]) * MIB)
+    for number in range(1, 60):
+        size, below = MIB + number // 20 * MIB, images[-1]
+        overlay = Image(str(tmp_path / f"{number}.qcow2"), "qcow2", size)
+        run("qemu-img", "create", "-qu", "-f", "qcow2", "-b", below.file, "-F", below.format, overlay.file, str(size))
+        images.append(overlay)
+    written = {1: 0, 2: 1, 30: 2, 59: 3}
+    for number, place in written.items():
+        run("qemu-io", "-c", f"write -P {number} {place * 65536} 64k", _alone(images[number]))
+    assert await qemuimg.shown(images[1:]) == ([Extent(3 * 65536, 65536)], [Extent(place * 65536, 65536) for place in range(3)])
+    for changed, differs in ((images[:1], 0), (images[:3], 2 * 65536), (images[:31], 3 * 65536), (images, None)):
+        assert await qemuimg.differs_at(images, changed) == differs
+    assert not links.budget(links.SHORT) and links.budget(links.MOST + 1) == 0
+
+
+def _alone(image: Image) -> str:
+    return "json:" + json.dumps(
+        {"driver": "qcow2", "file": {"driver": "file", "filename": image.file}, "backing": None}
+    )
 
 
 async def test_a_chain_too_long_for_an_argument_cannot_be_compared(tmp_path: Path) -> None:
