@@ -61,7 +61,10 @@ async def test_a_deep_chain_is_read_in_parts_to_its_very_bottom(tmp_path: Path) 
     written = {1: 0, 2: 1, 30: 2, 59: 3}
     for number, place in written.items():
         run("qemu-io", "-c", f"write -P {number} {place * 65536} 64k", _alone(images[number]))
-    assert await qemuimg.shown(images[1:]) == ([Extent(3 * 65536, 65536)], [Extent(place * 65536, 65536) for place in range(3)])
+    assert await qemuimg.shown(images[1:]) == (
+        [Extent(3 * 65536, 65536)],
+        [Extent(place * 65536, 65536) for place in range(3)],
+    )
     for changed, differs in ((images[:1], 0), (images[:3], 2 * 65536), (images[:31], 3 * 65536), (images, None)):
         assert await qemuimg.differs_at(images, changed) == differs
     assert not links.budget(links.SHORT) and links.budget(links.MOST + 1) == 0
