@@ -89,7 +89,8 @@ async def test_the_snapshot_is_taken_of_a_frozen_guest(tmp_path: Path, options: 
             os.unlink(tmp_path / "agent")
         async with serving(str(tmp_path / "agent")) as fake:
             code = await called("snapshot", vm.target, f"vda={tmp_path}/a.qcow2", *options, cwd=tmp_path)
-            assert (code, fake.seen[FREEZE], fake.seen[THAW], fake.frozen) == (0, 1, 1, 0)
+            assert (code, fake.seen[FREEZE], fake.frozen) == (0, 1, 0)
+            assert fake.seen[THAW] >= 1  # again where its answer is late
     assert (tmp_path / "a.qcow2").exists()
 
 

@@ -79,8 +79,8 @@ def _questions(session: Session, layers: int) -> float:
 
 def _traffic(figures: Figures, name: str, target: str, word: str) -> None:
     """What goes over the monitor, as `-v` shows it."""
-    traced = ours(word, target, "-v").stderr.splitlines()
-    traffic = [line for line in traced if line.startswith(("->", "<-"))]
+    traced = [line.partition(" ")[2] for line in ours(word, target, "-v").stderr.splitlines()]
+    traffic = [line for line in traced if line.startswith(("->", "<-")) and "qmp_capabilities" not in line]
     figures.add(SECTION, f"{name}: QMP", OURS, sum(map(len, traffic)) / 1024, "KiB")
     trips = [line for line in traffic if line.startswith("->")]
     figures.add(SECTION, f"{name}: QMP commands", OURS, len(trips), "")

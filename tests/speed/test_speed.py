@@ -95,6 +95,9 @@ def test_every_section_measures_every_peer(measure: Callable[[Figures, Path], No
     measure(figures, tmp_path)
     cases = {case["case"]: case for case in figures.document()}
     assert {name: set(cases[name]["ratios"]) for name in PEERS[measure]} == PEERS[measure]
-    assert all(run > 0 for case in cases.values() for peer in case["peers"].values() for run in peer["runs"])
+    runs = [
+        (name, who, run) for name, case in cases.items() for who, peer in case["peers"].items() for run in peer["runs"]
+    ]
+    assert [one for one in runs if one[2] <= 0] == []
     if measure is look:
         assert cases["disks, 3 layers: QMP commands"]["peers"][OURS]["median"] == 5
