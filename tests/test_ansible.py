@@ -93,7 +93,7 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
 
 def inventory(folder: Path, killed: Vm) -> dict[str, Any]:
     names = [f"kvm{number:02}" for number in range(1, 8)]
-    victim = f"QMPMERGE_VICTIM={killed.machine.process.pid} PYTHONPATH={ROOT}/tests"
+    victim = f"QMPMERGE_VICTIM={killed.machine.process.pid} PYTHONPATH={kills.PATHS['PYTHONPATH']}"
     killing = f"{victim} exec {sys.executable} {kills.__file__} {folder}/notes daemon"
     settings: dict[str, dict[str, Any]] = {
         "kvm02": {"qmpmerge_keep": 4},
