@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qmpmerge.errors.base import *  # noqa: F403
     from qmpmerge.errors.ended import *  # noqa: F403
+    from qmpmerge.errors.left import *  # noqa: F403
     from qmpmerge.errors.refused import *  # noqa: F403
     from qmpmerge.errors.request import *  # noqa: F403
     from qmpmerge.errors.unreachable import *  # noqa: F403
 
-_FILES = ("base", "request", "refused", "unreachable", "ended")
+_FILES = ("base", "request", "refused", "unreachable", "left", "ended")
 
 
 if not TYPE_CHECKING:  # a checker would take any name for one of ours
