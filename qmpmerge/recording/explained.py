@@ -237,15 +237,25 @@ def _limits(exchange: Exchange) -> str:
 
 def _busy(entries: Sequence[Entry]) -> Iterator[Felt]:
     """Commands that were answered late, those that were sent together as one: QEMU does them in its main loop."""
-    sent = [entry for entry in entries if isinstance(entry, Exchange) and not entry.is_question and entry.answered]
-    while sent:
-        first, end = sent[0], sent[0].answered or 0.0
-        together = [exchange for exchange in sent if exchange.at < end]
-        sent = [exchange for exchange in sent if exchange.at >= end]
-        seconds = max(exchange.answered or 0.0 for exchange in together or [first]) - first.at
-        if seconds >= BUSY_SECONDS:
-            names = ", ".join(exchange.name for exchange in together)
-            yield Felt("busy", first.at, seconds, f"until {names} {'was' if len(together) == 1 else 'were'} answered")
+    together: list[Exchange] = []
+    end = 0.0
+    for entry in entries:
+        if isinstance(entry, Exchange) and not entry.is_question and entry.answered is not None:
+            if together and entry.at >= end:
+                yield from _late(together, end)
+                together = []
+            end = max(end, entry.answered) if together else entry.answered
+            together.append(entry)
+    if together:
+        yield from _late(together, end)
+
+
+def _late(together: Sequence[Exchange], end: float) -> Iterator[Felt]:
+    seconds = end - together[0].at
+    if seconds >= BUSY_SECONDS:
+        names = ", ".join(exchange.name for exchange in together)
+        were = "was" if len(together) == 1 else "were"
+        yield Felt("busy", together[0].at, seconds, f"until {names} {were} answered")
 
 
 # --- where the time went ---------------------------------------------------------------------------------------------

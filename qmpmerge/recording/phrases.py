@@ -97,7 +97,7 @@ _OF_FLUSH = {
     "blockdev-reopen": Phrase(
         "flushes the image, and tells the error, which QEMU hides otherwise; it stands still meanwhile"
     ),
-    "blockdev-del": Phrase("takes that node away"),
+    "blockdev-del": Phrase("takes that node away, or what an interrupted merge has left of it"),
 }
 
 _OF_TURN = {

@@ -27,6 +27,8 @@ from qmpmerge.value import Value
 Arguments = Mapping[str, Any]
 
 _OF_OUR_PROCESS = re.compile(r"(?<=qmpmerge-throttle-)\d+")
+_OF_SESSIONS = frozenset({"session", "sent", "received"})
+
 CAPABILITIES = "qmp_capabilities"
 
 
@@ -76,7 +78,7 @@ class Script:
         begin = 0
         for run in runs:
             sessions = {line["session"] for line in run.lines if line.kind == "session" and line["name"] == name}
-            lines = [line for line in run.lines if line.facts.get("session") in sessions]
+            lines = [line for line in run.lines if line.kind in _OF_SESSIONS and line["session"] in sessions]
             for entry in paired(lines):
                 if isinstance(entry, Event):
                     self._events.append(replace(entry, line=begin + entry.line))

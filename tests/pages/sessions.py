@@ -30,6 +30,7 @@ VOLATILE = (
     (r"#block\d+", "#block"),
     (r"\bqmpmerge-[0-9a-f]{8}\b", "NODE"),
     (r"\b\d+(\.\d+)?\s+m?s\b", "SECONDS"),
+    (r"^ *\d+\.\d{6} ", "MOMENT "),
     (
         r"\b\d+(\.\d+)?\s+[KGT]iB",
         "SIZE",

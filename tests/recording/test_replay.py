@@ -49,7 +49,7 @@ def test_merges_are_replayed_whole_and_touch_nothing_that_has_the_same_name(
             aside.rename(image)
     before = state(images[0].parent)
     for words, recording in recorded.items():
-        with replaying(recording) as replay:
+        with replaying(recording, "--once") as replay:
             dry = invoke("commit", replay.target, "vda", *words, "--dry-run", "--json").document
             assert (dry["verdict"], dry["before"][0]) == ("planned", f"{replay.folder}{images[0]}")
             for command in ("disks", "chain", "jobs", "doctor") if words == INTERMEDIATE else ():
@@ -57,7 +57,7 @@ def test_merges_are_replayed_whole_and_touch_nothing_that_has_the_same_name(
             done = invoke("commit", replay.target, "vda", *words, "--json").document
             assert done["verdict"] == ("merged" if words == INTERMEDIATE else "pivoted")
             assert done["after"] == dry["after"] == [f"{replay.folder}{file}" for file in after(words, images)]
-            code, told = replay.end()
+            code, told = replay.result()
         assert (code, told["verdict"], told["diverged"], told["unplayed"]) == (0, "done", None, [])
         assert told["played"] == told["commands"] > 4
         assert not replay.folder.exists()
@@ -198,7 +198,7 @@ def test_who_only_waits_gets_the_events(written: Path) -> None:
 
 
 def test_the_first_command_that_is_another_is_told_with_what_was_expected(written: Path) -> None:
-    with replaying(written, "--once") as replay:
+    with replaying(written) as replay:
         with Client(replay.target) as client:
             client.execute("qmp_capabilities")
             (refused,) = client.execute("block-commit", a=1, b=[3])
@@ -207,7 +207,7 @@ def test_the_first_command_that_is_another_is_told_with_what_was_expected(writte
             assert "no answer to query-cpus" in client.execute("query-cpus")[0]["error"]["desc"]
             assert client.send("nonsense\n")[0]["error"]["class"] == "GenericError"
             assert client.execute("query-jobs") == [{"return": [], "id": 7}], "it goes on where it was"
-        code, told = replay.result()
+        code, told = replay.end()
     assert (code, told["verdict"], told["played"], len(told["unplayed"])) == (5, "failed", 0, 3)
     assert told["diverged"] == {"sent": "block-commit a=1 b=[3]", "expected": "block-commit a=1 b=[2]"}
     assert told["unknown"] == ["query-cpus"]
@@ -242,6 +242,9 @@ def test_what_is_torn_cut_or_strange_is_explained_as_far_as_it_goes(written: Pat
             {"kind": "dream", "of": "sheep"},
             {"kind": "left-out", "messages": 3, "bytes": 1000},
             {"kind": "sent", "session": 1, "message": {"execute": ["no", "command"]}},
+            {"kind": "sent", "t": 9.0, "session": 1, "message": {"execute": "stop", "id": "9"}},
+            {"kind": "received", "t": 1.0, "session": 1, "message": {"return": {}, "id": "9"}},
+            {"kind": "closed", "session": {}, "reason": []},
             {"run": "b", "kind": "start", "schema": 1, "command": ["qmpmerge", "disks"]},
             {"run": "b", "t": float("nan"), "kind": "closed", "session": 1, "reason": "x"},
             {"run": "b", "kind": "end", "verdict": "done", "code": 0},
@@ -250,7 +253,7 @@ def test_what_is_torn_cut_or_strange_is_explained_as_far_as_it_goes(written: Pat
     )
     document = invoke("explain", str(strange), "--json").document
     first, second = document["runs"]
-    assert document["unread"] == 3
+    assert document["unread"] == 4
     assert first["is_cut"] and (second["words"], second["verdict"]) == (["qmpmerge", "disks"], "done")
     texts = {item["kind"]: item["text"] for item in first["items"]}
     assert texts["dream"] == '{"of": "sheep"}' and texts["left-out"].startswith("3 messages (1000 bytes)")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(readable=False))
 @click.option("--socket", metavar="PATH", help="Listen here, instead of in a private folder.")
 @click.option("--qemu", metavar="NAME", help="Which QEMU of several, as the recording calls it.")
-@click.option("--once", is_flag=True, help="End when the first client has left.")
+@click.option("--once", is_flag=True, help="End once all was played, and the client has left.")
 @basic
 def replay(file: str, socket: str | None, qemu: str | None, once: bool, options: Options) -> int:
     """
@@ -65,7 +65,7 @@ def _played(
         try:
             output.listening(replay.socket)
             replay.serve()
-            while not once:
+            while not (once and not replay.result.unplayed):
                 replay.serve()
         except KeyboardInterrupt:
             pass

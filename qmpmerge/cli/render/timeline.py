@@ -25,6 +25,8 @@ NARROWEST = 60
 """Columns: below that a text has no place beside the times."""
 
 _INDENT = " " * 13
+_JOINED = "\0"
+"""In the place of a blank at which no line is broken."""
 _MARKS = {"asked": "?", "command": "→", "event": "!", "step": "·"}
 
 
@@ -69,7 +71,9 @@ def _broken(text: str, columns: int | None) -> list[str]:
     if columns is None:
         return [shown]
     width = max(columns, NARROWEST) - len(_INDENT) - 2
-    return textwrap.wrap(shown, width, break_long_words=False, break_on_hyphens=False) or [""]
+    whole = shown.replace(" ms)", f"{_JOINED}ms)")
+    lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(_JOINED, " ") for line in lines] or [""]
 
 
 def felt(one: "Felt") -> tuple[str, ...]:
