@@ -268,8 +268,7 @@ class _Files:
         lower = self.chain(other)
         if all(image.has_path for image in other):
             return lower, self.chain(chain)
-        # Below an image only a file can be described anew: QEMU would mix all else with what the header names.
-        # So the lower part gets a name, is opened first, and is referred to.
+        # A server may have room for one of us only: so the lower part gets a name, is opened first, and is referred to.
         return {**lower, "node-name": "lower"}, self.chain(chain[len(other) :], "lower")
 
     def masked(self, node: dict[str, object], mask: File | None) -> dict[str, object]:
@@ -283,13 +282,17 @@ class _Files:
         """
         A chain as one blockdev of explicit nodes, so that nothing is taken from a header or probed but from our own `links`;
         `lowest` is the node that it stands on.
+
+        Below an image only a file can be described anew: QEMU would mix all else with what the header names, so a link stands
+        between.
         """
         *below, top = images
         left, since = links.budget(len(images)), 0
         node: dict[str, object] = {}
         for image in below:
             node, since = self._on(image, node or lowest), since + 1
-            link = links.to(_source(node), image.virtual_size) if since >= links.EVERY and left else None
+            is_due = not image.has_path or (since >= links.EVERY and left > 0)
+            link = links.to(_source(node), image.virtual_size) if is_due else None
             if link is not None:
                 self.all.append(link)
                 node, since, left = {"driver": "qcow2", "file": _opened(link)}, 0, left - 1

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rig.disks import nbd_server
 from rig.machines import MIB, SIZE, Content, fill, make_chain, run
 
 from qmpmerge.chain import plan
@@ -68,6 +69,18 @@ async def test_a_deep_chain_is_read_in_parts_to_its_very_bottom(tmp_path: Path) 
     for changed, differs in ((images[:1], 0), (images[:3], 2 * 65536), (images[:31], 3 * 65536), (images, None)):
         assert await qemuimg.differs_at(images, changed) == differs
     assert not links.budget(links.SHORT) and links.budget(links.MOST + 1) == 0
+
+
+async def test_on_a_base_of_the_network_any_two_are_compared(tmp_path: Path) -> None:
+    """By a single client, which may be all that the server takes besides QEMU."""
+    base, *overlays = make_chain(tmp_path)
+    with nbd_server(tmp_path, base, shared=1) as uri:
+        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", uri, "-F", "raw", overlays[0])
+        run("qemu-io", "-c", f"write -P 1 {MIB} 64k", overlays[2])
+        chain = [Image(uri, "raw", SIZE), *(Image(str(overlay), "qcow2", SIZE) for overlay in overlays)]
+        assert await qemuimg.same(chain[:3], chain[:2])
+        assert await qemuimg.differs_at(chain, chain[:1]) == MIB
+        assert await qemuimg.differs_at(chain, chain[:3]) == MIB
 
 
 def _alone(image: Image) -> str:
