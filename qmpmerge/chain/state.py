@@ -10,7 +10,10 @@ class State(enum.Enum):
     """Nothing was sent. The checks have passed or will be asked; a refusal leaves everything as it was."""
 
     COPYING = "copying"
-    """The job was asked for, and whether QEMU has it is for QEMU to say. The old chain is right, whatever dies."""
+    """
+    The job was asked for, and whether QEMU has it is for QEMU to say. The old chain is right, whatever dies; but for an active
+    merge that was left ready, which anybody with the monitor can have told to move the guest since.
+    """
 
     SAFE = "safe"
     """

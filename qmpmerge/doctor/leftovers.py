@@ -97,7 +97,8 @@ def _unsettled(found: Found) -> Finding:
         return Finding("unsettled", "harm", found.path, what, why)
     image = found.chain.active.file
     word, otherwise = ("pull", _PULL) if found.direction == "pull" else ("merge", _UNSETTLED)
-    severity, why = _STATES.get(found.state, otherwise)
+    is_moved_maybe = found.state is State.COPYING and not found.has_old_chain
+    severity, why = otherwise if is_moved_maybe else _STATES.get(found.state, otherwise)
     what = f"a {word} of {image} (job {found.job}) was left or interrupted in state {found.state.value}"
     return Finding("unsettled", severity, found.path, what, why, shlex.join(["qmpmerge", "recover", image]))
 

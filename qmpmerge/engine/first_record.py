@@ -63,6 +63,7 @@ def _continued(new: Record, known: Record) -> Record:
         away=away,
         before=before,
         state=known.state,
+        was_left_ready=known.was_left_ready,
         seen=known.seen,
         since=known.since,
     )

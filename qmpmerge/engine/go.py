@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qmpmerge import shield
 from qmpmerge.chain.outcome import Outcome
-from qmpmerge.chain.state import NEXT, State
+from qmpmerge.chain.state import State
 from qmpmerge.engine import blockjob, log, proof, reconnect, safeguards
 from qmpmerge.engine.pace.progress import Progress, ReportRaised
 from qmpmerge.engine.run import Run
@@ -131,7 +131,7 @@ async def _within_limits(run: Run) -> Outcome:
         await _taken_back(run)
         raise
     except LeftDisplaced:
-        _leave(run)
+        run.leave()
         raise
     except TimeoutError as error:
         if not (limit.expired() or isinstance(error, StillRunning)):  # none of a time limit, as a system call's
@@ -152,7 +152,7 @@ async def _ended_by_report(run: Run, *, is_recorded: bool) -> None:
         if is_recorded:
             run.undone()
     else:
-        _leave(run)
+        run.leave()
 
 
 async def _stop_waiting(run: Run) -> NoReturn:
@@ -167,13 +167,8 @@ async def _stop_waiting(run: Run) -> NoReturn:
 
 def _left(run: Run) -> StillRunning:
     """The error that says how to come back to the job."""
-    _leave(run)
+    run.leave()
     return StillRunning(target=run.target.name, job=run.job, option=run.request.option)
-
-
-def _leave(run: Run) -> None:
-    if State.LEFT in NEXT[run.state]:
-        run.enter(State.LEFT)
 
 
 async def _taken_back(run: Run) -> None:
@@ -256,7 +251,7 @@ async def _to_the_end(run: Run, doorbell: Doorbell, ladder: "Ladder | None" = No
     if job is not None:
         await _made_safe(run, doorbell, job)
     if job is not None and run.is_to_be_held(job):
-        _leave(run)
+        run.leave()
         return proof.held(run)
     if job is not None and job.status != "concluded":
         job = await run.operation.switch(run, doorbell, job)

@@ -232,6 +232,19 @@ class Run:
             self.log("state", "{was} to {state}", was=self.state.value, state=state.value)
         self.state = state
 
+    def leave(self) -> None:
+        """To LEFT, where that is allowed. That a job is ready, which anybody can tell to move the guest, is written down."""
+        if State.LEFT not in NEXT[self.state]:
+            return
+        is_recorded = self.record is not None and self._recording is None  # else its storage hangs
+        if is_recorded and self.operation.pivots and self.seen is not None and self.seen.ready:
+            assert self.record is not None, "it is recorded"
+            try:
+                self.record = store.mark(replace(self.record, was_left_ready=True))
+            except OSError as error:
+                self.notes.append(f"the record cannot be written: {error.strerror or error}")
+        self.enter(State.LEFT)
+
     def tell(self, progress: Progress) -> None:
         """Report it. Raises ReportRaised."""
         try:

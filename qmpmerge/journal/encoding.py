@@ -19,7 +19,7 @@ from qmpmerge.journal import stash
 from qmpmerge.journal.record import Record
 from qmpmerge.processes.proc import Process
 
-SCHEMA = 4
+SCHEMA = 5
 _STATE_BYTES = 256
 _PLAIN = (
     "direction", "policy", "target", "disk", "device", "job", "base", "top", "is_live", "since", "old_nodes", "base_driver"
@@ -43,7 +43,12 @@ def encode(record: Record) -> bytes:
 
 def state_line(record: Record) -> bytes:
     """The first line: the state, and what goes with it."""
-    line = {"state": record.state.value, "verified": record.verified, "seen": _listed(record.seen)}
+    line = {
+        "state": record.state.value,
+        "verified": record.verified,
+        "left_ready": record.was_left_ready,
+        "seen": _listed(record.seen),
+    }
     return json.dumps(line).ljust(_STATE_BYTES - 1).encode() + b"\n"
 
 
@@ -118,6 +123,7 @@ def _record(path: str, entry: Any) -> Record:
         old_nodes=tuple(map(str, entry["old_nodes"])),
         base_driver=str(entry["base_driver"]),
         verified=bool(entry["verified"]),
+        was_left_ready=bool(entry["left_ready"]),
         away={int(index): str(name) for index, name in entry["away"]},
         seen=_looks(entry["seen"]),
         before=_looks(entry["before"]),

@@ -39,8 +39,10 @@ class Record(Value):
     `base_driver` is what QEMU calls base's format.
 
     `seen` is what base and top looked like while nothing was dirty and nobody wrote, by index; empty where that was not
-    so. `before` is what the other merged images looked like, which nobody writes to. `path` is where the record lies, `file` is
-    what was written or read there, which stays the record whatever is planted under its name; None for one that never was.
+    so. `was_left_ready` says that the job of an active merge was, so that anybody with the monitor could tell it to move the
+    guest, unseen. `before` is what the other merged images looked like, which nobody writes to. `path` is where the record
+    lies, `file` is what was written or read there, which stays the record whatever is planted under its name; None for one
+    that never was.
     """
 
     path: str
@@ -61,6 +63,7 @@ class Record(Value):
     old_nodes: tuple[str, ...] = ()
     base_driver: str = ""
     verified: bool = False
+    was_left_ready: bool = False
     away: dict[int, str] = field(default_factory=dict)
     seen: dict[int, Seen] = field(default_factory=dict)
     before: dict[int, Seen] = field(default_factory=dict)
@@ -80,6 +83,11 @@ class Record(Value):
     def is_of_an_earlier_boot(self) -> bool:
         """Whether the machine has been started since."""
         return self.tool is not None and self.tool.boot != proc.boot_id()
+
+    @property
+    def has_old_chain(self) -> bool:
+        """Whether the old chain is right where QEMU does not show otherwise, of an active merge."""
+        return self.state is State.COPYING and not self.was_left_ready
 
     def own_name(self, index: int) -> str:
         """What the file of the image at `index` was called: not by the symlink that the chain may know it by."""

@@ -4,8 +4,10 @@ Which image is right after a merge was left in the middle: what the record, QEMU
 Nothing is changed here, and nothing guessed: where the evidence does not decide, `Undecided` shows it.
 """
 
+import contextlib
 import os
 import shlex
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -139,8 +141,10 @@ async def by_contents(record: Record, moved: bool | None, use: Use | None) -> Ju
     if record.state in (State.SWITCHED, State.PROVED):
         seen, doubt = "the move onto the base was seen and written down", _brought_back(record)
         return _finish(record, seen) if doubt is None else _by_user(record, use, [seen, doubt])
-    if record.state is State.COPYING:
+    if record.has_old_chain:
         return _back(record, "the move onto the base was never asked for")
+    if record.state is State.COPYING:
+        return await _left_ready(record, use)
     if record.top in record.away and record.place(record.top) == record.own_name(record.top):
         return _back(record, f"the move is asked for once {top.name} has lost its name, and it has it still")
     reasons: list[str] = []
@@ -148,6 +152,30 @@ async def by_contents(record: Record, moved: bool | None, use: Use | None) -> Ju
     if equal:
         return _finish(record, *reasons)
     return _by_times(record, equal, reasons) or _by_user(record, use, reasons)
+
+
+async def _left_ready(record: Record, use: Use | None) -> Judgement:
+    """
+    The guest may have been moved by anybody, and have written to base alone since. Until then it writes to both, so neither
+    times nor differences tell which is older; where there are none, nothing is lost with either.
+    """
+    base, top = record.chain[record.base].name, record.chain.active.name
+    reasons = [f"the job was left ready: who had the monitor could move the guest onto {base}, and nobody saw whether"]
+    if await same(record, reasons):
+        return _back(record, *reasons)
+    reasons += [
+        f"{name} was last written to at {_last_written(record, index)}"
+        for index, name in ((record.base, base), (record.top, top))
+    ]
+    return _by_user(record, use, reasons)
+
+
+def _last_written(record: Record, index: int) -> str:
+    place = record.place(index)
+    with contextlib.suppress(OSError):
+        seconds = look(record.chain[index], place or "").changed // 10**9
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    return "a time that is not known"
 
 
 def _brought_back(record: Record) -> str | None:

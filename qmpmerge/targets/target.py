@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpmerge.chain.chain import Chain, Image, Inode
-from qmpmerge.chain.state import State
 from qmpmerge.errors import NoSuchJob, PauseUnproven, QemuRefused, SessionLost, StreamConcluded, WentAway
 from qmpmerge.images import files, headers
 from qmpmerge.images.headers import Oddity
@@ -286,7 +285,7 @@ def _is_harmless(record: "Record", disk: Disk) -> bool:
     assert disk.chain is not None
     if disk.job is not None and disk.job.id == record.job:
         return True
-    return record.state is State.COPYING and record.chain.same_files(disk.chain)
+    return record.has_old_chain and record.chain.same_files(disk.chain)
 
 
 def _plain(name: str) -> str | None:

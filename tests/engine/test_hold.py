@@ -135,6 +135,43 @@ def test_an_active_merge_is_held_too(setup: Setup, images: list[Path], content: 
     content.check(images[0])
 
 
+@pytest.mark.parametrize("use", ["base", "top"])
+def test_an_active_merge_that_somebody_else_may_have_pivoted(
+    use: str, tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """QEMU died before anybody looked: base alone has what the guest wrote since, or has it only as far as it was copied."""
+    with drive(tmp_path, images, content) as setup:
+        assert invoke("commit", setup.machine.target, "--hold").code == 0
+        if use == "base":
+            setup.machine.session.execute("job-complete", id=JOB)
+            setup.machine.wait_for_job("concluded")
+            setup.machine.session.execute("job-dismiss", id=JOB)
+        else:
+            setup.machine.session.execute("job-pause", id=JOB)
+            setup.machine.wait_for_job("standby")
+        setup.write(0x77, 3 * MIB, MIB)
+        setup.machine.io(setup.disk, "flush")
+        setup.machine.kill()
+    for command in ("recover", "active"):
+        assert invoke(command, str(tmp_path)).code == 6
+    asked = invoke("recover", str(tmp_path), "--json").document["error"]
+    assert (asked["name"], asked["facts"]["choices"]) == ("undecided", ["base", "top"])
+    told = invoke("recover", str(images[3]), "--use", use, "--json").document
+    assert (told["verdict"], told["merges"][0]["start_from"]) == ("done", str(images[0 if use == "base" else 3]))
+    assert invoke("active", str(images[0])).out == f"{told['merges'][0]['start_from']}\n"
+    content.check(Path(told["merges"][0]["start_from"]))
+
+
+def test_an_active_merge_that_is_held_and_dies(tmp_path: Path, images: list[Path], content: Content) -> None:
+    """With both equal: whoever may have moved the guest, nothing is asked."""
+    with drive(tmp_path, images, content) as setup:
+        assert invoke("commit", setup.machine.target, "--hold").code == 0
+        setup.machine.kill()
+    told = invoke("recover", str(images[3]), "--json").document
+    assert (told["verdict"], told["merges"][0]["start_from"]) == ("done", str(images[3]))
+    content.check(images[3])
+
+
 # --- gone on with: nothing is taken on trust ------------------------------------------------------------------------------
 
 

@@ -50,6 +50,7 @@ def told(tmp_path: Path) -> Record:
         qemu=proc.process(os.getpid()),
         tool=proc.process(os.getpid()),
         away={index: stash.stash_of(chain[index].file) for index in (2, 3)},
+        was_left_ready=True,
         seen={1: Seen(2**63, 2**62), 3: Seen(0, 1)},
         before={2: Seen(1, 2)},
     )
@@ -125,7 +126,7 @@ def test_another_schema_is_named(told: Record) -> None:
     store.write(told)
     state, _, rest = Path(told.path).read_bytes().partition(b"\n")
     Path(told.path).write_bytes(state + b"\n" + json.dumps({**json.loads(rest), "schema": 1}).encode() + b"\n")
-    assert reason(told) == "it is of schema 1, this qmpmerge reads schema 4"
+    assert reason(told) == "it is of schema 1, this qmpmerge reads schema 5"
 
 
 def test_what_is_not_ours_is_not_believed(told: Record, tmp_path: Path) -> None:

@@ -121,6 +121,10 @@ def copying(left: Left) -> None:
     left.merge()
 
 
+def ready(left: Left) -> None:
+    store.mark(replace(left.merge(), was_left_ready=True))
+
+
 def name_still_there(left: Left) -> None:
     left.switching(left.merge())
     left.write(C, 1)
@@ -184,6 +188,7 @@ def moved(left: Left, old: str, new: str) -> Any:
 
 STATES: dict[Callable[[Left], None], tuple[str, list[str]]] = {
     copying: (C, ["a.qcow2", "b.qcow2", BASE, C]),
+    ready: (C, ["a.qcow2", "b.qcow2", BASE, C]),
     name_still_there: (C, ["a.qcow2", "b.qcow2", BASE, C]),
     equal: (BASE, [*STASHED[:2], BASE, STASHED[2]]),
     guest_wrote_to_base: (BASE, [*STASHED[:2], BASE, STASHED[2]]),
