@@ -12,7 +12,8 @@ from qmpmerge.engine import proof
 from qmpmerge.engine.pace import progress
 from qmpmerge.engine.pace.progress import Meter, Shortage
 from qmpmerge.engine.run import Run
-from qmpmerge.errors import JobFailed, NotProven, OutOfQuota, QemuRefused, RecordFailed, StillRunning
+from qmpmerge.errors import CutShort, JobFailed, NotProven, OutOfQuota, QemuRefused, RecordFailed, StillRunning
+from qmpmerge.images import lengths
 from qmpmerge.qemu import jobs
 from qmpmerge.qemu.jobs import Job
 from qmpmerge.qemu.monitor import Doorbell
@@ -102,14 +103,19 @@ async def finalize(run: Run, doorbell: Doorbell, job: Job) -> Job | None:
 
 async def see_names(run: Run, doorbell: Doorbell) -> None:
     """
-    The names of the images by which the new chain is linked must lead to them: the last look before QEMU opens some by
-    name again, and a stat of each where all is well. Raises Displaced with the job taken back, LeftDisplaced.
+    The names of the images by which the new chain is linked must lead to them, and what is raw must have its length: the last
+    look before QEMU opens some by name again, and a stat of each where all is well. Raises Displaced or CutShort with the job
+    taken back, LeftDisplaced.
     """
     for image in run.plan.named:
         astray = identity.astray(image, run.target.pid)
         if astray is not None:
             await shield.finished(take_back(run, doorbell))
             raise identity.displaced(astray, run.target)
+    short = lengths.cut(run.plan.result)
+    if short is not None:
+        await shield.finished(take_back(run, doorbell))
+        raise CutShort(file=short.file, size=short.size, needed=short.needed)
 
 
 async def take_back(run: Run, doorbell: Doorbell) -> None:

@@ -44,7 +44,7 @@ class Operation(Protocol):
         """
         COPYING to SAFE: all that must be so before anything is switched.
 
-        Raises Displaced, NotDurable, NotVerified or BitmapsNotCarried with the job taken back.
+        Raises Displaced, CutShort, NotDurable, NotVerified or BitmapsNotCarried with the job taken back.
         """
         ...
 
@@ -53,7 +53,7 @@ class Operation(Protocol):
         SAFE to SWITCHING, and through it: the job is told to end, and returned as it ended. From where it can no longer be
         taken back it does not heed a cancellation.
 
-        Raises Displaced or RecordFailed with the job taken back.
+        Raises Displaced, CutShort or RecordFailed with the job taken back.
         """
         ...
 

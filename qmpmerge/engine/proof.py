@@ -12,7 +12,7 @@ from qmpmerge.chain.outcome import Checked, Estimate, MergedFile, Outcome, Polic
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import State
 from qmpmerge.errors import NoSuchDisk, NotProven, QemuRefused, SeveralImages
-from qmpmerge.images import files, nbd
+from qmpmerge.images import files, lengths, nbd
 from qmpmerge.journal import stash
 from qmpmerge.qemu.bitmaps import snapshots
 from qmpmerge.targets import identity
@@ -37,6 +37,7 @@ async def prove(run: "Run", verdict: Verdict, expected: Chain) -> Outcome:
     if not _is_shown(run, expected, found):
         raise _not_proven(run, expected, found)
     _see_names(run)
+    _see_lengths(run, found)
     if expected is run.plan.result:
         await _see_header_on_server(run)
     run.log("proved", "graph and headers show {chain}", chain=str(found))
@@ -173,6 +174,14 @@ def _see_names(run: "Run") -> None:
         astray = identity.astray(image, run.target.pid)
         if astray is not None:
             raise identity.unproven(astray, run.target, run.plan)
+
+
+def _see_lengths(run: "Run", found: Chain) -> None:
+    """And a raw file shows the next start no more than it has. Raises NotProven."""
+    short = lengths.cut(found)
+    if short is not None:
+        told = f"{short.file} with {short.size} bytes, where QEMU believes {short.needed}: somebody has cut it off"
+        raise NotProven(target=run.target.name, expected=str(found), found=told)
 
 
 def _advice(run: "Run", verdict: Verdict, merged: tuple[MergedFile, ...]) -> list[str]:

@@ -45,7 +45,7 @@ COUNT_SECONDS = 1.0
 async def see_files(run: Run, doorbell: Doorbell) -> None:
     """
     What the job has written must be the images that were meant, under their names, and QEMU must have them open, not others
-    that were there when it opened the names again. Raises Displaced with the job taken back, NotProven.
+    that were there when it opened the names again. Raises Displaced or CutShort with the job taken back, NotProven.
     """
     await blockjob.see_names(run, doorbell)
     for image in run.plan.written:

@@ -133,6 +133,25 @@ class Displaced(Failed):
     advice = "{cure}"
 
 
+class CutShort(Failed):
+    """
+    A raw image was cut off while the job ran: it has fewer bytes than QEMU believes, and the next start of the VM would have a
+    smaller disk. The job was cancelled.
+    """
+
+    file: str
+    size: int
+    needed: int
+    sentence = (
+        "{file} has {size} bytes, where QEMU believes {needed}: it was cut off while the job ran; nothing was switched, the "
+        "old chain is in use"
+    )
+    advice = (
+        "what it alone held behind that is gone: `truncate -s {needed} {file}` gives it its length again, with zeros there "
+        "unless you have a copy to put back; then run the same command again"
+    )
+
+
 class NotPaused(Failed):
     """Somebody else pauses the guest, or looks at it while it stands still, and does not end; the job was cancelled."""
 

@@ -3,14 +3,17 @@ Held: all is copied, and nothing is switched until somebody goes on, whatever th
 """
 
 import json
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 from rig import advice, faults
 from rig.command import JOB, Run, invoke
 from rig.disks import BACKEND, KINDS, Setup, drive
-from rig.machines import MIB, Content, fill, machine, make_chain, run
+from rig.machines import MIB, SIZE, Content, fill, machine, make_chain, run
 from rig.pulls import views
 
 import qmpmerge
@@ -185,6 +188,45 @@ def test_what_has_changed_while_it_was_held_is_seen(setup: Setup, images: list[P
     assert (gone_on.code, gone_on.document["error"]["name"]) == (5, "not-verified")
     assert (chain(setup), setup.machine.session.execute("query-jobs")) == (NAMES, [])
     setup.check()
+
+
+@pytest.mark.parametrize("what", ["active", "middle", "pull"])
+def test_a_base_that_was_cut_off_is_seen(what: str, setup: Setup, images: list[Path], content: Content) -> None:
+    """The next start would have a smaller disk. So does one see who proves what another has ended."""
+    words = {"active": ["commit"], "middle": ["commit", "--top", "[3]"], "pull": ["pull", "--base", "[1]"]}[what]
+    command = [words[0], setup.machine.target, *words[1:], "--json"]
+    assert invoke(*command, "--hold").code == 0
+    lost = cut_off(images[0])
+    gone_on = invoke(*command)
+    assert (gone_on.code, gone_on.document["error"]["name"]) == (5, "cut-short"), gone_on
+    assert (chain(setup), setup.machine.session.execute("query-jobs")) == (NAMES, [])
+    (cure,) = re.findall("`([^`]+)`", gone_on.document["error"]["hint"])
+    subprocess.run(shlex.split(cure), check=True)
+    put_back(images[0], lost)
+    setup.check()
+    if what == "active":
+        assert invoke(*command, "--hold").code == 0
+        setup.machine.session.execute("job-complete", id=JOB)
+        setup.machine.wait_for_job("concluded")
+        lost = cut_off(images[0])
+        proved = invoke(*command)
+        assert (proved.code, proved.document["error"]["name"]) == (6, "not-proven"), proved
+        put_back(images[0], lost)
+    assert invoke(*command).code == 0
+    setup.check()
+
+
+def cut_off(image: Path) -> bytes:
+    """The half that it had behind that."""
+    lost = image.read_bytes()[SIZE // 2 :]
+    os.truncate(image, SIZE // 2)
+    return lost
+
+
+def put_back(image: Path, lost: bytes) -> None:
+    with image.open("r+b") as file:
+        file.seek(SIZE // 2)
+        file.write(lost)
 
 
 def test_an_image_that_cannot_be_made_durable_any_more(tmp_path: Path, images: list[Path], content: Content) -> None:
