@@ -1,9 +1,13 @@
 """
-The plugin itself: its option and fixtures, and nothing else, since pytest loads it for every project of an environment that
+The plugin itself: its options and fixtures, and nothing else, since pytest loads it for every project of an environment that
 has qmpmerge. All that the fixtures stand on is imported when a test uses one.
 """
 
+from __future__ import annotations  # old versions of pytest lack some of its classes
+
 import contextlib
+import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,26 +22,63 @@ if TYPE_CHECKING:
     from qmpmerge.testing.vms import GuestReads, GuestWrites, StartVm
 
 
+OPTION = "--qemu-path"
+ENVIRONMENT = "QMPMERGE_QEMU"
+SETTING = "qmpmerge_qemu"
+"""Where the QEMUs are named: the first that has any counts."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--qemu-path``."""
-    parser.getgroup("qmpmerge").addoption(
-        "--qemu-path",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a QEMU to test with, the program or its folder, instead of that on PATH; of several each test is run with each",
-    )
+    """Add the setting."""
+    parser.addini(SETTING, f"QEMUs to test with, as {OPTION}", "args", [])
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Iterator[None]:
+    """Add ``--qemu-path``, if neither another plugin nor the project's own conftest.py has an option of that name."""
+    known = early_config.known_args_namespace
+    for word, value in itertools.pairwise(args):
+        if word == OPTION and value in known.file_or_dir:
+            known.file_or_dir.remove(value)
+    yield
+    if _is_free(parser):
+        parser.getgroup("qmpmerge").addoption(
+            OPTION,
+            action="append",
+            default=[],
+            dest=SETTING,
+            metavar="PATH",
+            help="a QEMU to test with, the program or its folder, instead of that on PATH (environment: "
+            f"{ENVIRONMENT}); of several each test is run with each",
+        )
+
+
+def _is_free(parser: pytest.Parser) -> bool:
+    word = f"{OPTION}=."
+    try:
+        return word in parser.parse_known_and_unknown_args([word])[1]
+    except pytest.UsageError:
+        return False
+
+
+def _paths(config: pytest.Config) -> list[str]:
+    if named := config.getoption(SETTING, []):
+        return list(named)
+    if named := os.environ.get(ENVIRONMENT):
+        return named.split(os.pathsep)
+    return [str(config.rootpath / path) for path in config.getini(SETTING)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what uses a QEMU with each of several."""
-    paths = metafunc.config.getoption("qemu_path")
-    if len(paths) > 1 and "qemu_programs" in metafunc.fixturenames:
+    if "qemu_programs" in metafunc.fixturenames and len(paths := _paths(metafunc.config)) > 1:
         names = [f"qemu-{_at(path).version}" for path in paths]
         metafunc.parametrize("qemu_programs", paths, ids=names, indirect=True)
 
 
-def _at(path: str) -> "Programs":
+def _at(path: str) -> Programs:
     from qmpmerge.testing.programs import NoQemu, Programs
 
     try:
@@ -47,14 +88,14 @@ def _at(path: str) -> "Programs":
 
 
 @pytest.fixture
-def qemu_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> "Programs":
+def qemu_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Programs:
     """
-    The QEMU of this test (`qmpmerge.testing.Programs`). Where it was named by ``--qemu-path``, its folder is the first of PATH
-    while the test runs, so that the tool under test finds the same ``qemu-img``.
+    The QEMU of this test (`qmpmerge.testing.Programs`). Where it was named, as by ``--qemu-path``, its folder is the first
+    of PATH while the test runs, so that the tool under test finds the same ``qemu-img``.
     """
     from qmpmerge.testing.programs import Programs
 
-    paths = request.config.getoption("qemu_path")
+    paths = _paths(request.config)
     if not paths:
         return Programs.found()
     programs = _at(getattr(request, "param", paths[0]))
@@ -63,7 +104,7 @@ def qemu_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def qcow2_chain(qemu_programs: "Programs", tmp_path: Path) -> "MakeChain":
+def qcow2_chain(qemu_programs: Programs, tmp_path: Path) -> MakeChain:
     """Makes chains of images of any layout: see `qmpmerge.testing.MakeChain`. Skips without ``qemu-img``."""
     import shutil
 
@@ -76,7 +117,7 @@ def qcow2_chain(qemu_programs: "Programs", tmp_path: Path) -> "MakeChain":
 
 
 @pytest.fixture
-def qemu_vm(qemu_programs: "Programs", tmp_path: Path) -> "Iterator[StartVm]":
+def qemu_vm(qemu_programs: Programs, tmp_path: Path) -> Iterator[StartVm]:
     """Starts VMs that end with the test, however it ends: see `qmpmerge.testing.StartVm`. Skips without QEMU."""
     from qmpmerge.testing.programs import NoQemu
     from qmpmerge.testing.vms import StartVm
@@ -90,7 +131,7 @@ def qemu_vm(qemu_programs: "Programs", tmp_path: Path) -> "Iterator[StartVm]":
 
 
 @pytest.fixture
-def guest_writes(qemu_vm: "StartVm") -> "GuestWrites":
+def guest_writes(qemu_vm: StartVm) -> GuestWrites:
     """Writes as the guest of the test's VM does: see `qmpmerge.testing.GuestWrites`."""
     from qmpmerge.testing.vms import GuestWrites
 
@@ -98,7 +139,7 @@ def guest_writes(qemu_vm: "StartVm") -> "GuestWrites":
 
 
 @pytest.fixture
-def guest_reads(qemu_vm: "StartVm") -> "GuestReads":
+def guest_reads(qemu_vm: StartVm) -> GuestReads:
     """Reads as the guest of the test's VM does: see `qmpmerge.testing.GuestReads`."""
     from qmpmerge.testing.vms import GuestReads
 
@@ -106,7 +147,7 @@ def guest_reads(qemu_vm: "StartVm") -> "GuestReads":
 
 
 @pytest.fixture
-def frozen_job(qemu_vm: "StartVm") -> "FreezeJob":
+def frozen_job(qemu_vm: StartVm) -> FreezeJob:
     """A block job held at a given status: see `qmpmerge.testing.FreezeJob`."""
     from qmpmerge.testing.jobs import FreezeJob
 
@@ -114,7 +155,7 @@ def frozen_job(qemu_vm: "StartVm") -> "FreezeJob":
 
 
 @pytest.fixture
-def kill_at(qemu_vm: "StartVm") -> "Iterator[KillAt]":
+def kill_at(qemu_vm: StartVm) -> Iterator[KillAt]:
     """Kills the tool, or QEMU, when a QMP command goes over the wire: see `qmpmerge.testing.KillAt`."""
     from qmpmerge.testing.kills import KillAt
 

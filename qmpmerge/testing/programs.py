@@ -58,7 +58,7 @@ class Programs:
         else:
             found, folder = shutil.which(str(path)), path.parent
         if found is None:
-            raise NoQemu(f"--qemu-path {place}: no QEMU, and no folder with {' or '.join(SYSTEM[:2])} in it")
+            raise NoQemu(f"{place}: no QEMU, and no folder with {' or '.join(SYSTEM[:2])} in it")
         return cls(found, str(folder))
 
     @classmethod

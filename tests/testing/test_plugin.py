@@ -120,9 +120,32 @@ def test_without(): pass
             f"*test_it[[]qemu-99.2.0[]]*ran 99.2.0 {other}/qemu-img",
         ]
     )
-    done = pytester.runpytest_inprocess("-v", "-s", f"--qemu-path={other}")
+    done = pytester.runpytest_inprocess("-v", "-s", "--qemu-path", other)
     done.assert_outcomes(passed=3)
     done.stdout.fnmatch_lines([f"*::test_it *ran 99.2.0 {other}/qemu-img"])
+
+
+@pytest.mark.parametrize("has", ["conftest", "plugin"])
+def test_an_option_of_that_name_is_left_to_the_project(
+    has: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = fake(pytester.path / "one", "98.1.0"), fake(pytester.path / "other", "99.2.0")
+    option = "def pytest_addoption(parser): parser.addoption('--qemu-path', type=int)"
+    pytester.makepyfile(**{"conftest" if has == "conftest" else "theirs": option})
+    pytester.makepyfile(
+        """
+def test_it(qemu_programs, pytestconfig):
+    print("ran", qemu_programs.version, pytestconfig.getoption("qemu_path"), pytestconfig.getoption("--qemu-path"))
+"""
+    )
+    words = ["-s", "--qemu-path=7", *(["-p", "theirs"] if has == "plugin" else [])]
+    pytester.syspathinsert()
+    pytester.runpytest_subprocess(*words).stdout.fnmatch_lines(["*ran * 7 7*"])
+    pytester.makeini(f"[pytest]\nasyncio_default_fixture_loop_scope = function\nqmpmerge_qemu = {one.name}")
+    pytester.runpytest_subprocess(*words).stdout.fnmatch_lines(["*ran 98.1.0 7 7*"])
+    monkeypatch.setenv("QMPMERGE_QEMU", f"{one}:{other}")
+    done = pytester.runpytest_subprocess(*words)
+    done.stdout.fnmatch_lines(["*ran 98.1.0 7 7*", "*ran 99.2.0 7 7*"])
 
 
 @pytest.mark.parametrize("paths", [["/nowhere"], ["/nowhere", "/etc"]])
@@ -130,9 +153,7 @@ def test_a_qemu_that_is_named_and_not_there_is_an_error(paths: list[str], pytest
     pytester.makepyfile("def test_it(qemu_vm): pass")
     done = pytester.runpytest_inprocess(*(f"--qemu-path={path}" for path in paths))
     assert done.ret != 0
-    done.stdout.fnmatch_lines(
-        ["*--qemu-path /nowhere: no QEMU, and no folder with qemu-system-x86_64 or qemu-kvm in it*"]
-    )
+    done.stdout.fnmatch_lines(["*/nowhere: no QEMU, and no folder with qemu-system-x86_64 or qemu-kvm in it*"])
     assert "Traceback" not in done.stdout.str() + done.stderr.str()
 
 
