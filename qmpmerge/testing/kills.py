@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qmpmerge.testing import wire
-from qmpmerge.testing.processes import kill
+from qmpmerge.testing.processes import kill, kill_peer
 from qmpmerge.testing.vms import StartVm, Vm
 from qmpmerge.testing.wire import Wire
 
@@ -51,14 +51,20 @@ class Killer(Wire):
     def _strike(self, client: socket.socket) -> None:
         pid = wire.peer(client)
         if self.victim != "qemu" and pid == os.getpid():
-            self.problem = "the tool to be killed is the test itself: run it in a process of its own"
-            client.shutdown(socket.SHUT_RDWR)
+            self._miss("the test itself", client)
             return
         self.struck = True
         if self.victim != "tool":
             kill(self.vm.process.pid)
-        if self.victim != "qemu":
-            kill(pid)
+        if self.victim != "qemu" and not kill_peer(client, pid):
+            self._miss("gone, and a child of its goes on", client)
+
+    def _miss(self, who: str, client: socket.socket) -> None:
+        self.struck = False
+        self.problem = (
+            f"the tool to be killed, the process that has connected, is {who}: run it in one of its own, that stays"
+        )
+        client.shutdown(socket.SHUT_RDWR)
 
 
 class KillAt:
@@ -81,8 +87,9 @@ class KillAt:
         """
         Kill QEMU, the tool or both when this command goes by for the `number`-th time: ``sent`` is before QEMU has it,
         ``answered`` when QEMU has replied and the tool does not know. The tool is to use the `path` of what is returned as its
-        monitor; it is killed by the pid that it connects from, and must be a process of its own. Where there are several VMs,
-        say which; its first monitor is the killer's while the tool is connected.
+        monitor. It is the process that connects there which dies: the test fails where that is its own, or one that has left
+        the connection to a child and is gone, as daemons do. Where there are several VMs, say which; its first monitor is the
+        killer's while the tool is connected.
         """
         vm = self._vms.only(vm)
         path, listener = self._stack.enter_context(wire.behind(vm, f"wire{len(self._killers) + 1}"))
