@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,9 +114,7 @@ class Content:
 def view(image: Path | str, form: str | None = None) -> Iterator[Path]:
     """What an image, with all that is below it, shows to a guest, as a sparse raw file beside it while the block runs."""
     form = form or str(image).rpartition(".")[2]
-    shown = Path(f"{image}.view")
-    run("qemu-img", "convert", "-f", form, "-O", "raw", image, shown)
-    try:
+    with tempfile.TemporaryDirectory(dir=Path(image).parent, prefix="view-") as folder:
+        shown = Path(folder) / "view.raw"
+        run("qemu-img", "convert", "-f", form, "-O", "raw", image, shown)
         yield shown
-    finally:
-        shown.unlink()

@@ -93,6 +93,7 @@ class MakeChain:
         """
         A chain of these layers, base first; a bare name is a `Layer` of this size, cluster size and kind of backing name. They
         lie in `folder`, or in the test's own, a second chain in ``chain2`` below it. With ``fill=False`` nothing is written.
+        Raises ValueError where a name would lead out of both, since a file that is there is overwritten.
         """
         self._made += 1
         place = self._folder / f"chain{self._made}" if self._made > 1 else self._folder
@@ -101,6 +102,10 @@ class MakeChain:
             Layer(one, cluster_size=cluster_size, absolute=absolute) if isinstance(one, str) else one
             for one in layers or ("base.raw", "top.qcow2")
         ]
+        for layer in chosen:
+            path = Path(os.path.normpath((folder or place) / layer.name))
+            if not any(path.is_relative_to(one) for one in (self._folder, folder or place)):
+                raise ValueError(f"{layer.name} is not within {folder or self._folder}")
         return create(folder or place, chosen, size=size, fill=fill)
 
 

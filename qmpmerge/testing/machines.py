@@ -6,8 +6,10 @@ is nothing to poll: once this one greets, the others are there too. The kernel e
 """
 
 import contextlib
+import fcntl
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +32,9 @@ with a ``preexec_fn`` 14.
 
 LONGEST = 90
 """Bytes of the name of a folder in which there can be sockets: they have 107, and names of their own."""
+
+SHORT = "qmpmerge-testing-"
+"""What a folder in /tmp is called that has the sockets of one with a longer name."""
 
 SECONDS = 60.0
 """How long a reply may take; a busy host is slow, not broken."""
@@ -143,11 +148,43 @@ def _sockets(folder: Path, names: Sequence[str]) -> Iterator[list[str]]:
     """Paths for sockets, in the folder, or in another one where its own is too long for them (unix(7)); gone afterwards."""
     with contextlib.ExitStack() as stack:
         if len(os.fsencode(folder)) > LONGEST:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qmp-")))
+            folder = stack.enter_context(_short_folder())
         paths = [str(folder / name) for name in names]
         remove(paths)
         stack.callback(remove, paths)
         yield paths
+
+
+@contextlib.contextmanager
+def _short_folder() -> Iterator[Path]:
+    """One in /tmp, locked while it is used; those of runs that were killed go."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SHORT}*"):
+        with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            shutil.rmtree(left)
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=SHORT))
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # another run takes it for one that was left, until it is locked
+                stack.enter_context(_locked(folder, fcntl.LOCK_SH))
+                folder.stat()
+                break
+        stack.callback(shutil.rmtree, folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    """Raises OSError where somebody has it, or it is gone, or a stranger's."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise PermissionError(folder)
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove(paths: Sequence[str]) -> None:

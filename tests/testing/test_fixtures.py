@@ -3,6 +3,8 @@
 import contextlib
 import socket
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,18 @@ def test_content_that_is_not_there_is_seen(qcow2_chain: MakeChain, qemu_vm: Star
         guest_reads(0, 0x10)
     with pytest.raises(AssertionError, match="is not within 65536"):
         vm.write(64 * 1024, 1, disk="other")
+
+
+def test_files_of_others_are_let_alone(qcow2_chain: MakeChain, tmp_path: Path) -> None:
+    chain = qcow2_chain("base.raw", "a.qcow2")
+    (mine := tmp_path / "a.qcow2.view").write_text("mine")
+    before = set(tmp_path.iterdir())
+    chain.check()
+    assert mine.read_text() == "mine" and set(tmp_path.iterdir()) == before
+    for name in ("../../../a.qcow2", "../../a.qcow2", str(tmp_path.parent / "a.qcow2")):
+        with pytest.raises(ValueError, match="is not within"):
+            qcow2_chain("base.raw", name, folder=tmp_path / "deep")
+    assert qcow2_chain("../b.raw", str(tmp_path / "b.qcow2")).base.samefile(tmp_path / "b.raw")
 
 
 def test_writes_cover_one_another() -> None:
@@ -183,6 +197,34 @@ def test_who_is_to_kill_the_test_itself_is_told(qemu_vm: StartVm, kill_at: KillA
     killer.problem = ""
 
 
+DAEMON = """
+import os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+going_on, parent = os.pipe()
+if os.fork():
+    os._exit(0)
+os.close(parent)
+os.read(going_on, 1)  # until the parent is gone
+stream = connection.makefile("rw")
+for command in ("qmp_capabilities", "query-status"):
+    stream.readline()
+    stream.write('{"execute": "%s"}\\n' % command)
+    stream.flush()
+stream.read()
+print("lives")
+"""
+
+
+def test_a_tool_that_has_forked_and_gone_is_not_taken_for_killed(qemu_vm: StartVm, kill_at: KillAt) -> None:
+    killer = kill_at("query-status", victim="tool", vm=qemu_vm())
+    assert run(sys.executable, "-c", DAEMON, killer.path) == "lives\n"
+    with pytest.raises(AssertionError, match="is gone, and a child of its goes on"):
+        kill_at.close()
+    assert not killer.struck
+    killer.problem = ""
+
+
 def test_sockets_of_a_folder_with_a_long_name_are_elsewhere(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
@@ -194,3 +236,15 @@ def test_sockets_of_a_folder_with_a_long_name_are_elsewhere(tmp_path: Path) -> N
                 connection.connect(monitor)
                 Session(connection).close()
     assert not place.exists()
+
+
+def test_of_runs_that_were_killed_no_such_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(short := Path(tempfile.mkdtemp(dir="/tmp"))))
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    left = short / "qmpmerge-testing-left"
+    left.mkdir()
+    (left / "monitor").touch()
+    with started(folder, {}) as vm, started(folder, {}) as other:
+        assert set(short.iterdir()) == {Path(one.monitor).parent for one in (vm, other)}
+    short.rmdir()
