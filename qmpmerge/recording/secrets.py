@@ -48,6 +48,8 @@ def masked(message: bytes) -> bytes:
         return json.dumps(without(json.loads(message))).encode()
     except RecursionError:
         return json.dumps({"left-out": "nested too deeply"}).encode()
+    except ValueError:
+        return json.dumps({"left-out": "no JSON"}).encode()
 
 
 def without(value: Any, *, is_secret: bool = False) -> Any:

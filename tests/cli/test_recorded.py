@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rig import command
 from rig.command import COMMAND, Begun
@@ -116,6 +117,10 @@ def test_a_disk_that_is_full_harms_no_merge(setup: Setup, tmp_path: Path) -> Non
     assert record.stat().st_size == 16 * 1024
     assert [json.loads(text)["kind"] for text in record.read_text().splitlines()[:-1]][:2] == ["start", "session"]
     setup.check()
+    done = subprocess.run(
+        [*["bash", "-c", line, COMMAND], "chain", setup.machine.target, "--record"], capture_output=True, text=True
+    )
+    assert (done.returncode, "has ended early: File too large" in done.stderr) == (0, True), done.stderr
 
 
 def test_ctrl_c_is_its_end(setup: Setup, tmp_path: Path) -> None:
@@ -129,8 +134,11 @@ def test_ctrl_c_is_its_end(setup: Setup, tmp_path: Path) -> None:
 
 def test_of_a_command_that_was_killed_all_is_there_up_to_then(setup: Setup, tmp_path: Path) -> None:
     begun = Begun("commit", setup.machine.target, "vda", "--speed", "1M", "--record", str(tmp_path / "rec"))
+    children = psutil.Process(begun.process.pid).children()
+    (writer,) = [child for child in children if "writer_child.py" in " ".join(child.cmdline())]
     begun.process.kill()
     begun.process.communicate()
+    writer.wait()
     found = lines(tmp_path / "rec")
     sent = [line["message"]["execute"] for line in found if line["kind"] == "sent"]
     assert "block-commit" in sent and found[-1]["kind"] != "end"
