@@ -65,6 +65,8 @@ MEANINGS: dict[str, Meaning] = {
 }
 """A job that is just ending, or is at work for somebody else, needs nobody, and has no meaning here."""
 
+_MIXED = "; base, and what lies between it and the image that is merged, is nothing to start from or to build on by now"
+
 
 async def settled(monitor: Monitor) -> list[Job]:
     """The jobs that are in the same state at two looks."""
@@ -114,6 +116,7 @@ def _is_watched(layout: Layout, job: Job) -> bool:
 
 def _finding(target: Target, job: Job, meaning: Meaning) -> Finding:
     severity, what, why, verb = meaning
+    why += _MIXED if job.type == "commit" and job.status in ("ready", "standby", "pending") else ""
     what += f": {job.reason}" if job.reason else ""
     what += f" (possible now: {', '.join(job.verbs)})" if job.verbs else ""
     name = "job-no-space" if job.io_status == "nospace" else f"job-{job.status}"

@@ -101,9 +101,11 @@ class Commit:
 
     @property
     def left_behind(self) -> str | None:
-        """The chain shows what it did, but base by itself neither that nor its old data."""
+        """The chain shows what it did; base by itself neither that nor its old data, nor does what lies between it and top."""
+        between = "; nor is an image between the two" if len(self.plan.merged) > 1 else ""
+        base, top = self.plan.base.file, self.plan.top.name
         return (
-            f"{self.plan.base.file} may hold a part of it by now, and is nothing to start from without the images above"
+            f"{base} may hold what {top} shows by now, and is nothing to start from or to build on without it{between}"
         )
 
     def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:

@@ -81,7 +81,7 @@ class Operation(Protocol):
 
     @property
     def left_behind(self) -> str | None:
-        """What the user should know after one that was taken back once the job had copied something."""
+        """What the user should know of one that is held, or was taken back, once the job has copied something."""
         ...
 
     def advice(self, merged: tuple[MergedFile, ...], *, may_be_deleted: bool) -> list[str]:

@@ -270,7 +270,8 @@ def held(run: "Run") -> Outcome:
     hint = f"nothing is switched until `{command} follow`, or the same command without --hold; `{command} cancel` takes it back"
     if run.operation.pivots:
         hint = f"every write goes to both images until `{command} pivot`, or `keep`, or `cancel`"
-    return _outcome(run, "ready" if run.operation.pivots else "held", run.plan.chain, (hint, *run.notes))
+    left = [run.operation.left_behind] if run.operation.left_behind is not None else []
+    return _outcome(run, "ready" if run.operation.pivots else "held", run.plan.chain, (hint, *left, *run.notes))
 
 
 def left(run: "Run") -> Outcome:

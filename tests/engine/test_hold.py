@@ -71,10 +71,14 @@ def test_held_and_gone_on_with(what: str, kind: str, tmp_path: Path, images: lis
         held = hold(setup, what)
         assert [Path(file).name for file in held.document["after"]] == chain(setup) == NAMES
         assert (held.document["merged"], held.document["copied"] > 0) == ([], True)
+        assert ("to build on" in " ".join(held.document["hints"])) == (what == "middle"), (
+            "a pull changes no image below"
+        )
         setup.write(0x71, 3 * MIB, MIB)
         setup.check()
         (found,) = advice.findings(setup.machine.target)
         assert (found["name"], found["severity"]) == ("job-pending", "care") and "nothing is switched" in found["why"]
+        assert ("to build on" in found["why"]) == (what == "middle")
         (job,) = invoke("jobs", setup.machine.target, "--json").document["jobs"]
         assert job == held.document["job"] and job["verbs"] == ["follow", "finalize", "cancel"]
         assert hold(setup, what).document["job"] == job
@@ -131,6 +135,8 @@ def test_an_active_merge_is_held_too(setup: Setup, images: list[Path], content: 
         assert (told.code, told.document["verdict"], told.document["job"]["status"]) == (0, "ready", "ready")
         setup.write(0x75, 5 * MIB, MIB)
     held = invoke("job", setup.machine.target, JOB, "follow", "--hold", "--json")
+    assert any("to build on without it; nor is" in hint for hint in held.document["hints"])
+    assert "to build on" in advice.findings(setup.machine.target)[0]["why"]
     assert advice.typed(ways_on(held)["pivot"]).returncode == 0
     assert chain(setup) == ["base.raw"]
     setup.check()

@@ -169,7 +169,7 @@ def test_who_cancels_is_told_that_base_is_no_way_back(setup: Setup, top: str) ->
         time.sleep(0.05)
     begun.process.terminate()
     ended = begun.end()
-    assert (ended.code, "nothing to start from without the images above" in ended.err) == (130, True), ended.err
+    assert (ended.code, "nothing to start from or to build on" in ended.err) == (130, True), ended.err
     ends_well(setup, "d.qcow2")
 
 
