@@ -41,10 +41,23 @@ class Hosts:
         self.shown = ansible("playbook", "fleet.yml", "-i", self.folder / "inventory.json", *words, code=code)
         return {host: (int(changed), int(failed)) for host, changed, failed in COUNTS.findall(self.shown)}
 
+    def write(self, hosts: dict[str, dict[str, Any]]) -> None:
+        """The inventory: hosts, and what is set for each."""
+        common = {
+            "ansible_connection": "local",
+            "ansible_python_interpreter": sys.executable,
+            "qmpmerge_command": COMMAND,
+            "qmpmerge_sockets": f"{self.folder}/{{{{ inventory_hostname }}}}/*.sock",
+            "qmpmerge_snapshot": "2026-11-30",
+            "qmpmerge_report": str(self.folder / "report.md"),
+        }
+        (self.folder / "inventory.json").write_text(json.dumps({"qemu": {"hosts": hosts, "vars": common}}))
+
     @property
     def report(self) -> str:
-        """With names as they are on the page."""
-        text = re.sub(rf"{self.folder}/kvm../(?=\w+\.sock)", "/run/qemu/", (self.folder / "report.md").read_text())
+        """The last, with names as they are on the page."""
+        last = max(self.folder.glob("report.md*"), key=lambda path: path.stat().st_mtime_ns)
+        text = re.sub(rf"{self.folder}/kvm../(?=\w+\.sock)", "/run/qemu/", last.read_text())
         return re.sub(rf"{self.folder}/kvm../", "/vm/", text)
 
     @property
@@ -87,34 +100,21 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
         (tmp_path / "kvm04").mkdir()
         with socket.socket(socket.AF_UNIX) as gone:
             gone.bind(str(tmp_path / "kvm04/wiki.sock"))
-        (tmp_path / "inventory.json").write_text(json.dumps({"qemu": inventory(tmp_path, vms["kvm06"])}))
-        yield Hosts(tmp_path, vms)
+        hosts = Hosts(tmp_path, vms)
+        hosts.write(settings(tmp_path, vms["kvm06"]))
+        yield hosts
 
 
-def inventory(folder: Path, killed: Vm) -> dict[str, Any]:
-    names = [f"kvm{number:02}" for number in range(1, 8)]
+def settings(folder: Path, killed: Vm) -> dict[str, dict[str, Any]]:
     victim = f"QMPMERGE_VICTIM={killed.machine.process.pid} PYTHONPATH={kills.PATHS['PYTHONPATH']}"
     killing = f"{victim} exec {sys.executable} {kills.__file__} {folder}/notes daemon"
-    settings: dict[str, dict[str, Any]] = {
+    no_route = script(folder / "ssh", "echo ssh: connect to host kvm05 port 22: No route to host >&2; exit 255")
+    differs: dict[str, dict[str, Any]] = {
         "kvm02": {"qmpmerge_keep": 4},
-        "kvm05": {
-            "ansible_connection": "ssh",
-            "ansible_ssh_executable": script(
-                folder / "ssh", "echo ssh: connect to host kvm05 port 22: No route to host >&2; exit 255"
-            ),
-        },
+        "kvm05": {"ansible_connection": "ssh", "ansible_ssh_executable": no_route},
         "kvm06": {"qmpmerge_command": script(folder / "killing", f'{killing} "-> job-finalize #1" "$@"')},
     }
-    return {
-        "hosts": {name: {"qmpmerge_sockets": f"{folder}/{name}/*.sock", **settings.get(name, {})} for name in names},
-        "vars": {
-            "ansible_connection": "local",
-            "ansible_python_interpreter": sys.executable,
-            "qmpmerge_command": COMMAND,
-            "qmpmerge_snapshot": "2026-11-30",
-            "qmpmerge_report": str(folder / "report.md"),
-        },
-    }
+    return {name: differs.get(name, {}) for name in (f"kvm{number:02}" for number in range(1, 8))}
 
 
 def script(path: Path, line: str) -> str:
@@ -127,12 +127,10 @@ def script(path: Path, line: str) -> str:
 def test_a_fleet_is_checked_tidied_and_left_alone(hosts: Hosts) -> None:
     """What goes wrong on a host stops no other, but for an unknown outcome; and what was done is not done again."""
     before = hosts.images
-    assert hosts.play("--check", "--tags", "tidy,report", "--limit", "kvm01,kvm02", code=0) == {
-        "kvm01": (1, 0),
-        "kvm02": (0, 0),
-    }
+    assert hosts.play("--check", "--tags", "tidy,report", "--limit", "kvm01", code=0) == {"kvm01": (1, 0)}
     assert hosts.images == before
     assert hosts.report.count("| planned | base.raw <-- b.qcow2 <-- c.qcow2 |") == 2
+    assert not (hosts.folder / "report.md").exists(), "the report of what was done is left"
 
     counts = hosts.play("--extra-vars", '{"qmpmerge_serial": [4, 1]}', code=2)
     well, failed = (
@@ -144,15 +142,52 @@ def test_a_fleet_is_checked_tidied_and_left_alone(hosts: Hosts) -> None:
     assert sessions.is_as_shown(recap, hosts.shown.splitlines()), hosts.shown
     assert sessions.is_as_shown(report, hosts.report.splitlines()), hosts.report
 
-    assert hosts.play("--limit", "kvm01", code=0) == {"kvm01": (0, 0)}, hosts.shown
+    hosts.write({"kvm01": {}, "kvm02": {"qmpmerge_keep": 1, "qmpmerge_speed": "16K"}})
+    assert hosts.play("--extra-vars", "qmpmerge_seconds=1", code=0) == {"kvm01": (0, 0), "kvm02": (1, 0)}, hosts.shown
     hosts.vms["kvm01"].check()
-
-    slow = "qmpmerge_keep=1 qmpmerge_speed=16K qmpmerge_seconds=1"
-    assert hosts.play("--limit", "kvm02", "--tags", "tidy", "--extra-vars", slow, code=0) == {"kvm02": (1, 0)}, (
-        hosts.shown
-    )
     (job,) = hosts.vms["kvm02"].machine.session.execute("query-jobs")
     assert job["status"] == "running", "what is not done in time is left to QEMU, and is no failure"
+
+
+KEPT = 'echo "$@" >> "$0.asked"'
+UNKNOWN = """
+case $1 in
+disks) echo '{"verdict": "well", "disks": [
+    {"disk": "vda", "file": "/vm/a.qcow2", "read_only": false, "depth": 1},
+    {"disk": "vdb", "file": "nbd+unix:/?socket=/vm/nbd", "read_only": false, "depth": 1}]}';;
+snapshot) echo '{"verdict": "unknown", "error": {"message": "not proven", "hint": ""}}'; exit 6;;
+esac
+"""
+KILLED = """
+case $1 in
+disks) echo '{"verdict": "well", "disks": [{"disk": "vda", "file": "/vm/a.qcow2", "read_only": false, "depth": 1}]}';;
+*) kill -9 $$;;
+esac
+"""
+
+
+def test_what_does_not_tell_its_outcome_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more is begun on its host, nor on any of the next batch, and there is a report."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hosts = Hosts(tmp_path, {})
+    said: dict[str, dict[str, Any]] = {
+        name: {"qmpmerge_targets": ["web", "mail"], "qmpmerge_command": script(tmp_path / name, KEPT + says)}
+        for name, says in (("kvm01", UNKNOWN), ("kvm02", KILLED), ("kvm03", KILLED))
+    }
+    said["kvm02"]["qmpmerge_keep"] = 0
+    hosts.write(said)
+    counts = hosts.play("--extra-vars", '{"qmpmerge_serial": [2, 1]}', code=2)
+    assert counts == {"kvm01": (1, 1), "kvm02": (0, 1), "kvm03": (0, 0)}, hosts.shown
+    asked = {name: (tmp_path / f"{name}.asked").read_text().splitlines() for name in ("kvm01", "kvm02")}
+    assert [line for line in asked["kvm01"] if not line.startswith("disks")] == [
+        "snapshot web vda=/vm/web-vda-2026-11-30.qcow2 --json"
+    ], "its other VM is left alone, and so is its disk that is no file"
+    assert [line.split()[0] for line in asked["kvm02"]] == ["disks", "disks", "tidy", "disks", "disks"], (
+        "nothing to keep"
+    )
+    for line in ("| kvm01 | web | | snapshot: unknown | |", "| kvm02 | | | tidy: no answer | |", "has ended with -9"):
+        assert line in hosts.report, hosts.report
+    assert hosts.report.count("UNKNOWN OUTCOME") == 2
 
 
 def test_the_inventory_has_defaults_and_what_differs_from_them() -> None:
