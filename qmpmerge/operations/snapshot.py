@@ -211,8 +211,9 @@ async def _quiet(agent: str | None) -> AsyncIterator[None]:
         return
     from qmpmerge.guest.freeze import frozen
 
-    async with frozen(agent):
-        yield
+    with log.held():  # a terminal that takes nothing would keep them frozen
+        async with frozen(agent):
+            yield
 
 
 async def _prove(target: Target, orders: list[Order], made: list[File]) -> tuple[Overlay, ...]:

@@ -35,6 +35,7 @@ class Recorder:
         self._run = os.urandom(4).hex()
         self._begun = time.monotonic()
         self._sessions = itertools.count(1)
+        self._pauses = 0
 
     def start(self, command: Sequence[str] | None) -> None:
         """The first entry; `command` is the line that was typed, None where a program uses the library."""
@@ -64,9 +65,11 @@ class Recorder:
             self.end(verdict, code, error={"name": type(error).__name__, "message": str(error), "traceback": lines})
 
     def hurry(self, is_on: bool) -> None:
-        """As there."""
-        for taker in self._takers:
-            taker.hurry(is_on)
+        """As there; of several guests until the last one runs again."""
+        was, self._pauses = self._pauses, self._pauses + (1 if is_on else -1)
+        if not was or not self._pauses:
+            for taker in self._takers:
+                taker.hurry(is_on)
 
     def connected(self, name: str, pid: int | None) -> "Wire":
         """As there."""

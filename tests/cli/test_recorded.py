@@ -6,17 +6,23 @@ import re
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from rig import command
+from rig.agents import serving
 from rig.command import COMMAND, Begun
 from rig.disks import Setup
 from rig.machines import create_encrypted
 
+import qmpmerge
 from qmpmerge.cli.commands import group
+from qmpmerge.cli.recorded import Screen
+from qmpmerge.recording import record
+from qmpmerge.recording.recorder import Recorder
 
 LINE = re.compile(r"\d+\.\d{6} (?:2 )?(?:->|<-|<!|--) .+")
 
@@ -71,6 +77,39 @@ def test_every_command_that_speaks_to_a_qemu_or_changes_images_has_it(name: str)
     if "--trace" not in shown:
         pytest.skip("it does neither")
     assert "--record FILE" in shown and "QMPMERGE_RECORD" in shown
+
+
+class Terminal:
+    """Notes at each line that it is shown whether a guest stands still; it may take its time for it."""
+
+    def __init__(self, stands_still: Callable[[], bool]) -> None:
+        self.stands_still = stands_still
+        self.seen: list[tuple[str, bool]] = []
+
+    def trace(self, entry: dict[str, Any]) -> None:
+        self.seen.append((entry.get("message", {}).get("execute", entry["kind"]), self.stands_still()))
+
+
+async def test_nothing_is_shown_while_filesystems_are_frozen(setup: Setup, tmp_path: Path) -> None:
+    """A terminal that takes nothing kept them so until the dead man's switch came."""
+    async with serving(f"{tmp_path}/agent") as agent:
+        terminal = Terminal(lambda: bool(agent.frozen))
+        with record.recorded([], [Screen(terminal)], warn=print):  # type: ignore[arg-type]
+            async with setup.target() as target:
+                await qmpmerge.snapshot(target, {"vda": f"{tmp_path}/new.qcow2"}, quiesce=agent.path)
+        assert agent.seen["guest-fsfreeze-freeze"] == 1
+    assert ("transaction", False) in terminal.seen and not any(frozen for _, frozen in terminal.seen)
+
+
+def test_of_two_that_stand_still_nothing_is_shown_until_both_run_again() -> None:
+    terminal = Terminal(lambda: False)
+    recorder = Recorder([Screen(terminal)])  # type: ignore[arg-type]
+    for is_on in (True, True, False):
+        recorder.hurry(is_on)
+    recorder.step("state", "", {})
+    assert terminal.seen == []
+    recorder.hurry(False)
+    assert terminal.seen == [("step", False)]
 
 
 def test_who_does_not_ask_for_it_does_not_pay_for_it(setup: Setup, tmp_path: Path) -> None:

@@ -164,13 +164,14 @@ class Ladder:
     async def _paused(self, turn: socket.socket) -> AsyncIterator[None]:
         limit = self.wanted.pause + HANGING_SECONDS
         async with deadman.armed(self.monitor.descriptor, deadman.qmp("cont"), limit=limit, turn=turn) as switch:
-            try:
-                await pause.stop(self.monitor, switch)
-                self._say(f"the guest is paused, for {self.wanted.pause:g} s at the most")
-                yield
-            finally:
-                await shield.finished(pause.go_on(self.monitor))
-                switch.dismiss()
+            with log.held():
+                try:
+                    await pause.stop(self.monitor, switch)
+                    self._say(f"the guest is paused, for {self.wanted.pause:g} s at the most")
+                    yield
+                finally:
+                    await shield.finished(pause.go_on(self.monitor))
+                    switch.dismiss()
 
 
 def mib(count: float) -> str:

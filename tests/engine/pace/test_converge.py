@@ -23,6 +23,7 @@ from rig.disks import BACKEND, device, storage_daemon
 from rig.machines import MIB, Content, Machine, machine, make_chain
 
 import qmpmerge
+from qmpmerge.cli.recorded import Screen
 from qmpmerge.engine.pace import converge, rates
 from qmpmerge.engine.pace.converge import Converge, Ladder
 from qmpmerge.engine.pace.progress import Progress
@@ -30,6 +31,7 @@ from qmpmerge.engine.pace.rates import Rates, Watch
 from qmpmerge.errors import JobFailed, QemuRefused, StillRunning
 from qmpmerge.guest.throttle import Throttle
 from qmpmerge.qemu.jobs import Job
+from qmpmerge.recording import record
 
 SIZE = 8 * MIB
 PIECE = 512 * 1024
@@ -241,6 +243,23 @@ async def test_a_pause_that_would_not_do_is_not_made(guest: Guest) -> None:
         "disk0: the guest is not paused: 10.0 s are needed, 2 s are allowed",
         "disk0: the guest does not run, so there is nothing to pause",
     ]
+
+
+async def test_nothing_is_shown_while_it_stands_still(guest: Guest) -> None:
+    """A terminal that takes nothing would keep it so."""
+    shown: list[tuple[str, bool]] = []
+
+    class Terminal:
+        def trace(self, entry: dict[str, Any]) -> None:
+            shown.append((entry.get("message", {}).get("execute", entry["kind"]), guest.ask("query-status")["running"]))
+
+    guest.ask("cont")
+    watch = Watch()
+    watch.rates = Rates(dirty=9.0, copy=8.0, rest=0)
+    with record.recorded([], [Screen(Terminal())], warn=print):  # type: ignore[arg-type]
+        async with qmpmerge.live(guest.vm.target) as target:
+            await Ladder(target.monitor, await target.disk(), "j", watch, Converge(pause=0.1)).pause()
+    assert ("stop", True) in shown and all(running for _, running in shown)
 
 
 async def test_a_guest_that_nobody_can_throttle(tmp_path: Path, images: list[Path]) -> None:
