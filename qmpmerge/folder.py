@@ -26,8 +26,16 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _LOOK = os.O_PATH | os.O_CLOEXEC  # opens nothing: neither is a device woken up, nor a FIFO's other end
 
 
+_allowed: set[str] = set()
+"""Where alone files may be changed; empty for anywhere."""
+
+
 class Planted(OSError):
     """What has the name is nothing that is opened: a symlink, a FIFO, a device, a folder. `strerror` says which."""
+
+
+class NotReplayed(OSError):
+    """See `change_only_below`."""
 
 
 def before(operation: str, path: str) -> None:
@@ -35,6 +43,24 @@ def before(operation: str, path: str) -> None:
     Called right before each ``open``, ``create``, ``rename`` and ``remove`` of a name. It does nothing: tests put what gives
     the name to another file at that very moment in its place.
     """
+
+
+def change_only_below(path: str) -> None:
+    """
+    From now on this process changes files below such folders alone, whatever it is told: `NotReplayed` for all others. For who
+    speaks to a replay, where nothing is what it is called.
+    """
+    _allowed.add(os.path.join(path, ""))
+
+
+def _see_that_we_may(place: "_Open") -> None:
+    """Change this file, or names in this folder."""
+    if not _allowed or not place.status.st_nlink:  # without a name it is nobody's
+        return
+    real = place.real
+    if not any(f"{real}/".startswith(folder) for folder in _allowed):
+        words = "this process speaks to a replay, and changes nothing outside of that one's folder"
+        raise NotReplayed(errno.ECANCELED, words, real)  # what is only not permitted is done without, by some
 
 
 class _Open:
@@ -115,6 +141,7 @@ class File(_Open):
 
     def write(self, data: bytes) -> None:
         """Put this in place of all that is in it, whole, and read back. Not durable before `sync`."""
+        _see_that_we_may(self)
         rest = memoryview(data)
         while rest:  # a full disk takes a part before it says so
             rest = rest[os.pwrite(self.descriptor, rest, len(data) - len(rest)) :]
@@ -124,6 +151,7 @@ class File(_Open):
 
     def overwrite(self, data: bytes) -> None:
         """Put this in place of its first bytes, however it was opened. Not durable before `sync`."""
+        _see_that_we_may(self)
         descriptor = os.open(self.link, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.pwrite(descriptor, data, 0)
@@ -136,10 +164,12 @@ class File(_Open):
 
     def mark(self, attribute: str, value: bytes) -> None:
         """Give it an extended attribute."""
+        _see_that_we_may(self)
         os.setxattr(self.descriptor, attribute, value)
 
     def belong(self, like: os.stat_result) -> None:
         """Give it the owner and group that another file has, as far as we may."""
+        _see_that_we_may(self)
         for owner in (like.st_uid, -1):
             with contextlib.suppress(OSError):
                 os.fchown(self.descriptor, owner, like.st_gid)
@@ -147,6 +177,7 @@ class File(_Open):
 
     def allow(self, mode: int) -> None:
         """Set its permissions."""
+        _see_that_we_may(self)
         os.fchmod(self.descriptor, mode)
 
 
@@ -169,6 +200,7 @@ class Folder(_Open):
     def create(self, name: str, mode: int = 0o600) -> File:
         """Make an empty file, for us to write to and read. FileExistsError where anything has the name."""
         before("create", self._path(name))
+        _see_that_we_may(self)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return File(os.open(name, flags, mode, dir_fd=self.descriptor), self._path(name), self)
 
@@ -202,6 +234,7 @@ class Folder(_Open):
     def rename(self, old: str, new: str, inode: Inode) -> None:
         """Give this file a name that nobody has: FileExistsError. Not durable before `sync`."""
         rename_at = renaming()
+        _see_that_we_may(self)
         self._see(old, inode, "rename")
         code = rename_at(self.descriptor, os.fsencode(old), os.fsencode(new))
         if code in _UNSUPPORTED:
@@ -250,6 +283,7 @@ class Folder(_Open):
         """Take the name away from this file; fine when nobody has it. Not durable before `sync`."""
         if self.inode_of(name) is None:
             return
+        _see_that_we_may(self)
         self._see(name, inode, "remove")
         try:
             os.unlink(name, dir_fd=self.descriptor)
@@ -299,6 +333,8 @@ def opened(seen: File, flags: int = os.O_RDONLY) -> File:
         is_folder = stat.S_ISDIR(seen.status.st_mode)
         words = os.strerror(errno.EISDIR) if is_folder else "it is neither a regular file nor a block device"
         raise Planted(errno.EINVAL, words, seen.path)
+    if flags & os.O_ACCMODE != os.O_RDONLY:
+        _see_that_we_may(seen)
     try:
         return File(os.open(seen.link, flags | os.O_NONBLOCK | os.O_CLOEXEC), seen.path, seen.folder)
     except OSError as error:

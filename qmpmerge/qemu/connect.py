@@ -13,7 +13,7 @@ from qemu.qmp import QMPClient
 from qemu.qmp.protocol import ConnectError
 from qemu.qmp.qmp_client import NegotiationError
 
-from qmpmerge import sockets, users
+from qmpmerge import folder, sockets, users
 from qmpmerge.errors import (
     BadReply,
     CannotConnect,
@@ -85,10 +85,13 @@ async def _begun(connection: socket.socket, name: str, pid: int | None, timeout:
     client = monitor.new_client(name, pid)
     await _greet(client, connection, name, pid, timeout)
     try:
-        return Monitor(client, name, pid, connection)
+        session = Monitor(client, name, pid, connection)
     except BadReply as error:
         await monitor.disconnect(client)
         raise NotQmp(address=name, got=f"it greets, but not as a QEMU does ({error.came})") from None
+    if session.replay is not None:
+        folder.change_only_below(session.replay)
+    return session
 
 
 async def _connect(address: Address, name: str, timeout: float) -> socket.socket:
@@ -135,10 +138,10 @@ def _refuse_other_files(path: str) -> None:
 
 def _closed_folder(path: str) -> str:
     """The folder that keeps us from looking at `path`."""
-    folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.isdir(folder):  # nor can what lies in it be looked at
-        folder = os.path.dirname(folder)
-    return folder
+    closed = os.path.dirname(os.path.abspath(path))
+    while not os.path.isdir(closed):  # nor can what lies in it be looked at
+        closed = os.path.dirname(closed)
+    return closed
 
 
 def _connect_error(error: OSError, address: Address, name: str, timeout: float) -> Exception:

@@ -38,6 +38,9 @@ WAKING_EVENTS = {
 # is decoded can be twenty times as large.
 LARGEST_REPLY = 64 * 1024 * 1024
 
+REPLAY = "qmpmerge-replay"
+"""The key in a greeting's version by which a replay tells that it is one, with the folder that its files lie in."""
+
 # Their arguments have underscores, as before QMP had rules.
 _OLD = frozenset({"block_set_io_throttle"})
 
@@ -55,7 +58,8 @@ class Monitor:
     run again. `has_acted` says that more than questions were asked in it, or that it follows what was begun in another one.
 
     `pid` is the QEMU process where the kernel tells it (UNIX sockets on this host), else None. `version` is QEMU's, as
-    in ``(7, 2, 22)``. `tell` hears a sentence when others are waited for.
+    in ``(7, 2, 22)``; `replay` the folder of one that is no QEMU, but `qmpmerge replay`. `tell` hears a sentence when others
+    are waited for.
     """
 
     def __init__(self, client: QMPClient, name: str, pid: int | None, connection: socket.socket) -> None:
@@ -64,7 +68,7 @@ class Monitor:
         self.name = name
         self.pid = pid
         self.tell: Callable[[str], None] = lambda text: None
-        self.version = _version_of(name, client)
+        self.version, self.replay = _version_of(name, client)
         self.has_paused = False
         self.has_acted = False
 
@@ -280,11 +284,12 @@ async def disconnect(client: QMPClient) -> None:
             await client.disconnect()
 
 
-def _version_of(name: str, client: QMPClient) -> tuple[int, int, int]:
-    """Raises BadReply."""
+def _version_of(name: str, client: QMPClient) -> tuple[tuple[int, int, int], str | None]:
+    """And the folder of a replay. Raises BadReply."""
     greeting = client.greeting
     assert greeting is not None, "a connected client was greeted"
     told: Any = greeting.QMP.version
     reply.see_shape(name, "the greeting", told, reply.GREETING)
     numbers = told["qemu"]
-    return numbers["major"], numbers["minor"], numbers["micro"]
+    replay = told.get(REPLAY)
+    return (numbers["major"], numbers["minor"], numbers["micro"]), None if replay is None else str(replay)

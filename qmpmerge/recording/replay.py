@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 
 from qmpmerge.errors import CannotListen, RecordingUnreadable, SeveralQemus
+from qmpmerge.folder import Folder
 from qmpmerge.recording.places import Places
 from qmpmerge.recording.reading import Recording
 from qmpmerge.recording.script import Divergence, Script
@@ -109,18 +110,19 @@ def _listening(path: str) -> Iterator[socket.socket]:
     folder, name = os.path.split(os.path.abspath(path))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
         try:
-            opened = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            place = Folder(folder)
             mask = os.umask(0o177)
             try:
-                listener.bind(f"/proc/self/fd/{opened}/{name}")
+                listener.bind(f"{place.link}/{name}")
             finally:
                 os.umask(mask)
-                os.close(opened)
+            made = place.inode_of(name)
         except OSError as error:
             raise CannotListen(path=path, reason=error.strerror or str(error)) from None
-        try:
-            listener.listen()
-            yield listener
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        with place:
+            try:
+                listener.listen()
+                yield listener
+            finally:
+                with contextlib.suppress(OSError):
+                    place.remove(name, made)

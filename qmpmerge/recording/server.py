@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from qmpmerge.qemu.monitor import REPLAY
 from qmpmerge.recording.places import Places
 from qmpmerge.recording.script import CAPABILITIES, Script, shown
 from qmpmerge.recording.stand_ins import StandIns
@@ -47,7 +48,7 @@ class Server:
         connection, _ = self._listener.accept()
         with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._script.begin()
-            self._send(connection, self._script.greeting)
+            connection.sendall(json.dumps(self._greeting).encode() + b"\r\n")
             is_ready = False
             for message in self._messages(connection):
                 command, arguments = _read(message)
@@ -57,6 +58,15 @@ class Server:
                 is_ready = True
                 if not self._answered(connection, command, arguments, message):
                     return
+
+    @property
+    def _greeting(self) -> Mapping[str, Any]:
+        """QEMU's, which says that it is not: clients of ours change no file outside of the folder then."""
+        told = self._script.greeting.get("QMP")
+        told = told if isinstance(told, dict) else {}
+        version = told.get("version")
+        version = version if isinstance(version, dict) else {}
+        return {"QMP": {**told, "version": {**version, REPLAY: self._places.folder}}}
 
     def _answered(self, connection: socket.socket, command: str, arguments: Mapping[str, Any], message: Any) -> bool:
         """Whether QEMU has."""
@@ -98,7 +108,7 @@ class Server:
                 yield value
 
     def _send(self, connection: socket.socket, message: Mapping[str, Any]) -> None:
-        connection.sendall(json.dumps(self._places.here(message)).encode() + b"\r\n")
+        connection.sendall(json.dumps(self._places.message(message)).encode() + b"\r\n")
 
 
 def _values(text: str) -> tuple[list[Any], str]:

@@ -18,6 +18,9 @@ from qmpmerge.recording.script import Script
 from qmpmerge.recording.twins import plain
 from qmpmerge.value import Value
 
+MOST = 512
+"""Images that have one: each takes a qemu-img."""
+
 HEADER_WRITTEN = "job-finalize"
 """The command at which QEMU writes a header: what it tells of the image next is what stands in that."""
 
@@ -43,20 +46,30 @@ class StandIns:
 
     async def make(self) -> None:
         """Make those of the beginning, and keep them locked, as QEMU does. Raises ToolMissing."""
-        for image in _images(self._script):
+        images = self._images()
+        self.missing.extend(image.file for image in images[MOST:])
+        for image in images[:MOST]:
             try:
                 self._made[image.file] = image, await self._create(image)
-            except (OSError, ValueError, OverflowError, ImageUnreadable):
+            except (OSError, ValueError, OverflowError, RecursionError, ImageUnreadable):
                 self.missing.append(image.file)
 
     async def follow(self, command: str) -> None:
         """Do to headers what QEMU has done at this command."""
-        for image in _images(self._script) if command == HEADER_WRITTEN else ():
+        for image in self._images() if command == HEADER_WRITTEN else ():
             was, file = self._made.get(image.file, (image, None))
             if file is not None and (was.backing, was.backing_form) != (image.backing, image.backing_form):
                 with contextlib.suppress(ImageUnreadable):
-                    await qemuimg.repoint(file, self._places.name(image.backing or ""), image.backing_form or "raw")
+                    backing = self._places.backing(image.backing or "", image.file)
+                    await qemuimg.repoint(file, backing, image.backing_form or "raw")
                     self._made[image.file] = image, file
+
+    def _images(self) -> list[StandIn]:
+        """As QEMU tells them next."""
+        nodes = next(self._script.told("query-named-block-nodes"), None)
+        told = nodes if isinstance(nodes, list) else []
+        images = [image for node in told if (image := _image(node, self._places)) is not None]
+        return list({image.file: image for image in images}.values())
 
     def close(self) -> None:
         """Let go of them."""
@@ -69,24 +82,17 @@ class StandIns:
         with Folder(folder) as opened:
             file = opened.create(name)
         if image.form == "raw":
-            os.truncate(file.descriptor, image.size)
+            os.ftruncate(file.descriptor, image.size)
         elif image.backing is None:
             await qemuimg.create(file, image.size)
         else:
-            backing, form = self._places.name(image.backing), image.backing_form or "raw"
+            backing, form = self._places.backing(image.backing, image.file), image.backing_form or "raw"
             await qemuimg.create_overlay(file, size=image.size, backing=backing, backing_format=form)
         holders.lock(file.descriptor)
         return file
 
 
-def _images(script: Script) -> list[StandIn]:
-    """As QEMU tells them next."""
-    nodes = next(script.told("query-named-block-nodes"), None)
-    images = [image for node in nodes if (image := _image(node)) is not None] if isinstance(nodes, list) else []
-    return list({image.file: image for image in images}.values())
-
-
-def _image(node: Any) -> StandIn | None:
+def _image(node: Any, places: Places) -> StandIn | None:
     """None for a node that is none, or whose file has no path."""
     try:
         file, told = plain(node["file"]), node["image"]
@@ -95,6 +101,6 @@ def _image(node: Any) -> StandIn | None:
     except (KeyError, TypeError, AttributeError):
         return None
     is_text = all(isinstance(text, str) and "\0" not in text for text in (file, backing or "", form or ""))
-    if not (is_text and file.startswith("/") and node.get("drv") in ("raw", "qcow2") and isinstance(size, int)):
+    if not (is_text and places.is_plain(file) and node.get("drv") in ("raw", "qcow2") and isinstance(size, int)):
         return None
     return StandIn(file, node["drv"], size, backing, form)

@@ -167,6 +167,7 @@ def written(tmp_path: Path) -> Path:
 def test_the_order_of_questions_and_of_arguments_does_not_matter(written: Path) -> None:
     with replaying(written) as replay:
         with Client(replay.target) as client:
+            assert client.greeting["QMP"]["version"].pop("qmpmerge-replay") == str(replay.folder)
             assert client.greeting == GREETING
             assert client.execute("query-jobs")[0]["error"]["class"] == "CommandNotFound"  # before capabilities
             assert client.execute("qmp_capabilities") == [{"return": {}, "id": 7}]

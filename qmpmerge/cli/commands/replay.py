@@ -30,7 +30,8 @@ def replay(file: str, socket: str | None, qemu: str | None, once: bool, options:
     command that does not is shown, with what was expected. Ctrl-C ends it.
 
     The names of files are changed: they lie in a private folder, where empty images stand in for those of the recording. So no
-    client can reach a file of this machine by a name that comes from the recording.
+    client can reach a file of this machine by a name that comes from the recording; qmpmerge itself knows that it speaks to a
+    replay, and changes no file elsewhere.
 
     \b
     Examples:
