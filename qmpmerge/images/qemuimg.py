@@ -163,9 +163,13 @@ async def create_overlay(file: File, *, size: int, backing: str, backing_format:
     await _run(file.path, "create", "-q", "-u", "-f", format, *named, file.link, str(size), opened=[file])
 
 
-async def create(file: File, size: int) -> None:
-    """Make an empty qcow2 of `size` bytes in this file. Raises ImageUnreadable, ToolMissing."""
-    await _run(file.path, "create", "-q", "-f", "qcow2", file.link, str(size), opened=[file])
+async def create(file: File, size: int, options: str = "") -> None:
+    """
+    Make an empty qcow2 of `size` bytes in this file, with `options` as `-o` takes them, in the place of what is in it. Raises
+    ImageUnreadable, ToolMissing.
+    """
+    given = ["-o", options] if options else []
+    await _run(file.path, "create", "-q", "-f", "qcow2", *given, file.link, str(size), opened=[file])
 
 
 async def repoint(file: File, backing: str, backing_format: str) -> None:

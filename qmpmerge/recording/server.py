@@ -75,7 +75,7 @@ class Server:
         if self._script.diverged is not had_diverged:
             self._tell(str(self._script.diverged))
         elif self._script.played > played:
-            asyncio.run(self._stand_ins.follow(command))
+            asyncio.run(self._stand_ins.follow(command, arguments))
             self._tell(f"{self._script.played} of {len(self._script.acts)}: {shown(command, arguments)}")
         for event in answer.before:
             self._send(connection, event)

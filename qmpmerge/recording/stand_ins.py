@@ -7,6 +7,7 @@ said of both are as they were. They are made of what QEMU has told of its nodes,
 
 import contextlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from qmpmerge.errors import ImageUnreadable
@@ -25,9 +26,21 @@ HEADER_WRITTEN = "job-finalize"
 """The command at which QEMU writes a header: what it tells of the image next is what stands in that."""
 
 
-class StandIn(Value):
-    """An image as QEMU has told it: `backing` as it is written in the header."""
+COPIED_UP = "block-stream"
+"""The command by which an image gets all that lies below it: from then on nothing is missing in its stand-in."""
 
+
+FULL = "preallocation=metadata,cluster_size=2M"
+"""All of an image is there, and zeros: with a table of 4 MiB for a disk of 1 TiB."""
+
+LARGEST_FULL = 16 * 2**40
+"""Bytes of an image that is made so."""
+
+
+class StandIn(Value):
+    """An image as QEMU has told it: `backing` as it is written in the header, `node` as it is called for now."""
+
+    node: str
     file: str
     form: str
     size: int
@@ -54,14 +67,15 @@ class StandIns:
             except (OSError, ValueError, OverflowError, RecursionError, ImageUnreadable):
                 self.missing.append(image.file)
 
-    async def follow(self, command: str) -> None:
-        """Do to headers what QEMU has done at this command."""
+    async def follow(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """Do to images what QEMU has done at this command."""
+        if command == COPIED_UP:
+            await self._fill(str(arguments.get("device")))
         for image in self._images() if command == HEADER_WRITTEN else ():
             was, file = self._made.get(image.file, (image, None))
             if file is not None and (was.backing, was.backing_form) != (image.backing, image.backing_form):
                 with contextlib.suppress(ImageUnreadable):
-                    backing = self._places.backing(image.backing or "", image.file)
-                    await qemuimg.repoint(file, backing, image.backing_form or "raw")
+                    await self._repoint(image, file)
                     self._made[image.file] = image, file
 
     def _images(self) -> list[StandIn]:
@@ -86,10 +100,21 @@ class StandIns:
         elif image.backing is None:
             await qemuimg.create(file, image.size)
         else:
-            backing, form = self._places.backing(image.backing, image.file), image.backing_form or "raw"
-            await qemuimg.create_overlay(file, size=image.size, backing=backing, backing_format=form)
+            backing = self._places.backing(image.backing, image.file)
+            await qemuimg.create_overlay(file, size=image.size, backing=backing, backing_format=image.backing_form or "raw")
         holders.lock(file.descriptor)
         return file
+
+    async def _fill(self, node: str) -> None:
+        for image, file in self._made.values():
+            if image.node == node and image.backing is not None and image.size <= LARGEST_FULL:
+                with contextlib.suppress(ImageUnreadable):
+                    await qemuimg.create(file, image.size, FULL)
+                    await self._repoint(image, file)
+
+    async def _repoint(self, image: StandIn, file: File) -> None:
+        backing = self._places.backing(image.backing or "", image.file)
+        await qemuimg.repoint(file, backing, image.backing_form or "raw")
 
 
 def _image(node: Any, places: Places) -> StandIn | None:
@@ -103,4 +128,4 @@ def _image(node: Any, places: Places) -> StandIn | None:
     is_text = all(isinstance(text, str) and "\0" not in text for text in (file, backing or "", form or ""))
     if not (is_text and places.is_plain(file) and node.get("drv") in ("raw", "qcow2") and isinstance(size, int)):
         return None
-    return StandIn(file, node["drv"], size, backing, form)
+    return StandIn(str(node.get("node-name")), file, node["drv"], size, backing, form)

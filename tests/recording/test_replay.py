@@ -64,6 +64,18 @@ def test_merges_are_replayed_whole_and_touch_nothing_that_has_the_same_name(
     assert state(images[0].parent) == before
 
 
+def test_pulls_are_replayed_whole(setup: Setup, tmp_path: Path) -> None:
+    """What is copied is not there; that nothing is missing is seen all the same."""
+    for number, words in enumerate((("--top", "3"), ())):
+        recording = tmp_path / f"{number}.jsonl"
+        pulled = invoke("pull", setup.machine.target, "vda", *words, "--json", "--record", str(recording)).document
+        with replaying(recording, "--once") as replay:
+            again = invoke("pull", replay.target, "vda", *words, "--json").document
+            assert (again["verdict"], len(again["after"])) == (pulled["verdict"], len(pulled["after"])) == ("pulled", 2 - number)
+            code, told = replay.result()
+        assert (code, told["diverged"], told["unplayed"]) == (0, None, [])
+
+
 def after(words: tuple[str, ...], images: list[Path]) -> list[Path]:
     return [images[0], *images[2:]] if words == INTERMEDIATE else images[:1]
 
