@@ -14,6 +14,7 @@ from qmpmerge.chain.chain import Image
 from qmpmerge.chain.plan import Plan
 from qmpmerge.engine.pace.progress import Progress, Report
 from qmpmerge.errors import Busy, CannotRecord, Locked, Overtaken, Suspect, refuse
+from qmpmerge.images import files
 from qmpmerge.journal import locks, store
 from qmpmerge.qemu import jobs, mutex
 from qmpmerge.qemu.jobs import Job
@@ -136,6 +137,17 @@ def _since(record: "Record | None") -> str:
     if record is None:
         return ""
     return f" (begun {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.since))})"
+
+
+def refuse_displaced(target: Target, view: ChainView, record: "Record | None", planned: Plan) -> None:
+    """
+    Before a job at work is gone on with: `refuse_astray` for what links the new chain; and an active image that is to lose its
+    name must not have lost it to another file. Raises Replaced, and the job stays as it is.
+    """
+    refuse_astray(target, view, record, *planned.named)
+    active = _as_recorded(planned.chain.active, record)
+    if planned.pivots and identity.astray(active, target.pid) is not None and files.inode(active.file) is not None:
+        refuse_astray(target, view, record, active)
 
 
 def refuse_astray(target: Target, view: ChainView, record: "Record | None", *images: Image) -> None:

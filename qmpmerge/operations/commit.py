@@ -261,7 +261,7 @@ class _Beginning:
 
     async def _taken_over(self, view: ChainView, planned: Plan, lock: Lock, job: Job, record: "Record | None") -> "Run":
         record = earlier.as_left(record)
-        earlier.refuse_astray(self._target, view, record, *planned.named)
+        earlier.refuse_displaced(self._target, view, record, planned)
         run = await self._resumed(view, planned, lock, record)
         self._report(earlier.going_on(view, job, record, self._request.speed))
         if self._request.speed is not None:

@@ -86,7 +86,7 @@ async def _begun(
     await vmstate.check(target.monitor, view.layout.nodes_of(view.disk))
     if job.status != "concluded":
         request.refuse_ending_of(planned)
-        earlier.refuse_astray(target, view, record, *planned.named)
+        earlier.refuse_displaced(target, view, record, planned)
     if planned.pivots and request.ending == "pivot" and job.status != "concluded":
         refuse([bad async for bad in known_bad.of_pivot(target.monitor, view)])
     lock = stack.enter_context(locks.taken_for(planned))

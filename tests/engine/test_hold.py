@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -193,6 +194,23 @@ def test_what_has_changed_while_it_was_held_is_seen(setup: Setup, images: list[P
     gone_on = again(setup, "middle")
     assert (gone_on.code, gone_on.document["error"]["name"]) == (5, "not-verified")
     assert (chain(setup), setup.machine.session.execute("query-jobs")) == (NAMES, [])
+    setup.check()
+
+
+@pytest.mark.parametrize("verb", ["commit", "follow", "pivot"])
+def test_an_active_image_whose_name_was_given_away_is_refused(verb: str, setup: Setup, images: list[Path]) -> None:
+    """And the job stays held: what was copied in a night is not taken back for what a `mv` puts right."""
+    command = ["commit", setup.machine.target, "--json"]
+    assert invoke(*command, "--hold").code == 0
+    held = setup.machine.session.execute("query-jobs")
+    images[3].rename(images[3].with_name("moved"))
+    shutil.copy(images[3].with_name("moved"), images[3])
+    gone_on = invoke(*(command if verb == "commit" else ["job", setup.machine.target, "vda", verb, "--json"]))
+    assert (gone_on.code, gone_on.document["error"]["name"]) == (3, "replaced"), gone_on
+    assert setup.machine.session.execute("query-jobs") == held
+    cure = re.findall("`([^`]+)`", gone_on.document["error"]["hint"])
+    assert [subprocess.run(shlex.split(line), check=True) for line in cure]
+    assert invoke(*command).code == 0
     setup.check()
 
 
