@@ -1,14 +1,19 @@
 """A block job, held where a tool is to find it."""
 
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from qmpmerge.testing.machines import SECONDS
 from qmpmerge.testing.vms import Disk, StartVm, Vm
 
 Status = Literal["running", "paused", "ready", "standby", "pending", "concluded"]
 Kind = Literal["commit", "commit-active", "stream"]
 
 READY = ("ready", "standby")
+PASSED = {"created": 0, "running": 1, "paused": 1, "ready": 2, "standby": 2, "waiting": 3, "pending": 4, "concluded": 5}
+"""How far a job is that has a status: it never goes back."""
 HELD = {"running": "running", "paused": "running", "ready": "ready", "standby": "ready"}
 """What is waited for before the job is told to pause."""
 
@@ -33,9 +38,18 @@ class Job:
         return str(self.query()["status"])
 
     def wait_for(self, status: str) -> None:
-        """Wait until it is in this state. Raises AssertionError where it will never be."""
+        """
+        Wait until it is in this state. Raises ValueError where there is no such state, and AssertionError where the job is past
+        it, or has not got on for a minute.
+        """
+        known("status", status, PASSED)
+        before, since = "", time.monotonic()
         while (job := self.query())["status"] != status:
-            assert job["status"] not in ("concluded", "null"), f"{job} instead of {status}: was there nothing to copy?"
+            past = PASSED.get(job["status"], len(PASSED)) > PASSED[status]
+            assert not past, f"{job} instead of {status}: was there nothing to copy?"
+            if before != str(job):
+                before, since = str(job), time.monotonic()
+            assert time.monotonic() - since < SECONDS, f"{job} does not get on, and is not {status}"
 
 
 class FreezeJob:
@@ -61,7 +75,10 @@ class FreezeJob:
         ``pending`` waits for its ``job-finalize``, ``concluded`` for its ``job-dismiss``. The kind is ``commit`` (the images
         between the active one and the base, into the base), ``commit-active`` (all of them; only this one is ever ready) or
         ``stream`` (all into the active one). Where there are several disks, or VMs, say which.
+        Raises ValueError for what is no status or kind, AssertionError where the job cannot get there.
         """
+        known("status", status, get_args(Status))
+        known("kind", kind or "commit", get_args(Kind))
         vm = self._vms.only(vm)
         one = vm.disk(disk)
         kind = kind or ("commit-active" if status in READY or len(one.layers) < 3 else "commit")
@@ -77,6 +94,12 @@ class FreezeJob:
             vm.session.execute("job-pause", id=id)
             job.wait_for(status)
         return job
+
+
+def known(what: str, word: str, words: Collection[str]) -> None:
+    """See that a word of the test's author is one of those that are understood. Raises ValueError, which has them."""
+    if word not in words:
+        raise ValueError(f"{what} is {word!r}, and not one of {', '.join(words)}")
 
 
 def _start(vm: Vm, disk: Disk, kind: Kind, name: str, status: Status) -> None:

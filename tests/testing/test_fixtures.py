@@ -126,12 +126,26 @@ def test_a_job_is_held(
         vm.stop()
 
 
-def test_a_job_that_cannot_be_held_is_refused(qcow2_chain: MakeChain, qemu_vm: StartVm, frozen_job: FreezeJob) -> None:
+def test_a_job_that_cannot_be_held_is_refused(
+    qcow2_chain: MakeChain, qemu_vm: StartVm, frozen_job: FreezeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vm = qemu_vm(qcow2_chain("base.raw", "a.qcow2", "b.qcow2"))
     with pytest.raises(AssertionError, match="never ready"):
         frozen_job("ready", kind="stream")
     with pytest.raises(AssertionError, match="another kind"):
         frozen_job("pending", kind="commit-active")
+    with pytest.raises(ValueError, match="'redy', and not one of running, paused, ready, standby, pending, concluded"):
+        frozen_job("redy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kind is 'pull', and not one of "):
+        frozen_job("running", kind="pull")  # type: ignore[arg-type]
+    paused = frozen_job("paused", id="paused")
+    monkeypatch.setattr("qmpmerge.testing.jobs.SECONDS", 0.1)
+    with pytest.raises(AssertionError, match="does not get on, and is not pending"):
+        paused.wait_for("pending")
+    monkeypatch.undo()
+    vm.session.execute("job-cancel", id="paused")
+    paused.wait_for("concluded")
+    vm.session.execute("job-dismiss", id="paused")
     job = frozen_job("concluded")
     with pytest.raises(AssertionError, match="instead of running: was there nothing to copy"):
         job.wait_for("running")
