@@ -4,9 +4,10 @@ import contextlib
 import os
 import socket
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from qmpmerge.testing import wire
+from qmpmerge.testing.jobs import known
 from qmpmerge.testing.processes import kill, kill_peer
 from qmpmerge.testing.vms import StartVm, Vm
 from qmpmerge.testing.wire import Wire
@@ -28,6 +29,7 @@ class Killer(Wire):
     moment: Moment
     number: int
     path: str = ""
+    optional: bool = False
     struck: bool = False
 
     def __post_init__(self) -> None:
@@ -83,22 +85,34 @@ class KillAt:
         moment: Moment = "sent",
         number: int = 1,
         vm: Vm | None = None,
+        optional: bool = False,
     ) -> Killer:
         """
         Kill QEMU, the tool or both when this command goes by for the `number`-th time: ``sent`` is before QEMU has it,
         ``answered`` when QEMU has replied and the tool does not know. The tool is to use the `path` of what is returned as its
         monitor. It is the process that connects there which dies: the test fails where that is its own, or one that has left
         the connection to a child and is gone, as daemons do. Where there are several VMs, say which; its first monitor is the
-        killer's while the tool is connected.
+        killer's while the tool is connected. A test in which nobody has died fails at its end, unless that is `optional`.
+
+        Raises ValueError for what is no victim, moment or number.
         """
+        known("victim", victim, get_args(Victim))
+        known("moment", moment, get_args(Moment))
+        if number < 1:
+            raise ValueError(f"number is {number}, and the first time is 1")
         vm = self._vms.only(vm)
         path, listener = self._stack.enter_context(wire.behind(vm, f"wire{len(self._killers) + 1}"))
-        killer = Killer(vm.target, vm, command, victim, moment, number, path)
+        killer = Killer(vm.target, vm, command, victim, moment, number, path, optional)
         self._killers.append(killer)
         self._stack.enter_context(wire.laid(killer, listener))
         return killer
 
     def close(self) -> None:
-        """See that none was asked to kill the test."""
+        """See that all have killed whom they were to kill."""
         for killer in self._killers:
             assert not killer.problem, killer.problem
+            seen = ", ".join(killer.seen) or "nothing"
+            assert killer.struck or killer.optional, (
+                f"nobody has died: {killer.command} was to go by {killer.number} times, and what has gone by is {seen}; "
+                "kill_at(..., optional=True) is for a test that may do without"
+            )

@@ -187,6 +187,15 @@ def test_nobody_dies_where_the_command_never_comes(
     chain = qcow2_chain("base.raw", "a.qcow2", "b.qcow2")
     vm = qemu_vm(chain)
     killer = kill_at("job-finalize", number=2)
+    with pytest.raises(AssertionError, match="nobody has died: job-finalize was to go by 2 times, .* is nothing"):
+        kill_at.close()
+    killer.optional = True
+    with pytest.raises(ValueError, match="victim is 'qmpmerge', and not one of tool, qemu, both"):
+        kill_at("job-finalize", victim="qmpmerge")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="moment is 'before'"):
+        kill_at("job-finalize", moment="before")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="number is 0"):
+        kill_at("job-finalize", number=0)
     told = invoke("commit", killer.path, "vda", "--top", "2", "--json").document
     assert (told["verdict"], killer.struck, killer.seen.count("job-finalize")) == ("merged", False, 1)
     vm.check()
@@ -208,7 +217,7 @@ def test_who_is_to_kill_the_test_itself_is_told(qemu_vm: StartVm, kill_at: KillA
             session.execute("query-status")
     with pytest.raises(AssertionError, match="the test itself"):
         kill_at.close()
-    killer.problem = ""
+    killer.problem, killer.optional = "", True
 
 
 DAEMON = """
@@ -236,7 +245,7 @@ def test_a_tool_that_has_forked_and_gone_is_not_taken_for_killed(qemu_vm: StartV
     with pytest.raises(AssertionError, match="is gone, and a child of its goes on"):
         kill_at.close()
     assert not killer.struck
-    killer.problem = ""
+    killer.problem, killer.optional = "", True
 
 
 def test_sockets_of_a_folder_with_a_long_name_are_elsewhere(tmp_path: Path) -> None:
