@@ -69,9 +69,17 @@ class Layers(Sequence[Path]):
         return self.images[-1]
 
     def check(self, image: Path | None = None) -> None:
-        """See that an image, the active one if none is named, shows the content, as `Content.check` does."""
+        """
+        See that an image, the active one if none is named, shows the content, as `Content.check` does. While a VM runs there is
+        `Vm.check`.
+        """
         image = image or self.active
-        self.content.check(image, form(image))
+        try:
+            self.content.check(image, form(image))
+        except AssertionError as error:
+            if " lock" in str(error):
+                error.add_note("a VM has it open: stop the VM first, or see what its guest reads, by vm.check()")
+            raise
 
 
 class MakeChain:
@@ -95,6 +103,8 @@ class MakeChain:
         lie in `folder`, or in the test's own, a second chain in ``chain2`` below it. With ``fill=False`` nothing is written.
         Raises ValueError where a name would lead out of both, since a file that is there is overwritten.
         """
+        if not isinstance(size, int):
+            raise TypeError(f"size is {size!r}, and not a number of bytes, as 64 * MIB is")
         self._made += 1
         place = self._folder / f"chain{self._made}" if self._made > 1 else self._folder
 

@@ -65,6 +65,7 @@ class Machine:
 
         What came of it QEMU prints on its own standard output, which is kept in the file ``stdout``.
         """
+        assert self.process.poll() is None, f"no I/O in {self.folder.name}: its QEMU has ended"
         flag = "-d " if device.startswith("/") else ""
         line = f'qemu-io {flag}{device} "{command}"'
         output = self.folder / "stdout"
@@ -118,7 +119,7 @@ def _greeted(connection: socket.socket, command: list[str], folder: Path) -> Ses
     try:
         return Session(connection)
     except (OSError, ValueError) as error:
-        raise AssertionError(f"{shlex.join(command)}: {(folder / 'stderr').read_text()}") from error
+        raise AssertionError(f"{(folder / 'stderr').read_text()}{shlex.join(command)}") from error
 
 
 def _monitors(program: str, paths: Sequence[str], descriptor: int) -> list[str]:

@@ -133,6 +133,8 @@ def started(
 
 
 def _layers(one: Layers | Path) -> Layers:
+    if not isinstance(one, Layers | Path):
+        raise TypeError(f"{one!r} is no disk: that is what qcow2_chain returns, or a Path")
     return one if isinstance(one, Layers) else Layers([one], Content())
 
 
@@ -171,6 +173,7 @@ class StartVm:
     def only(self, vm: Vm | None = None) -> Vm:
         """That one, or the only one of the test."""
         if vm is None:
+            assert self.started, "there is no VM yet: start one with qemu_vm(chain) first"
             assert len(self.started) == 1, f"which VM? there are {len(self.started)}"
             return self.started[0]
         return vm

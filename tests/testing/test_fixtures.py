@@ -46,6 +46,24 @@ def test_a_chain_of_any_layout_shows_what_was_written_into_its_layers(
     ]
 
 
+def test_what_beginners_do_is_answered(qcow2_chain: MakeChain, qemu_vm: StartVm, guest_reads: GuestReads) -> None:
+    with pytest.raises(AssertionError, match="no VM yet: start one with"):
+        guest_reads(0, 0)
+    with pytest.raises(TypeError, match="'64M', and not a number of bytes"):
+        qcow2_chain(size="64M")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'a.qcow2' is no disk"):
+        qemu_vm("a.qcow2")  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="^qemu-[^\n]* -nonsense: invalid option\n"):
+        qemu_vm(arguments=["-nonsense"])
+    vm = qemu_vm(chain := qcow2_chain("base.raw", "a.qcow2"))
+    with pytest.raises(AssertionError) as caught:
+        chain.check()
+    assert "by vm.check()" in caught.value.__notes__[0]
+    vm.kill()
+    with pytest.raises(AssertionError, match="its QEMU has ended"):
+        guest_reads(0, 0)
+
+
 def test_content_that_is_not_there_is_seen(qcow2_chain: MakeChain, qemu_vm: StartVm, guest_reads: GuestReads) -> None:
     chain, tiny = qcow2_chain("a.qcow2", "b.qcow2"), qcow2_chain("t.raw", size=64 * 1024)
     chain.check()
