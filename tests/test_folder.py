@@ -61,16 +61,6 @@ ALLOWED = {
     ("recording/stand_ins.py", "os.truncate(file.descriptor, image.size)"): "by its descriptor",
     ("cli/ask.py", "os.open('/dev/tty', os.O_RDWR)"): "the terminal, which the kernel finds",
     ("cli/run.py", "open(file, encoding='utf-8')"): "read, and named by the user",
-    (
-        "recording/reading.py",
-        "os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)",
-    ): "read, and named by the user",
-    ("recording/replay.py", "import tempfile"): "a folder that is private to the replay",
-    ("recording/replay.py", "import shutil"): "the same, at its end",
-    (
-        "recording/stand_ins.py",
-        "os.makedirs(folder, exist_ok=True)",
-    ): "in the replay's own folder, where nobody else writes",
     ("cli/commands/grouped.py", "super().write_text(text.replace('-', _HYPHEN))"): "click's, into the help",
 }
 """Calls by name, and why they may stay."""

@@ -101,7 +101,9 @@ class StandIns:
             await qemuimg.create(file, image.size)
         else:
             backing = self._places.backing(image.backing, image.file)
-            await qemuimg.create_overlay(file, size=image.size, backing=backing, backing_format=image.backing_form or "raw")
+            await qemuimg.create_overlay(
+                file, size=image.size, backing=backing, backing_format=image.backing_form or "raw"
+            )
         holders.lock(file.descriptor)
         return file
 

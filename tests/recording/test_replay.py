@@ -71,7 +71,11 @@ def test_pulls_are_replayed_whole(setup: Setup, tmp_path: Path) -> None:
         pulled = invoke("pull", setup.machine.target, "vda", *words, "--json", "--record", str(recording)).document
         with replaying(recording, "--once") as replay:
             again = invoke("pull", replay.target, "vda", *words, "--json").document
-            assert (again["verdict"], len(again["after"])) == (pulled["verdict"], len(pulled["after"])) == ("pulled", 2 - number)
+            assert (
+                (again["verdict"], len(again["after"]))
+                == (pulled["verdict"], len(pulled["after"]))
+                == ("pulled", 2 - number)
+            )
             code, told = replay.result()
         assert (code, told["diverged"], told["unplayed"]) == (0, None, [])
 
