@@ -56,6 +56,7 @@ OPTIONS = [
     "--allow",
     "--secret",
     "--format",
+    "--record",
 ]
 
 

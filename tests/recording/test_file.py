@@ -51,6 +51,17 @@ def test_it_is_for_its_owner_alone_and_is_added_to(tmp_path: Path) -> None:
     assert [line["number"] for line in recorded(path, step(2), step(3))[1:]] == [1, 2, 3]
 
 
+def test_it_can_be_rotated_while_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "rec"
+    recording = Recording(str(path))
+    recording.take(START)
+    path.rename(tmp_path / "rec.1")
+    assert recorded(path, START) == [START.document]
+    recording.take(step(1))
+    recording.close()
+    assert lines(tmp_path / "rec.1") == [START.document, step(1).document]
+
+
 def test_the_line_that_a_crash_has_torn_harms_no_other(tmp_path: Path) -> None:
     path = tmp_path / "rec"
     recorded(path, START, step(1), step(2))

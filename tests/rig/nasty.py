@@ -51,6 +51,9 @@ def command_lines(word: str) -> Iterator[list[str]]:
     if word != "fifo":  # as of a shell's `<(...)`, whose writer is waited for
         yield ["chain", "c.qcow2", "--secret", word]
     yield ["chain", "c.qcow2", "--format", word]
+    yield from (["chain", "c.qcow2", "--record", word], ["clean", ".", "--dry-run", "--record", word])
+    yield from (["explain", word], ["replay", word, "--qemu", "nope"], ["replay", "c.qcow2", "--qemu", word])
+    yield ["replay", "c.qcow2", "--socket", word]
     if word != "/":  # which takes as long as the machine has files
         yield from (["doctor", "c.qcow2", "--search", word], ["commit", "c.qcow2", "--dry-run", "--search", word])
     yield ["clean", ".", "--dry-run", "--older-than", word]
