@@ -1,6 +1,7 @@
 """A recording as a time line: what was asked and done and why, what the guest felt of it, and where the time went."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -212,9 +213,10 @@ def _moment(event: Event) -> float:
     """As QEMU has it."""
     try:
         stamp = event.message["timestamp"]
-        return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
-    except (KeyError, TypeError, ValueError):
+        moment = float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
+    except (KeyError, TypeError, ValueError, OverflowError):
         return event.at
+    return moment if math.isfinite(moment) else event.at
 
 
 def _throttles(entries: Sequence[Entry]) -> Iterator[Felt]:

@@ -26,6 +26,9 @@ LONGEST_LINE = 64 * 1024 * 1024
 LONGEST_SECONDS = 1e9
 """No command takes thirty years."""
 
+DEEPEST = 128
+"""Values in values of a message; QEMU's have ten."""
+
 _SHAPES: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "start": {"schema": int},
     "session": {"session": int, "name": str, "greeting": dict},
@@ -137,12 +140,29 @@ def _facts(text: bytes) -> Mapping[str, Any] | None:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    if is_deep(facts):
+        return None
     if not (isinstance(facts, dict) and _is_moment(facts.get("t")) and isinstance(facts.get("kind"), str)):
         return None
     shape = _SHAPES.get(facts["kind"], {})
     if not all(isinstance(facts.get(name), kind) for name, kind in shape.items()):
         return None
     return facts if facts["kind"] not in ("sent", "received") or _is_message(facts["kind"], facts["message"]) else None
+
+
+def is_deep(value: Any) -> bool:
+    """Whether it is nested deeper than any message is, and than is looked through here."""
+    level = [value]
+    for _ in range(DEEPEST):
+        if not level:
+            return False
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return bool(level)
 
 
 def _is_moment(value: object) -> bool:

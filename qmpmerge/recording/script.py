@@ -9,6 +9,7 @@ more often than the one that was recorded, or less often, comes to the same end.
 The turns that merges of ours take (`qemu.mutex`) have other names each time: they are given out here.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -239,7 +240,9 @@ def _is_turn(command: str, arguments: Arguments) -> bool:
 
 def _key(command: str, arguments: Arguments) -> str:
     """The same for what is the same to QEMU, whoever sends it."""
-    return _OF_OUR_PROCESS.sub("", json.dumps([command, without(arguments)], sort_keys=True))
+    with contextlib.suppress(RecursionError):  # a json: name that is nested too deeply is no QEMU's
+        return _OF_OUR_PROCESS.sub("", json.dumps([command, without(arguments)], sort_keys=True))
+    return json.dumps([command])
 
 
 def _refusal(reason: str) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qmpmerge.qemu.monitor import REPLAY
 from qmpmerge.recording.places import Places
+from qmpmerge.recording.reading import is_deep
 from qmpmerge.recording.script import CAPABILITIES, Script, shown
 from qmpmerge.recording.stand_ins import StandIns
 
@@ -124,7 +125,7 @@ def _values(text: str) -> tuple[list[Any], str]:
             value, end = None, 0
         except (ValueError, RecursionError):
             return [*values, None], ""
-        values.append(value)
+        values.append(None if is_deep(value) else value)
         text = text[end:]
     return values, text
 

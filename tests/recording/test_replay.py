@@ -281,6 +281,57 @@ def test_what_is_torn_cut_or_strange_is_explained_as_far_as_it_goes(written: Pat
         assert invoke("explain", str(strange), "--json").code == 0 or text[cut:].count("\n") < 2
 
 
+def test_times_that_are_none_are_explained_as_far_as_they_go(tmp_path: Path) -> None:
+    """Answers before their commands, and clocks that show what no clock does."""
+    strange = tmp_path / "strange"
+    stamps: list[object] = [10**400, "nan", "inf", -1, None, {}]
+    strange.write_text(
+        lines(
+            {"kind": "start", "schema": 1},
+            *({"kind": "sent", "t": t, "session": 1, "message": {"execute": "stop", "id": "1"}} for t in (5, 1, 1)),
+            *({"kind": "received", "t": t, "session": 1, "message": {"return": {}, "id": "1"}} for t in (1, 1, 0)),
+            *(
+                {"kind": "received", "session": 1, "message": {"event": name, "timestamp": stamp}}
+                for second in stamps
+                for name, stamp in (("STOP", {"seconds": second, "microseconds": 0}), ("RESUME", {"seconds": 1}))
+            ),
+        )
+    )
+    done = invoke("explain", str(strange), "--json")
+    assert done.code == 0 and not {"NaN", "Infinity"} & set(done.out.replace(",", " ").split())
+    (run,) = done.document["runs"]
+    assert len(run["felt"]) >= len(stamps) and run["is_cut"]
+    assert invoke("explain", str(strange)).code == 0
+
+
+def deep(levels: int) -> Any:
+    value: Any = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_a_hostile_recording_and_a_hostile_client_end_nothing(tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile"
+    image = {"virtual-size": 2**20, "format": "qcow2"}
+    names = ["/x" * 3000, "/vm/" + "x" * 300, "/vm/..", "../../x", "json:" + '{"file":' * 700 + "1" + "}" * 700]
+    nodes = [{"node-name": "a", "file": name, "drv": "qcow2", "image": image} for name in names]
+    more = exchange(2, "stop", {}, image="json:" + '{"a":' * 990 + "1" + "}" * 990)
+    hostile.write_text(
+        lines(SESSION, *exchange(1, "query-named-block-nodes", nodes), *more, *exchange(3, "query-cpus", deep(700)))
+    )
+    with replaying(hostile) as replay:
+        with Client(replay.target) as client:
+            client.execute("qmp_capabilities")
+            told = client.execute("query-named-block-nodes")[0]["return"]
+            assert all(node["file"].startswith(f"{replay.folder}/") for node in told)
+            assert "error" in client.execute("query-cpus", a=deep(700))[0]
+            assert "error" in client.execute("cont", a="json:" + '{"a":' * 990 + "1" + "}" * 990)[0]
+            assert client.execute("query-version")[0]["error"], "it still answers"
+        code, result = replay.end(signal.SIGTERM)
+    assert code == 5 and set(result["missing"]) >= set(names[:3])
+
+
 @pytest.mark.parametrize("name", ["/dev/zero", "/", "missing", "README.md", "empty", "later"])
 def test_what_is_no_recording_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# No recording\n")

@@ -61,7 +61,7 @@ def _played(
     """Until Ctrl-C or SIGTERM, which end it as it is meant to."""
     from qmpmerge.recording.replay import replaying
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _end)
     with replaying(recording, qemu=qemu, path=socket, tell=output.note) as replay:
         try:
             output.listening(replay.socket)
@@ -71,3 +71,10 @@ def _played(
         except KeyboardInterrupt:
             pass
         return replay.result
+
+
+def _end(*_signal: object) -> None:
+    """As Ctrl-C does, at which asyncio ends what it has begun; in the background of a shell that is ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
