@@ -52,10 +52,17 @@ ALLOWED = {
     (
         "recording/reading.py",
         "os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)",
-    ): "read, named so too",
-    ("recording/replay.py", "import shutil"): "a folder that we have made is removed",
-    ("recording/replay.py", "import tempfile"): "it is made",
-    ("recording/stand_ins.py", "os.makedirs(folder, exist_ok=True)"): "in a folder of ours",
+    ): "read, and named by the user",
+    ("recording/private.py", "import tempfile"): "a folder that is private to a replay",
+    ("recording/private.py", "import shutil"): "the same, at its end",
+    (
+        "recording/private.py",
+        "os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)",
+    ): "the same, to lock it",
+    (
+        "recording/stand_ins.py",
+        "os.makedirs(folder, exist_ok=True)",
+    ): "in the replay's own folder, where nobody else writes",
     ("cli/ask.py", "os.open('/dev/tty', os.O_RDWR)"): "the terminal, which the kernel finds",
     ("cli/run.py", "open(file, encoding='utf-8')"): "read, and named by the user",
     ("cli/commands/grouped.py", "super().write_text(text.replace('-', _HYPHEN))"): "click's, into the help",

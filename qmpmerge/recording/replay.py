@@ -3,13 +3,12 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 
 from qmpmerge.errors import CannotListen, RecordingUnreadable, SeveralQemus
 from qmpmerge.folder import Folder
+from qmpmerge.recording import private
 from qmpmerge.recording.places import Places
 from qmpmerge.recording.reading import Recording
 from qmpmerge.recording.script import Divergence, Script
@@ -81,16 +80,17 @@ def replaying(recording: Recording, *, qemu: str | None, path: str | None, tell:
     nothing is left of it. Raises RecordingUnreadable, SeveralQemus, CannotListen, ToolMissing.
     """
     script = Script(recording.runs, _chosen(recording, qemu))
-    folder = os.path.realpath(tempfile.mkdtemp(prefix="qmpmerge-replay-"))
-    places = Places(folder)
-    images = StandIns(script, places)
-    try:
-        asyncio.run(images.make())
-        with _listening(path or f"{folder}/monitor") as listener:
-            yield Replay(path or f"{folder}/monitor", script, Server(script, places, images, listener, tell), images)
-    finally:
-        images.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    with private.folder() as folder:
+        places = Places(folder)
+        images = StandIns(script, places)
+        try:
+            asyncio.run(images.make())
+            with _listening(path or f"{folder}/monitor") as listener:
+                yield Replay(
+                    path or f"{folder}/monitor", script, Server(script, places, images, listener, tell), images
+                )
+        finally:
+            images.close()
 
 
 def _chosen(recording: Recording, qemu: str | None) -> str:

@@ -230,6 +230,19 @@ def test_the_first_command_that_is_another_is_told_with_what_was_expected(writte
     assert told["unknown"] == ["query-cpus"]
 
 
+def test_what_a_killed_one_has_left_goes_with_the_next(written: Path) -> None:
+    with replaying(written) as alive:
+        with replaying(written) as killed:
+            killed.process.kill()
+            killed.process.wait()
+        assert killed.folder.exists()
+        with replaying(written) as replay:
+            assert alive.folder.exists() and not killed.folder.exists()
+            replay.end()
+        assert not replay.folder.exists()
+        alive.end()
+
+
 def test_what_cannot_be_replayed(written: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
     two.write_text(written.read_text() + lines({**SESSION, "session": 2, "name": "/run/other"}))
@@ -285,18 +298,18 @@ def test_times_that_are_none_are_explained_as_far_as_they_go(tmp_path: Path) -> 
     """Answers before their commands, and clocks that show what no clock does."""
     strange = tmp_path / "strange"
     stamps: list[object] = [10**400, "nan", "inf", -1, None, {}]
-    strange.write_text(
-        lines(
-            {"kind": "start", "schema": 1},
-            *({"kind": "sent", "t": t, "session": 1, "message": {"execute": "stop", "id": "1"}} for t in (5, 1, 1)),
-            *({"kind": "received", "t": t, "session": 1, "message": {"return": {}, "id": "1"}} for t in (1, 1, 0)),
-            *(
-                {"kind": "received", "session": 1, "message": {"event": name, "timestamp": stamp}}
-                for second in stamps
-                for name, stamp in (("STOP", {"seconds": second, "microseconds": 0}), ("RESUME", {"seconds": 1}))
-            ),
-        )
-    )
+    sent: list[dict[str, object]] = [
+        {"kind": "sent", "t": t, "session": 1, "message": {"execute": "stop", "id": "1"}} for t in (5, 1, 1)
+    ]
+    received: list[dict[str, object]] = [
+        {"kind": "received", "t": t, "session": 1, "message": {"return": {}, "id": "1"}} for t in (1, 1, 0)
+    ]
+    events: list[dict[str, object]] = [
+        {"kind": "received", "session": 1, "message": {"event": name, "timestamp": stamp}}
+        for second in stamps
+        for name, stamp in (("STOP", {"seconds": second, "microseconds": 0}), ("RESUME", {"seconds": 1}))
+    ]
+    strange.write_text(lines({"kind": "start", "schema": 1}, *sent, *received, *events))
     done = invoke("explain", str(strange), "--json")
     assert done.code == 0 and not {"NaN", "Infinity"} & set(done.out.replace(",", " ").split())
     (run,) = done.document["runs"]
