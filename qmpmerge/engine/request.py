@@ -100,11 +100,13 @@ class Request(Value):
             more = {} if self.keep is None else {"instead": "with `--keep 0`"}
             raise ActiveOnly(option=self.option.strip(), top=plan.top.file, active=plan.chain.active.file, **more)
 
-    def refuse_offline(self, plan: Plan) -> None:
+    def refuse_offline(self) -> None:
         """Offline nothing goes on without us, and there is no guest to help. Raises LiveOnly."""
         if self.patience.detach:
             raise LiveOnly(option="--detach")
         if self.ending == "hold":
-            raise LiveOnly(option="--hold", instead="; instead of it use --keep-overlay" if plan.pivots else "")
+            raise LiveOnly(
+                option="--hold", instead=", and run it when the chain may change: it copies and switches at once"
+            )
         if self.converge is not None:
             raise LiveOnly(option="--converge-pause" if self.converge.pause else "--converge")

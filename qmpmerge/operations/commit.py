@@ -286,7 +286,7 @@ class _Beginning:
         request = self._request
         request.refuse_ending_of(planned)
         if not self._target.is_live:
-            request.refuse_offline(planned)
+            request.refuse_offline()
         elif request.verify is True and not request.pause and planned.pivots:
             raise OptionsConflict(options=["--verify", "--no-pause"])
         if request.compares is True:
