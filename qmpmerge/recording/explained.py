@@ -1,13 +1,13 @@
 """A recording as a time line: what was asked and done and why, what the guest felt of it, and where the time went."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qmpmerge.recording import phrases
+from qmpmerge.recording import felt, phrases
 from qmpmerge.recording.exchanges import Entry, Event, Exchange, paired
+from qmpmerge.recording.felt import Felt
 from qmpmerge.recording.reading import Line, Recording, Run
 from qmpmerge.recording.twins import Names
 from qmpmerge.value import Value
@@ -29,18 +29,6 @@ class Item(Value):
     count: int = 1
     took: float | None = None
     reason: str | None = None
-
-
-class Felt(Value):
-    """
-    Something that the guest felt at `at` seconds, for so many `seconds`, None where the recording does not show its end: a
-    ``pause``, a ``throttle``, or that QEMU was ``busy`` with our commands, so that its I/O may have waited.
-    """
-
-    kind: str
-    at: float
-    seconds: float | None
-    text: str
 
 
 class Spent(Value):
@@ -69,9 +57,6 @@ class Explained(Value):
     spent: tuple[Spent, ...]
 
 
-BUSY_SECONDS = 0.01
-"""Answers that take as long as this may have kept a guest waiting."""
-
 _FACTS = {"run", "t", "kind", "about"}
 
 
@@ -95,7 +80,7 @@ def _explained(run: Run) -> Explained:
         run.seconds,
         not end,
         tuple(_items(entries)),
-        tuple(sorted((*_pauses(entries), *_throttles(entries), *_busy(entries)), key=lambda one: one.at)),
+        felt.felt(entries),
         tuple(_spent(entries, run)),
     )
 
@@ -132,7 +117,7 @@ def _items(entries: Sequence[Entry]) -> Iterator[Item]:
         elif isinstance(entry, Event):
             yield Item(entry.at, "event", _event(entry))
         elif entry.kind not in ("start", "end"):
-            yield _line(entry)
+            yield _line(entry, names)
     if asked:
         yield _asked(asked, names, known)
 
@@ -151,7 +136,8 @@ def _asked(asked: Sequence[Exchange], names: Names, known: set[str]) -> Item:
 
 def _command(exchange: Exchange, names: Names) -> Item:
     given = " ".join(f"{name}={_value(value)}" for name, value in exchange.arguments.items())
-    why = phrases.of(exchange.name, exchange.arguments).why
+    absent = phrases.refused(exchange.name, exchange.arguments, exchange.error)
+    why = absent or phrases.of(exchange.name, exchange.arguments).why
     text = f"{exchange.name} {given}".rstrip()
     return Item(exchange.at, "command", text, why or None, names.twin(exchange), 1, exchange.seconds, exchange.error)
 
@@ -165,7 +151,7 @@ def _event(event: Event) -> str:
     return " ".join([event.message["event"], *(f"{name}={_value(value)}" for name, value in data.items())])
 
 
-def _line(line: Line) -> Item:
+def _line(line: Line, names: Names) -> Item:
     """A line that is no message, in words."""
     match line.kind:
         case "session":
@@ -175,8 +161,9 @@ def _line(line: Line) -> Item:
         case "header":
             header = line["header"]
             backing = header.get("backing")
-            on = f" on {backing} ({header.get('backing_format')})" if backing else ""
-            return Item(line.seconds, line.kind, f"{line['when']}: {line['file']} is {header.get('format')}{on}")
+            text = f"{line['when']}: {names.short(line['file'])} is {header.get('format')}"
+            on = f" on {names.short(str(backing))} ({header.get('backing_format')})" if backing else ""
+            return Item(line.seconds, line.kind, text + on)
         case "closed":
             return Item(line.seconds, line.kind, f"session closed {line['reason']}")
         case "left-out":
@@ -186,78 +173,6 @@ def _line(line: Line) -> Item:
         case _:
             facts = {name: value for name, value in line.facts.items() if name not in _FACTS}
             return Item(line.seconds, line.kind, json.dumps(facts))
-
-
-# --- what the guest felt ---------------------------------------------------------------------------------------------
-
-
-def _pauses(entries: Sequence[Entry]) -> Iterator[Felt]:
-    """By QEMU's own clock: from its STOP to its RESUME."""
-    stopped: Event | None = None
-    for event in entries:
-        if not isinstance(event, Event):
-            continue
-        if event.message["event"] == "STOP" and stopped is None:
-            stopped = event
-        elif event.message["event"] == "RESUME" and stopped is not None:
-            seconds = _moment(event) - _moment(stopped)
-            yield Felt("pause", stopped.at, seconds, "the guest stood still")
-            stopped = None
-    if stopped is not None:
-        yield Felt(
-            "pause", stopped.at, None, "the guest stood still, and the recording does not show that it ran again"
-        )
-
-
-def _moment(event: Event) -> float:
-    """As QEMU has it."""
-    try:
-        stamp = event.message["timestamp"]
-        moment = float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return event.at
-    return moment if math.isfinite(moment) else event.at
-
-
-def _throttles(entries: Sequence[Entry]) -> Iterator[Felt]:
-    """From each limit to the next, or to none."""
-    since: Exchange | None = None
-    for entry in entries:
-        if isinstance(entry, Exchange) and entry.name == "block_set_io_throttle" and entry.error is None:
-            if since is not None:
-                yield Felt("throttle", since.at, entry.at - since.at, _limits(since))
-            since = entry if phrases.limits(entry.arguments) else None
-    if since is not None:
-        yield Felt(
-            "throttle", since.at, None, f"{_limits(since)}, and the recording does not show that they were lifted"
-        )
-
-
-def _limits(exchange: Exchange) -> str:
-    return "limits " + ", ".join(f"{name}={value}" for name, value in phrases.limits(exchange.arguments).items())
-
-
-def _busy(entries: Sequence[Entry]) -> Iterator[Felt]:
-    """Commands that were answered late, those that were sent together as one: QEMU does them in its main loop."""
-    together: list[Exchange] = []
-    end = 0.0
-    for entry in entries:
-        if isinstance(entry, Exchange) and not entry.is_question and entry.answered is not None:
-            if together and entry.at >= end:
-                yield from _late(together, end)
-                together = []
-            end = max(end, entry.answered) if together else entry.answered
-            together.append(entry)
-    if together:
-        yield from _late(together, end)
-
-
-def _late(together: Sequence[Exchange], end: float) -> Iterator[Felt]:
-    seconds = end - together[0].at
-    if seconds >= BUSY_SECONDS:
-        names = ", ".join(exchange.name for exchange in together)
-        were = "was" if len(together) == 1 else "were"
-        yield Felt("busy", together[0].at, seconds, f"until {names} {were} answered")
 
 
 # --- where the time went ---------------------------------------------------------------------------------------------

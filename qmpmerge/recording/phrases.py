@@ -117,6 +117,14 @@ def of(command: str, arguments: Mapping[str, Any]) -> Phrase:
     return SENT.get(command) or ASKED.get(command) or Phrase("")
 
 
+def refused(command: str, arguments: Mapping[str, Any], reason: str | None) -> str | None:
+    """What there is to say where QEMU's refusal is as it should be; None where it is not, or it did not refuse."""
+    is_absent = reason is not None and "find node" in reason
+    if command == "blockdev-del" and is_of_flush(arguments) and is_absent:
+        return "an interrupted merge has left no such node: as it should be"
+    return None
+
+
 def limits(arguments: Mapping[str, Any]) -> dict[str, int]:
     """Those that `block_set_io_throttle` sets."""
     given = {name: value for name, value in arguments.items() if name.startswith(("bps", "iops"))}

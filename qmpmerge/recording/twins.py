@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ class Names:
         self._vm = "VM"
         self._files: dict[str, str] = {}
         self._disk = "DISK"
+        self._folder = ""
 
     def see(self, entry: Entry) -> None:
         """The next one."""
@@ -31,6 +33,12 @@ class Names:
         elif isinstance(entry, Exchange) and entry.name in ("block-commit", "block-stream"):
             job = _JOB.fullmatch(str(entry.arguments.get("job-id", "")))
             self._disk = job[1] if job else str(entry.arguments.get("device", self._disk))
+
+    def short(self, file: str) -> str:
+        """A file's name, with its folder where that is another than was told last."""
+        folder, name = os.path.split(file)
+        was, self._folder = self._folder, folder or self._folder
+        return name if name and folder in ("", was) else file
 
     def twin(self, exchange: Exchange) -> str | None:
         """As it is typed; what is not known stands there in capitals."""

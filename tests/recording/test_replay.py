@@ -101,6 +101,26 @@ def test_a_pivot_is_explained(recorded: dict[tuple[str, ...], Path], images: lis
     assert "safe to switching" in text and "= virsh resume" in text and "pause: the guest stood still" in text
 
 
+def test_a_flush_is_explained_and_names_are_short(recorded: dict[tuple[str, ...], Path], images: list[Path]) -> None:
+    """The refusal stands in every merge that is in order."""
+    (run,) = invoke("explain", str(recorded[INTERMEDIATE]), "--json").document["runs"]
+    gone = [item for item in run["items"] if item["text"].startswith("blockdev-del") and item["reason"]]
+    assert gone and all("as it should be" in item["why"] for item in gone)
+    headers = [item["text"] for item in run["items"] if item["kind"] == "header"]
+    folder = f"{images[0].parent}/"
+    assert headers[0].startswith(f"before: {folder}") and folder not in "".join(headers).replace(folder, "", 1)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_guest_that_stands_still_feels_nothing(is_running: bool, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    status = exchange(2, "query-status", {"status": "running" if is_running else "prelaunch", "running": is_running})
+    file.write_text(lines({"kind": "start", "schema": 1}, *exchange(1, "object-add", {}), *status) + "{\n")
+    done = invoke("explain", str(file))
+    assert ("busy: until object-add was answered" in done.out) is is_running
+    assert "1 line of the file is no line of a recording" in done.err
+
+
 # --- any QMP client ---------------------------------------------------------------------------------------------------
 
 

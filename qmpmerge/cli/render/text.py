@@ -294,7 +294,8 @@ class TextOutput:
                 self._say("")
             self._table(timeline.SPENT, (timeline.spent(row, one.seconds) for row in one.spent), "")
         if unread:
-            self.note(f"{unread} lines of the file are no lines of a recording, or not whole")
+            are = "1 line of the file is no line" if unread == 1 else f"{unread} lines of the file are no lines"
+            self.note(f"{are} of a recording, or not whole")
 
     def listening(self, path: str) -> None:
         """The path alone, for scripts too."""

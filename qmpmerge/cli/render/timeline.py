@@ -10,7 +10,8 @@ from qmpmerge.cli.render.table import Column
 from qmpmerge.cli.render.visible import visible
 
 if TYPE_CHECKING:
-    from qmpmerge.recording.explained import Explained, Felt, Item, Spent
+    from qmpmerge.recording.explained import Explained, Item, Spent
+    from qmpmerge.recording.felt import Felt
 
 FELT = (Column("AT", right=True), Column("FOR", right=True), Column("WHAT THE GUEST FELT"))
 SPENT = (

@@ -52,7 +52,8 @@ from qmpmerge.operations.tidy import Tidied, Tidying
 from qmpmerge.qemu.blockgraph import Disk, Layout
 from qmpmerge.qemu.details import ImageDetails
 from qmpmerge.qemu.jobs import Job
-from qmpmerge.recording.explained import Explained, Felt, Item, Spent
+from qmpmerge.recording.explained import Explained, Item, Spent
+from qmpmerge.recording.felt import Felt
 from qmpmerge.recording.replay import Replayed
 from qmpmerge.recording.script import Divergence
 from qmpmerge.targets.target import ChainView
