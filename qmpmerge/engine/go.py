@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qmpmerge import shield
 from qmpmerge.chain.outcome import Outcome
 from qmpmerge.chain.state import State
-from qmpmerge.engine import blockjob, log, proof, reconnect, safeguards
+from qmpmerge.engine import blockjob, log, pivot, proof, reconnect, safeguards
 from qmpmerge.engine.pace.progress import Progress, ReportRaised
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -307,4 +307,5 @@ async def _proved(run: Run, doorbell: Doorbell, job: Job | None) -> Outcome:
     await run.operation.make_durable(run)
     await run.operation.let_go(run)
     await run.target.close(run.old_nodes)  # what explicit -blockdev nodes the merge left open
+    pivot.see_closed(run)
     return await proof.prove(run, run.operation.verdict, run.plan.result)

@@ -18,7 +18,7 @@ from qmpmerge.engine.log import held
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import ImageUnreadable, LeftDisplaced, RecordFailed
 from qmpmerge.guest.pause import Pause, paused
-from qmpmerge.images import files
+from qmpmerge.images import files, qcow2
 from qmpmerge.journal import merged_files, store
 from qmpmerge.journal.record import look
 from qmpmerge.qemu import discovery, mutex
@@ -160,7 +160,25 @@ def _write_down(run: Run, rests: bool) -> None:
     places = {index: place for index in (record.base, record.top) if (place := record.place(index)) is not None}
     evident = rests and len(places) == 2 and all(map(files.is_regular, places.values()))
     seen = {index: look(record.chain[index], place) for index, place in places.items()} if evident else {}
+    with contextlib.suppress(OSError):
+        run.top_header = qcow2.read(places[record.top]) if evident else None
     run.enter(State.SWITCHING, seen=seen)
+
+
+def see_closed(run: Run) -> None:
+    """
+    What top looks like now that QEMU has closed it: it has cleared the mark that reference counts are lazy, and stored bitmaps.
+    Only whoever saw it right before the switch, and sees it right after it was closed, tells that from a write of somebody's.
+    """
+    record, before = run.record, run.top_header
+    place = record.place(record.top) if record is not None else None
+    if record is None or before is None or place is None or record.top not in record.seen:
+        return
+    with contextlib.suppress(OSError):  # then it is one that was changed
+        after = qcow2.read(place)
+        if after is not None and (before.dirty or after.has_bitmaps):
+            seen = {**record.seen, record.top: look(record.chain[record.top], place)}
+            run.record = store.mark(replace(record, seen=seen))
 
 
 def _make_durable(run: Run) -> None:

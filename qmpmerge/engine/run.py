@@ -23,6 +23,7 @@ from qmpmerge.folder import File
 from qmpmerge.guest.deadman import Switch
 from qmpmerge.images import compare
 from qmpmerge.images.files import Seen
+from qmpmerge.images.qcow2 import Qcow2Header
 from qmpmerge.journal import locks, merged_files, spared, store
 from qmpmerge.journal.locks import Lock
 from qmpmerge.journal.record import Record
@@ -47,10 +48,10 @@ class Run:
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `doubts` are those
     about what earlier jobs have copied (`spared.doubts`). `is_sent` says that the job may have been started, `is_started` that
     QEMU has confirmed it, `let_go` that the overlay is kept, `past_return` that the job may have been told to end,
-    `has_ended_well` that it was seen to end without an error. `old_nodes` are those that the operation leaves open, top down.
-    `seen` is the job as it was seen last, `course` what it has to copy, where that was found out, `mask` what of it is to be
-    compared, `copies` what a pull copies, or base has held, where it is to be compared, or why that is not known. `notes` are
-    sentences for the user.
+    `has_ended_well` that it was seen to end without an error. `old_nodes` are those that the operation leaves open, top
+    down. `top_header` is that of top right before a pivot of ours. `seen` is the job as it was seen last, `course` what it
+    has to copy, where that was found out, `mask` what of it is to be compared, `copies` what a pull copies, or base has
+    held, where it is to be compared, or why that is not known. `notes` are sentences for the user.
     """
 
     operation: Operation
@@ -81,6 +82,7 @@ class Run:
     receiver_is_durable: bool = False
     deadman: Switch | None = None
     paused_seconds: float | None = None
+    top_header: Qcow2Header | None = None
     seen: Job | None = None
     course: Course | None = None
     mask: File | None = None
