@@ -241,10 +241,13 @@ def test_timeout_of_coreutils_cancels(setup: Setup, top: str) -> None:
         setup.machine.session.execute("job-pause", id=JOB)
         setup.machine.wait_for_job("standby")
     words = [COMMAND, "commit", setup.machine.target, *options, "--json"]
-    run = subprocess.run(
-        ["timeout", "--preserve-status", "-s", "INT", "3", *words], stdout=subprocess.PIPE, check=False
-    )
-    assert (run.returncode, json.loads(run.stdout)["verdict"], job_now(setup)) == (130, "cancelled", None)
+    limited = ["timeout", "--preserve-status", "-s", "INT", "10m", *words]
+    with subprocess.Popen(limited, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as timeout:
+        assert timeout.stderr is not None
+        next(line for line in timeout.stderr if b'"speed": 1,' in line)  # by now it follows the job
+        timeout.send_signal(signal.SIGALRM)  # the ten minutes are over
+        out, _ = timeout.communicate(timeout=60)
+    assert (timeout.returncode, json.loads(out)["verdict"], job_now(setup)) == (130, "cancelled", None)
     nothing_is_left_behind(setup)
 
 
