@@ -269,9 +269,12 @@ def _action(judged: Judgement, record: Record) -> str:
 async def _finished(run: Run) -> tuple[MergedFile, ...]:
     """The new chain is right: make it durable, then deal with the merged files. Raises OSError, CannotRecover."""
     await run.operation.relink(run)
+    nodes = (await run.carrier.layout()).nodes if run.carrier is not None else {}
     for image in run.plan.written:
         try:
-            if run.carrier is None and files.is_regular(image.file):
+            if image.node not in nodes and files.is_regular(
+                image.file
+            ):  # where its disk was unplugged QEMU has closed it
                 files.sync(image.file)
             elif run.carrier is not None and run.plan.overlay is not None:
                 await flush.flush(run.carrier.monitor, image, header_only=image is not run.plan.receiver)

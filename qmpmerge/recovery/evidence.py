@@ -74,7 +74,8 @@ async def judge(
             target.remember(record.chain)
             layout = await target.layout()
         moved = layout.has_moved(record.device, record.plan.top, kept)
-        if moved is False:
+        is_at_work = seen is not None and seen.status not in ("concluded", "null")
+        if moved is False or (moved is None and is_at_work):  # its device may be gone
             return _judge_old(record, seen)
     judged = await decide(record, moved, use)
     _see_names(record, target, use)

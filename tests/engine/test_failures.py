@@ -392,6 +392,27 @@ async def test_a_device_may_be_unplugged_meanwhile(
     content.check(outcome.after.active.file)
 
 
+@pytest.mark.parametrize("words", [("commit", "--top", "[3]"), ("pull",)], ids=["commit", "pull"])
+def test_a_drive_that_is_unplugged_goes_with_the_job(
+    words: tuple[str, ...], tmp_path: Path, images: list[Path], content: Content
+) -> None:
+    """
+    Nothing is left to look at in QEMU, but by `recover`: while the job is there it says so, and then what lies on disk tells.
+    """
+    drive = ["-drive", f"file={images[3]},format=qcow2,if=none,id=vda"]
+    scsi = ["-device", "virtio-scsi-pci,id=bus", "-device", "scsi-hd,drive=vda,id=disk0"]
+    with machine(tmp_path, *drive, *scsi) as vm:
+        assert invoke(words[0], vm.target, "vda", *words[1:], "--hold").code == 0
+        vm.session.execute("device_del", id="disk0")
+        assert invoke("recover", str(images[3]), "--json").document["verdict"] == "running"
+        assert invoke("job", vm.target, f"qmpmerge-{words[0]}-vda", "follow").code == 6
+        assert vm.session.execute("query-named-block-nodes", flat=True) == []
+        told = invoke("recover", str(images[3]), "--json").document
+        assert (told["verdict"], told["merges"][0]["start_from"]) == ("done", str(images[3]))
+    assert run("qemu-img", "info", "--backing-chain", images[3]).count("image:") == (2 if words[0] == "commit" else 1)
+    content.check(images[3])
+
+
 # --- what others want of the disk meanwhile -------------------------------------------------------------------------------
 
 
