@@ -9,14 +9,14 @@ done about it can itself be interrupted anywhere and be done again: each step le
 import contextlib
 import os
 import shlex
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from qmpmerge import folder
 from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import MergedFile, Outcome
 from qmpmerge.chain.state import State
-from qmpmerge.engine import directions
+from qmpmerge.engine import directions, log
 from qmpmerge.engine.request import Request
 from qmpmerge.engine.run import Run
 from qmpmerge.errors import (
@@ -93,14 +93,49 @@ async def recover(record: Record, use: Use | None, *, allow: Collection[str] = (
             now = store.again(record)
             if now is None:
                 return Recovery("unchanged", record.chain.active.file, None, _ENDED_BY_ANOTHER)
-            judged = await directions.operation(now.plan).evidence(now, target, use)
-            if target is None:
-                await see_unused(now, judged, None)
-            refuse_foreign(now, [judged.way], Vouched(allow=tuple(allow)))
-            if dry_run:
-                action = _action(judged, now)
-                return Recovery("planned", now.chain.active.file, judged.right, action, judged.reasons)
-            return await _ended(now, judged, target, lock)
+            with _headers_told(now):
+                judged = await _told(now, directions.operation(now.plan).evidence(now, target, use))
+                if target is None:
+                    await see_unused(now, judged, None)
+                refuse_foreign(now, [judged.way], Vouched(allow=tuple(allow)))
+                if dry_run:
+                    action = _action(judged, now)
+                    return Recovery("planned", now.chain.active.file, judged.right, action, judged.reasons)
+                return await _ended(now, judged, target, lock)
+
+
+@contextlib.contextmanager
+def _headers_told(record: Record) -> Iterator[None]:
+    """Who watches is told what the headers say before and after, whatever names the files have then."""
+    log.headers("before", _found(record))
+    try:
+        yield
+    finally:
+        log.headers("after", _found(record))
+
+
+def _found(record: Record) -> list[Image]:
+    places = [(image, record.place(record.chain.index(image))) for image in record.chain]
+    return [replace(image, file=place) for image, place in places if place is not None]
+
+
+async def _told(record: Record, judging: Awaitable[Judgement]) -> Judgement:
+    """Tell of what was left, of the evidence, and of what it decides, if it does."""
+    top, base = record.plan.top.file, record.plan.receiver.file
+    left = "{direction} of {top} into {receiver} was left at {state}"
+    facts = {"direction": record.direction, "top": top, "receiver": base, "state": record.state.name}
+    log.step("left", left, about=record.job, **facts)
+    try:
+        judged = await judging
+    except Undecided as error:
+        for reason in error.evidence:
+            log.step("evidence", "undecided: {reason}", about=record.job, reason=reason)
+        raise
+    for reason in judged.reasons:
+        log.step("evidence", "because {reason}", about=record.job, reason=reason)
+    decided = "{action}; {right} is right"
+    log.step("decided", decided, about=record.job, way=judged.way, action=_action(judged, record), right=judged.right)
+    return judged
 
 
 @contextlib.asynccontextmanager

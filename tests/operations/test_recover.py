@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
@@ -725,3 +726,20 @@ def test_what_may_not_be_listed_is_no_usage_error() -> None:
         assert command is not None
         path = command.params[0].type
         assert isinstance(path, click.Path) and not path.readable
+
+
+async def test_a_recording_has_the_evidence_and_the_headers(left: Left) -> None:
+    """They are what one wants to read afterwards; files are found under whatever names they have."""
+    guest_wrote_to_base(left)
+    with qmpmerge.record(left.folder / "rec"):
+        (done,) = await qmpmerge.recover(left.folder)
+    told = [json.loads(line) for line in (left.folder / "rec").read_text().splitlines()]
+    steps = [(line["name"], line["text"]) for line in told if line["kind"] == "step"]
+    evidence = [("evidence", f"because {reason}") for reason in done.reasons]
+    decided = ("decided", f"{done.message}; {left.folder / BASE} is right")
+    assert evidence and steps[: len(evidence) + 2] == [
+        ("left", f"commit of {left.folder / C} into {left.folder / BASE} was left at SWITCHING"), *evidence, decided
+    ]  # fmt: skip
+    headers = [(line["when"], Path(line["file"]).name) for line in told if line["kind"] == "header"]
+    before, after = [BASE, "a.qcow2", "b.qcow2", STASHED[2]], [BASE, *STASHED]
+    assert headers == [*(("before", name) for name in before), *(("after", name) for name in after)]
