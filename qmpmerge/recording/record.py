@@ -16,15 +16,23 @@ Hear = Callable[[dict[str, Any]], None]
 
 
 class Hearing:
-    """A function that hears each entry at once."""
+    """
+    A function that hears each entry at once. Where it raises what is no Exception it hears no more, and that is kept as
+    `raised`: no merge is to meet it halfway, nor a guest that is paused.
+    """
 
     def __init__(self, hear: Hear) -> None:
         self._hear = hear
+        self.raised: BaseException | None = None
 
     def take(self, entry: Entry) -> None:
         """As it comes."""
-        with log.harmless():
-            self._hear(entry.document)
+        if self.raised is None:
+            try:
+                with log.harmless():
+                    self._hear(entry.document)
+            except BaseException as error:
+                self.raised = error
 
     def hurry(self, is_on: bool) -> None:
         """It hears that the guest is paused."""
@@ -35,19 +43,26 @@ def record(*to: "str | os.PathLike[str] | Hear") -> Iterator[None]:
     """
     Record what is done in the block: each QMP message as it goes over the wire, and each step of ours. `to` are files, to which
     lines are added as docs/recording.md has them, and functions that hear each of them as a dict: at once, a message before
-    it is sent, so they must be quick. What they raise is shown, and goes no further.
+    it is sent, so they must be quick. What they raise is shown, and goes no further; what is no Exception (KeyboardInterrupt,
+    SystemExit, CancelledError, `pytest.fail`) is raised at the end of the block.
 
     Recorded are the sessions that are begun in the block; within it another one takes its place. Raises RecordingUnwritable
     before it. What goes wrong with a file later harms nothing, and is a warning to the logger `qmpmerge`.
     """
     files = [os.fspath(one) for one in to if not callable(one)]
-    with recorded(files, [Hearing(one) for one in to if callable(one)], warn=log.warn) as recorder:
-        try:
-            yield
-        except BaseException as error:
-            recorder.end_with(error)
-            raise
-        recorder.end(None, None)
+    hearings = [Hearing(one) for one in to if callable(one)]
+    try:
+        with recorded(files, hearings, warn=log.warn) as recorder:
+            try:
+                yield
+            except BaseException as error:
+                recorder.end_with(error)
+                raise
+            recorder.end(None, None)
+    finally:
+        for hearing in hearings:
+            if hearing.raised is not None:
+                raise hearing.raised
 
 
 @contextlib.contextmanager

@@ -174,6 +174,25 @@ async def test_whoever_hears_it_ends_nothing(
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
+async def test_what_would_end_a_program_waits_for_the_end_of_the_block(setup: Setup, tmp_path: Path) -> None:
+    """It does not go through a pause, though the function is called in it; nor is the merge given up."""
+    heard: list[str] = []
+
+    def leaves(line: dict[str, Any]) -> None:
+        heard.append(line.get("name", line["kind"]))
+        if heard[-1] == "paused":
+            raise asyncio.CancelledError("as they said")
+
+    setup.machine.session.execute("cont")
+    outcome = None
+    with pytest.raises(asyncio.CancelledError, match="as they said"), qmpmerge.record(tmp_path / "rec", leaves):
+        async with setup.target() as target:
+            outcome = await qmpmerge.commit(target)
+    assert outcome is not None and outcome.verdict == "pivoted"
+    assert heard[-1] == "paused" and lines(tmp_path / "rec")[-1]["kind"] == "end"
+    assert setup.machine.session.execute("query-status")["status"] == "running"
+
+
 async def test_a_file_that_cannot_be_written_is_refused_before_anything_is_sent(setup: Setup, tmp_path: Path) -> None:
     with pytest.raises(RecordingUnwritable), qmpmerge.record(tmp_path / "nowhere" / "rec"):
         pytest.fail("it was begun")
