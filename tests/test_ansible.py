@@ -123,7 +123,7 @@ def script(path: Path, line: str) -> str:
     return str(path)
 
 
-@pytest.mark.timeout(300)  # some forty modules of Ansible, each a process that compiles itself
+@pytest.mark.timeout(300)  # some thirty modules of Ansible, each a process that compiles itself in 0.4 s of CPU
 def test_a_fleet_is_checked_tidied_and_left_alone(hosts: Hosts) -> None:
     """What goes wrong on a host stops no other, but for an unknown outcome; and what was done is not done again."""
     before = hosts.images
@@ -143,7 +143,10 @@ def test_a_fleet_is_checked_tidied_and_left_alone(hosts: Hosts) -> None:
     assert sessions.is_as_shown(report, hosts.report.splitlines()), hosts.report
 
     hosts.write({"kvm01": {}, "kvm02": {"qmpmerge_keep": 1, "qmpmerge_speed": "16K"}})
-    assert hosts.play("--extra-vars", "qmpmerge_seconds=1", code=0) == {"kvm01": (0, 0), "kvm02": (1, 0)}, hosts.shown
+    assert hosts.play("--skip-tags", "report", "--extra-vars", "qmpmerge_seconds=1", code=0) == {
+        "kvm01": (0, 0),
+        "kvm02": (1, 0),
+    }, hosts.shown
     hosts.vms["kvm01"].check()
     (job,) = hosts.vms["kvm02"].machine.session.execute("query-jobs")
     assert job["status"] == "running", "what is not done in time is left to QEMU, and is no failure"
@@ -174,7 +177,7 @@ def test_what_does_not_tell_its_outcome_is_unknown(tmp_path: Path, monkeypatch: 
         name: {"qmpmerge_targets": ["web", "mail"], "qmpmerge_command": script(tmp_path / name, KEPT + says)}
         for name, says in (("kvm01", UNKNOWN), ("kvm02", KILLED), ("kvm03", KILLED))
     }
-    said["kvm02"]["qmpmerge_keep"] = 0
+    said["kvm02"] |= {"qmpmerge_keep": 0, "qmpmerge_targets": ["web"]}
     hosts.write(said)
     counts = hosts.play("--extra-vars", '{"qmpmerge_serial": [2, 1]}', code=2)
     assert counts == {"kvm01": (1, 1), "kvm02": (0, 1), "kvm03": (0, 0)}, hosts.shown
@@ -182,9 +185,7 @@ def test_what_does_not_tell_its_outcome_is_unknown(tmp_path: Path, monkeypatch: 
     assert [line for line in asked["kvm01"] if not line.startswith("disks")] == [
         "snapshot web vda=/vm/web-vda-2026-11-30.qcow2 --json"
     ], "its other VM is left alone, and so is its disk that is no file"
-    assert [line.split()[0] for line in asked["kvm02"]] == ["disks", "disks", "tidy", "disks", "disks"], (
-        "nothing to keep"
-    )
+    assert [line.split()[0] for line in asked["kvm02"]] == ["disks", "tidy", "disks"], "nothing to keep"
     for line in ("| kvm01 | web | | snapshot: unknown | |", "| kvm02 | | | tidy: no answer | |", "has ended with -9"):
         assert line in hosts.report, hosts.report
     assert hosts.report.count("UNKNOWN OUTCOME") == 2
