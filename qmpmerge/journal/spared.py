@@ -164,7 +164,7 @@ def in_use(place: str, pid: int | None = None) -> str | None:
     """Who holds the file besides this process, None where nobody does as far as we can see."""
     from qmpmerge.processes import holders  # most merges have no need of it
 
-    users = holders.users([place], excluding=[pid] if pid is not None else [])
+    users = holders.staying([place], excluding=[pid] if pid is not None else [])
     if users:
         return f"in use by {', '.join(map(str, users))}"
     if pid is not None:

@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import field, replace
@@ -138,15 +139,22 @@ def users(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[Use
 async def lasting(
     files: Sequence[str], *, excluding: Collection[int] = (), found: tuple[User, ...] | None = None
 ) -> tuple[User, ...]:
-    """
-    The same without those who have a file for a moment: another qmpmerge reads the headers of all that QEMUs have open. `found`
-    are they, where they were looked for just now.
-    """
+    """As `staying`; others are not kept waiting meanwhile. `found` are they, where they were looked for just now."""
     found = users(files, excluding=excluding) if found is None else found
+    if all(user.vm for user in found):
+        return found
+    return await asyncio.to_thread(staying, files, excluding=excluding)
+
+
+def staying(files: Sequence[str], *, excluding: Collection[int] = ()) -> tuple[User, ...]:
+    """
+    The `users` without those who have a file for a moment: another qmpmerge reads the headers of all that QEMUs have open.
+    """
+    found = users(files, excluding=excluding)
     for _ in range(LOOKS):
         if all(user.vm for user in found):
             break
-        await asyncio.sleep(LOOK_AGAIN_SECONDS)
+        time.sleep(LOOK_AGAIN_SECONDS)
         now = users(files, excluding=excluding)
         found = tuple(user for user in found if user in now)
     return found

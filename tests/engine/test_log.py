@@ -20,23 +20,27 @@ async def test_each_step_of_a_merge_is_logged(setup: Setup, caplog: pytest.LogCa
         await qmpmerge.commit(target, top="[3]")
     a, b = (f"{setup.machine.folder}/{name}.qcow2" for name in "ab")
     base, c = f"{setup.machine.folder}/base.raw", f"{setup.machine.folder}/c.qcow2"
+    steps = (
+        f"{setup.machine.folder}/.c.qcow2.qmpmerge-record says what is begun",
+        "planned to copying",
+        f"started: {b} into {base}",
+        "what is begun is recorded durably",
+        f"{base} is durable",
+        f"{base} shows what {b} shows",
+        "copying to safe",
+        "safe to switching",
+        "pending, told to end",
+        f"the header of {c} is durable",
+        "graph and headers show base.raw <-- c.qcow2",
+        "switching to switched",
+        "switched to proved",
+        f"{a}: stash, now {a}.merged",
+        f"{b}: stash, now {b}.merged",
+        "proved to done",
+    )
     assert [record.getMessage() for record in caplog.records if record.name == "qmpmerge"] == [
-        f"{JOB}: {step}"
-        for step in (
-            "planned to copying",
-            f"started: {b} into {base}",
-            f"{base} is durable",
-            f"{base} shows what {b} shows",
-            "copying to safe",
-            "safe to switching",
-            "pending, told to end",
-            f"the header of {c} is durable",
-            "switching to switched",
-            "switched to proved",
-            f"{a}: stash, now {a}.merged",
-            f"{b}: stash, now {b}.merged",
-            "proved to done",
-        )
+        "vda: nothing speaks against base.raw <-- c.qcow2",
+        *(f"{JOB}: {step}" for step in steps),
     ]
 
 
