@@ -209,6 +209,7 @@ async def test_the_guest_is_throttled_and_gets_its_own_limits_back(guest: Guest,
     await pivot(guest, images[0])
 
 
+@pytest.mark.timeout(300)  # its base takes 1 MiB a second, so half a minute where nobody else is busy
 async def test_the_guest_is_paused_for_the_rest_and_runs_again(
     guest: Guest, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
