@@ -24,6 +24,7 @@ from qmpmerge.engine.pace.progress import Progress
 from qmpmerge.errors import Busy, CannotRecord, JobFailed, NoSuchLayer, Overtaken, RecordNotBelieved, StillRunning
 from qmpmerge.folder import Folder
 from qmpmerge.journal import locks, store
+from qmpmerge.journal.encoding import SCHEMA
 from qmpmerge.journal.locks import Note
 from qmpmerge.journal.record import Record
 from qmpmerge.qemu import jobs
@@ -323,7 +324,7 @@ async def test_after_a_note_that_makes_no_sense_base_is_compared(setup: Setup, i
         lambda record: record.write_bytes(record.read_bytes()[:300]),
         lambda record: record.write_bytes(b"garbage"),
         lambda record: record.write_bytes(b""),
-        lambda record: record.write_bytes(record.read_bytes().replace(b'"schema": 4', b'"schema": 1')),
+        lambda record: record.write_bytes(record.read_bytes().replace(b'"schema": %d' % SCHEMA, b'"schema": 1')),
         lambda record: os.truncate(record, store.LARGEST + 1),
         lambda record: os.chown(record, 12345, -1),
     ],
