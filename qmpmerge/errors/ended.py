@@ -148,7 +148,8 @@ class CutShort(Failed):
     )
     advice = (
         "what it alone held behind that is gone: `truncate -s {needed} {file}` gives it its length again, with zeros there "
-        "unless you have a copy to put back; then run the same command again"
+        "unless you have a copy to put back (QEMU may read zeros there until it is started again); then run the same command "
+        "again"
     )
 
 

@@ -227,7 +227,6 @@ def test_a_base_that_was_cut_off_is_seen(what: str, setup: Setup, images: list[P
     (cure,) = re.findall("`([^`]+)`", gone_on.document["error"]["hint"])
     subprocess.run(shlex.split(cure), check=True)
     put_back(images[0], lost)
-    setup.check()
     if what == "active":
         assert invoke(*command, "--hold").code == 0
         setup.machine.session.execute("job-complete", id=JOB)
@@ -237,7 +236,8 @@ def test_a_base_that_was_cut_off_is_seen(what: str, setup: Setup, images: list[P
         assert (proved.code, proved.document["error"]["name"]) == (6, "not-proven"), proved
         put_back(images[0], lost)
     assert invoke(*command).code == 0
-    setup.check()
+    setup.machine.stop()  # QEMU 11 has looked at the length when the job was taken back, and reads zeros from there on
+    content.check(images[0] if what == "active" else images[3])
 
 
 def cut_off(image: Path) -> bytes:
