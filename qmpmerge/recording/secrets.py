@@ -11,7 +11,10 @@ from typing import Any
 
 MASK = "(not shown)"
 
-_MARK = r"passw|passphrase|secret|credential|cookie|token|authorization|string=|:key=|keyvalue|qom-set|://|\bp(?:ass|in|wd?)=|\\[u/]"
+_MARK = (
+    r"passw|passphrase|secret|credential|cookie|token|authorization|string=|\.data=|:key=|keyvalue|qom-set|://|"
+    r"\bp(?:ass|in|wd?)=|\\[u/]"
+)
 _MARKED = re.compile(_MARK, re.IGNORECASE)
 _MARKED_MESSAGE = re.compile(rf"{_MARK}|[\n\0]|\{{\s*'".encode(), re.IGNORECASE)
 """A message with none of these is written as it came, as most are: nothing is to be left out, and it is one line."""
@@ -27,7 +30,7 @@ _TEXT = [
         rf"({_WORD}{_IS}){_ENDS_AT_OPTION}",
         rf"((?:(?<![\w-])|_)(?:p(?:ass|in|wd?)|secret)=){_ENDS_AT_OPTION}",
         rf"(-{_WORD}\s+|set_password\s+\S+\s+|change\s+vnc\s+passw(?:or)?d\s+)(?s:.*)",
-        rf"((?:^|,)string=|credential[\w.]*[:=]){_ENDS_AT_OPTION}",
+        rf"((?:^|,)string=|credential[\w.]{{0,64}}[:=]|object\.[\w.-]{{1,128}}\.data=){_ENDS_AT_OPTION}",
         r"(:key=)(?:\\.|[^:\\])*",
     )
 ]
