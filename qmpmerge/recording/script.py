@@ -3,8 +3,8 @@ QEMU's part of a recording: what it answers to whom.
 
 What changes something, an act, must come as it came when it was recorded, in the same order and with the same arguments.
 Questions may be asked in any order, and however often: each is answered as it was between these two acts, one answer after the
-other, the last of them again and again; where there is none, as it was earlier, else as it was later. So a client that looks
-more often than the one that was recorded, or less often, comes to the same end.
+other, whoever asks, the last of them again and again; where there is none, as it was earlier, else as it was later. So a client
+that looks more often than the one that was recorded, or less often, or by a new connection each time, comes to the same end.
 
 The turns that merges of ours take (`qemu.mutex`) have other names each time: they are given out here.
 """
@@ -102,10 +102,6 @@ class Script:
             self._questions.append({})
         elif exchange.answer is not None:
             self._questions[-1].setdefault(_key(exchange.name, exchange.arguments), []).append(exchange)
-
-    def begin(self) -> None:
-        """For a new client all questions of the act are new."""
-        self._given.clear()
 
     def answer(self, command: str, arguments: Arguments) -> Answer:
         """What QEMU says to it."""

@@ -48,7 +48,6 @@ class Server:
         """One client, until it leaves, or until QEMU has said all that it said."""
         connection, _ = self._listener.accept()
         with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._script.begin()
             connection.sendall(json.dumps(self._greeting).encode() + b"\r\n")
             is_ready = False
             for message in self._messages(connection):

@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Self
 
@@ -78,6 +80,33 @@ def test_pulls_are_replayed_whole(setup: Setup, tmp_path: Path) -> None:
             )
             code, told = replay.result()
         assert (code, told["diverged"], told["unplayed"]) == (0, None, [])
+
+
+POLITELY = """
+import asyncio, sys
+import qmpmerge
+
+async def merge():
+    async with qmpmerge.open(sys.argv[1]) as target:
+        print((await qmpmerge.commit(target, "vda", speed=2**22, polite=0.1)).verdict)
+
+with qmpmerge.record(*sys.argv[2:]):
+    asyncio.run(merge())
+"""
+"""A merge that connects anew for each look, which the command does every five seconds; arguments: where, recordings."""
+
+
+def test_who_connects_anew_for_each_look_comes_to_the_end(setup: Setup, tmp_path: Path) -> None:
+    recording = tmp_path / "recording"
+    politely = [sys.executable, "-c", POLITELY]
+    recorded = subprocess.run([*politely, setup.machine.target, recording], capture_output=True, text=True, timeout=60)
+    sessions = sum(json.loads(line)["kind"] == "session" for line in recording.read_text().splitlines())
+    assert recorded.stdout == "pivoted\n" and sessions > 2, recorded.stderr
+    with replaying(recording, "--once") as replay:
+        again = subprocess.run([*politely, replay.target], capture_output=True, text=True, timeout=60)
+        assert again.stdout == "pivoted\n", again.stderr
+        code, told = replay.result()
+    assert (code, told["diverged"], told["unplayed"]) == (0, None, [])
 
 
 def after(words: tuple[str, ...], images: list[Path]) -> list[Path]:
@@ -217,7 +246,9 @@ def test_the_order_of_questions_and_of_arguments_does_not_matter(written: Path) 
                 assert client.execute("query-jobs") == [{"return": ["ready"], "id": 7}]
         with Client(replay.target) as again:
             again.execute("qmp_capabilities")
-            assert again.execute("query-jobs") == [{"return": ["running"], "id": 7}], "a new client sees the act anew"
+            assert again.execute("query-jobs") == [{"return": ["ready"], "id": 7}], (
+                "it goes on where the other one left"
+            )
             assert again.execute("job-complete", id="j") == [{"return": {}, "id": 7}]
             assert again.read()["event"] == "COMPLETED"
             again.stream.write('{"execute": "quit"}\n')
