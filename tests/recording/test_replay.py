@@ -294,6 +294,17 @@ def test_what_a_killed_one_has_left_goes_with_the_next(written: Path) -> None:
         alive.end()
 
 
+def test_the_end_of_its_terminal_is_an_end_like_any_other(written: Path) -> None:
+    """A shell says that, and the kernel once more."""
+    with replaying(written) as replay, Client(replay.target) as client:
+        client.execute("qmp_capabilities")
+        client.execute("block-commit", a=1, b=[2])
+        replay.process.send_signal(signal.SIGHUP)
+        code, told = replay.end(signal.SIGHUP)
+    assert (code, told["played"], len(told["unplayed"])) == (5, 1, 2)
+    assert not replay.folder.exists()
+
+
 def test_what_cannot_be_replayed(written: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
     two.write_text(written.read_text() + lines({**SESSION, "session": 2, "name": "/run/other"}))

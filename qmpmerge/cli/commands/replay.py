@@ -58,10 +58,12 @@ def replay(file: str, socket: str | None, qemu: str | None, once: bool, options:
 def _played(
     recording: "Recording", output: "Output", *, socket: str | None, qemu: str | None, once: bool
 ) -> "Replayed":
-    """Until Ctrl-C or SIGTERM, which end it as it is meant to."""
+    """Until Ctrl-C, SIGTERM, or the end of its terminal, which end it as it is meant to."""
     from qmpmerge.recording.replay import replaying
 
     signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants us to stay
+        signal.signal(signal.SIGHUP, _hang_up)
     with replaying(recording, qemu=qemu, path=socket, tell=output.note) as replay:
         try:
             output.listening(replay.socket)
@@ -71,6 +73,12 @@ def _played(
         except KeyboardInterrupt:
             pass
         return replay.result
+
+
+def _hang_up(*_signal: object) -> None:
+    """The shell says it, and the kernel once more when the shell ends: that must not end the cleaning up."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _end()
 
 
 def _end(*_signal: object) -> None:
