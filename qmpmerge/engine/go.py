@@ -75,7 +75,7 @@ async def go(run: Run) -> Outcome:
         callers = raised.error
     finally:
         run.close()
-        log.headers("after", run.plan.chain)
+        log.headers("after", run.images())
     try:
         raise callers
     finally:
@@ -238,7 +238,7 @@ async def _helped(run: Run, doorbell: Doorbell) -> Outcome:
         return await _to_the_end(run, doorbell)
     from qmpmerge.engine.pace.converge import climbing
 
-    async with climbing(run.target.monitor, run.disk, run.job, run.watch, run.request.converge) as ladder:
+    async with climbing(run, run.request.converge) as ladder:
         outcome = await _to_the_end(run, doorbell, ladder)
     return replace(outcome, converge=tuple(ladder.rungs))
 

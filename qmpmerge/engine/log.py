@@ -20,17 +20,19 @@ log = logging.getLogger("qmpmerge")
 log.addHandler(logging.NullHandler())
 
 
-def step(name: str, text: str, *, about: str = "", **facts: object) -> None:
+def step(name: str, text: str, *, about: str = "", target: str = "", **facts: object) -> None:
     """
-    Tell of a step: its `name`, what it is `about` (a job, a disk), and a text with the facts in it, in braces. A record of the
-    logger has name and facts as its `step` and `facts`.
+    Tell of a step: its `name`, what it is `about` (a job, a disk) and in which `target`, for several have jobs of the same
+    name, and a text with the facts in it, in braces. A record of the logger has name, target and facts as its `step`,
+    `target` and `facts`.
     """
     told = text.format_map(facts)
     watcher = watch.current()
     if watcher is not None:
-        watcher.step(name, told, {"about": about, **facts})
+        watcher.step(name, told, {"about": about, "target": target, **facts})
     with harmless():
-        log.info("%s: %s" if about else "%s%s", about, told, extra={"step": name, "facts": facts}, stacklevel=2)
+        extra = {"step": name, "target": target, "facts": facts}
+        log.info("%s: %s" if about else "%s%s", about, told, extra=extra, stacklevel=2)
 
 
 def warn(text: str) -> None:

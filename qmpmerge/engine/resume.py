@@ -107,34 +107,30 @@ async def recover(record: Record, use: Use | None, *, allow: Collection[str] = (
 @contextlib.contextmanager
 def _headers_told(record: Record) -> Iterator[None]:
     """Who watches is told what the headers say before and after, whatever names the files have then."""
-    log.headers("before", _found(record))
+    log.headers("before", record.found())
     try:
         yield
     finally:
-        log.headers("after", _found(record))
-
-
-def _found(record: Record) -> list[Image]:
-    places = [(image, record.place(record.chain.index(image))) for image in record.chain]
-    return [replace(image, file=place) for image, place in places if place is not None]
+        log.headers("after", record.found())
 
 
 async def _told(record: Record, judging: Awaitable[Judgement]) -> Judgement:
     """Tell of what was left, of the evidence, and of what it decides, if it does."""
     top, base = record.plan.top.file, record.plan.receiver.file
     left = "{direction} of {top} into {receiver} was left at {state}"
+    of = {"about": record.job, "target": record.target}
     facts = {"direction": record.direction, "top": top, "receiver": base, "state": record.state.name}
-    log.step("left", left, about=record.job, **facts)
+    log.step("left", left, **of, **facts)
     try:
         judged = await judging
     except Undecided as error:
         for reason in error.evidence:
-            log.step("evidence", "undecided: {reason}", about=record.job, reason=reason)
+            log.step("evidence", "undecided: {reason}", **of, reason=reason)
         raise
     for reason in judged.reasons:
-        log.step("evidence", "because {reason}", about=record.job, reason=reason)
+        log.step("evidence", "because {reason}", **of, reason=reason)
     decided = "{action}; {right} is right"
-    log.step("decided", decided, about=record.job, way=judged.way, action=_action(judged, record), right=judged.right)
+    log.step("decided", decided, **of, way=judged.way, action=_action(judged, record), right=judged.right)
     return judged
 
 

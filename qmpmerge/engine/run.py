@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import errno
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from qmpmerge import folder
-from qmpmerge.chain.chain import Chain
+from qmpmerge.chain.chain import Chain, Image
 from qmpmerge.chain.outcome import Checked, MergedFile
 from qmpmerge.chain.plan import Plan
 from qmpmerge.chain.state import NEXT, RECORDED, State
@@ -42,8 +42,8 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 class Run:
     """
     One operation on a chain, under `lock`. `carrier` is where it is carried out and `shown` the disk there; both are None
-    where they are gone, and only files are left to be dealt with. `before` is what was to be seen when it
-    was begun, in this `session`. `speed` is None where its job is there already.
+    where they are gone, and only files are left to be dealt with; `target_name` is what that is, or was, called. `before` is
+    what was to be seen when it was begun, in this `session`. `speed` is None where its job is there already.
 
     `suspect` is the error of an earlier merge into the same base: what the base shows must be compared. `doubts` are those
     about what earlier jobs have copied (`spared.doubts`). `is_sent` says that the job may have been started, `is_started` that
@@ -51,13 +51,15 @@ class Run:
     `has_ended_well` that it was seen to end without an error. `old_nodes` are those that the operation leaves open, top
     down. `top_header` is that of top right before a pivot of ours. `seen` is the job as it was seen last, `course` what it
     has to copy, where that was found out, `mask` what of it is to be compared, `copies` what a pull copies, or base has
-    held, where it is to be compared, or why that is not known. `notes` are sentences for the user.
+    held, where it is to be compared, or why that is not known. `concluded` is the record that is gone, as all was
+    done. `notes` are sentences for the user.
     """
 
     operation: Operation
     request: Request
     lock: Lock
     carrier: Target | None
+    target_name: str
     shown: Disk | None
     before: ChainView | None
     session: Monitor | None
@@ -70,6 +72,7 @@ class Run:
     checks: tuple[Checked, ...] = ()
     state: State = State.PLANNED
     record: Record | None = None
+    concluded: Record | None = None
     is_sent: bool = True
     is_started: bool = True
     let_go: bool = False
@@ -149,6 +152,7 @@ class Run:
             request=request,
             lock=lock,
             carrier=target,
+            target_name=target.name if target is not None else record.target if record is not None else "",
             shown=view.disk if view is not None else None,
             before=view,
             session=target.monitor if target is not None else None,
@@ -180,6 +184,11 @@ class Run:
     def plan(self) -> Plan:
         """What is carried out."""
         return self.operation.plan
+
+    def images(self) -> Iterable[Image]:
+        """Those of the chain as it was, by the names that they have now, and without those that are gone."""
+        record = self.record or self.concluded
+        return self.plan.chain if record is None else record.found()
 
     @property
     def is_all_verified(self) -> bool:
@@ -258,7 +267,7 @@ class Run:
 
     def log(self, step: str, text: str, **facts: object) -> None:
         """Tell of a step: see `log.step`."""
-        log.step(step, text, about=self.job, **facts)
+        log.step(step, text, about=self.job, target=self.target_name, **facts)
 
     def write_down(self) -> None:
         """
@@ -438,6 +447,7 @@ class Run:
         try:
             if self.record is not None:
                 store.remove(self.record)
+                self.concluded = self.record
             self.record = None
         except OSError as error:
             self.notes.append(f"the record cannot be removed: {error.strerror or error}")

@@ -11,7 +11,7 @@ QEMU's graph agree with it (`recovery.evidence`).
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import field, replace
 from functools import cached_property
 
@@ -98,6 +98,14 @@ class Record(Value):
         """Where the file of the image at `index` is now; None where neither name leads to it."""
         names = [self.own_name(index), *([self.away[index]] if index in self.away else [])]
         return next((name for name in names if self.is_file(name, self.chain[index])), None)
+
+    def found(self) -> Iterator[Image]:
+        """The images that are there, by the names that they have now; what is no file of this host as it is."""
+        for index, image in enumerate(self.chain, 1):
+            if image.inode is None:
+                yield image
+            elif (place := self.place(index)) is not None:
+                yield replace(image, file=place)
 
     def is_called(self, path: str) -> bool:
         """Whether an image of the chain has, or had, this name."""

@@ -309,7 +309,12 @@ class _Beginning:
         )
         checks = [{"name": one.name, "result": one.result, "reason": one.reason} for one in answer.checks]
         log.step(
-            "checked", "nothing speaks against {plan}", about=view.disk.name, plan=str(planned.result), checks=checks
+            "checked",
+            "nothing speaks against {plan}",
+            about=view.disk.name,
+            target=self._target.name,
+            plan=str(planned.result),
+            checks=checks,
         )
         return answer
 

@@ -174,6 +174,7 @@ async def _carry_out(target: Target, layout: Layout, orders: list[Order], agent:
             "snapshot",
             "{file} is the active image now, and was {was}",
             about=one.disk,
+            target=target.name,
             file=one.file,
             was=one.backing_file,
         )

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qmpmerge.recording import felt, phrases
@@ -57,6 +58,9 @@ class Explained(Value):
     spent: tuple[Spent, ...]
 
 
+Owner = tuple[str, str]
+"""Whose step it is: the target, and what it is about there. Targets have jobs of the same name."""
+
 _FACTS = {"run", "t", "kind", "about"}
 
 
@@ -79,10 +83,25 @@ def _explained(run: Run) -> Explained:
         _text(error.get("message")) if isinstance(error, dict) else None,
         run.seconds,
         not end,
-        tuple(_items(entries)),
+        tuple(_items(entries, _several(run))),
         felt.felt(entries),
         tuple(_spent(entries, run)),
     )
+
+
+def _owner(step: Line) -> Owner:
+    return str(step.facts.get("target", "")), str(step.facts.get("about", ""))
+
+
+def _several(run: Run) -> bool:
+    """Whether there are steps in several targets, or states of several jobs."""
+    steps = [line for line in run.lines if line.kind == "step"]
+    targets = {target for target, _ in map(_owner, steps) if target}
+    return len(targets) > 1 or len({_owner(line) for line in steps if line["name"] == "state"}) > 1
+
+
+def _named(owner: Owner, text: str) -> str:
+    return ": ".join(filter(None, (*owner, text)))
 
 
 def _text(value: object) -> str | None:
@@ -101,8 +120,11 @@ def _qemu(line: Line) -> str | None:
 # --- the time line ---------------------------------------------------------------------------------------------------
 
 
-def _items(entries: Sequence[Entry]) -> Iterator[Item]:
-    """Questions in a row are one, however often they were asked; what each is for is said once."""
+def _items(entries: Sequence[Entry], is_of_several: bool) -> Iterator[Item]:
+    """
+    Questions in a row are one, however often they were asked; what each is for is said once. `is_of_several` says that each
+    step has to tell whose it is.
+    """
     names, known, asked = Names(), set[str](), list[Exchange]()
     for entry in entries:
         names.see(entry)
@@ -117,7 +139,9 @@ def _items(entries: Sequence[Entry]) -> Iterator[Item]:
         elif isinstance(entry, Event):
             yield Item(entry.at, "event", _event(entry))
         elif entry.kind not in ("start", "end"):
-            yield _line(entry, names)
+            item = _line(entry, names)
+            is_to_tell = is_of_several and entry.kind == "step"
+            yield replace(item, text=_named(_owner(entry), item.text)) if is_to_tell else item
     if asked:
         yield _asked(asked, names, known)
 
@@ -179,17 +203,20 @@ def _line(line: Line, names: Names) -> Item:
 
 
 def _spent(entries: Sequence[Entry], run: Run) -> Iterator[Spent]:
-    """Of each state in turn, what comes before any was entered first; of several jobs one after the other."""
+    """
+    Of each state in turn, what comes before any was entered first; of several jobs one after the other, each with whose it is.
+    Commands are those to all targets meanwhile.
+    """
     exchanges = [entry for entry in entries if isinstance(entry, Exchange)]
     marks = [line for line in run.lines if line.kind == "step" and line["name"] == "state"]
-    jobs = list(dict.fromkeys(str(line.facts.get("about", "")) for line in marks))
-    for job in jobs or [""]:
-        own = [line for line in marks if str(line.facts.get("about", "")) == job]
+    owners = list(dict.fromkeys(map(_owner, marks)))
+    for owner in owners or [("", "")]:
+        own = [line for line in marks if _owner(line) == owner]
         names = [own[0].facts.get("was", "before") if own else "all", *(line.facts.get("state") for line in own)]
         begins = [run.lines[0].seconds, *(line.seconds for line in own)]
         for name, begin, end in zip(names, begins, [*begins[1:], run.seconds], strict=True):
             sent = sum(begin <= exchange.at < end for exchange in exchanges)
-            state = f"{job}: {name}" if len(jobs) > 1 else str(name)
+            state = _named(owner, str(name)) if len(owners) > 1 else str(name)
             yield Spent(state, end - begin, _waited(exchanges, begin, end), sent)
 
 

@@ -39,7 +39,7 @@ def test_a_merge_is_recorded_and_shown_in_order(setup: Setup, tmp_path: Path) ->
     found = lines(record)
     shown = [line for line in run.err.splitlines() if LINE.fullmatch(line)]
     assert len(shown) == len(found) and [float(line.split()[0]) for line in shown] == [line["t"] for line in found]
-    assert "\\x0a" not in run.err and "-- qmpmerge-commit-vda: safe to switching" in run.err
+    assert "\\x0a" not in run.err and f"-- {setup.machine.target}: qmpmerge-commit-vda: safe to switching" in run.err
     created = next(index for index, line in enumerate(shown) if '"status": "created"' in line)
     assert "<! " in shown[created] and '-> {"execute": "block-commit"' in shown[created - 1]
     assert found[0]["command"] == ["qmpmerge", "commit", setup.machine.target, "vda", *options]

@@ -14,6 +14,7 @@ from rig.machines import Content, machine
 
 import qmpmerge
 from qmpmerge import sync
+from qmpmerge.chain.outcome import Policy
 from qmpmerge.errors import NoSuchLayer, RecordingUnwritable
 from qmpmerge.testing.wire import Wire, behind, laid
 
@@ -106,10 +107,25 @@ async def test_the_headers_are_those_before_and_after(setup: Setup, tmp_path: Pa
     before, after = (
         {line["file"]: line["header"] for line in found if line["when"] == when} for when in ("before", "after")
     )
-    assert list(before) == list(after) == [image.file for image in outcome.before]
+    files = [image.file for image in outcome.before]
     overlay = outcome.before.active.file
+    assert list(before) == files and list(after) == [files[0], *(f"{file}.merged" for file in files[1:-1]), overlay]
     assert (before[overlay]["backing"], after[overlay]["backing"]) == ("b.qcow2", "base.raw")
-    assert [header.get("problem") for header in after.values()] == [None, *["No such file or directory"] * 2, None]
+    assert not any("problem" in header for header in after.values())
+
+
+@pytest.mark.parametrize("policy", ["stash", "delete"])
+async def test_the_headers_after_a_pivot_are_read_by_the_names_that_images_have_then(
+    policy: Policy, setup: Setup, tmp_path: Path
+) -> None:
+    with qmpmerge.record(tmp_path / "rec"):
+        async with setup.target() as target:
+            outcome = await qmpmerge.commit(target, "vda", merged_files=policy)
+    found = of(lines(tmp_path / "rec"), "header")
+    after = {line["file"]: line["header"] for line in found if line["when"] == "after"}
+    base, *others = (image.file for image in outcome.before)
+    assert list(after) == [base, *(f"{file}.merged" for file in others if policy == "stash")]
+    assert not any("problem" in header for header in after.values())
 
 
 async def test_a_file_and_a_function_get_the_same_lines(setup: Setup, tmp_path: Path) -> None:

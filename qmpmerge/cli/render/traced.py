@@ -23,7 +23,7 @@ def _message(entry: Mapping[str, Any]) -> str:
 def _words(entry: Mapping[str, Any]) -> str:
     match entry["kind"]:
         case "step":
-            return f"{entry['about']}: {entry['text']}" if entry["about"] else str(entry["text"])
+            return ": ".join(filter(None, (entry["target"], entry["about"], entry["text"])))
         case "session":
             pid = f" (pid {entry['pid']})" if entry["pid"] is not None else ""
             return f"session {entry['session']} with {entry['name']}{pid}: {json.dumps(entry['greeting'])}"

@@ -23,6 +23,7 @@ import functools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from qmpmerge import shield
 from qmpmerge.engine import log
@@ -34,6 +35,9 @@ from qmpmerge.qemu import mutex
 from qmpmerge.qemu.blockgraph import Disk
 from qmpmerge.qemu.monitor import Monitor
 from qmpmerge.value import Value
+
+if TYPE_CHECKING:
+    from qmpmerge.engine.run import Run
 
 MIB = 1024 * 1024
 FLOOR = MIB
@@ -64,6 +68,7 @@ class Ladder:
     job: str
     watch: Watch
     wanted: Converge
+    target: str = ""
     rungs: list[str] = field(default_factory=list)
     _undo: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
     _climbing: "asyncio.Task[None] | None" = None
@@ -109,7 +114,7 @@ class Ladder:
 
     def _say(self, text: str) -> None:
         self.rungs.append(text)
-        log.step("converge", "{rung}", about=self.job, rung=text)
+        log.step("converge", "{rung}", about=self.job, target=self.target, rung=text)
         self.wanted.tell(f"{self.disk.name}: {text}")
 
     async def _lift(self) -> None:
@@ -180,14 +185,14 @@ def mib(count: float) -> str:
 
 
 @contextlib.asynccontextmanager
-async def climbing(monitor: Monitor, disk: Disk, job: str, watch: Watch, wanted: Converge) -> AsyncIterator[Ladder]:
+async def climbing(run: "Run", wanted: Converge) -> AsyncIterator[Ladder]:
     """
     While the block runs, help the job where it does not converge; yields the ladder, whose `rungs` say what was done.
 
     At the end of the block the guest is as it was before.
     """
-    ladder = Ladder(monitor, disk, job, watch, wanted)
-    watch.helped = True
+    ladder = Ladder(run.target.monitor, run.disk, run.job, run.watch, wanted, run.target_name)
+    run.watch.helped = True
     ladder.start()
     try:
         yield ladder
