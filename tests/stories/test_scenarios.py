@@ -214,7 +214,7 @@ def test_the_guest(setup: Setup, top: str) -> None:
     assert commit(setup, "--top", top, "--speed", "1", "--detach").code == 7
     for command in ("cont", "system_reset", "stop", "cont"):
         setup.machine.session.execute(command)
-    left = merged(commit(setup, "--top", top))
+    left = merged(commit(setup, "--top", top, "--speed", "1G"))
     assert setup.machine.session.execute("query-status")["running"]
     ends_well(setup, left[-1])
 
